@@ -1,0 +1,52 @@
+# Two commands on a fresh machine: `make quickstart`, `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN_ENV := OMP_WAIT_POLICY=PASSIVE
+
+.PHONY: install quickstart test test-slow test-gpu check format lock clean
+install: $(STAMP)
+
+$(STAMP): requirements/packages.lock requirements/torch.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info < (3, 13); sys.exit(0 if ok else "Python 3.10-3.12 is needed, found %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements/packages.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/torch.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check
+	@touch $(STAMP)
+
+quickstart: install
+	$(RUN_ENV) $(BIN)/gear-lightning fit --config configs/quickstart.yaml
+
+test: install
+	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: install
+	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m slow
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(MAKE) test
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch and what it brings are left out: see requirements/torch.lock.
+lock: install
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --generate-hashes --no-annotate \
+	  --no-header --constraint requirements/torch.lock --quiet --output-file requirements/packages.lock \
+	  --no-emit-package torch --no-emit-package triton \
+	  $(foreach p,cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
+	    nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
+	    nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx,--no-emit-package $(p))
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
