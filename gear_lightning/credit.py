@@ -1,0 +1,404 @@
+"""Credit assigners: from the group advantage of a rollout to an advantage for each of its tokens.
+
+An assigner is a frozen dataclass, named in YAML by ``class_path``. It sees the evidence of one micro-batch and may use
+statistics of one rollout or a constant, never of the batch.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from . import gear
+from .batch import Credit, RolloutBatch, TokenStats
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What credit is decided on: one row per rollout, one column per token (see `RolloutBatch`). All detached.
+
+    ``divergence`` is given when credit is recomputed from records whose distributions are gone; it takes the place of
+    any divergence of distributions.
+    """
+
+    advantages: Float[Tensor, " batch"]
+    action_mask: Bool[Tensor, "batch seq"]
+    turn_ids: Int[Tensor, "batch seq"]
+    stop_mask: Bool[Tensor, "batch seq"]
+    policy_version: Int[Tensor, " batch"]
+    policy: TokenStats
+    teacher: TokenStats | None = None
+    divergence: Float[Tensor, "batch seq"] | None = None
+
+    @classmethod
+    def of(cls, batch: RolloutBatch, policy: TokenStats, teacher: TokenStats | None) -> "Evidence":
+        """The evidence of a micro-batch."""
+        policy = replace(policy, logprobs=policy.logprobs.detach())
+        return cls(
+            batch.advantages, batch.action_mask, batch.turn_ids, batch.stop_mask, batch.policy_version, policy, teacher
+        )
+
+
+class CreditAssigner(ABC):
+    """Turns evidence into `Credit`. ``needs_teacher`` and ``top_k`` say what evidence it wants."""
+
+    needs_teacher: bool = True
+
+    @property
+    def top_k(self) -> int:
+        """Number of the policy's most likely tokens to compare distributions on; 0 where sampled tokens suffice."""
+        return 0
+
+    @abstractmethod
+    def __call__(self, evidence: Evidence) -> Credit:
+        """Assign credit."""
+
+
+def _credit(evidence: Evidence, weights: Tensor, divergence: Tensor | None = None, anchor: Tensor | None = None):
+    mask = evidence.action_mask
+    advantages = torch.where(mask, weights * evidence.advantages[:, None], 0)
+    if divergence is None:
+        divergence = torch.zeros_like(weights)
+    if anchor is None:
+        anchor = torch.full_like(evidence.turn_ids, -1)
+    return Credit(weights, advantages, torch.where(mask, divergence, 0), anchor)
+
+
+def _teacher(evidence: Evidence, rule: object) -> TokenStats:
+    if evidence.teacher is None:
+        raise UserError(f"{type(rule).__name__} needs the teacher's log-probs, and these rollouts have none")
+    return evidence.teacher
+
+
+@dataclass(frozen=True)
+class Uniform(CreditAssigner):
+    """The same advantage for every token of a rollout: plain GRPO. Runs no teacher."""
+
+    needs_teacher = False
+
+    def __call__(self, evidence: Evidence) -> Credit:
+        return _credit(evidence, torch.ones_like(evidence.policy.logprobs))
+
+
+@dataclass(frozen=True)
+class GEAR(CreditAssigner):
+    """Granularity-adaptive advantage reweighting (arXiv 2605.11853).
+
+    The paper's body is not public: every argument is a choice that its abstract leaves open, and every default is ours.
+
+    Args:
+        divergence: of policy and teacher, per token. ``k1``: log-ratio at the sampled token, signed; ``k3``: its
+            non-negative form; ``reverse_kl`` KL(policy || teacher), ``forward_kl`` and ``jsd``: on the policy's
+            ``divergence_top_k`` most likely tokens plus a tail bucket.
+        divergence_top_k: tokens compared by the distribution divergences; ignored by k1 and k3.
+        divergence_limit: k1 is limited to plus and minus this many nats.
+        scale: of the credit signal, within a rollout: ``none``, ``zscore``, or ``saturate`` x / (x + 75th percentile).
+            Null: ``none`` for k1, ``saturate`` for the others.
+        anchor_rule: threshold of an anchor: ``quantile`` of the rollout, ``absolute`` (the floor alone), ``zscore`` of
+            the rollout, ``rise`` over the mean of the tokens before.
+        anchor_level: the quantile (default 0.95), the z-score (2.0) or the number of tokens before (16), by the rule.
+        anchor_floor: least divergence of an anchor, nats. Null: 0.5 for k1, 0.05 for the others.
+        anchor_at: first token above the threshold (``onset``) or local maximum (``peak``).
+        segment_end: what closes a segment besides the next anchor, the end of the turn and ``segment_max``:
+            ``entropy_high`` (the next decision point), ``entropy_low``, ``divergence`` (back under the floor),
+            ``window`` or ``turn`` (nothing else). ``none``: no segments, each token for itself.
+        segment_max: longest segment, tokens.
+        segment_value: divergence that a segment carries: that of its anchor (``departure``) or its ``mean``.
+        entropy: what closes on entropy: the ``policy``'s, the ``teacher``'s, or the ``surprisal`` of the sampled token.
+        entropy_quantile: of the rollout; at or above it a token counts as a decision.
+        sign_rule: ``sign_aware`` (A): departures take more blame and less praise; ``symmetric`` (B): more of both;
+            ``negatives_only`` (C); ``reversed_on_correct`` (D): more blame, and more praise where they succeed.
+        kappa: strength of the weighting, per nat (1/temperature).
+        clip: weights stay within 1 - clip and 1 + clip before normalisation.
+        direction_gate: leave the weight at 1 where it would lower a token's share (from CREST).
+        mix: share of the weighting; the rest is uniform.
+        mix_decay: optimizer steps over which ``mix`` falls linearly to 0. Null: constant.
+        normalise: divide by the rollout's ``mean`` weight, its ``geometric`` mean, or not at all.
+        exclude_stop: no divergence on stop tokens.
+        exclude_tail: no divergence on the last so many action tokens (the answer, where spikes repeat the reward).
+
+    Raises:
+        UserError: values out of range, or an unsigned divergence under the sign-aware rule (it would take praise away
+            from decisions that were right).
+    """
+
+    divergence: gear.Divergence = "k1"
+    divergence_top_k: int = 100
+    divergence_limit: float = 10.0
+    scale: gear.Scale | None = None
+    anchor_rule: gear.AnchorRule = "quantile"
+    anchor_level: float | None = None
+    anchor_floor: float | None = None
+    anchor_at: Literal["onset", "peak"] = "onset"
+    segment_end: gear.SegmentEnd = "entropy_high"
+    segment_max: int = 128
+    segment_value: Literal["departure", "mean"] = "departure"
+    entropy: Literal["policy", "teacher", "surprisal"] = "policy"
+    entropy_quantile: float = 0.8
+    sign_rule: gear.SignRule = "sign_aware"
+    kappa: float = 1.0
+    clip: float = 0.9
+    direction_gate: bool = False
+    mix: float = 1.0
+    mix_decay: int | None = None
+    normalise: gear.Normalise = "mean"
+    exclude_stop: bool = True
+    exclude_tail: int = 0
+
+    def __post_init__(self):
+        if not self.signed and self.sign_rule == "sign_aware":
+            raise UserError(
+                f"divergence={self.divergence} has no sign and does not go with sign_rule=sign_aware, which would take "
+                "praise from decisions that were right; use sign_rule=symmetric, or divergence=k1"
+            )
+        if self.signed and self.scale == "saturate":
+            raise UserError("scale=saturate needs a divergence that is never negative; k1 is signed")
+        for name, low, high in (
+            ("clip", 0, 1),
+            ("mix", 0, 1),
+            ("entropy_quantile", 0, 1),
+            ("kappa", 0, math.inf),
+            ("divergence_limit", 0, math.inf),
+            ("exclude_tail", 0, math.inf),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"GEAR: {name}={getattr(self, name)} is outside [{low}, {high}]")
+        for name in ("segment_max", "divergence_top_k", "mix_decay"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"GEAR: {name}={value} must be at least 1")
+        if self.anchor_rule == "quantile" and not 0 <= self.level <= 1:
+            raise UserError(f"GEAR: anchor_level={self.anchor_level} is not a quantile (0 to 1)")
+        if self.anchor_rule == "rise" and not self.level >= 1:
+            raise UserError(
+                f"GEAR: anchor_level={self.anchor_level} must be at least 1 token before, for anchor_rule=rise"
+            )
+        if not math.isfinite(self.kappa):
+            raise UserError(f"GEAR: kappa={self.kappa} must be finite")
+        if self.normalise == "geometric" and self.clip == 1:
+            raise UserError("GEAR: with clip=1 weights can be 0 and have no geometric mean; use clip below 1")
+
+    @property
+    def signed(self) -> bool:
+        """Whether the divergence can be negative."""
+        return self.divergence == "k1"
+
+    @property
+    def level(self) -> float:
+        """``anchor_level`` with the rule's default."""
+        defaults = {"quantile": 0.95, "absolute": 0.0, "zscore": 2.0, "rise": 16.0}
+        return defaults[self.anchor_rule] if self.anchor_level is None else self.anchor_level
+
+    @property
+    def floor(self) -> float:
+        """``anchor_floor`` with the divergence's default."""
+        return (0.5 if self.signed else 0.05) if self.anchor_floor is None else self.anchor_floor
+
+    @property
+    def top_k(self) -> int:
+        return 0 if self.divergence in ("k1", "k3") else self.divergence_top_k
+
+    def measure(self, evidence: Evidence) -> Float[Tensor, "batch seq"]:
+        """Divergence per token, nats, with the exclusions at 0."""
+        if self.top_k and evidence.divergence is not None:
+            divergence = evidence.divergence
+        elif self.top_k:
+            top, teacher_top = evidence.policy.top_logprobs, _teacher(evidence, self).top_logprobs
+            assert top is not None, "top_k evidence was asked for"
+            assert teacher_top is not None, "top_k evidence was asked for"
+            divergence = gear.distribution_divergence(top, teacher_top, self.divergence)
+        else:
+            teacher = _teacher(evidence, self).logprobs
+            divergence = gear.sampled_divergence(
+                evidence.policy.logprobs, teacher, self.divergence, self.divergence_limit
+            )
+        keep = evidence.action_mask
+        if self.exclude_stop:
+            keep = keep & ~evidence.stop_mask
+        if self.exclude_tail:
+            behind = evidence.action_mask.flip(-1).cumsum(-1).flip(-1)
+            keep = keep & (behind > self.exclude_tail)
+        return torch.where(keep, divergence, 0)
+
+    def segments(self, evidence: Evidence, divergence: Float[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+        """Anchor index of each token's segment, -1 outside (see `gear.find_segments`)."""
+        if self.entropy == "policy":
+            entropy = evidence.policy.entropy
+        elif self.entropy == "teacher":
+            entropy = _teacher(evidence, self).entropy
+        else:
+            entropy = -evidence.policy.logprobs
+        columns, real = gear.compact(evidence.action_mask)
+        d, h, k = (x.gather(-1, columns) for x in (divergence, entropy, evidence.turn_ids))
+        spikes = gear.find_spikes(d, real, rule=self.anchor_rule, level=self.level, floor=self.floor, at=self.anchor_at)
+        place = gear.find_segments(
+            spikes,
+            d,
+            h,
+            k,
+            real,
+            end=self.segment_end,
+            entropy_quantile=self.entropy_quantile,
+            floor=self.floor,
+            max_length=self.segment_max,
+        )
+        anchor = torch.where(place >= 0, columns.gather(-1, place.clamp_min(0)), -1)
+        return torch.full_like(evidence.turn_ids, -1).scatter(-1, columns, anchor)
+
+    def signal(self, divergence: Tensor, anchor: Tensor) -> Float[Tensor, "batch seq"]:
+        """The segment's divergence inside segments, the token's own outside."""
+        if self.segment_value == "departure":
+            inside = divergence.gather(-1, anchor.clamp_min(0))
+        else:
+            where = anchor.clamp_min(0)
+            member = (anchor >= 0).to(divergence.dtype)
+            total = torch.zeros_like(divergence).scatter_add(-1, where, divergence * member)
+            count = torch.zeros_like(divergence).scatter_add(-1, where, member)
+            inside = (total / count.clamp_min(1)).gather(-1, where)
+        return torch.where(anchor >= 0, inside, divergence)
+
+    def __call__(self, evidence: Evidence) -> Credit:
+        mask = evidence.action_mask
+        divergence = self.measure(evidence)
+        anchor = self.segments(evidence, divergence)
+        scale = self.scale or ("none" if self.signed else "saturate")
+        weights = gear.signal_weights(
+            gear.scale_signal(self.signal(divergence, anchor), mask, scale),
+            evidence.advantages,
+            mask,
+            sign_rule=self.sign_rule,
+            kappa=self.kappa,
+            clip=self.clip,
+            direction_gate=self.direction_gate,
+        )
+        weights = 1 + mixing(self.mix, self.mix_decay, evidence.policy_version) * (weights - 1)
+        return _credit(evidence, gear.normalise_weights(weights, mask, self.normalise), divergence, anchor)
+
+
+def mixing(mix: float, decay: int | None, version: Int[Tensor, " batch"]) -> Float[Tensor, "batch 1"]:
+    """Share of the weighting after ``version`` optimizer steps: ``mix``, falling linearly to 0 over ``decay`` steps."""
+    if decay is None:
+        return torch.full_like(version, 1, dtype=torch.float32)[:, None] * mix
+    return mix * (1 - version.float() / decay).clamp_min(0)[:, None]
+
+
+@dataclass(frozen=True)
+class TokenOnly(GEAR):
+    """GEAR without segments: each token keeps its own divergence. Takes GEAR's other options."""
+
+    segment_end: gear.SegmentEnd = "none"
+
+    def __post_init__(self):
+        if self.segment_end != "none":
+            raise UserError("TokenOnly has no segments; use GEAR with segment_end")
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Turn(GEAR):
+    """Fixed turns instead of adaptive segments: every token of a turn carries the turn's mean divergence.
+
+    Takes GEAR's options for divergence, scale, sign, clip, mixing, normalisation and exclusions.
+    """
+
+    def segments(self, evidence: Evidence, divergence: Tensor) -> Int[Tensor, "batch seq"]:
+        mask, turns = evidence.action_mask, evidence.turn_ids
+        where = torch.arange(turns.shape[-1], device=turns.device).expand_as(turns)
+        previous = torch.nn.functional.pad(torch.where(mask, turns, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
+        first = torch.where(mask & (turns > previous), where, -1).cummax(-1).values
+        return torch.where(mask, first, -1)
+
+    def signal(self, divergence: Tensor, anchor: Tensor) -> Float[Tensor, "batch seq"]:
+        return GEAR.signal(replace(self, segment_value="mean"), divergence, anchor)
+
+
+@dataclass(frozen=True)
+class Placebo(GEAR):
+    """GEAR's weights, permuted among the tokens of their rollout: a control that keeps values and loses places.
+
+    Takes GEAR's options.
+
+    Args:
+        seed: of the permutation, together with the rollout's policy version and the places of its tokens.
+    """
+
+    seed: int = 0
+
+    def __call__(self, evidence: Evidence) -> Credit:
+        credit = super().__call__(evidence)
+        weights = credit.weights.clone()
+        for row in range(weights.shape[0]):
+            where = evidence.action_mask[row].nonzero().squeeze(-1)
+            # the rollout itself seeds its permutation, so that neither micro-batching nor resuming changes it
+            turns = evidence.turn_ids[row, where].cpu()
+            key = hash((self.seed, int(evidence.policy_version[row]), tuple(turns.tolist()), *where.tolist()))
+            generator = torch.Generator().manual_seed(key % (2**63))
+            order = torch.randperm(len(where), generator=generator).to(where.device)
+            weights[row, where] = weights[row, where[order]]
+        return _credit(evidence, weights, credit.divergence, torch.full_like(credit.anchor, -1))
+
+
+@dataclass(frozen=True)
+class RLSD(CreditAssigner):
+    """Token-level reweighting of RLSD (arXiv 2604.03128).
+
+    A ((1 - lambda) + lambda clip(exp(sign(A) (log p_T - log p_S)))).
+
+    Args:
+        mix: lambda.
+        clip: weights within 1 - clip and 1 + clip.
+        mix_decay: optimizer steps over which lambda falls to 0 (60 in the authors' released script). Null: constant.
+    """
+
+    mix: float = 0.5
+    clip: float = 0.2
+    mix_decay: int | None = None
+
+    def __post_init__(self):
+        if not (0 <= self.mix <= 1 and 0 <= self.clip <= 1):
+            raise UserError(f"RLSD: mix={self.mix} and clip={self.clip} must lie in [0, 1]")
+        if self.mix_decay is not None and self.mix_decay < 1:
+            raise UserError(f"RLSD: mix_decay={self.mix_decay} must be at least 1")
+
+    def __call__(self, evidence: Evidence) -> Credit:
+        divergence = evidence.policy.logprobs - _teacher(evidence, self).logprobs
+        weights = gear.signal_weights(divergence, evidence.advantages, evidence.action_mask, clip=self.clip)
+        weights = 1 + mixing(self.mix, self.mix_decay, evidence.policy_version) * (weights - 1)
+        return _credit(evidence, weights, divergence)
+
+
+@dataclass(frozen=True)
+class SCGRPO(CreditAssigner):
+    """Weight D / (D + c) with D = KL(teacher || policy), for both signs of the advantage (SC-GRPO, arXiv 2606.18810).
+
+    c is the rollout's 75th percentile of D, at least 1e-4; the authors take it over the micro-batch, which would make
+    the gradient depend on the micro-batch size. Their routing of groups without a solved rollout is not included.
+
+    Args:
+        top_k_tokens: the policy's most likely tokens on which D is taken, plus a tail bucket.
+    """
+
+    top_k_tokens: int = 100
+
+    def __post_init__(self):
+        if self.top_k_tokens < 1:
+            raise UserError(f"SCGRPO: top_k_tokens={self.top_k_tokens} must be at least 1")
+
+    @property
+    def top_k(self) -> int:
+        return self.top_k_tokens
+
+    def __call__(self, evidence: Evidence) -> Credit:
+        if evidence.divergence is not None:
+            divergence = evidence.divergence
+        else:
+            top, teacher_top = evidence.policy.top_logprobs, _teacher(evidence, self).top_logprobs
+            assert top is not None, "top_k evidence was asked for"
+            assert teacher_top is not None, "top_k evidence was asked for"
+            divergence = gear.distribution_divergence(top, teacher_top, "forward_kl")
+        weights = gear.scale_signal(divergence, evidence.action_mask, "saturate")
+        return _credit(evidence, torch.where(evidence.action_mask, weights, 1), divergence)

@@ -1,0 +1,37 @@
+"""torchmetrics that Lightning does not bring."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+
+class Quantile(Metric):
+    """Quantile of everything seen since the last reset, over all processes: exact, whatever the micro-batches.
+
+    Args:
+        q: between 0 and 1.
+    """
+
+    full_state_update = False
+    values: list[Tensor]
+
+    def __init__(self, q: float):
+        super().__init__()
+        self.q = q
+        self.add_state("values", default=[], dist_reduce_fx="cat")
+
+    def update(self, values: Tensor) -> None:
+        """Add values of any shape."""
+        self.values.append(values.detach().float().flatten())
+
+    def compute(self) -> Tensor:
+        """The quantile (linear interpolation); 0 where nothing was seen."""
+        seen = dim_zero_cat(self.values) if self.values else torch.empty(0, device=self.device)
+        if not seen.numel():
+            return torch.zeros((), device=self.device)
+        ordered = seen.sort().values
+        place = self.q * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return torch.lerp(ordered[low], ordered[high], place - low)

@@ -1,0 +1,104 @@
+"""Log-probs, entropy and top-k of tokens from a causal language model, computed from hidden states in chunks.
+
+Only the tokens that are asked for reach the output head, and never more than ``chunk`` of them at a time: no
+``[batch, seq, vocab]`` tensor exists. The next-token shift lives here and nowhere else: the distribution of token t is
+read off the hidden state at t - 1.
+"""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .batch import TokenStats
+from .errors import UserError
+
+CHUNK = 4096  # tokens x vocabulary logits alive at a time, for a vocabulary of 4,096; scaled by the real vocabulary
+
+
+def _chunk_stats(
+    hidden: Tensor, head: nn.Module, targets: Tensor, temperature: float, top_k: int, top_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = head(hidden).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    logprobs = logits.log_softmax(-1)
+    picked = logprobs.gather(-1, targets[:, None]).squeeze(-1)
+    with torch.no_grad():
+        flat = logprobs.detach()
+        entropy = -(flat.exp() * flat).sum(-1)
+        ids = flat.topk(min(top_k, flat.shape[-1])).indices if top_ids is None else top_ids
+        top_logprobs = flat.gather(-1, ids)
+    return picked, entropy, top_logprobs, ids
+
+
+def token_stats(
+    model: nn.Module,
+    tokens: Int[Tensor, "batch seq"],
+    valid: Bool[Tensor, "batch seq"],
+    wanted: Bool[Tensor, "batch seq"],
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_ids: Int[Tensor, "batch seq top"] | None = None,
+) -> TokenStats:
+    """What ``model`` says about the wanted tokens.
+
+    Args:
+        model: a Hugging Face causal language model (`gear_lightning.models` checks that it fits).
+        tokens: right-padded ids.
+        valid: not padding.
+        wanted: tokens to score; never column 0. Other entries of the result are 0.
+        temperature: the distribution is softmax(logits / temperature), as sampled.
+        top_k: also return the most likely tokens; 0 for none.
+        top_ids: return the log-probs of these tokens instead.
+
+    Returns:
+        Log-probs (with gradient where grad is enabled), entropy and top-k (without), in nats and float32.
+    """
+    # padding is on the right: causal attention keeps it out of every real token, so no mask is needed and the fast
+    # attention kernels stay available
+    body, head = model.get_decoder(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    hidden = body(input_ids=tokens, use_cache=False).last_hidden_state
+    row, column = (wanted[:, 1:] & valid[:, 1:]).nonzero(as_tuple=True)
+    states, targets = hidden[row, column], tokens[row, column + 1]
+    listed = None if top_ids is None else top_ids[row, column + 1]
+    size = max(1, CHUNK * 4096 // max(head.weight.shape[0], 1))
+    parts = []
+    for start in range(0, max(len(targets), 1), size):
+        cut = slice(start, start + size)
+        args = (states[cut], head, targets[cut], temperature, top_k, None if listed is None else listed[cut])
+        if len(targets) > size and torch.is_grad_enabled():  # recompute logits in backward instead of keeping them all
+            parts.append(checkpoint(_chunk_stats, *args, use_reentrant=False))
+        else:
+            parts.append(_chunk_stats(*args))
+    picked, entropy, top_logprobs, ids = (torch.cat(p) for p in zip(*parts, strict=True))
+    where = (row, column + 1)
+
+    def spread(values: Tensor) -> Tensor:
+        empty = values.new_zeros(*tokens.shape, *values.shape[1:])
+        return empty.index_put(where, values)
+
+    some = top_k or top_ids is not None
+    return TokenStats(
+        spread(picked), spread(entropy), spread(ids) if some else None, spread(top_logprobs) if some else None
+    )
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Check on two tokens that hidden states and head reproduce the model's own logits.
+
+    Raises:
+        UserError: the model does more than a linear head (soft-capping, scaled logits), or has no decoder or head.
+    """
+    name = type(model).__name__
+    try:
+        body, head = model.get_decoder(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+        ids = torch.tensor([[0, 1]], device=head.weight.device)
+        ours = head(body(input_ids=ids, use_cache=False).last_hidden_state)
+        theirs = model(input_ids=ids, use_cache=False).logits
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{name} is not a causal language model with a decoder and an output head ({error})") from None
+    if not torch.allclose(ours.float(), theirs.float(), atol=1e-3, rtol=1e-3):
+        raise UserError(f"{name} transforms its logits after the output head; such models are not supported yet")
