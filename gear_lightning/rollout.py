@@ -1,0 +1,356 @@
+"""Rollouts and the agent loop that makes them: sampling turns, calling environments, keeping masks and budgets."""
+
+import math
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .chat import Chat, ToolCallError
+from .engines import GenerationEngine, SampledTurn, Sampling, TurnRequest
+from .environments.base import Environment, Message, Step, Task
+from .errors import UserError
+
+Status = Literal[
+    "done",  # the environment ended the episode
+    "truncated",  # a budget (turns, tokens, seconds, the environment's own) ended it
+    "invalid_tool_call",  # the policy wrote a tool call that cannot be read; keeps the reward so far
+    "empty_response",  # the policy stopped at once
+    "prompt_too_long",  # the prompt leaves no room for an answer
+    "environment_error",  # reset, step or a tool raised
+    "environment_timeout",  # reset, step or a tool took too long
+    "invalid_reward",  # the reward is not a finite number
+]
+# these say something about the policy; the others say something about the environment, and are left out of learning
+LEARNABLE: frozenset[str] = frozenset({"done", "truncated", "invalid_tool_call"})
+
+
+@dataclass
+class Rollout:
+    """One episode, token by token.
+
+    Example of a rollout with one tool call (P prompt, S sampled, O observation)::
+
+        tokens       P P P S S S O O S S
+        action_mask  0 0 0 1 1 1 0 0 1 1
+        turn_ids    -1-1-1 0 0 0-1-1 1 1
+    """
+
+    task: Task
+    messages: list[Message]
+    tokens: list[int] = field(default_factory=list)
+    action_mask: list[bool] = field(default_factory=list)
+    turn_ids: list[int] = field(default_factory=list)
+    stop_mask: list[bool] = field(default_factory=list)
+    sampler_logprobs: list[float] = field(default_factory=list)
+    prompt_length: int = 0
+    turns: int = 0
+    reward: float = 0.0
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    success: bool = False
+    status: Status = "done"
+    error: str | None = None
+    policy_version: int = 0
+
+    @property
+    def learnable(self) -> bool:
+        """Whether the rollout takes part in its group's advantages."""
+        return self.status in LEARNABLE
+
+    def add_context(self, ids: list[int]) -> None:
+        """Append ids the policy did not sample."""
+        self.tokens += ids
+        self.action_mask += [False] * len(ids)
+        self.turn_ids += [-1] * len(ids)
+        self.stop_mask += [False] * len(ids)
+        self.sampler_logprobs += [0.0] * len(ids)
+
+    def add_turn(self, turn: SampledTurn) -> None:
+        """Append a sampled turn."""
+        n = len(turn.ids)
+        self.tokens += turn.ids
+        self.action_mask += [True] * n
+        self.turn_ids += [self.turns] * n
+        self.stop_mask += [False] * (n - 1) + [turn.stopped]
+        self.sampler_logprobs += turn.logprobs
+        self.turns += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data, for checkpoints."""
+        state = dict(vars(self))
+        task = state.pop("task")
+        return {**state, "task": {**vars(task), "tools": list(task.tools)}}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Rollout":
+        """Inverse of `state_dict`."""
+        return cls(**{**state, "task": Task(**state["task"])})
+
+
+@dataclass
+class RolloutGroup:
+    """The rollouts of one task. ``group_id`` counts groups over the whole run."""
+
+    task: Task
+    group_id: int
+    rollouts: list[Rollout]
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Limits of one rollout.
+
+    Args:
+        turns: assistant turns.
+        tokens: sampled tokens, over all turns.
+        turn_tokens: sampled tokens in one turn. Null: only ``tokens`` counts.
+        context: prompt and response together, tokens.
+        step_seconds: one call of the environment (reset, step), wall clock. A call that takes longer is given up.
+        seconds: the whole rollout, wall clock, looked at between turns. Null: no limit. Wall clock makes runs differ.
+    """
+
+    turns: int = 8
+    tokens: int = 256
+    turn_tokens: int | None = None
+    context: int = 2048
+    step_seconds: float = 30.0
+    seconds: float | None = None
+
+    def __post_init__(self):
+        for name in ("turns", "tokens", "turn_tokens", "context", "step_seconds", "seconds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"budgets.{name}={value} must be above 0")
+
+
+class _Worker:
+    """A thread that runs calls one after another; given up for good when one hangs."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._serve, daemon=True, name="environment").start()
+
+    def _serve(self) -> None:
+        while True:
+            function, answer = self._calls.get()
+            try:
+                answer.put((function(), None))
+            except BaseException as error:  # even SystemExit of a tool is that tool's failure
+                answer.put((None, error))
+
+    def start(self, function: Callable[[], Any]) -> "queue.SimpleQueue":
+        answer: queue.SimpleQueue = queue.SimpleQueue()
+        self._calls.put((function, answer))
+        return answer
+
+
+class DeadlineRunner:
+    """Runs functions with a deadline, on a thread that is replaced when a function does not come back in time."""
+
+    def __init__(self) -> None:
+        self._worker = _Worker()
+
+    def __call__(self, function: Callable[[], Any], seconds: float) -> Any:
+        """The function's result.
+
+        Raises:
+            TimeoutError: no result in time; the call is left behind on a daemon thread.
+            Exception: what the function raised.
+        """
+        answer = self._worker.start(function)
+        try:
+            result, error = answer.get(timeout=seconds)
+        except queue.Empty:
+            self._worker = _Worker()
+            raise TimeoutError(f"no answer within {seconds:g} s") from None
+        if error is not None:
+            raise error
+        return result
+
+
+@dataclass
+class _Episode:
+    rollout: Rollout
+    environment: Environment
+    seed: tuple[int, ...]
+    started: float
+    sampled: int = 0
+
+
+class AgentLoop:
+    """Plays tasks with a policy through an engine.
+
+    Args:
+        chat: messages to ids and back.
+        engine: samples turns.
+        environment: makes one environment per rollout.
+        budgets: limits of a rollout.
+        sampling: how tokens are drawn.
+        success_threshold: reward from which a rollout counts as solved, where the environment does not say.
+        on_progress: called with (finished rollouts, all rollouts, sampled tokens) now and then.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        engine: GenerationEngine,
+        environment: Callable[[], Environment],
+        budgets: Budgets,
+        sampling: Sampling,
+        success_threshold: float = 1.0,
+        on_progress: Callable[[int, int, int], None] = lambda *_: None,
+    ):
+        self.chat = chat
+        self.engine = engine
+        self.environment = environment
+        self.budgets = budgets
+        self.sampling = sampling
+        self.success_threshold = success_threshold
+        self.on_progress = on_progress
+        self._call = DeadlineRunner()
+
+    def run(
+        self, model: Any, jobs: list[tuple[Task, tuple[int, ...]]], *, policy_version: int
+    ) -> tuple[list[Rollout], Counter]:
+        """Play one rollout per job.
+
+        Args:
+            model: the policy; used in eval mode.
+            jobs: (task, seed) pairs; the seed decides everything random in that rollout.
+            policy_version: recorded on the rollouts.
+
+        Returns:
+            The rollouts in the order of the jobs, and counts of their statuses. Failures are recorded, never raised.
+        """
+        training = model.training
+        model.eval()
+        self.engine.begin(model, self.sampling, self.chat.stop_ids)
+        episodes = []
+        try:
+            for key, (task, seed) in enumerate(jobs):
+                episodes.append(self._open(key, task, seed, policy_version))
+            tokens, finished = 0, sum(e.rollout.status != "done" for e in episodes)
+            while turns := self.engine.poll():
+                for turn in turns:
+                    tokens += len(turn.ids)
+                    if self._advance(turn.key, episodes[turn.key], turn):
+                        finished += 1
+                        self.engine.release(turn.key)
+                self.on_progress(finished, len(jobs), tokens)
+        finally:
+            self.engine.end()
+            model.train(training)
+            for episode in episodes:
+                self._close(episode)
+        return [e.rollout for e in episodes], Counter(e.rollout.status for e in episodes)
+
+    def _open(self, key: int, task: Task, seed: tuple[int, ...], version: int) -> _Episode:
+        rollout = Rollout(task, list(task.messages), policy_version=version)
+        episode = _Episode(rollout, _Unmade(), seed, time.monotonic())
+
+        def make() -> list[Message]:
+            episode.environment = self.environment()
+            return episode.environment.reset(task, seed=hash(seed) & 0x7FFFFFFF)
+
+        opening = self._guard(episode, make)
+        if rollout.error is None:
+            rollout.messages += opening
+            prompt = self.chat.prompt(rollout.messages, task.tools)
+            rollout.prompt_length = len(prompt)
+            rollout.add_context(prompt)
+            self._request(key, episode, "prompt_too_long")
+        return episode
+
+    def _guard(self, episode: _Episode, function: Callable[[], Any]) -> Any:
+        """Call the environment; a failure ends the rollout."""
+        rollout = episode.rollout
+        try:
+            return self._call(function, self.budgets.step_seconds)
+        except TimeoutError as error:
+            rollout.status, rollout.error = "environment_timeout", str(error)
+        except Exception as error:
+            rollout.status, rollout.error = "environment_error", f"{type(error).__name__}: {error}"
+        return None
+
+    def _request(self, key: int, episode: _Episode, otherwise: Status) -> bool:
+        """Ask for the next turn, or end the rollout where the budgets leave no room. Returns whether it asked."""
+        budgets, rollout = self.budgets, episode.rollout
+        room = min(
+            budgets.tokens - episode.sampled,
+            budgets.context - len(rollout.tokens),
+            budgets.turn_tokens or budgets.tokens,
+        )
+        late = budgets.seconds is not None and time.monotonic() - episode.started > budgets.seconds
+        if room < 1 or late or rollout.turns >= budgets.turns:
+            rollout.status = otherwise
+            if otherwise == "prompt_too_long":
+                rollout.error = f"the prompt has {len(rollout.tokens)} tokens, the context {budgets.context}"
+            return False
+        self.engine.submit(TurnRequest(key, list(rollout.tokens), room, (*episode.seed, rollout.turns)))
+        return True
+
+    def _advance(self, key: int, episode: _Episode, turn: SampledTurn) -> bool:
+        """Take a turn in, let the environment answer, and ask for the next one. Returns whether the rollout is over."""
+        rollout = episode.rollout
+        rollout.add_turn(turn)
+        episode.sampled += len(turn.ids)
+        if turn.stopped and len(turn.ids) == 1:
+            rollout.messages.append({"role": "assistant", "content": ""})
+            rollout.status = "empty_response"
+            return True
+        try:
+            message = self.chat.parse(turn.ids, rollout.task.tools)
+        except ToolCallError as error:
+            rollout.messages.append({"role": "assistant", "content": self.chat.text(turn.ids)})
+            rollout.status, rollout.error = "invalid_tool_call", str(error)
+            return True
+        rollout.messages.append(message)
+        if not turn.stopped and message.get("tool_calls"):
+            rollout.status = "truncated"  # half a call is not carried out
+            return True
+        step = self._guard(episode, lambda: episode.environment.step(message))
+        if rollout.error is not None:
+            return True
+        if not self._score(rollout, step):
+            return True
+        rollout.messages += step.messages
+        if step.done or step.truncated or not turn.stopped or not step.messages:
+            rollout.status = "truncated" if step.truncated or not (turn.stopped or step.done) else "done"
+            return True
+        rollout.add_context(self.chat.continuation(step.messages))
+        return not self._request(key, episode, "truncated")
+
+    def _score(self, rollout: Rollout, step: Step) -> bool:
+        """Add a step's reward. Returns whether it is one."""
+        try:
+            parts = step.info.get("reward_parts", {}).values() if isinstance(step, Step) else ()
+            valid = isinstance(step, Step) and math.isfinite(step.reward) and all(map(math.isfinite, parts))
+        except (TypeError, AttributeError):
+            valid = False
+        if not valid:
+            rollout.status = "invalid_reward"
+            given = f"reward {step.reward!r}" if isinstance(step, Step) else f"{type(step).__name__} in place of a Step"
+            rollout.error = f"task {rollout.task.id}: the environment gave {given}"
+            return False
+        rollout.reward += float(step.reward)
+        for name, value in step.info.get("reward_parts", {}).items():
+            rollout.reward_parts[name] = rollout.reward_parts.get(name, 0.0) + float(value)
+        rollout.success = bool(step.info.get("success", rollout.reward >= self.success_threshold))
+        return True
+
+    def _close(self, episode: _Episode) -> None:
+        if not isinstance(episode.environment, _Unmade):
+            status, error = episode.rollout.status, episode.rollout.error
+            self._guard(episode, episode.environment.close)
+            if error is not None:  # the first failure is the one to tell
+                episode.rollout.status, episode.rollout.error = status, error
+
+
+class _Unmade(Environment):
+    """Stands for an environment whose constructor has not returned."""
+
+    def step(self, message: Message) -> Step:
+        raise NotImplementedError
