@@ -1,0 +1,139 @@
+"""The generation callback: engine, environments and agent loop, tied to the policy and the data module."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+
+from gear_lightning.data import RolloutDataModule, RolloutGenerator
+from gear_lightning.engines import CachedEngine, GenerationEngine, Sampling
+from gear_lightning.environments.base import Environment, Task
+from gear_lightning.environments.single_turn import SingleTurn
+from gear_lightning.errors import UserError
+from gear_lightning.module import GearModule
+from gear_lightning.rollout import AgentLoop, Budgets, Rollout
+
+EnvironmentFactory = Callable[[], Environment]
+
+
+class GenerationCallback(L.Callback, RolloutGenerator):
+    """Makes rollouts for the data module, with the policy's newest weights.
+
+    Args:
+        environment: what plays and scores the tasks; one instance per rollout.
+        engine: what samples the policy's turns.
+        sampling: how tokens are drawn in training.
+        val_sampling: how tokens are drawn in evaluation. Null: as in training.
+        budgets: limits of one rollout.
+        success_threshold: reward from which a rollout counts as solved, where the environment does not say.
+    """
+
+    def __init__(
+        self,
+        environment: EnvironmentFactory = SingleTurn,
+        engine: GenerationEngine = CachedEngine(),
+        sampling: Sampling = Sampling(),
+        val_sampling: Sampling | None = None,
+        budgets: Budgets = Budgets(),
+        success_threshold: float = 1.0,
+    ):
+        if sampling.temperature == 0:
+            raise UserError("generation.sampling.temperature=0 gives a group of equal rollouts; use it in val_sampling")
+        self.environment = environment
+        self.engine = engine
+        self.sampling = sampling
+        self.val_sampling = val_sampling or sampling
+        self.budgets = budgets
+        self.success_threshold = success_threshold
+        self.listeners: list[Callable[[str, int, int, int], None]] = []  # (stage, finished, rollouts, tokens)
+        self._module: GearModule | None = None
+        self._trainer: L.Trainer | None = None
+
+    @property
+    def temperature(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.sampling.scoring_temperature
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if not isinstance(data, RolloutDataModule) or not isinstance(pl_module, GearModule):
+            raise UserError("GenerationCallback works with a GearModule and a RolloutDataModule")
+        first = self._module is None
+        self._module, self._trainer = pl_module, trainer
+        data.generator = self
+        if first:
+            data.check_tasks()
+
+    def generate(self, jobs: list[tuple[Task, tuple[int, ...]]], stage: str) -> list[Rollout]:
+        assert self._module is not None
+        assert self._trainer is not None
+        loop = AgentLoop(
+            self._module.chat_format,
+            self.engine,
+            self.environment,
+            self.budgets,
+            self.sampling if stage == "fit" else self.val_sampling,
+            self.success_threshold,
+            partial(self._report, stage),
+        )
+        with torch.autocast("cpu", enabled=False):
+            rollouts, _ = loop.run(self._module.policy, jobs, policy_version=self._trainer.global_step)
+        return rollouts
+
+    def _report(self, stage: str, finished: int, rollouts: int, tokens: int) -> None:
+        for listen in self.listeners:
+            listen(stage, finished, rollouts, tokens)
+
+    def teacher_prompt(self, task: Task, rollout: Rollout) -> tuple[list[int], bool]:
+        assert self._module is not None
+        opening = rollout.messages[: len(task.messages)]
+        return self._module.privileged_prompt(task, opening)
+
+    def check_task(self, task: Task) -> None:
+        assert self._module is not None
+        chat = self._module.chat_format
+        if self._module.credit.needs_teacher and task.reference is None:
+            raise UserError(
+                f"task {task.id} has no reference, and {type(self._module.credit).__name__} needs one for its teacher; "
+                "add a reference, or use model.credit=Uniform"
+            )
+        if task.tools:
+            chat.check_tools()
+        length = len(chat.prompt(task.messages, task.tools))
+        if length >= self.budgets.context:
+            raise UserError(
+                f"task {task.id}: its prompt has {length} tokens, generation.budgets.context={self.budgets.context}"
+            )
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        stats = data.stats
+
+        def log(name: str, values: list | float, weight: int | None = None) -> None:
+            mean = sum(values) / max(len(values), 1) if isinstance(values, list) else values
+            weight = len(values) if isinstance(values, list) else weight or 1
+            pl_module.log(name, float(mean), batch_size=weight, sync_dist=True, prog_bar=name == "train/reward")
+
+        log("train/reward", stats.rewards)
+        log("train/success", [float(s) for s in stats.successes])
+        log("train/response_tokens", stats.lengths)
+        log("train/turns", stats.turns)
+        log("train/zero_spread_groups", stats.zero_spread / max(stats.groups, 1), stats.groups)
+        log("teacher/overlong", float(stats.overlong))
+        log("time/rollout_s", stats.seconds)
+        log("perf/rollout_tokens_per_s", stats.tokens / max(stats.seconds, 1e-9))
+        total = sum(stats.statuses.values())
+        for status in STATUSES:
+            log(f"rollouts/{status}", stats.statuses[status] / max(total, 1), total)
+
+
+STATUSES = (
+    "truncated",
+    "invalid_tool_call",
+    "empty_response",
+    "prompt_too_long",
+    "environment_error",
+    "environment_timeout",
+    "invalid_reward",
+)

@@ -1,0 +1,56 @@
+"""Watches for runs that cannot learn, and says what to do."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from gear_lightning.errors import UserError
+
+ADVICE = (
+    "Every rollout of a task gets the same reward, so there is nothing to learn from. Make the tasks easier or harder, "
+    "raise data.group_size or generation.sampling.temperature, warm-start the policy (warm_start), or look at "
+    "`gear-lightning credit RUN --list` for what the policy does."
+)
+
+
+class Health(L.Callback):
+    """Warns, then stops, when no group has any spread of rewards for many iterations in a row.
+
+    Also stops on a loss that is not a number.
+
+    Args:
+        warn_after: iterations without spread until a warning.
+        stop_after: iterations without spread until the run stops.
+    """
+
+    def __init__(self, warn_after: int = 5, stop_after: int = 20):
+        self.warn_after = warn_after
+        self.stop_after = stop_after
+        self._barren = 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not torch.isfinite(outputs["loss"]):
+            raise UserError(
+                f"the loss is {outputs['loss'].item()} in iteration {trainer.current_epoch}; lower the learning rate, "
+                "clip gradients (trainer.gradient_clip_val) or use a wider precision"
+            )
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        stats = trainer.datamodule.stats  # pyright: ignore[reportAttributeAccessIssue]
+        counts = torch.tensor(stats.groups - stats.zero_spread, device=trainer.strategy.root_device)
+        with_spread = int(trainer.strategy.reduce(counts, reduce_op="sum"))
+        self._barren = 0 if with_spread else self._barren + 1
+        if self._barren == self.warn_after:
+            rank_zero_warn(f"No group has had any spread of rewards for {self._barren} iterations. {ADVICE}")
+        if self._barren >= self.stop_after:
+            raise UserError(f"no group had any spread of rewards for {self._barren} iterations. {ADVICE}")
+
+    def state_dict(self) -> dict[str, int]:
+        return {"barren": self._barren}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._barren = state_dict["barren"]

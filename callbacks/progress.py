@@ -1,0 +1,151 @@
+"""One progress bar that tells the phase: warm start, rollout, update or evaluation."""
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gear_lightning.callbacks.generation import GenerationCallback
+
+
+class PhaseProgress(ProgressBar):
+    """Shows iterations done, the phase, tokens/s of generation, the newest reward and success, and the time left.
+
+    Args:
+        every_seconds: least time between two lines where the output is not a terminal.
+    """
+
+    def __init__(self, every_seconds: float = 10.0):
+        super().__init__()
+        self.every_seconds = every_seconds
+        self._enabled = True
+        self._bar: Progress | None = None
+        self._last_line = 0.0
+        self._phase_start = 0.0
+        self._shown: dict[str, str] = {}
+        self._started_at: tuple[float, int] = (0.0, 0)
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    # -- drawing --------------------------------------------------------------------------------------------------
+
+    def _open(self, total: int | None) -> None:
+        if not self._enabled or self._bar is not None:
+            return
+        console = Console(file=sys.stderr)
+        self._bar = Progress(
+            TextColumn("{task.fields[phase]:<10}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("left {task.fields[left]}"),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            refresh_per_second=4,
+            disable=not console.is_terminal,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("", total=total or 1, phase="start", note="", left="?")
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _show(self, phase: str, completed: float, total: float, note: str, *, force: bool = False) -> None:
+        if self._bar is None or not self._enabled:
+            return
+        now = time.monotonic()
+        if not self._started_at[0]:
+            self._started_at = (now, int(completed))
+        done = completed - self._started_at[1]
+        left = _clock((now - self._started_at[0]) / done * (total - completed)) if done > 0 else "?"
+        self._bar.update(self._task, completed=completed, total=total, phase=phase, note=note, left=left)
+        quiet = self._bar.disable and (force or now - self._last_line >= self.every_seconds)
+        if quiet:  # logs of batch jobs get a line now and then
+            self._last_line = now
+            print(f"{phase:<10} {completed:.0f}/{total:.0f}  left {left}  {note}", file=sys.stderr, flush=True)
+
+    def _total(self, trainer: L.Trainer) -> float:
+        return trainer.max_epochs if (trainer.max_epochs or -1) > 0 else max(trainer.max_steps, 1)  # pyright: ignore
+
+    def _numbers(self, trainer: L.Trainer) -> str:
+        metrics = trainer.callback_metrics
+        for name, label in (("train/reward", "reward"), ("val/success", "val success"), ("warm_start/loss", "loss")):
+            if name in metrics:
+                self._shown[label] = f"{label} {float(metrics[name]):.3f}"
+        return "  ".join(self._shown.values())
+
+    # -- hooks ----------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not trainer.is_global_zero:
+            self.disable()
+        self._warm = not hasattr(pl_module, "credit")
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, GenerationCallback) and self._rolling not in callback.listeners:
+                callback.listeners.append(self._rolling)
+
+    def _rolling(self, stage: str, finished: int, rollouts: int, tokens: int) -> None:
+        if finished == 0 or self._phase_start == 0.0:
+            self._phase_start = time.monotonic()
+        rate = tokens / max(time.monotonic() - self._phase_start, 1e-6)
+        trainer = self.trainer
+        phase = "rollout" if stage == "fit" else "evaluation"
+        note = f"{finished}/{rollouts} rollouts  {rate:,.0f} tok/s  {self._numbers(trainer)}"
+        within = 0.5 * finished / max(rollouts, 1) if stage == "fit" else 0.0
+        if self._bar is not None:
+            self._show(phase, trainer.current_epoch + within, self._total(trainer), note)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._open(int(self._total(trainer)))
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._phase_start = time.monotonic()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._warm:
+            within = 0.5 + 0.5 * batch_idx / max(int(trainer.num_training_batches), 1)
+            self._show("update", trainer.current_epoch + within, self._total(trainer), self._numbers(trainer))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._warm:
+            rate = trainer.global_step * batch[0].numel() / max(time.monotonic() - self._phase_start, 1e-6)
+            note = f"{rate:,.0f} tok/s  {self._numbers(trainer)}"
+            self._show("warm start", trainer.global_step, self._total(trainer), note)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._phase_start = time.monotonic()
+        self._open(1)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        total = self._total(trainer)
+        self._show("evaluation", trainer.current_epoch, total, self._numbers(trainer), force=True)
+        if not trainer.fit_loop.epoch_progress.current.ready:
+            self._close()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._show("done", self._total(trainer), self._total(trainer), self._numbers(trainer), force=True)
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,117 @@
+"""Writes every iteration's rollouts, with the credit they were given, into the run directory."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from gear_lightning.batch import RolloutBatch
+from gear_lightning.records import FORMAT, TENSOR_KEYS, write_record
+
+
+class RolloutRecorder(L.Callback):
+    """Records rollouts under ``RUN/rollouts`` (layout: `gear_lightning.records`). Only watches.
+
+    Args:
+        every_n_iterations: record each n-th iteration.
+        keep_last: iterations to keep; older files are deleted. Null: all.
+    """
+
+    def __init__(self, every_n_iterations: int = 1, keep_last: int | None = None):
+        self.every_n_iterations = every_n_iterations
+        self.keep_last = keep_last
+        self._parts: list[dict[str, Tensor]] = []
+
+    def _wanted(self, trainer: L.Trainer) -> bool:
+        return trainer.current_epoch % self.every_n_iterations == 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            pl_module.chat_format.tokenizer.save_pretrained(Path(trainer.default_root_dir) / "tokenizer")
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._parts = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: RolloutBatch, batch_idx: int
+    ) -> None:
+        if not self._wanted(trainer) or batch.inner_epoch or not (batch.index >= 0).any():
+            return
+        policy, teacher, credit = outputs["policy"], outputs["teacher"], outputs["credit"]
+        zeros = torch.zeros_like(policy.logprobs)
+        part = {
+            **{name: getattr(batch, name) for name in BATCH_KEYS},
+            "policy_logprobs": policy.logprobs.detach(),
+            "teacher_logprobs": zeros if teacher is None else teacher.logprobs,
+            "entropy": policy.entropy,
+            **{name: getattr(credit, name) for name in ("weights", "token_advantages", "divergence", "anchor")},
+        }
+        self._parts.append({name: value.cpu() for name, value in part.items()})
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._wanted(trainer):
+            return
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        tensors = _join(self._parts)
+        index = tensors.pop("index").tolist() if self._parts else []
+        row_of = {place: row for row, place in enumerate(index)}
+        rollouts = []
+        for g, group in enumerate(data.groups):
+            for r, rollout in enumerate(group.rollouts):
+                rollouts.append(
+                    {
+                        "format": FORMAT,
+                        "iteration": trainer.current_epoch,
+                        "rank": trainer.global_rank,
+                        "row": row_of.get(g * data.group_size + r),
+                        "task_id": rollout.task.id,
+                        "group_id": group.group_id,
+                        "rollout": r,
+                        "messages": rollout.messages,
+                        "reward": rollout.reward if rollout.learnable else None,
+                        "reward_parts": rollout.reward_parts,
+                        "success": rollout.success,
+                        "status": rollout.status,
+                        "error": rollout.error,
+                        "turns": rollout.turns,
+                        "policy_version": rollout.policy_version,
+                    }
+                )
+        folder = Path(trainer.default_root_dir) / "rollouts"
+        write_record(folder, trainer.current_epoch, trainer.global_rank, rollouts, tensors)
+        if self.keep_last is not None:
+            old = trainer.current_epoch - self.keep_last * self.every_n_iterations
+            for path in folder.glob(f"iter_{old:06d}.rank_{trainer.global_rank}.*"):
+                path.unlink()
+
+
+BATCH_KEYS = (
+    "tokens",
+    "valid",
+    "action_mask",
+    "turn_ids",
+    "stop_mask",
+    "sampler_logprobs",
+    "rewards",
+    "advantages",
+    "group_ids",
+    "policy_version",
+    "index",
+)
+
+
+def _join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Concatenate micro-batches, padded to the longest row."""
+    if not parts:
+        return {name: torch.zeros(0) for name in TENSOR_KEYS}
+    width = max(part["tokens"].shape[1] for part in parts)
+
+    def pad(name: str, x: Tensor) -> Tensor:
+        if x.dim() == 1:
+            return x
+        fill = -1 if name in ("turn_ids", "anchor") else 1 if name == "weights" else 0
+        return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=fill)
+
+    return {name: torch.cat([pad(name, part[name]) for part in parts]) for name in parts[0]}

@@ -1,0 +1,59 @@
+"""The command line. Heavy imports wait until the command that needs them is known."""
+
+import os
+import sys
+
+HELP = """usage: gear-lightning COMMAND [OPTIONS]
+
+Post-train LLM agents with granularity-adaptive credit (GEAR) on PyTorch Lightning.
+
+train and evaluate (options: gear-lightning COMMAND --help)
+  fit        train:      gear-lightning fit --config configs/quickstart.yaml
+  validate   evaluate on the validation tasks
+  test       the same, logged as test/...
+  predict    write rollouts of the validation tasks
+
+look at a run
+  credit     print where the credit went, or write the HTML page:  gear-lightning credit RUN
+  export     make a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR
+"""
+LIGHTNING = ("fit", "validate", "test", "predict")
+
+
+def main() -> None:
+    """Entry point of ``gear-lightning``."""
+    args = sys.argv[1:]
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP)
+        return
+    if args[0] == "--version":
+        from . import __version__
+
+        print(__version__)
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from .errors import UserError
+
+    command, rest = args[0], args[1:]
+    try:
+        if command in LIGHTNING:
+            from .cli import main as run
+
+            run(args)
+        elif command == "credit":
+            from .credit_page import credit_command
+
+            sys.exit(credit_command(rest))
+        elif command == "export":
+            from .export import export_command
+
+            sys.exit(export_command(rest))
+        else:
+            raise UserError(f"no command {command!r}; there are {', '.join((*LIGHTNING, 'credit', 'export'))}")
+    except UserError as error:
+        print(f"gear-lightning: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""`gear-lightning fit | validate | test | predict`: LightningCLI with the pieces of this project as options."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from .callbacks.credit_map import CreditMap
+from .callbacks.generation import GenerationCallback
+from .callbacks.health import Health
+from .callbacks.progress import PhaseProgress
+from .callbacks.rollout_recorder import RolloutRecorder
+from .data import RolloutDataModule
+from .errors import UserError
+from .loggers import MetricsFile
+from .module import GearModule
+from .warm_start import WarmStart, run_warm_start
+
+
+class GearCLI(LightningCLI):
+    """LightningCLI for `GearModule` and `RolloutDataModule`, with rollouts, records and checkpoints switched on."""
+
+    def __init__(self, args: list[str] | None = None):
+        super().__init__(
+            GearModule,
+            RolloutDataModule,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "default_root_dir": "runs/default",
+                "max_epochs": 100,
+                "log_every_n_steps": 1,
+                "num_sanity_val_steps": 0,  # the evaluation before the first update takes its place
+                "use_distributed_sampler": False,
+                "enable_model_summary": False,
+            },
+            seed_everything_default=0,
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(GenerationCallback, "generation")
+        parser.add_argument("--warm_start", type=WarmStart | None, default=None, help="Supervised stage before RL.")
+        parser.add_argument(
+            "--validate_before_fit", type=bool, default=True, help="Evaluate the policy before its first update."
+        )
+        parser.add_lightning_class_args(RolloutRecorder, "recorder")
+        parser.add_lightning_class_args(CreditMap, "credit_map")
+        parser.add_lightning_class_args(Health, "health")
+        parser.add_lightning_class_args(PhaseProgress, "progress")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "iteration={epoch:05d}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.save_last": True,
+                "checkpoint.save_on_train_epoch_end": True,
+            }
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        """Where everything of this run goes."""
+        return Path(self._get(self.config_init, "trainer")["default_root_dir"])
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        run, config = self.run_dir, self._get(self.config_init, "trainer")
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            probe = run / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"trainer.default_root_dir={run} cannot be written to ({error.strerror})") from None
+        if config.get("logger") in (None, True):
+            kwargs["logger"] = [MetricsFile(str(run)), TensorBoardLogger(run, name="", version="tensorboard")]
+        checkpoint = self._get(self.config_init, "checkpoint")
+        if checkpoint.dirpath is None:
+            checkpoint.dirpath = str(run / "checkpoints")
+        return super().instantiate_trainer(**kwargs)
+
+    def _quiet_trainer(self, **kwargs: Any) -> L.Trainer:
+        """A Trainer on the same hardware for another stage, which keeps no records."""
+        again = self._get(self.parser.instantiate_classes(self.config), "trainer")
+        shared = {key: again[key] for key in ("accelerator", "strategy", "devices", "num_nodes", "precision")}
+        return L.Trainer(
+            **shared,
+            default_root_dir=self.run_dir,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=[PhaseProgress()],
+            **kwargs,
+        )
+
+    def before_fit(self) -> None:
+        config = self.config["fit"]
+        if config.get("ckpt_path") and self._has_checkpoint(config["ckpt_path"]):
+            return
+        options: WarmStart | None = self._get(self.config_init, "warm_start")
+        if options is not None:
+            trainer = self._quiet_trainer(max_steps=options.steps, max_epochs=-1, gradient_clip_val=1.0)
+            key = (config["model"]["policy"], self.model.teacher_options.template, config["trainer"]["precision"])
+            self.model.initial_weights = run_warm_start(options, self.model, trainer, key)
+        if config["validate_before_fit"] and self.datamodule.val_tasks is not None:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            self.first = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
+
+    def _has_checkpoint(self, path: str) -> bool:
+        if path != "last":
+            return True
+        return any((self.run_dir / "checkpoints").glob("last*.ckpt"))
+
+    def after_fit(self) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
+        before, after = getattr(self, "first", {}).get("val/success"), metrics.get("val/success")
+        lines = ["", f"Results are in {self.run_dir}:"]
+        if after is not None:
+            since = "" if before is None else f"{before:.3f} -> "
+            lines.append(f"  success on held-out tasks   {since}{after:.3f}")
+        lines += [
+            f"  metrics.csv                 all metrics, one row per step (also: tensorboard --logdir {self.run_dir})",
+            "  credit_map.html             where the credit went, token by token: open it in a browser",
+            "  checkpoints/last.ckpt       to go on: fit with --ckpt_path last",
+            "What to try next:",
+            f"  gear-lightning credit {self.run_dir}",
+            "  the same run with plain GRPO: add --config configs/credit/grpo.yaml",
+            f"  gear-lightning export {self.run_dir}/checkpoints/last.ckpt DIR   (a Hugging Face model directory)",
+        ]
+        print("\n".join(lines))
+
+
+def main(args: list[str]) -> None:
+    """Run a LightningCLI subcommand."""
+    import sys
+    import warnings
+
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    # processes that Lightning starts for other ranks run this same command line
+    sys.argv = [sys.argv[0], *args]
+    GearCLI()
+
+
+Command = Callable[[list[str]], int]

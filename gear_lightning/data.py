@@ -1,0 +1,383 @@
+"""Tasks in, micro-batches of rollouts out: `RolloutDataModule` and the sized stream that Lightning iterates."""
+
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+from .advantage import GRPO, GroupAdvantage, has_spread
+from .batch import RolloutBatch, RolloutRow, collate
+from .environments.base import Task, TaskSource
+from .errors import UserError
+from .resume import gather, random_state, restore_random_state
+from .rollout import Rollout, RolloutGroup
+
+ZeroSpread = Literal["keep", "drop", "resample"]
+
+
+class RolloutGenerator(ABC):
+    """Makes rollouts for the data module. `callbacks.generation.GenerationCallback` is the one in use."""
+
+    temperature: float
+
+    @abstractmethod
+    def generate(self, jobs: list[tuple[Task, tuple[int, ...]]], stage: str) -> list[Rollout]:
+        """Play one rollout per (task, seed)."""
+
+    @abstractmethod
+    def teacher_prompt(self, task: Task, rollout: Rollout) -> tuple[list[int], bool]:
+        """Ids of the privileged prompt, and whether its reference was dropped for length."""
+
+    @abstractmethod
+    def check_task(self, task: Task) -> None:
+        """Raise `UserError` where the task cannot be trained on."""
+
+
+@dataclass
+class IterationStats:
+    """What one rank's rollouts of an iteration were like, for logging."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    groups: int = 0
+    zero_spread: int = 0
+    overlong: int = 0
+    statuses: Counter = field(default_factory=Counter)
+    rewards: list[float] = field(default_factory=list)
+    successes: list[bool] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+
+
+class RolloutDataModule(L.LightningDataModule):
+    """Streams rollouts: one Lightning epoch is one RL iteration.
+
+    Args:
+        train_tasks: what the policy trains on.
+        val_tasks: what it is evaluated on. Null: no evaluation.
+        tasks_per_iteration: tasks rolled out before each update, over all processes.
+        group_size: rollouts of one task.
+        micro_batch_size: rollouts in one forward and backward pass on one process.
+        inner_epochs: optimizer steps on the same rollouts; old log-probs and credit are those of the first.
+        advantage: the group baseline.
+        zero_spread: groups whose rewards are all equal: ``keep`` them (no gradient, but their tokens count in the
+            loss's denominator), ``drop`` them (not counted), or ``resample`` other tasks in their place.
+        resample_rounds: most rounds of generation in an iteration under ``resample``.
+        val_limit: number of validation tasks.
+        val_rollouts: rollouts of each validation task.
+        eval_batch_size: rollouts that are generated together in evaluation, per process.
+        seed: of the order of tasks and of all sampling.
+    """
+
+    def __init__(
+        self,
+        train_tasks: TaskSource,
+        val_tasks: TaskSource | None = None,
+        tasks_per_iteration: int = 8,
+        group_size: int = 8,
+        micro_batch_size: int = 8,
+        inner_epochs: int = 1,
+        advantage: GroupAdvantage = GRPO(),
+        zero_spread: ZeroSpread = "keep",
+        resample_rounds: int = 4,
+        val_limit: int = 200,
+        val_rollouts: int = 1,
+        eval_batch_size: int = 128,
+        seed: int = 0,
+    ):
+        super().__init__()
+        for name in (
+            "tasks_per_iteration",
+            "group_size",
+            "micro_batch_size",
+            "inner_epochs",
+            "resample_rounds",
+            "val_limit",
+            "val_rollouts",
+            "eval_batch_size",
+        ):
+            if (value := locals()[name]) < 1:
+                raise UserError(f"data.{name}={value} must be at least 1")
+        advantage.check_group_size(group_size)
+        self.train_tasks = train_tasks
+        self.val_tasks = val_tasks
+        self.tasks_per_iteration = tasks_per_iteration
+        self.group_size = group_size
+        self.micro_batch_size = micro_batch_size
+        self.inner_epochs = inner_epochs
+        self.advantage = advantage
+        self.zero_spread = zero_spread
+        self.resample_rounds = resample_rounds
+        self.val_limit = val_limit
+        self.val_rollouts = val_rollouts
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+        self.generator: RolloutGenerator | None = None
+        self.cursor = 0  # tasks drawn so far, over all processes
+        self.groups: list[RolloutGroup] = []  # of the current iteration, on this rank
+        self.position = 0  # micro-batches of the current iteration handed out so far
+        self._restored: dict[str, Any] | None = None  # this rank's state from a checkpoint, until it is taken up
+        self.stats = IterationStats()
+
+    # -- Lightning ------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        trainer = self._trainer
+        if stage == "fit":
+            if self.tasks_per_iteration % trainer.world_size:
+                raise UserError(
+                    f"data.tasks_per_iteration={self.tasks_per_iteration} does not divide over {trainer.world_size} "
+                    "processes: all rollouts of a task stay on one"
+                )
+            if trainer.accumulate_grad_batches not in (1, self.micro_batches):
+                raise UserError(
+                    "trainer.accumulate_grad_batches follows from data.micro_batch_size; leave it out of the config"
+                )
+            trainer.accumulate_grad_batches = self.micro_batches
+
+    def train_dataloader(self) -> "RolloutStream":
+        return RolloutStream(self, "fit", self.micro_batches * self.inner_epochs)
+
+    def val_dataloader(self) -> "RolloutStream | list":
+        return self._eval_stream("validate")
+
+    def test_dataloader(self) -> "RolloutStream | list":
+        return self._eval_stream("test")
+
+    def predict_dataloader(self) -> "RolloutStream | list":
+        return self._eval_stream("predict")
+
+    def _eval_stream(self, stage: str) -> "RolloutStream | list":
+        if self.val_tasks is None:
+            return []
+        per_rank = -(-len(self._eval_jobs()) // self._trainer.world_size)
+        return RolloutStream(self, stage, max(1, -(-per_rank // self.eval_batch_size)))
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("RolloutDataModule is not attached to a Trainer")
+        return self.trainer
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one optimizer step on one process."""
+        rollouts = self.tasks_per_iteration // self._trainer.world_size * self.group_size
+        return -(-rollouts // self.micro_batch_size)
+
+    # -- tasks ----------------------------------------------------------------------------------------------------
+
+    def train_task(self, position: int) -> Task:
+        """The task at a position of the endless training order: each pass over the source in a new order."""
+        size = self.train_tasks.size
+        if size is None:
+            return self.train_tasks[position]
+        epoch, place = divmod(position, size)
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+        return self.train_tasks[int(order[place])]
+
+    def _eval_jobs(self) -> list[tuple[int, tuple[int, ...]]]:
+        assert self.val_tasks is not None
+        tasks = self.val_limit if self.val_tasks.size is None else min(self.val_limit, self.val_tasks.size)
+        return [(t, (self.seed, 1, t, r)) for t in range(tasks) for r in range(self.val_rollouts)]
+
+    def check_tasks(self) -> None:
+        """Look at the tasks before any training: all of a finite source, the first of an endless one.
+
+        Raises:
+            UserError: a task that cannot be used; names it.
+        """
+        assert self.generator is not None
+        for source, limit in ((self.train_tasks, 16), (self.val_tasks, 16)):
+            if source is None:
+                continue
+            if source.size == 0:
+                raise UserError(f"{type(source).__name__} has no tasks")
+            for index in range(limit if source.size is None else source.size):
+                self.generator.check_task(source[index])
+
+    # -- rollouts -------------------------------------------------------------------------------------------------
+
+    def _iterate(self) -> Iterator[RolloutBatch]:
+        """One RL iteration: generate, then the micro-batches of each inner epoch."""
+        assert self.generator is not None
+        first = self._take_up()
+        if first is None:
+            self._generate()
+        rows = self._rows()
+        counts = torch.tensor([sum(map(sum, (r.action_mask for r in rows))), len(rows)], device=self._device)
+        tokens, rollouts = self._trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        order = sorted(rows, key=lambda r: (len(r.tokens), r.index))  # alike lengths together: less padding
+        batches = [order[i::1][: self.micro_batch_size] for i in range(0, len(order), self.micro_batch_size)]
+        batches += [[]] * (self.micro_batches - len(batches))
+        plan = [(inner, batch) for inner in range(self.inner_epochs) for batch in batches]
+        for self.position, (inner, batch) in enumerate(plan, 1):
+            if self.position > (first or 0):
+                yield collate(
+                    batch,
+                    step_tokens=tokens,
+                    step_rollouts=rollouts,
+                    temperature=self.generator.temperature,
+                    inner_epoch=inner,
+                )
+
+    def _generate(self) -> None:
+        """Fill `groups` with this rank's rollouts of the iteration."""
+        assert self.generator is not None
+        started = time.perf_counter()
+        world, rank = self._trainer.world_size, self._trainer.global_rank
+        share = self.tasks_per_iteration // world
+        self.groups, self.stats = [], IterationStats()
+        for _ in range(self.resample_rounds if self.zero_spread == "resample" else 1):
+            first = self.cursor + rank * share
+            tasks = [(position, self.train_task(position)) for position in range(first, first + share)]
+            jobs = [(task, (self.seed, 0, position, r)) for position, task in tasks for r in range(self.group_size)]
+            rollouts = self.generator.generate(jobs, "fit")
+            for i, (position, task) in enumerate(tasks):
+                mine = rollouts[i * self.group_size : (i + 1) * self.group_size]
+                self.groups.append(RolloutGroup(task, position, mine))
+            self.cursor += self.tasks_per_iteration
+            lacking = torch.tensor(max(0, share - sum(map(_spread, self.groups))), device=self._device)
+            if not self._trainer.strategy.reduce(lacking, reduce_op="sum").item():
+                break
+        self._count(time.perf_counter() - started)
+        if self.zero_spread == "resample":  # keep the newest signal first, and never more than the micro-batches hold
+            self.groups = sorted(self.groups, key=lambda g: not _spread(g))[:share]
+
+    def _count(self, seconds: float) -> None:
+        stats = self.stats
+        stats.seconds = seconds
+        for group in self.groups:
+            stats.groups += 1
+            stats.zero_spread += not _spread(group)
+            for rollout in group.rollouts:
+                stats.statuses[rollout.status] += 1
+                stats.tokens += sum(rollout.action_mask)
+                if rollout.learnable:
+                    stats.rewards.append(rollout.reward)
+                    stats.successes.append(rollout.success)
+                    stats.lengths.append(sum(rollout.action_mask))
+                    stats.turns.append(rollout.turns)
+
+    def _rows(self) -> list[RolloutRow]:
+        """Rows of the rollouts that count in the loss, with their advantages."""
+        assert self.generator is not None
+        rows, self.stats.overlong = [], 0
+        for g, group in enumerate(self.groups):
+            if self.zero_spread != "keep" and not _spread(group):
+                continue
+            usable = [(i, r) for i, r in enumerate(group.rollouts) if r.learnable]
+            advantages = self.advantage(torch.tensor([r.reward for _, r in usable], dtype=torch.float32))
+            for (i, rollout), advantage in zip(usable, advantages.tolist(), strict=True):
+                prompt, dropped = self.generator.teacher_prompt(group.task, rollout)
+                self.stats.overlong += dropped
+                index = g * self.group_size + i
+                rows.append(make_row(rollout, prompt, advantage, group.group_id, index))
+        return rows
+
+    def _evaluate(self, stage: str) -> Iterator[RolloutBatch]:
+        assert self.generator is not None
+        assert self.val_tasks is not None
+        jobs = self._eval_jobs()[self._trainer.global_rank :: self._trainer.world_size]
+        batches = self._eval_stream(stage)
+        for start in range(0, len(batches) * self.eval_batch_size, self.eval_batch_size):
+            wanted = jobs[start : start + self.eval_batch_size]
+            rollouts = self.generator.generate([(self.val_tasks[t], seed) for t, seed in wanted], stage)
+            rows = [
+                make_row(rollout, rollout.tokens[: rollout.prompt_length] or [0], 0.0, job[0], start + i)
+                for i, (job, rollout) in enumerate(zip(wanted, rollouts, strict=True))
+            ]
+            yield collate(rows, step_tokens=1, step_rollouts=1, temperature=self.generator.temperature)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._trainer.strategy.root_device
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    @property
+    def unfinished(self) -> int:
+        """Micro-batches handed out since the last optimizer step of an iteration that is not over; 0 between steps."""
+        over = self.position >= self.micro_batches * self.inner_epochs
+        return 0 if over else self.position % self.micro_batches
+
+    def state_dict(self) -> dict[str, Any]:
+        mine: dict[str, Any] = {"random": random_state(), "position": 0, "groups": None}
+        if 0 < self.position < self.micro_batches * self.inner_epochs:
+            mine["position"] = self.position - self.unfinished
+            mine["groups"] = [
+                {"group_id": group.group_id, "rollouts": [r.state_dict() for r in group.rollouts]}
+                for group in self.groups
+            ]
+        return {"cursor": self.cursor, "ranks": gather(mine)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.cursor = state_dict["cursor"]
+        ranks, trainer = state_dict["ranks"], self._trainer
+        if len(ranks) == trainer.world_size:
+            self._restored = ranks[trainer.global_rank]
+        elif any(rank["groups"] is not None for rank in ranks):
+            raise UserError(
+                f"this checkpoint was written by {len(ranks)} processes in the middle of an iteration; resume with as "
+                f"many, or from a checkpoint between iterations (now {trainer.world_size} processes)"
+            )
+
+    def _take_up(self) -> int | None:
+        """Take up this rank's state from a checkpoint: the micro-batches that are done, None to generate afresh."""
+        state, self._restored = self._restored, None
+        if state is None:
+            return None
+        restore_random_state(state["random"])
+        if state["groups"] is None:
+            return None
+        self.groups = []
+        for group in state["groups"]:
+            rollouts = [Rollout.from_state_dict(r) for r in group["rollouts"]]
+            self.groups.append(RolloutGroup(rollouts[0].task, group["group_id"], rollouts))
+        self.stats = IterationStats()
+        self._count(0.0)
+        return state["position"]
+
+
+def _spread(group: RolloutGroup) -> bool:
+    return has_spread(torch.tensor([r.reward for r in group.rollouts if r.learnable]))
+
+
+def make_row(rollout: Rollout, teacher_prompt: list[int], advantage: float, group_id: int, index: int) -> RolloutRow:
+    """A rollout as a row of a batch."""
+    return RolloutRow(
+        tokens=rollout.tokens or [0],
+        action_mask=rollout.action_mask or [False],
+        turn_ids=rollout.turn_ids or [-1],
+        stop_mask=rollout.stop_mask or [False],
+        sampler_logprobs=rollout.sampler_logprobs or [0.0],
+        prompt_length=rollout.prompt_length,
+        teacher_prompt=teacher_prompt,
+        reward=rollout.reward,
+        success=rollout.success and rollout.learnable,
+        advantage=advantage,
+        group_id=group_id,
+        policy_version=rollout.policy_version,
+        index=index,
+    )
+
+
+class RolloutStream:
+    """A sized iterable of micro-batches. Its length matters: Lightning prefetches from iterables without one, and every
+    batch would come from the policy before last."""
+
+    def __init__(self, data: RolloutDataModule, stage: str, length: int):
+        self.data = data
+        self.stage = stage
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        return self.data._iterate() if self.stage == "fit" else self.data._evaluate(self.stage)

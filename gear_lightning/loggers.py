@@ -1,0 +1,74 @@
+"""The metrics file of a run."""
+
+import csv
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class MetricsFile(Logger):
+    """Writes ``metrics.csv`` into the run directory: one row per step, one column per metric, whole after every write.
+
+    A resumed run continues the file: rows of steps that are done again are replaced. (Lightning's CSVLogger deletes the
+    file of an earlier attempt.)
+
+    Args:
+        save_dir: the run directory.
+    """
+
+    def __init__(self, save_dir: str):
+        super().__init__()
+        self._path = Path(save_dir) / "metrics.csv"
+        self._rows: list[dict[str, Any]] | None = None
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def log_dir(self) -> str:
+        """Where other files of the run go."""
+        return str(self._path.parent)
+
+    @property
+    def save_dir(self) -> str:
+        return str(self._path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        metrics, step = dict(metrics), step or 0
+        if self._rows is None:
+            self._rows = [row for row in self._read() if int(row["step"]) < step]
+        if not self._rows or int(self._rows[-1]["step"]) != step:
+            self._rows.append({"step": step})
+        self._rows[-1].update(metrics)
+        self._write()
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        with self._path.open(newline="") as file:
+            return [{k: v for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(file)]
+
+    def _write(self) -> None:
+        assert self._rows is not None
+        columns = sorted({key for row in self._rows for key in row} - {"step", "epoch"})
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["step", "epoch", *columns], restval="")
+            writer.writeheader()
+            writer.writerows(self._rows)
+        os.replace(partial, self._path)

@@ -1,0 +1,292 @@
+"""The LightningModule: policy, teacher, credit and loss."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from .batch import Credit, RolloutBatch, TokenStats
+from .chat import Chat, ChatOptions
+from .credit import GEAR, CreditAssigner, Evidence
+from .environments.base import Message, Task
+from .errors import UserError
+from .loss import ClippedSurrogate, PolicyLoss
+from .metrics import Quantile
+from .models import PolicySource
+from .resume import gather, rewind
+from .teacher import Teacher, TeacherOptions, privileged_prompt
+from .token_stats import check_head, token_stats
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    """The default optimizer: AdamW, learning rate 1e-6, no weight decay."""
+    return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
+
+
+class GearModule(L.LightningModule):
+    """Trains a policy on rollouts, with credit assigned token by token.
+
+    Args:
+        policy: where the starting weights and the tokenizer come from.
+        credit: how a rollout's advantage is spread over its tokens.
+        objective: the policy loss.
+        teacher: what scores rollouts for the credit rule, and what it sees.
+        chat: how messages become text.
+        optimizer: of the policy's parameters.
+        lr_scheduler: stepped after every optimizer step. Null: constant learning rate.
+    """
+
+    def __init__(
+        self,
+        policy: PolicySource,
+        credit: CreditAssigner = GEAR(),
+        objective: PolicyLoss = ClippedSurrogate(),
+        teacher: TeacherOptions = TeacherOptions(),
+        chat: ChatOptions = ChatOptions(),
+        optimizer: OptimizerCallable = adamw,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ):
+        super().__init__()
+        self.source = policy
+        self.credit = credit
+        self.objective = objective
+        self.teacher_options = teacher
+        self.chat_options = chat
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.initial_weights: Path | None = None  # a model directory to start from in place of the source's weights
+        self.policy: Any = None
+        self.teacher: Teacher | None = None
+        self._chat: Chat | None = None
+        self._frozen: dict[tuple[int, ...], tuple[Tensor, TokenStats | None, Credit]] = {}
+        self.divergence_p95 = Quantile(0.95)
+        self.val_success, self.val_reward, self.val_turns, self.val_tokens = (MeanMetric() for _ in range(4))
+
+    # -- models ---------------------------------------------------------------------------------------------------
+
+    @property
+    def chat_format(self) -> Chat:
+        """Tokenizer and chat template of the policy."""
+        if self._chat is None:
+            self._chat = Chat(self.source.tokenizer(), self.chat_options)
+        return self._chat
+
+    def configure_model(self) -> None:
+        if self.policy is not None:  # Lightning calls this for every stage
+            return
+        self.policy = self.source.model()
+        if self.initial_weights is not None:
+            from safetensors.torch import load_model
+
+            load_model(self.policy, self.initial_weights / "model.safetensors")
+        check_head(self.policy)
+        self.policy.train()
+        if self.credit.needs_teacher:
+            low = self.trainer.precision in ("bf16-true", "16-true")
+            self.teacher = Teacher(self.policy, self.teacher_options, low_precision=low)
+
+    def privileged_prompt(self, task: Task, opening: list[Message]) -> tuple[list[int], bool]:
+        """Ids of what the teacher sees before the response, and whether the reference was dropped for length."""
+        if not self.credit.needs_teacher:
+            return self.chat_format.prompt(opening, task.tools), False
+        return privileged_prompt(task, opening, self.chat_format, self.teacher_options)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.policy.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
+        policy = token_stats(
+            self.policy,
+            batch.tokens,
+            batch.valid,
+            batch.action_mask,
+            temperature=batch.temperature,
+            top_k=self.credit.top_k,
+        )
+        old_logprobs, teacher, credit = self._freeze(batch, policy)
+        terms = self.objective(
+            policy.logprobs,
+            old_logprobs,
+            credit.token_advantages,
+            batch.action_mask,
+            step_tokens=batch.step_tokens,
+            step_rollouts=batch.step_rollouts,
+        )
+        self._log_step(batch, policy, teacher, credit, terms.clipped)
+        # Lightning divides by the micro-batches of a step, and the strategy averages over ranks: undo both
+        loss = terms.loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return {"loss": loss, "credit": credit, "policy": policy, "teacher": teacher}
+
+    @torch.no_grad()
+    def _freeze(self, batch: RolloutBatch, policy: TokenStats) -> tuple[Tensor, TokenStats | None, Credit]:
+        """Old log-probs, teacher stats and credit: fixed when a rollout is first scored, reused by later epochs."""
+        key = tuple(batch.index.tolist())
+        if batch.inner_epoch:
+            return self._frozen[key]
+        teacher = None
+        if self.teacher is not None:
+            teacher = self.teacher.score(self.policy, batch, batch.action_mask, policy.top_ids)
+        frozen = policy.logprobs.detach(), teacher, self.credit(Evidence.of(batch, policy, teacher))
+        self._frozen[key] = frozen
+        return frozen
+
+    def on_train_epoch_start(self) -> None:
+        self._frozen.clear()
+
+    def _log_position(self) -> None:
+        """Put metrics at the number of optimizer steps taken, so that 0 is the policy before its first update."""
+        self.log("step", float(self.global_step), batch_size=1)
+
+    on_train_epoch_end = on_validation_epoch_end = on_test_epoch_end = _log_position
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # here and not in on_train_batch_end: callbacks that save a checkpoint run before the module's own hook
+        if self.teacher is not None:
+            self.teacher.update(self.policy)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads), on_step=False, on_epoch=True, batch_size=1)
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def _fresh_metrics(self) -> None:
+        # metrics last used under inference mode (trainer.validate) could not be updated outside of it
+        for metric in (self.val_success, self.val_reward, self.val_turns, self.val_tokens):
+            metric.reset()
+
+    on_validation_epoch_start = on_test_epoch_start = _fresh_metrics
+
+    def validation_step(self, batch: RolloutBatch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: RolloutBatch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: RolloutBatch, batch_idx: int) -> RolloutBatch:
+        return batch
+
+    def _evaluate(self, batch: RolloutBatch, stage: str) -> None:
+        real = batch.index >= 0
+        if not real.any():
+            return
+        values = {
+            "success": (self.val_success, batch.success.float()),
+            "reward": (self.val_reward, batch.rewards),
+            "turns": (self.val_turns, (batch.turn_ids.amax(-1) + 1).float()),
+            "response_tokens": (self.val_tokens, batch.action_mask.sum(-1).float()),
+        }
+        for name, (metric, value) in values.items():
+            metric.update(value[real])
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "success")
+
+    # -- logging --------------------------------------------------------------------------------------------------
+
+    def _log_step(
+        self, batch: RolloutBatch, policy: TokenStats, teacher: TokenStats | None, credit: Credit, clipped: Tensor
+    ) -> None:
+        mask = batch.action_mask
+        tokens = int(mask.sum())
+        rollouts = int((batch.index >= 0).sum())
+
+        def per_token(name: str, total: Tensor) -> None:
+            self._log(name, total.float() / max(tokens, 1), tokens)
+
+        per_token("train/entropy", policy.entropy.sum())
+        per_token("train/clip_fraction", clipped)
+        per_token(
+            "train/sampler_gap", torch.where(mask, policy.logprobs.detach() - batch.sampler_logprobs, 0).abs().sum()
+        )
+        if batch.inner_epoch or not self.credit.needs_teacher:
+            return
+        anchors = (credit.anchor >= 0) & (credit.anchor == torch.arange(mask.shape[1], device=mask.device))
+        per_token("credit/segment_token_fraction", (credit.anchor >= 0).sum())
+        per_token("credit/weight_clip_fraction", self._at_limit(credit.weights, mask))
+        per_token("credit/weight_deviation", (credit.weights - 1).abs().sum())
+        self._log("credit/segments_per_rollout", anchors.sum().float() / max(rollouts, 1), rollouts)
+        if teacher is not None:
+            per_token("teacher/student_gap", torch.where(mask, teacher.logprobs - policy.logprobs.detach(), 0).sum())
+        self.divergence_p95.update(credit.divergence[mask])
+        self.log("credit/divergence_p95", self.divergence_p95, on_step=False, on_epoch=True)
+
+    def _at_limit(self, weights: Tensor, mask: Tensor) -> Tensor:
+        """Tokens whose weight is the smallest or largest of a rollout in which several share it: the clip's work."""
+        clip = getattr(self.credit, "clip", None)
+        if clip is None or clip == 0:
+            return torch.zeros((), device=weights.device)
+        # after normalisation the bounds are (1 - clip) / mean and (1 + clip) / mean of the rollout: test their ratio
+        high = torch.where(mask, weights, 0).amax(-1, keepdim=True)
+        low = torch.where(mask, weights, torch.inf).amin(-1, keepdim=True)
+        ratio = (1 + clip) / (1 - clip) if clip < 1 else torch.inf
+        both = high / low.clamp_min(1e-12) >= ratio * (1 - 1e-4)
+        return (mask & both & ((weights == high) | (weights == low))).sum()
+
+    def _log(self, name: str, value: Tensor, weight: int) -> None:
+        self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["policy_files"] = self.policy_files()
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if data is None:
+            return
+        if data.unfinished:
+            rewind(checkpoint, data.unfinished)
+        if data.inner_epochs > 1 and data.position:
+            checkpoint["frozen"] = gather([_plain(key, *values) for key, values in self._frozen.items()])
+
+    def policy_files(self) -> dict[str, Tensor]:
+        """The policy's configuration, tokenizer and chat template as files: all that export needs beside the weights.
+
+        Returns:
+            File name -> bytes, as uint8.
+        """
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.policy.config.save_pretrained(folder)
+            if getattr(self.policy, "generation_config", None) is not None:
+                self.policy.generation_config.save_pretrained(folder)
+            self.chat_format.tokenizer.save_pretrained(folder)
+            files = sorted(p for p in Path(folder).iterdir() if p.is_file())
+            return {p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8) for p in files}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        had = any(key.startswith("teacher.model.") for key in checkpoint["state_dict"])
+        wants = self.credit.needs_teacher and self.teacher_options.weights != "live"
+        if wants and not had:
+            raise UserError(
+                "this checkpoint holds no teacher; resume with the credit rule and teacher it was made with"
+            )
+        ranks = checkpoint.get("frozen", [])
+        if len(ranks) == self.trainer.world_size:
+            self._frozen = {
+                tuple(item["key"]): (
+                    item["old_logprobs"],
+                    None if item["teacher"] is None else TokenStats(**item["teacher"]),
+                    Credit(**item["credit"]),
+                )
+                for item in ranks[self.trainer.global_rank]
+            }
+
+
+def _plain(key: tuple[int, ...], old_logprobs: Tensor, teacher: TokenStats | None, credit: Credit) -> dict[str, Any]:
+    """Frozen evidence of one micro-batch as plain data."""
+    return {
+        "key": list(key),
+        "old_logprobs": old_logprobs,
+        "teacher": None if teacher is None else dict(vars(teacher)),
+        "credit": dict(vars(credit)),
+    }

@@ -1,0 +1,60 @@
+"""What an exact resume needs beyond Lightning's own checkpoint: state that differs from rank to rank.
+
+Lightning writes rank 0's state only and no random state. Everything here is plain data and tensors, so that checkpoints
+load with ``weights_only=True``.
+"""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def gather(state: Any) -> list[Any]:
+    """Every rank's state, in order of rank. All ranks must call it."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return [state]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, state)
+    return gathered
+
+
+def random_state() -> dict[str, Any]:
+    """State of Python's, NumPy's and torch's generators."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Inverse of `random_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def rewind(checkpoint: dict[str, Any], batches: int) -> None:
+    """Move a checkpoint's place in the epoch back by ``batches`` micro-batches, to where an optimizer step begins.
+
+    The gradients of a half-finished accumulation are in no checkpoint; its micro-batches are trained on again.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for scope in ("current", "total"):
+        counts = progress[scope]
+        start = counts["ready"] - batches
+        counts.update(ready=start, started=start, processed=start, completed=start)
+    progress["is_last_batch"] = False

@@ -1,0 +1,170 @@
+"""The teacher: the policy's own weights (live, frozen or averaged), shown a prompt that also holds the reference."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from .batch import RolloutBatch, TokenStats
+from .chat import Chat
+from .environments.base import Message, Task
+from .errors import UserError
+from .token_stats import token_stats
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """What the teacher is and what it sees.
+
+    Args:
+        weights: ``ema`` of the policy's weights, ``live`` (the policy itself), or ``frozen`` at the start of training.
+        rate: of the average: after each optimizer step, teacher = (1 - rate) teacher + rate policy. Only for ``ema``.
+        template: privileged text, appended to the task's last user message; ``{reference}`` stands for the reference.
+        max_prompt: longest privileged prompt, tokens. The question is never cut.
+        overlong: what happens to a longer one: ``drop`` the reference for that rollout (its weights become 1, and
+            ``teacher/overlong`` counts it), or stop with an ``error``.
+    """
+
+    weights: Literal["ema", "live", "frozen"] = "ema"
+    rate: float = 0.05
+    template: str = (
+        "\n\nHere is a correct reference solution:\n{reference}\n\nNow solve the problem yourself, in your own words."
+    )
+    max_prompt: int = 4096
+    overlong: Literal["drop", "error"] = "drop"
+
+    def __post_init__(self):
+        if not 0 < self.rate <= 1:
+            raise UserError(f"teacher.rate={self.rate} must lie in (0, 1]")
+        if "{reference}" not in self.template:
+            raise UserError("teacher.template must contain {reference}")
+
+
+def privileged_prompt(
+    task: Task, opening: list[Message], chat: Chat, options: TeacherOptions
+) -> tuple[list[int], bool]:
+    """Ids of the prompt with the reference in it. The only reader of ``Task.reference``.
+
+    Args:
+        task: its reference is shown; without one the policy's own prompt comes back.
+        opening: the messages that the policy's rollout began with.
+        chat: messages to ids.
+        options: template and length policy.
+
+    Returns:
+        The ids, and whether the reference was dropped for length.
+
+    Raises:
+        UserError: too long, under ``overlong=error``.
+    """
+    plain = chat.prompt(opening, task.tools)
+    if task.reference is None:
+        return plain, False
+    text = task.reference if isinstance(task.reference, str) else "\n".join(map(_line, task.reference))
+    last = max((i for i, m in enumerate(opening) if m["role"] == "user"), default=len(opening) - 1)
+    hinted = dict(opening[last], content=opening[last]["content"] + options.template.replace("{reference}", text))
+    ids = chat.prompt([*opening[:last], hinted, *opening[last + 1 :]], task.tools)
+    if len(ids) <= options.max_prompt:
+        return ids, False
+    if options.overlong == "error":
+        raise UserError(f"task {task.id}: its privileged prompt has {len(ids)} tokens, max_prompt={options.max_prompt}")
+    return plain, True
+
+
+def _line(message: Message) -> str:
+    calls = [f"{c['function']['name']}({c['function']['arguments']})" for c in message.get("tool_calls") or []]
+    return " ".join([f"{message['role']}:", message.get("content") or "", *calls]).strip()
+
+
+class _Shadow(nn.Module):
+    """Float32 copies of parameters, which stay float32 when the module around them changes its precision."""
+
+    def __init__(self, parameters: list[Tensor]):
+        super().__init__()
+        self.values = nn.ParameterList([nn.Parameter(p.detach().float(), requires_grad=False) for p in parameters])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class Teacher(nn.Module):
+    """Holds the teacher's weights and scores rollouts with them.
+
+    Args:
+        policy: the model at the start of training.
+        options: see `TeacherOptions`.
+        low_precision: the policy will be cast below float32; then the average is kept in float32 beside the copy that
+            scores, for a bfloat16 average stops moving.
+    """
+
+    def __init__(self, policy: nn.Module, options: TeacherOptions, *, low_precision: bool = False):
+        super().__init__()
+        self.options = options
+        self.model = None
+        self.shadow = None
+        if options.weights != "live":
+            self.model = copy.deepcopy(policy).requires_grad_(False).eval()
+        if options.weights == "ema" and low_precision:
+            self.shadow = _Shadow(list(policy.parameters()))
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """The teacher never trains: no dropout."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def update(self, policy: nn.Module) -> None:
+        """Follow the policy after an optimizer step."""
+        if self.options.weights != "ema":
+            return
+        assert self.model is not None
+        averages = self.model.parameters() if self.shadow is None else self.shadow.values
+        for scoring, average, new in zip(self.model.parameters(), averages, policy.parameters(), strict=True):
+            average.lerp_(new.to(average.dtype), self.options.rate)
+            if scoring is not average:
+                scoring.copy_(average)
+
+    @torch.no_grad()
+    def score(
+        self, policy: nn.Module, batch: RolloutBatch, wanted: Bool[Tensor, "batch seq"], top_ids: Tensor | None = None
+    ) -> TokenStats:
+        """Stats of the wanted tokens in the teacher's view, put back at the policy's positions."""
+        model = policy if self.model is None else self.model
+        where = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) + batch.teacher_offset[:, None]
+        where = where.clamp(0, batch.teacher_tokens.shape[1] - 1)
+
+        def there(x: Tensor) -> Tensor:  # to the teacher's columns
+            out = x.new_zeros((*batch.teacher_tokens.shape, *x.shape[2:]))
+            row, column = wanted.nonzero(as_tuple=True)
+            out[row, where[row, column]] = x[row, column]
+            return out
+
+        training = model.training
+        model.eval()
+        stats = token_stats(
+            model,
+            batch.teacher_tokens,
+            batch.teacher_valid,
+            there(wanted),
+            temperature=batch.temperature,
+            top_ids=None if top_ids is None else there(top_ids),
+        )
+        model.train(training)
+
+        def back(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            index = where.reshape(*where.shape, *([1] * (x.dim() - 2))).expand(*where.shape, *x.shape[2:])
+            picked = x.gather(1, index)
+            return torch.where(wanted.reshape(*wanted.shape, *([1] * (x.dim() - 2))), picked, 0)
+
+        logprobs, entropy = back(stats.logprobs), back(stats.entropy)
+        assert logprobs is not None
+        assert entropy is not None
+        return TokenStats(logprobs, entropy, back(stats.top_ids), back(stats.top_logprobs))

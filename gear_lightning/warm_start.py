@@ -1,0 +1,150 @@
+"""The supervised warm start: teaches a policy from demonstrations until its groups of rollouts have spread."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from .batch import RolloutRow, collate
+from .chat import Chat
+from .environments.base import Demonstration, Demonstrations
+from .errors import UserError
+from .models import build_once, cache_dir
+from .module import GearModule
+from .teacher import TeacherOptions, privileged_prompt
+from .token_stats import token_stats
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Supervised fine-tuning on demonstrations before RL. The result is cached under the settings that made it.
+
+    Args:
+        demonstrations: what to learn from.
+        steps: optimizer steps.
+        batch_size: demonstrations in a step, over all processes.
+        learning_rate: highest learning rate of AdamW.
+        warmup_steps: steps of linear warm-up; a cosine decay to zero follows.
+        max_length: longer demonstrations are skipped, tokens.
+        reuse: take the result of an earlier run with the same settings, model and code version.
+    """
+
+    demonstrations: Demonstrations
+    steps: int = 600
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    max_length: int = 1024
+    reuse: bool = True
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "max_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"warm_start.{name}={getattr(self, name)} must be at least 1")
+
+
+def encode(item: Demonstration, chat: Chat, teacher: TeacherOptions) -> tuple[list[int], list[bool]]:
+    """Ids of a demonstration, and which of them are learned: what the policy would have sampled."""
+    if item.privileged:
+        ids, _ = privileged_prompt(item.task, item.task.messages, chat, teacher)
+    else:
+        ids = chat.prompt(item.task.messages, item.task.tools)
+    ids, learned = list(ids), [False] * len(ids)
+    between: list[Any] = []
+    for place, message in enumerate(item.messages):
+        if message["role"] != "assistant":
+            between.append(message)
+            continue
+        if between:
+            context = chat.continuation(between)
+            ids, learned, between = ids + context, learned + [False] * len(context), []
+        turn = chat.write(message)
+        ids, learned = ids + turn, learned + [place not in item.unlearned] * len(turn)
+    return ids, learned
+
+
+class _Batches(torch.utils.data.IterableDataset):
+    """This rank's share of each step's demonstrations, encoded."""
+
+    def __init__(self, options: WarmStart, chat: Chat, teacher: TeacherOptions, trainer: L.Trainer):
+        self.options, self.chat, self.teacher, self.trainer = options, chat, teacher, trainer
+
+    def __len__(self) -> int:
+        return self.options.steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        world, rank, size = self.trainer.world_size, self.trainer.global_rank, self.options.batch_size
+        for step in range(self.options.steps):
+            rows = [self._row(step * size + place) for place in range(size)]
+            total = sum(sum(r.action_mask) for r in rows)
+            batch = collate(rows[rank::world], step_tokens=total, step_rollouts=size, temperature=1.0)
+            yield batch.tokens, batch.valid, batch.action_mask, batch.step_tokens
+
+    def _row(self, index: int) -> RolloutRow:
+        stride = self.options.steps * self.options.batch_size
+        for attempt in range(100):
+            ids, learned = encode(self.options.demonstrations[index + attempt * stride], self.chat, self.teacher)
+            if len(ids) <= self.options.max_length:
+                n = len(ids)
+                return RolloutRow(ids, learned, [-1] * n, [False] * n, [0.0] * n, 1, [0], 0.0, False, 0.0, -1, 0, index)
+        raise UserError(f"warm_start.max_length={self.options.max_length}: 100 demonstrations in a row are longer")
+
+
+class WarmStartModule(L.LightningModule):
+    """Cross-entropy on the learned tokens of demonstrations."""
+
+    def __init__(self, gear: GearModule, options: WarmStart):
+        super().__init__()
+        self.options = options
+        self.policy = gear.source.model().train()
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        tokens, valid, learned, total = batch
+        loss = -token_stats(self.policy, tokens, valid, learned).logprobs.sum() / total.clamp_min(1)
+        self.log("warm_start/loss", loss, prog_bar=True, sync_dist=True, reduce_fx="sum" if False else "mean")
+        return loss * self.trainer.world_size
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.policy.parameters(), lr=self.options.learning_rate, weight_decay=0.01)
+        warm, steps = self.options.warmup_steps, self.options.steps
+
+        def factor(step: int) -> float:
+            if step < warm:
+                return (step + 1) / warm
+            return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def run_warm_start(options: WarmStart, gear: GearModule, trainer: L.Trainer, key: Any) -> Path:
+    """Train on demonstrations and return the directory with the resulting weights.
+
+    Args:
+        options: the stage's settings.
+        gear: whose policy, chat and teacher view to use; its own weights stay untouched.
+        trainer: a Trainer made for this stage (``max_steps`` = ``options.steps``).
+        key: plain data that decides the result beside ``options`` (policy source, teacher prompt).
+    """
+    from . import __version__
+
+    name = hashlib.sha256(repr((__version__, options, key)).encode()).hexdigest()[:16]
+    folder = cache_dir() / "warm_start" / name
+    if not options.reuse or not folder.exists():
+        module = WarmStartModule(gear, options)
+        data = _Batches(options, gear.chat_format, gear.teacher_options, trainer)
+        trainer.fit(module, train_dataloaders=torch.utils.data.DataLoader(data, batch_size=None))
+        if options.steps != trainer.global_step:
+            raise KeyboardInterrupt("the warm start was interrupted")
+        if trainer.is_global_zero:
+            if not options.reuse and folder.exists():
+                folder = folder.with_name(f"{name}-{trainer.global_step}-fresh")
+            build_once(folder, lambda partial: module.policy.float().save_pretrained(partial))
+        trainer.strategy.barrier("warm start saved")
+    return folder
