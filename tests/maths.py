@@ -1,0 +1,298 @@
+"""Helpers for the tests of the maths: evidence from plain lists, random rollouts, and a slow left-to-right reference.
+
+The reference knows no tensors, no padding and no mask: it walks over a Python list of one rollout's action tokens.
+"""
+
+import math
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gear_lightning.batch import TokenStats
+from gear_lightning.credit import GEAR, Credit, Evidence
+
+
+@dataclass
+class Rollout:
+    """One rollout as lists over all of its columns; ``turns`` is -1 on prompt and tool output."""
+
+    turns: list[int]
+    policy: list[float]
+    teacher: list[float]
+    entropy: list[float]
+    advantage: float = 1.0
+    teacher_entropy: list[float] | None = None
+    stop: list[bool] = field(default_factory=list)
+    version: int = 0
+    policy_top: list[list[float]] | None = None
+    teacher_top: list[list[float]] | None = None
+
+    @property
+    def actions(self) -> list[int]:
+        """Columns of the action tokens."""
+        return [t for t, turn in enumerate(self.turns) if turn >= 0]
+
+    def only(self, keep: list[int]) -> "Rollout":
+        """The rollout with only these columns."""
+        parts = {
+            name: None if (value := getattr(self, name)) is None else [value[t] for t in keep if t < len(value)]
+            for name in (
+                "turns",
+                "policy",
+                "teacher",
+                "entropy",
+                "teacher_entropy",
+                "stop",
+                "policy_top",
+                "teacher_top",
+            )
+        }
+        return Rollout(advantage=self.advantage, version=self.version, **parts)  # type: ignore[arg-type]
+
+
+def rollout(d: list[float], **options: Any) -> Rollout:
+    """A rollout of one turn with k1 divergence ``d``: the teacher is at -1 nat, the policy d above it."""
+    n = len(d)
+    options = {"turns": [0] * n, "entropy": [0.0] * n, **options}
+    return Rollout(policy=[x - 1.0 for x in d], teacher=[-1.0] * n, **options)
+
+
+def evidence(rows: list[Rollout], padding: int = 0) -> Evidence:
+    """Rows as a padded micro-batch, with garbage (not zeros) outside the action tokens where it must not matter."""
+    width = max(len(r.turns) for r in rows) + padding
+
+    def pad(lists: list[list[float]], fill: float = 7.0) -> torch.Tensor:
+        return torch.tensor([x + [fill] * (width - len(x)) for x in lists])
+
+    def stack(lists: list[list[list[float]]] | None) -> torch.Tensor | None:
+        if lists is None:
+            return None
+        top = max((len(p) for row in lists for p in row), default=1)
+        return torch.tensor([row + [[-math.log(top)] * top] * (width - len(row)) for row in lists])
+
+    turns = pad([r.turns for r in rows], -1).long()
+    policy_top = None if rows[0].policy_top is None else [r.policy_top or [] for r in rows]
+    teacher_top = None if rows[0].teacher_top is None else [r.teacher_top or [] for r in rows]
+    tops = [stack(policy_top), stack(teacher_top)]
+    ids = [None if top is None else torch.zeros_like(top, dtype=torch.long) for top in tops]
+    return Evidence(
+        advantages=torch.tensor([r.advantage for r in rows]),
+        action_mask=turns >= 0,
+        turn_ids=turns,
+        stop_mask=pad([[float(s) for s in r.stop] for r in rows], 0.0) > 0,
+        policy_version=torch.tensor([r.version for r in rows]),
+        policy=TokenStats(pad([r.policy for r in rows]), pad([r.entropy for r in rows]), ids[0], tops[0]),
+        teacher=TokenStats(
+            pad([r.teacher for r in rows], -3.0), pad([r.teacher_entropy or r.entropy for r in rows]), ids[1], tops[1]
+        ),
+    )
+
+
+def random_rollout(rng: random.Random, *, vocabulary: int = 0) -> Rollout:
+    """Prompt, turns of 0 to 9 actions, observations between them; values on a grid, so that sums are exact and ties
+    are common. Roughly one rollout in ten has no action tokens."""
+    turns = [-1] * rng.randint(0, 3)
+    for turn in range(rng.choice([0, 1, 1, 1, 2, 2, 3, 3, 4])):
+        turns += [turn] * rng.randint(0, 9) + [-1] * rng.randint(0, 3)
+    turns = turns or [-1]
+    n = len(turns)
+    spread = rng.choice([0, 4, 32, 200])
+    teacher = [-rng.randint(0, 64) / 16 - 12 for _ in turns]
+
+    def distribution() -> list[float]:
+        logits = torch.tensor([rng.gauss(0, 2) for _ in range(vocabulary)])
+        return logits.log_softmax(-1).tolist()
+
+    return Rollout(
+        turns=turns,
+        policy=[t + rng.randint(-spread, spread) / 16 for t in teacher],
+        teacher=teacher,
+        entropy=[rng.randint(0, 16) / 8 for _ in turns],
+        teacher_entropy=[rng.randint(0, 16) / 8 for _ in turns],
+        advantage=rng.choice([-1.5, -0.5, 0.0, 0.75, 2.0]),
+        stop=[
+            turn >= 0 and (t + 1 == n or turns[t + 1] != turn) and rng.random() < 0.7 for t, turn in enumerate(turns)
+        ],
+        version=rng.randint(0, 12),
+        policy_top=[distribution() for _ in turns] if vocabulary else None,
+        teacher_top=[distribution() for _ in turns] if vocabulary else None,
+    )
+
+
+def random_rule(rng: random.Random, divergences: list[str], cls: type[GEAR] = GEAR, **fixed: Any) -> GEAR:
+    """A GEAR with every option drawn at random."""
+    divergence = rng.choice(divergences)
+    signed = divergence == "k1"
+    rule = rng.choice(["quantile", "absolute", "zscore", "rise"])
+    # z-score levels at which no 0/1 pattern of few tokens sits exactly on the threshold
+    level = {"quantile": rng.choice([0.5, 0.8, 0.95, 1.0]), "zscore": rng.choice([1.1, 1.7]), "rise": rng.randint(1, 5)}
+    options: dict[str, Any] = {
+        "divergence": divergence,
+        "divergence_limit": rng.choice([10.0, 4.0]),
+        "divergence_top_k": 8,
+        "scale": rng.choice([None, "none", "zscore"] + ([] if signed else ["saturate"])),
+        "anchor_rule": rule,
+        "anchor_level": rng.choice([None, float(level.get(rule, 0.0))]) if rule != "zscore" else level[rule],
+        "anchor_floor": rng.choice([None, 0.0, 0.25, 1.0]),
+        "anchor_at": rng.choice(["onset", "peak"]),
+        "segment_end": rng.choice(["entropy_high", "entropy_low", "window", "turn", "divergence", "none"]),
+        "segment_max": rng.choice([1, 2, 3, 5, 128]),
+        "segment_value": rng.choice(["departure", "mean"]),
+        "entropy": rng.choice(["policy", "teacher", "surprisal"]),
+        "entropy_quantile": rng.choice([0.0, 0.3, 0.5, 0.8, 1.0]),
+        "sign_rule": rng.choice(["symmetric", "negatives_only", "reversed_on_correct"] + ["sign_aware"] * signed),
+        "kappa": rng.choice([0.0, 0.3, 1.0, 2.5]),
+        "clip": rng.choice([0.0, 0.2, 0.9, 0.99]),
+        "direction_gate": rng.random() < 0.2,
+        "mix": rng.choice([1.0, 0.5, 0.0]),
+        "mix_decay": rng.choice([None, 1, 8, 100]),
+        "normalise": rng.choice(["mean", "geometric", "none"]),
+        "exclude_stop": rng.random() < 0.5,
+        "exclude_tail": rng.choice([0, 0, 1, 4]),
+    }
+    return cls(**{**options, **fixed})
+
+
+def quantile(values: list[float], q: float) -> float:
+    """torch's own quantile, as the oracle."""
+    return torch.quantile(torch.tensor(values), q).item()
+
+
+def mean(values: list[float]) -> float:
+    """Mean; exact sum."""
+    return math.fsum(values) / len(values)
+
+
+def single(x: float) -> float:
+    """Rounded to float32."""
+    return torch.tensor(x, dtype=torch.float32).item()
+
+
+def slow_divergence(rule: GEAR, r: Rollout, t: int) -> float:
+    """Divergence of policy and teacher at column t, from the definitions."""
+    k1 = min(max(r.policy[t] - r.teacher[t], -rule.divergence_limit), rule.divergence_limit)
+    if rule.divergence == "k1":
+        return k1
+    if rule.divergence == "k3":
+        return math.expm1(-k1) + k1
+    assert r.policy_top is not None
+    assert r.teacher_top is not None
+    s, u = torch.tensor(r.policy_top[t]).double(), torch.tensor(r.teacher_top[t]).double()
+    s, u = (torch.distributions.Categorical(logits=x) for x in (s, u))
+    if rule.divergence == "reverse_kl":
+        return torch.distributions.kl_divergence(s, u).item()
+    if rule.divergence == "forward_kl":
+        return torch.distributions.kl_divergence(u, s).item()
+    m = torch.distributions.Categorical(probs=(s.probs + u.probs) / 2)
+    return 0.5 * sum(torch.distributions.kl_divergence(x, m).item() for x in (s, u))
+
+
+def slow_anchors(rule: GEAR, d: list[float]) -> list[bool]:
+    """Anchors, token by token."""
+    n = len(d)
+    floor = (0.5 if rule.divergence == "k1" else 0.05) if rule.anchor_floor is None else rule.anchor_floor
+    level = {"quantile": 0.95, "absolute": 0, "zscore": 2.0, "rise": 16}[rule.anchor_rule]
+    level = level if rule.anchor_level is None else rule.anchor_level
+    found = []
+    for t in range(n):
+        if rule.anchor_rule == "quantile":
+            tau = quantile(d, level)
+        elif rule.anchor_rule == "zscore":
+            mu = mean(d)
+            tau = mu + level * math.sqrt(mean([(x - mu) ** 2 for x in d]))
+        elif rule.anchor_rule == "rise":
+            before = d[max(0, t - int(level)) : t]
+            tau = (mean(before) if before else 0.0) + floor
+            tau = single(single(mean(before) if before else 0.0) + floor)
+        else:
+            tau = -math.inf
+        yes = d[t] >= tau and d[t] >= single(floor)
+        if rule.anchor_at == "peak":
+            yes = yes and (t == 0 or d[t] > d[t - 1]) and (t == n - 1 or d[t] >= d[t + 1])
+        found.append(yes)
+    return found
+
+
+def slow_segments(rule: GEAR, d: list[float], h: list[float], turns: list[int]) -> list[int]:
+    """Anchor (position among the action tokens) of every token, -1 outside: the scan of the specification."""
+    n, place = len(d), [-1] * len(d)
+    if n == 0 or rule.segment_end == "none":
+        return place
+    floor = single((0.5 if rule.divergence == "k1" else 0.05) if rule.anchor_floor is None else rule.anchor_floor)
+    spikes, decision = slow_anchors(rule, d), quantile(h, rule.entropy_quantile)
+    closes = {
+        "entropy_high": lambda e: h[e] >= decision,
+        "entropy_low": lambda e: h[e] < decision,
+        "divergence": lambda e: d[e] < floor,
+        "window": lambda e: False,
+        "turn": lambda e: False,
+    }[rule.segment_end]
+    t = 0
+    while t < n:
+        if not spikes[t]:
+            t += 1
+            continue
+        e = t + 1
+        while e < n and turns[e] == turns[t] and e - t < rule.segment_max and not closes(e) and not spikes[e]:
+            e += 1
+        place[t:e] = [t] * (e - t)
+        t = e
+    return place
+
+
+def slow_scale(how: str, c: list[float]) -> list[float]:
+    """Scale of the credit signal of one rollout."""
+    if how == "saturate":
+        half = max(quantile(c, 0.75), 1e-4)
+        return [x / (x + half) for x in c]
+    if how == "zscore":
+        mu = mean(c)
+        std = 0.0 if min(c) == max(c) else math.sqrt(mean([(x - mu) ** 2 for x in c]))
+        return [0.0 if min(c) == max(c) else (x - mu) / (std + 1e-6) for x in c]
+    return c
+
+
+def slow_weight(rule: GEAR, c: float, average: float, advantage: float) -> float:
+    """Weight of one token before mixing."""
+    sign = (advantage > 0) - (advantage < 0)
+    if rule.sign_rule == "symmetric":
+        w = 1 + rule.kappa * (c - average)
+    else:
+        rules = {"sign_aware": -sign, "negatives_only": float(sign < 0), "reversed_on_correct": 1.0}
+        w = math.exp(min(rules[rule.sign_rule] * rule.kappa * c, 100.0))
+    w = min(max(w, 1 - rule.clip), 1 + rule.clip)
+    return max(w, 1.0) if rule.direction_gate else w
+
+
+def slow_credit(rule: GEAR, r: Rollout) -> tuple[list[float], list[float], list[int]]:
+    """Weights, divergence and anchors over the action tokens of one rollout; anchors are columns of the rollout."""
+    where = r.actions
+    n = len(where)
+    if n == 0:
+        return [], [], []
+    d = [single(slow_divergence(rule, r, t)) for t in where]
+    for i, t in enumerate(where):
+        if (rule.exclude_stop and r.stop[t]) or n - i <= rule.exclude_tail:
+            d[i] = 0.0
+    h = {"policy": r.entropy, "teacher": r.teacher_entropy or r.entropy, "surprisal": [-x for x in r.policy]}
+    place = slow_segments(rule, d, [h[rule.entropy][t] for t in where], [r.turns[t] for t in where])
+    if rule.segment_value == "departure":
+        c = [d[a] if a >= 0 else d[i] for i, a in enumerate(place)]
+    else:
+        c = [mean([d[j] for j in range(n) if place[j] == a]) if a >= 0 else d[i] for i, a in enumerate(place)]
+    c = slow_scale(rule.scale or ("none" if rule.divergence == "k1" else "saturate"), c)
+    average = mean(c)
+    share = rule.mix if rule.mix_decay is None else rule.mix * max(0.0, 1 - r.version / rule.mix_decay)
+    weights = [1 + share * (slow_weight(rule, x, average, r.advantage) - 1) for x in c]
+    if rule.normalise == "mean":
+        weights = [w / mean(weights) for w in weights]
+    elif rule.normalise == "geometric":
+        weights = [w / math.exp(mean([math.log(x) for x in weights])) for w in weights]
+    return weights, d, [where[a] if a >= 0 else -1 for a in place]
+
+
+def on_actions(credit: Credit, e: Evidence) -> list[list[float]]:
+    """Weights of the action tokens of each row."""
+    return [w[m].tolist() for w, m in zip(credit.weights, e.action_mask, strict=True)]

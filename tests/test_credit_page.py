@@ -1,0 +1,381 @@
+"""The credit page, the terminal print, the command and the callback, on fabricated records."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gear_lightning.callbacks.credit_map import CreditMap
+from gear_lightning.credit_page import (
+    credit_command,
+    load_decoder,
+    render_credit_page,
+    render_credit_text,
+    write_credit_page,
+)
+from gear_lightning.credit_trace import trace, visible
+from gear_lightning.errors import UserError
+from gear_lightning.records import read_records, write_record
+
+# One letter per token: p prompt, A and B sampled in turns 0 and 1, o observation. Tokens 4 and 5 are one segment.
+LAYOUT = "ppAAAAooBBB"
+WORDS = ["task:", "look", "please", "open", "red", "door", "it", "is", "locked", "I", "quit"]
+ATTACK = "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def fake_tensors(layout: str = LAYOUT, padding: int = 2) -> dict[str, torch.Tensor]:
+    """One row of T = len(layout) + padding tokens, ids 10, 11, ...; the segment has weight 1.75, its neighbour 0.5."""
+    pad = "-" * padding
+    shape = (1, len(layout + pad))
+    action = torch.tensor([[c in "AB" for c in layout + pad]])
+    position = torch.arange(shape[1])[None]
+    weights, anchor = torch.ones(shape), torch.full(shape, -1)
+    if layout == LAYOUT:
+        weights[0, 3], weights[0, 4:6], anchor[0, 4:6] = 0.5, 1.75, 4
+    logprobs = torch.where(action, -0.125 * position, 0.0)
+    return {
+        "tokens": torch.where(position < len(layout), position + 10, 0),
+        "valid": position < len(layout),
+        "action_mask": action,
+        "turn_ids": torch.tensor([["AB".find(c) for c in layout + pad]]),
+        "stop_mask": torch.zeros(shape, dtype=torch.bool),
+        "sampler_logprobs": logprobs,
+        "policy_logprobs": logprobs.clone(),
+        "teacher_logprobs": 2 * logprobs,
+        "entropy": torch.where(action, 0.25, 0.0),
+        "divergence": torch.where(action, 0.0625 * position, 0.0),
+        "weights": weights,
+        "token_advantages": torch.where(action, -0.5 * weights, 0.0),
+        "anchor": anchor,
+        "rewards": torch.zeros(1),
+        "advantages": torch.tensor([-0.5]),
+        "group_ids": torch.zeros(1, dtype=torch.long),
+        "policy_version": torch.zeros(1, dtype=torch.long),
+    }
+
+
+def fake_rollout(**changes: Any) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "iteration": 0,
+        "rank": 0,
+        "row": 0,
+        "task_id": "doors/1",
+        "group_id": 0,
+        "rollout": 0,
+        "messages": [{"role": "user", "content": "task: look please"}],
+        "reward": 0.0,
+        "reward_parts": {"answer": 0.0},
+        "success": False,
+        "status": "done",
+        "error": None,
+        "turns": 2,
+        "policy_version": 0,
+        **changes,
+    }
+
+
+def add(run: Path, *rollouts: dict[str, Any], iteration: int = 0, rank: int = 0, **tensors: torch.Tensor) -> None:
+    """Write one record; all rollouts that have a row share row 0."""
+    rollouts = tuple({**r, "iteration": iteration, "rank": rank} for r in rollouts)
+    write_record(run / "rollouts", iteration, rank, list(rollouts), {**fake_tensors(), **tensors})
+
+
+def decode(token: int) -> str:
+    return " " + WORDS[token - 10] if token < 21 else ATTACK
+
+
+def page_data(page: str) -> dict[str, Any]:
+    """What a browser reads out of the page's data element."""
+    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert len(found) == 1
+    return json.loads(found[0])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with a tokenizer whose ids 10 to 20 are WORDS, and no records yet."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate([*(f"<{n}>" for n in range(10)), *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<0>").save_pretrained(tmp_path / "tokenizer")
+    return tmp_path
+
+
+def test_trace_cuts_a_row_into_runs_without_its_padding(run):
+    add(run, fake_rollout())
+    one = trace(next(read_records(run)), 0)
+    assert one.tokens == list(range(10, 21))
+    assert one.sections == [(-1, 0, 2), (0, 2, 6), (-1, 6, 8), (1, 8, 11)]
+    assert one.segments == [(4, 4, 6)]
+    assert (one.sampled, one.covered, one.anchors) == (7, 2, {4})
+    assert one.columns["weights"].tolist() == [1, 0.5, 1.75, 1.75, 1, 1, 1]
+
+
+def test_trace_names_the_record_of_a_missing_row(run):
+    add(run, fake_rollout(row=3))
+    with pytest.raises(UserError, match=r"rollout 0 names row 3, .* 1 rows"):
+        trace(next(read_records(run)), 0)
+
+
+def test_visible_shows_whitespace_and_disarms_control_characters():
+    assert visible("a\n\nb") == "a⏎\n⏎\nb"
+    assert visible("  ") == "··"
+    assert visible(" a\t") == " a⇥"
+    assert visible("\x1b[31m\u202e") == "⟨U+001B⟩[31m⟨U+202E⟩"
+    assert visible("") == "∅"
+
+
+def test_page_holds_the_numbers_in_thousandths(run):
+    add(run, fake_rollout())
+    data = page_data(render_credit_page(list(read_records(run)), decode))
+    (rollout,) = data["rollouts"]
+    assert [data["vocabulary"][i] for i in rollout["ids"]] == [[10 + n, " " + w] for n, w in enumerate(WORDS)]
+    assert rollout["columns"]["w"] == [1000, 500, 1750, 1750, 1000, 1000, 1000]
+    assert rollout["columns"]["a"] == [-500, -250, -875, -875, -500, -500, -500]
+    assert rollout["columns"]["p"] == [-250, -375, -500, -625, -1000, -1125, -1250]
+    assert rollout["columns"]["d"][2] == 250
+    assert rollout["segments"] == [[4, 4, 6]]
+    assert rollout["advantage"] == -0.5
+
+
+def test_page_has_no_column_for_a_teacher_that_did_not_run_and_null_for_nan(run):
+    weights = torch.ones(1, 13)
+    weights[0, 2] = torch.nan
+    add(run, fake_rollout(), teacher_logprobs=torch.zeros(1, 13), weights=weights)
+    columns = page_data(render_credit_page(list(read_records(run)), decode))["rollouts"][0]["columns"]
+    assert "t" not in columns
+    assert columns["w"] == [None, *[1000] * 6]
+
+
+def test_nothing_a_model_wrote_is_markup(run):
+    add(
+        run,
+        fake_rollout(task_id=ATTACK),
+        fake_rollout(row=None, error=ATTACK, messages=[{"role": ATTACK, "content": ATTACK}]),
+        tokens=torch.full((1, 13), 99),
+    )
+    page = render_credit_page(list(read_records(run)), decode, title=f"run {ATTACK}")
+    assert "pwned" in page
+    assert "<script>document" not in page
+    assert "<img" not in page
+    assert page.count("</script>") == 2
+    assert "innerHTML" not in page
+    data = page_data(page)
+    assert data["rollouts"][0]["task_id"] == ATTACK
+    assert data["vocabulary"] == [[99, ATTACK]]
+
+
+def test_page_asks_for_nothing_from_elsewhere(run):
+    add(run, fake_rollout())
+    page = render_credit_page(list(read_records(run)), decode)
+    assert re.findall(r"https?://[^\"' ]*", page) == ["http://www.w3.org/2000/svg"]  # a name, never fetched
+    assert not re.search(r"<link|@import|\bsrc=|fetch\(|XMLHttpRequest", page)
+
+
+def test_rollout_without_a_row_keeps_its_transcript_and_error(run):
+    add(run, fake_rollout(row=None, reward=None, status="environment_error", error="ValueError: no door"))
+    (rollout,) = page_data(render_credit_page(list(read_records(run)), decode))["rollouts"]
+    assert "ids" not in rollout
+    assert rollout["messages"][0]["content"] == "task: look please"
+    assert (rollout["error"], rollout["reward"], rollout["advantage"]) == ("ValueError: no door", None, None)
+
+
+def test_newest_iterations_come_first_and_the_rest_is_counted(run):
+    for iteration in range(3):
+        for rank in range(2):
+            add(run, fake_rollout(), fake_rollout(rollout=1), iteration=iteration, rank=rank)
+    written = page_data(write_credit_page(run, max_rollouts=5).read_text())
+    rendered = page_data(render_credit_page(list(read_records(run)), decode, max_rollouts=5))
+    for data in (written, rendered):
+        places = [(r["iteration"], r["rank"], r["rollout"]) for r in data["rollouts"]]
+        assert places == [(2, 0, 0), (2, 0, 1), (2, 1, 0), (2, 1, 1), (1, 0, 0)]
+        assert data["left_out"] == 7
+    assert len(page_data(write_credit_page(run, iterations=[1]).read_text())["rollouts"]) == 4
+
+
+def test_page_needs_at_most_sixty_bytes_per_token(run):
+    torch.manual_seed(0)
+    shape = (1, 4000)
+    names = ("sampler_logprobs", "policy_logprobs", "teacher_logprobs", "entropy", "divergence", "token_advantages")
+    tensors = fake_tensors("A" * 4000, padding=0) | {name: torch.randn(shape) for name in names}
+    tensors |= {"weights": torch.rand(shape) * 2, "tokens": torch.randint(100, 50_000, shape)}
+    add(run, fake_rollout(row=None))
+    empty = len(render_credit_page(list(read_records(run)), str))
+    add(run, fake_rollout(), **tensors)
+    assert len(render_credit_page(list(read_records(run)), str)) - empty < 60 * 4000
+
+
+def test_write_credit_page_is_atomic_and_names_what_is_missing(run):
+    with pytest.raises(UserError, match="no rollout records"):
+        write_credit_page(run)
+    add(run, fake_rollout())
+    assert write_credit_page(run) == run / "credit_map.html"
+    assert write_credit_page(run, run / "other.html").exists()
+    assert not list(run.glob("*.partial"))
+    with pytest.raises(UserError, match="does not exist"):
+        write_credit_page(run, run / "nowhere" / "page.html")
+    shutil.rmtree(run / "tokenizer")
+    with pytest.raises(UserError, match="no tokenizer"):
+        write_credit_page(run)
+
+
+def test_decoder_reads_tokens_as_in_the_middle_of_a_text(run, tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    assert [load_decoder(run)(i) for i in (10, 11)] == [" task:", " look"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, special_tokens=["<|end|>"])
+    backend.train_from_iterator(["the the the"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.save_pretrained(tmp_path / "bytes" / "tokenizer")
+    pieces = [load_decoder(tmp_path / "bytes")(i) for i in tokenizer("the the\né<|end|>").input_ids]
+    assert pieces == ["the", " the", "\n", "\\xc3", "\\xa9", "<|end|>"]
+
+
+def test_plain_text_marks_weights_anchors_and_sections(run):
+    add(run, fake_rollout())
+    text = render_credit_text(next(read_records(run)), 0, decode, colour=False)
+    assert "\x1b" not in text
+    lines = [line for line in text.splitlines() if not line.startswith("legend")]
+    assert lines[0] == "doors/1 · iteration 0 · rank 0 · rollout 0"
+    assert "reward 0 (not solved)" in lines[1]
+    assert "advantage -0.500" in lines[1]
+    assert "1 segments, 29% of 7 sampled tokens" in lines[1]
+    assert [line.split(" · ")[0] for line in lines[2::2]] == ["── prompt", "── turn 0", "── observation", "── turn 1"]
+    assert lines[3::2] == [" task: look", " please open⟨0.5⟩▲[ red door]⟨1.8⟩", " it is", " locked I quit"]
+
+
+def test_coloured_text_says_the_same_and_keeps_escapes_of_the_model_out(run):
+    add(run, fake_rollout(error="bad \x1b[2J"))
+    record = next(read_records(run))
+    text = render_credit_text(record, 0, lambda token: "\x1b[2J" if token == 10 else decode(token), width=80)
+    assert "\x1b[2J" not in text
+    assert "⟨U+001B⟩[2J" in text
+    plain = re.sub(r"\x1b\[[\d;]*m", "", text)
+    assert " please open▲ red door" in plain
+    styled = {word: style for style, word in re.findall(r"\x1b\[([\d;]*)m (open|red|please)", text)}
+    assert "48;2;" in styled["open"]
+    assert "48;2;" in styled["red"]
+    assert styled["open"] != styled["red"]
+    assert "please" not in styled
+
+
+def test_text_of_a_rollout_without_a_row_is_its_transcript(run):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "open", "arguments": {}}}]}
+    add(run, fake_rollout(row=None, reward=None, error="ValueError: x", messages=[*fake_rollout()["messages"], call]))
+    text = render_credit_text(next(read_records(run)), 0, decode, colour=False)
+    for part in ("reward unknown", "error: ValueError: x", "── user", "task: look please", '"name": "open"'):
+        assert part in text
+
+
+def test_command_prints_the_failed_rollout_with_a_segment_of_the_last_iteration(run, capsys):
+    solved = fake_rollout(task_id="solved", success=True, reward=1.0)
+    add(run, fake_rollout(task_id="old"), iteration=0)
+    add(run, solved, iteration=1)
+    add(run, fake_rollout(task_id="excluded", row=None), fake_rollout(task_id="failed"), iteration=1, rank=1)
+    for arguments, first in (([], "failed"), (["--task", "old"], "old"), (["--iteration", "0"], "old")):
+        assert credit_command([str(run), *arguments]) == 0
+        assert capsys.readouterr().out.startswith(f"{first} · iteration {int(first != 'old')}")
+
+
+def test_command_lists_and_writes_the_page(run, capsys):
+    add(run, fake_rollout(), fake_rollout(row=None, rollout=1, reward=None, status="environment_error"), iteration=4)
+    assert credit_command([str(run), "--list"]) == 0
+    title, head, first, second = capsys.readouterr().out.splitlines()
+    assert title.strip() == "iteration 4"
+    assert head.split()[:3] == ["rank", "rollout", "reward"]
+    assert first.split() == ["0", "0", "0", "-0.50", "7", "1", "0.50-1.75", "done", "doors/1"]
+    assert second.split() == ["0", "1", "-", "-", "0", "0", "-", "environment_error", "doors/1"]
+    assert credit_command([str(run), "--html"]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "credit_map.html")
+    assert credit_command([str(run), "--iteration", "4", "--html", str(run / "x.html")]) == 0
+    assert (run / "x.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--iteration", "7"], r"no records of iteration 7; there are 0, 2"),
+        (["--iteration", "7", "--html"], r"no records of iteration 7; there are 0, 2"),
+        (["--task", "doors/9"], r"no task doors/9; the tasks are doors/1"),
+        (["--task", "doors/1", "--rollout", "5", "--iteration", "2"], r"'doors/1' has no rollout 5 .*; it has 0, 1"),
+        (["--task", "doors/1", "--html"], r"--html goes with --iteration only"),
+    ],
+)
+def test_command_says_what_there_is(run, arguments, message):
+    for iteration in (0, 2):
+        add(run, fake_rollout(), fake_rollout(rollout=1), iteration=iteration)
+    with pytest.raises(UserError, match=message):
+        credit_command([str(run), *arguments])
+
+
+def test_command_without_records_is_a_user_error(tmp_path):
+    for arguments in ([], ["--list"], ["--html"]):
+        with pytest.raises(UserError, match="no rollout records"):
+            credit_command([str(tmp_path), *arguments])
+
+
+def test_callback_writes_after_every_nth_iteration_and_at_the_end(run):
+    page, callback = run / "credit_map.html", CreditMap(every_n_iterations=2, max_rollouts=3)
+    add(run, fake_rollout())
+    for epoch, expected in ((0, False), (1, False), (2, True)):
+        trainer: Any = SimpleNamespace(default_root_dir=str(run), current_epoch=epoch, is_global_zero=True)
+        callback.on_train_epoch_start(trainer, None)  # pyright: ignore[reportArgumentType]
+        assert page.exists() is expected  # iteration 1 is the second; its page appears as iteration 2 starts
+        callback.on_train_epoch_end(trainer, None)  # pyright: ignore[reportArgumentType]
+    for end in (lambda: callback.on_fit_end(trainer, None), lambda: callback.on_exception(trainer, None, OSError())):  # pyright: ignore
+        page.unlink()
+        end()
+        assert page.exists()
+
+
+def test_callback_is_silent_on_other_ranks_and_without_records_and_warns_on_failure(run, recwarn):
+    callback = CreditMap()
+    trainer: Any = SimpleNamespace(default_root_dir=str(run), current_epoch=0, is_global_zero=True)
+    callback.on_fit_end(trainer, None)  # pyright: ignore[reportArgumentType]
+    add(run, fake_rollout())
+    trainer.is_global_zero = False
+    callback.on_fit_end(trainer, None)  # pyright: ignore[reportArgumentType]
+    assert not (run / "credit_map.html").exists()
+    assert not recwarn.list
+    trainer.is_global_zero = True
+    shutil.rmtree(run / "tokenizer")
+    with pytest.warns(UserWarning, match="could not be written: UserError: .*no tokenizer"):
+        callback.on_exception(trainer, None, OSError())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="every_n_iterations=0"):
+        CreditMap(every_n_iterations=0)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on the path")
+def test_browser_shows_every_token_and_runs_no_injected_script(run, tmp_path):
+    tokens = fake_tensors()["tokens"].masked_fill(torch.arange(13)[None] == 9, 99)
+    add(run, fake_rollout(task_id=ATTACK, error=ATTACK), tokens=tokens)
+    page = tmp_path / "page.html"
+    page.write_text(render_credit_page(list(read_records(run)), decode, title="Credit"))
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --virtual-time-budget=2000 --dump-dom"
+    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "<title>Credit</title>" in dom
+    shown = dom[dom.index('<section id="tokens"') : dom.index('<aside id="right"')]
+    assert len(re.findall(r'<span class="tok\b', shown)) == len(LAYOUT)
+    assert len(re.findall(r'<section class="turn"', shown)) == 2
+    assert re.search(
+        r'<span class="seg"><span class="tok hi anchor".*?1\.75.*? red</span>.*? door</span></span>', shown
+    )
+    assert "&lt;script&gt;document.title='pwned'&lt;/script&gt;" in shown
+    assert "<img" not in dom
