@@ -1,0 +1,250 @@
+"""Where credit went, token by token: one self-contained HTML page of a run, and a terminal print of one rollout.
+
+Both show what `gear_lightning.records` holds and compute nothing but counts. Everything a model wrote is data here: the
+page carries it as JSON and turns it into text nodes, the print has its control characters made visible.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from importlib.resources import files
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from .credit_text import render_credit_text
+from .credit_trace import Decode, Trace, load_decoder, trace, visible
+from .errors import UserError
+from .records import Record, read_records, record_files
+
+# Short names of the page's columns; the rest of the page's data format is in `_entry`.
+_COLUMNS = {
+    "d": "divergence",
+    "h": "entropy",
+    "p": "policy_logprobs",
+    "t": "teacher_logprobs",
+    "s": "sampler_logprobs",
+    "w": "weights",
+    "a": "token_advantages",
+}
+
+
+def _thousandths(values: Tensor) -> list[int | None]:
+    """Integers are shorter than decimals, and a third decimal is more than a reader can use; null where not finite."""
+    scaled = (values.double().nan_to_num(0, 0, 0) * 1000).round().long().tolist()
+    if bool(values.isfinite().all()):
+        return scaled
+    return [x if finite else None for x, finite in zip(scaled, values.isfinite().tolist(), strict=True)]
+
+
+def _entry(record: Record, index: int, vocabulary: dict[int, int]) -> dict[str, Any]:
+    """One rollout as the page's script reads it: ``ids`` are places in the vocabulary, runs and columns as in `Trace`,
+    columns in thousandths; ``messages`` only where there are no tokens."""
+    one = trace(record, index)
+    keys = ["task_id", "group_id", "rollout", "reward", "reward_parts", "success", "status", "error", "turns"]
+    entry = {key: one.rollout.get(key) for key in [*keys, "policy_version"]}
+    entry |= {"iteration": record.iteration, "rank": record.rank, "index": index, "advantage": one.advantage}
+    if not one.tokens:
+        return entry | {"messages": one.rollout["messages"]}
+    return entry | {
+        "ids": [vocabulary.setdefault(token, len(vocabulary)) for token in one.tokens],
+        "sections": one.sections,
+        "segments": one.segments,
+        "columns": {key: _thousandths(one.columns[name]) for key, name in _COLUMNS.items() if name in one.columns},
+    }
+
+
+def render_credit_page(
+    records: list[Record],
+    decode: Decode,
+    *,
+    title: str = "Credit map",
+    max_rollouts: int = 200,
+    left_out: int = 0,
+) -> str:
+    """One HTML page that shows rollouts token by token, coloured by credit weight. It loads nothing from elsewhere.
+
+    Args:
+        records: what to show, in any order; the newest iterations come first on the page.
+        decode: text of a token id.
+        title: heading of the page.
+        max_rollouts: most rollouts on the page; the page says how many more there are.
+        left_out: rollouts that the caller has left out already.
+    """
+    newest = sorted(records, key=lambda record: (-record.iteration, record.rank))
+    places = [(record, index) for record in newest for index in range(len(record.rollouts))]
+    vocabulary: dict[int, int] = {}
+    data = {
+        "left_out": left_out + max(0, len(places) - max_rollouts),
+        "rollouts": [_entry(record, index, vocabulary) for record, index in places[:max_rollouts]],
+        "vocabulary": [[token, visible(decode(token))] for token in vocabulary],
+    }
+    # Without "<" nothing in the data can end the script element that holds it.
+    packed = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    head, tail = files("gear_lightning").joinpath("credit_page.html").read_text(encoding="utf-8").split("@DATA@")
+    safe = title.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return head.replace("@TITLE@", safe) + packed + tail
+
+
+def write_credit_page(
+    run: Path, out: Path | None = None, iterations: Iterable[int] | None = None, max_rollouts: int = 200
+) -> Path:
+    """Write the page of a run atomically; records too old to be shown are counted, not read.
+
+    Args:
+        run: the run directory (holds ``rollouts/`` and ``tokenizer/``).
+        out: the file; None for ``run/credit_map.html``.
+        iterations: only these; None for all.
+        max_rollouts: see `render_credit_page`.
+
+    Returns:
+        The file written.
+
+    Raises:
+        UserError: no records, records or a tokenizer that cannot be read, or an ``out`` in a missing folder.
+    """
+    run = Path(run)
+    out = Path(out) if out else run / "credit_map.html"
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: the folder {out.parent} does not exist")
+    _iterations(run)
+    wanted = None if iterations is None else set(iterations)
+    sizes: dict[int, int] = {}
+    for iteration, _, path in record_files(run):
+        if wanted is None or iteration in wanted:
+            sizes[iteration] = sizes.get(iteration, 0) + path.read_bytes().count(b"\n")
+    shown: list[int] = []
+    for iteration in sorted(sizes, reverse=True):
+        if sum(sizes[i] for i in shown) >= max_rollouts:
+            break
+        shown.append(iteration)
+    page = render_credit_page(
+        list(read_records(run, shown)),
+        load_decoder(run),
+        title=f"Credit map of {run.resolve().name}",
+        max_rollouts=max_rollouts,
+        left_out=sum(size for i, size in sizes.items() if i not in shown),
+    )
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(page, encoding="utf-8", errors="replace")
+    os.replace(partial, out)
+    return out
+
+
+def credit_command(argv: list[str]) -> int:
+    """``gear-lightning credit``: print one rollout, list rollouts, or write the page.
+
+    Args:
+        argv: the arguments after ``credit``.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: no records, or an iteration, task or rollout that they do not hold.
+    """
+    parser = argparse.ArgumentParser(
+        prog="gear-lightning credit", description="Show the credit that each token of a recorded rollout got."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory (holds rollouts/ and tokenizer/)")
+    parser.add_argument("--iteration", type=int, metavar="N", help="default: the last one that has the rollout")
+    parser.add_argument("--task", metavar="ID", help="only rollouts of this task")
+    parser.add_argument("--rollout", type=int, metavar="K", help="number of the rollout in its group, from 0")
+    parser.add_argument("--list", action="store_true", help="print a table of the rollouts instead")
+    parser.add_argument(
+        "--html",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="PATH",
+        help="write the page instead (default RUN/credit_map.html); of all iterations unless --iteration is given",
+    )
+    parser.add_argument(
+        "--no-colour", "--no-color", action="store_true", help="plain text, with the weights written out"
+    )
+    args = parser.parse_args(argv)
+    if args.html is not None:
+        if args.task is not None or args.rollout is not None or args.list:
+            raise UserError("--html goes with --iteration only; the page has its own picker of tasks and rollouts")
+        if args.iteration is not None:
+            _find(args.run, args.iteration, None, None)
+        out = None if args.html == Path() else args.html
+        print(write_credit_page(args.run, out, None if args.iteration is None else [args.iteration]))
+        return 0
+    found = _find(args.run, args.iteration, args.task, args.rollout)
+    colour = not args.no_colour and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    width = shutil.get_terminal_size((200, 24)).columns
+    if args.list:
+        print(_table(found, colour, width), end="")
+    else:
+        record, index = max(found, key=lambda place: _interest(trace(*place)))
+        print(render_credit_text(record, index, load_decoder(args.run), colour=colour, width=width), end="")
+    return 0
+
+
+def _iterations(run: Path) -> list[int]:
+    next(read_records(run, []), None)  # has the error message for a run without records
+    return sorted({iteration for iteration, _, _ in record_files(run)})
+
+
+def _find(run: Path, iteration: int | None, task: str | None, number: int | None) -> list[tuple[Record, int]]:
+    """Record and position of the rollouts asked for, all of one iteration: the last one that has any."""
+    there = _iterations(run)
+    if iteration is not None and iteration not in there:
+        raise UserError(f"{run}: no records of iteration {iteration}; there are {_some(there)}")
+    seen: dict[str, None] = {}
+    for wanted in reversed(there) if iteration is None else [iteration]:
+        places = [(record, i) for record in read_records(run, [wanted]) for i in range(len(record.rollouts))]
+        of_task = [p for p in places if task in (None, str(p[0].rollouts[p[1]]["task_id"]))]
+        if found := [p for p in of_task if number in (None, p[0].rollouts[p[1]]["rollout"])]:
+            return found
+        if of_task and task is not None and iteration is not None:
+            numbers = sorted(record.rollouts[i]["rollout"] for record, i in of_task)
+            raise UserError(
+                f"{run}: task {task!r} has no rollout {number} in iteration {wanted}; it has {_some(numbers)}"
+            )
+        seen |= dict.fromkeys(f"{record.rollouts[i]['task_id']}" for record, i in places)
+    what = " ".join(f"{k} {v}" for k, v in (("task", task), ("rollout", number)) if v is not None) or "rollout"
+    where = "" if iteration is None else f" in iteration {iteration}"
+    raise UserError(f"{run}: no {what}{where}; the tasks are {_some(list(seen))}")
+
+
+def _some(values: list) -> str:
+    if not values:
+        return "none"
+    shown = ", ".join(map(str, values if len(values) <= 20 else [*values[:10], "...", *values[-9:]]))
+    return shown if len(values) <= 20 else f"{shown} ({len(values)} in all)"
+
+
+def _interest(one: Trace) -> tuple:
+    swing = float((one.columns["weights"] - 1).abs().max()) if one.sampled else 0.0
+    return bool(one.segments), not one.rollout.get("success"), bool(one.tokens), swing
+
+
+def _table(places: list[tuple[Record, int]], colour: bool, width: int) -> str:
+    title = f"iteration {places[0][0].iteration}"
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for name in ("rank", "rollout", "reward", "advantage", "tokens", "segments", "weights"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("task", overflow="fold")
+    for record, index in places:
+        one = trace(record, index)
+        rollout, weights = one.rollout, one.columns.get("weights")
+        spread = f"{weights.min():.2f}-{weights.max():.2f}" if weights is not None and len(weights) else "-"
+        cells = [record.rank, rollout["rollout"]]
+        cells += ["-" if rollout["reward"] is None else f"{rollout['reward']:.3g}"]
+        cells += ["-" if one.advantage is None else f"{one.advantage:+.2f}"]
+        cells += [one.sampled, len(one.anchors), spread, rollout["status"], visible(str(rollout["task_id"]))]
+        table.add_row(*(Text(str(cell)) for cell in cells), style="green" if rollout["success"] else "")
+    out = StringIO()
+    Console(file=out, width=width, force_terminal=colour, no_color=not colour).print(table)
+    return out.getvalue()
