@@ -77,11 +77,9 @@ class PhaseProgress(ProgressBar):
     def _total(self, trainer: L.Trainer) -> float:
         return trainer.max_epochs if (trainer.max_epochs or -1) > 0 else max(trainer.max_steps, 1)  # pyright: ignore
 
-    def _numbers(self, trainer: L.Trainer) -> str:
-        metrics = trainer.callback_metrics
-        for name, label in (("train/reward", "reward"), ("val/success", "val success"), ("warm_start/loss", "loss")):
-            if name in metrics:
-                self._shown[label] = f"{label} {float(metrics[name]):.3f}"
+    def _numbers(self, **new: float) -> str:
+        """The newest figures, of this rank: to read the Trainer's metrics could start a collective on one rank."""
+        self._shown.update({name: f"{name} {value:.3f}" for name, value in new.items()})
         return "  ".join(self._shown.values())
 
     # -- hooks ----------------------------------------------------------------------------------------------------
@@ -101,7 +99,7 @@ class PhaseProgress(ProgressBar):
         rate = tokens / max(time.monotonic() - self._phase_start, 1e-6)
         trainer = self.trainer
         phase = "rollout" if stage == "fit" else "evaluation"
-        note = f"{finished}/{rollouts} rollouts  {rate:,.0f} tok/s  {self._numbers(trainer)}"
+        note = f"{finished}/{rollouts} rollouts  {rate:,.0f} tok/s  {self._numbers()}"
         within = 0.5 * finished / max(rollouts, 1) if stage == "fit" else 0.0
         if self._bar is not None:
             self._show(phase, trainer.current_epoch + within, self._total(trainer), note)
@@ -117,14 +115,16 @@ class PhaseProgress(ProgressBar):
     ) -> None:
         if not self._warm:
             within = 0.5 + 0.5 * batch_idx / max(int(trainer.num_training_batches), 1)
-            self._show("update", trainer.current_epoch + within, self._total(trainer), self._numbers(trainer))
+            rewards = trainer.datamodule.stats.rewards  # pyright: ignore[reportAttributeAccessIssue]
+            self._numbers(reward=sum(rewards) / max(len(rewards), 1))
+            self._show("update", trainer.current_epoch + within, self._total(trainer), self._numbers())
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._warm:
             rate = trainer.global_step * batch[0].numel() / max(time.monotonic() - self._phase_start, 1e-6)
-            note = f"{rate:,.0f} tok/s  {self._numbers(trainer)}"
+            note = f"{rate:,.0f} tok/s  {self._numbers(loss=float(outputs['loss']) / trainer.world_size)}"
             self._show("warm start", trainer.global_step, self._total(trainer), note)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -133,12 +133,13 @@ class PhaseProgress(ProgressBar):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         total = self._total(trainer)
-        self._show("evaluation", trainer.current_epoch, total, self._numbers(trainer), force=True)
+        success = float(trainer.callback_metrics["val/success"])  # computed by now, on every rank
+        self._show("evaluation", trainer.current_epoch, total, self._numbers(success=success), force=True)
         if not trainer.fit_loop.epoch_progress.current.ready:
             self._close()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._show("done", self._total(trainer), self._total(trainer), self._numbers(trainer), force=True)
+        self._show("done", self._total(trainer), self._total(trainer), self._numbers(), force=True)
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -119,9 +119,9 @@ class GearCLI(LightningCLI):
         return any((self.run_dir / "checkpoints").glob("last*.ckpt"))
 
     def after_fit(self) -> None:
+        metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}  # on every rank: it may communicate
         if not self.trainer.is_global_zero:
             return
-        metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
         before, after = getattr(self, "first", {}).get("val/success"), metrics.get("val/success")
         lines = ["", f"Results are in {self.run_dir}:"]
         if after is not None:

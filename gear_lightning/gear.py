@@ -8,6 +8,7 @@ Source: GEAR, arXiv 2605.11853 (abstract and summaries). The paper's body is not
 open are reconstructions, and each is an argument. `gear_lightning.credit.GEAR` lists them with their defaults.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -66,14 +67,16 @@ def distribution_divergence(
     if kind == "forward_kl":
         return (t.exp() * (t - s)).sum(-1).clamp_min(0)
     if kind == "jsd":
-        m = torch.logaddexp(s, t) - torch.log(torch.tensor(2.0))
-        return (0.5 * (s.exp() * (s - m) + t.exp() * (t - m))).sum(-1).clamp_min(0)
+        gap = t - s
+        mixture = torch.logaddexp(torch.zeros_like(gap), gap) - math.log(2)  # less s; so written, it is 0 where s = t
+        return (0.5 * (t.exp() * (gap - mixture) - s.exp() * mixture)).sum(-1).clamp_min(0)
     raise ValueError(f"{kind} is not a divergence of distributions")
 
 
 def masked_mean(x: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch 1"]:
-    """Mean over the masked-in entries of each row; 0 for an empty row."""
-    return torch.where(mask, x, 0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
+    """Mean over the masked-in entries of each row; 0 for an empty row, and exactly x where all entries equal x."""
+    low = masked_quantile(x, mask, 0.0)  # a plain sum is rounded; (x - mean) / std of equal values would then be noise
+    return low + torch.where(mask, x - low, 0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
 
 
 def masked_quantile(
@@ -182,7 +185,6 @@ def scale_signal(
         return signal
     if scale == "saturate":
         return signal / (signal + masked_quantile(signal, mask, 0.75).clamp_min(SATURATE_FLOOR))
-    signal = signal - masked_quantile(signal, mask, 0.0)  # equal values then give 0, and not rounding noise over 1e-6
     mean = masked_mean(signal, mask)
     std = masked_mean((signal - mean) ** 2, mask).sqrt()
     return (signal - mean) / (std + 1e-6)

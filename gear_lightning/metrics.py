@@ -27,7 +27,8 @@ class Quantile(Metric):
 
     def compute(self) -> Tensor:
         """The quantile (linear interpolation); 0 where nothing was seen."""
-        seen = dim_zero_cat(self.values) if self.values else torch.empty(0, device=self.device)
+        # a list of tensors before the processes are joined, one tensor after
+        seen = dim_zero_cat(self.values) if len(self.values) else torch.empty(0, device=self.device)
         if not seen.numel():
             return torch.zeros((), device=self.device)
         ordered = seen.sort().values
