@@ -166,9 +166,11 @@ class DeadlineRunner:
         except queue.Empty:
             self._worker = _Worker()
             raise TimeoutError(f"no answer within {seconds:g} s") from None
-        if error is not None:
+        if error is None:
+            return result
+        if isinstance(error, Exception):
             raise error
-        return result
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error  # a tool may not end the process
 
 
 @dataclass
@@ -305,7 +307,7 @@ class AgentLoop:
             message = self.chat.parse(turn.ids, rollout.task.tools)
         except ToolCallError as error:
             rollout.messages.append({"role": "assistant", "content": self.chat.text(turn.ids)})
-            rollout.status, rollout.error = "invalid_tool_call", str(error)
+            rollout.status, rollout.error = ("invalid_tool_call" if turn.stopped else "truncated"), str(error)
             return True
         rollout.messages.append(message)
         if not turn.stopped and message.get("tool_calls"):

@@ -1,0 +1,121 @@
+"""Templates become incremental, tool calls are read, and anything unknown is named at the start."""
+
+import contextlib
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from templates import CHATML, HERMES, NO_END_MARK, NO_GENERATION_PROMPT, NO_TOOL_ROLE, byte_tokenizer
+from tiny import source
+
+from gear_lightning.chat import Chat, ChatOptions, ToolCallError, parse_tool_calls
+from gear_lightning.environments.base import tool_call, tool_result
+from gear_lightning.environments.lookup_chain import TOOLS
+from gear_lightning.errors import UserError
+
+USER = {"role": "user", "content": "What is 5 + 7?"}
+
+
+@pytest.mark.parametrize("template", [CHATML, HERMES])
+def test_turns_extend_the_prefix(template):
+    chat = Chat(byte_tokenizer(template))
+    ids = chat.prompt([USER], TOOLS)
+    assert chat.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+    ids += chat.write(tool_call("look", {"relation": "r1", "entity": "e1"}, "Let me see."))
+    assert chat.tokenizer.decode(ids).endswith("<|im_end|>")
+    ids += chat.continuation([tool_result("look", "e9")])
+    text = chat.tokenizer.decode(ids)
+    result = "<|im_start|>tool\ne9" if template is CHATML else "<|im_start|>user\n<tool_response>\ne9\n</tool_response>"
+    assert text.endswith(f"<|im_end|>\n{result}<|im_end|>\n<|im_start|>assistant\n")
+    assert "<think>" not in text, "a turn was rendered again"
+
+
+def test_words_of_the_from_scratch_model():
+    chat = Chat(source().tokenizer())
+    assert chat.syntax == "words"
+    ids = chat.prompt([{"role": "user", "content": "e5 w3"}], TOOLS)
+    ids += chat.write(tool_call("look", {"relation": "r1", "entity": "e5"}))
+    ids += chat.continuation([tool_result("look", "e9")])
+    assert chat.tokenizer.convert_ids_to_tokens(ids) == (
+        ["<task>", "e5", "w3", "<end>", "<act>", "look", "r1", "e5", "<end>", "<tool>", "e9", "<end>", "<act>"]
+    )
+    message = chat.parse(chat.write(tool_call("look", {"relation": "r1", "entity": "e5"})), TOOLS)
+    assert message["tool_calls"][0]["function"] == {"name": "look", "arguments": {"relation": "r1", "entity": "e5"}}
+    with pytest.raises(ToolCallError, match="look takes 2 arguments"):
+        chat.parse(chat.encode("look r1"), TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ("12", "12", []),
+        ('<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>', "", [("f", {"x": 1})]),
+        ('So: <tool_call>[{"name": "f", "arguments": {"x": "a"}}]</tool_call>', "So:", [("f", {"x": "a"})]),
+        ('<tool_call>[{"name": "f"}, {"name": "g", "arguments": {}}]</tool_call>', "", [("f", {}), ("g", {})]),
+        ('<tool_call>{"name": "f", "arguments": {}}</tool_call><tool_call>{"name": "g", "arguments": {}}</tool_call>',
+         "", [("f", {}), ("g", {})]),
+        ('<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}', "", [("f", {"x": 1})]),
+    ],
+)  # fmt: skip
+def test_tool_calls_are_read(text, content, calls):
+    found_content, found = parse_tool_calls(text)
+    assert found_content == content
+    assert [(c["function"]["name"], c["function"]["arguments"]) for c in found] == calls
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>",
+        "<tool_call>nonsense</tool_call>",
+        '<tool_call>{"name": 3}</tool_call>',
+        "<tool_call>[1]</tool_call>",
+        '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>',
+        "<tool_call>" + "[" * 100_000,
+        '<tool_call>{"name": "f", "arguments": {"x": ' + "9" * 10_000 + "}}</tool_call>",
+    ],
+)
+def test_broken_tool_calls_are_an_error_of_their_own(text):
+    with pytest.raises(ToolCallError):
+        parse_tool_calls(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet=st.sampled_from(list('<>/tool_call{}[]":,name arguments0\\u\n'))))
+def test_no_text_breaks_the_parser(text):
+    for attempt in (text, f"<tool_call>{text}</tool_call>", f'<tool_call>{{"name": "f", "arguments": {text}}}'):
+        with contextlib.suppress(ToolCallError):
+            json.dumps(parse_tool_calls(attempt), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        (NO_GENERATION_PROMPT, "ignores add_generation_prompt"),
+        (NO_END_MARK, "no end mark"),
+        (CHATML + "{# tools #}", "tool_syntax"),
+    ],
+)
+def test_unknown_templates_fail_at_the_start(template, message):
+    with pytest.raises(UserError, match=message):
+        Chat(byte_tokenizer(template))
+
+
+def test_a_template_without_a_tool_role_is_named():
+    with pytest.raises(UserError, match="roles user, assistant, tool"):
+        Chat(byte_tokenizer(NO_TOOL_ROLE)).check_tools()
+
+
+def test_tools_reach_the_policy_once():
+    for template in (CHATML, HERMES):
+        chat = Chat(byte_tokenizer(template))
+        text = chat.tokenizer.decode(chat.prompt([{"role": "system", "content": "Be brief."}, USER], TOOLS))
+        assert text.count('"submit"') == 1
+        assert "Be brief." in text
+
+
+def test_syntax_can_be_forced():
+    assert Chat(byte_tokenizer(CHATML), ChatOptions(tool_syntax="json")).syntax == "json"

@@ -1,0 +1,231 @@
+"""The agent loop: ids are final, masks are right, budgets hold, and what fails costs one rollout."""
+
+import threading
+import time
+
+import pytest
+import torch
+from templates import CHATML, byte_tokenizer
+from tiny import source
+
+from gear_lightning.chat import Chat
+from gear_lightning.engines import GenerationEngine, SampledTurn, Sampling
+from gear_lightning.environments.base import Environment, Step, Task, tool_call, tool_result
+from gear_lightning.environments.lookup_chain import TOOLS, LookupChain, LookupChainTasks
+from gear_lightning.rollout import AgentLoop, Budgets, Rollout
+
+CHAT = Chat(byte_tokenizer(CHATML))
+CALL = '<tool_call>[{"name": "look", "arguments": {"relation": "r1", "entity": "e1"}}]</tool_call>'
+
+
+class Scripted(GenerationEngine):
+    """Says what it is told, token by token cut in an unusual way, so that re-encoding its text would give other ids."""
+
+    def __init__(self, *turns: str, stop: bool = True):
+        self.turns, self.stop = turns, stop
+
+    def begin(self, model, sampling, stop_ids):
+        self.requests = []
+        self.waiting = []
+
+    def submit(self, request):
+        self.requests.append(request)
+        self.waiting.append(request)
+
+    def poll(self):
+        waiting, self.waiting = self.waiting, []
+        return [self.say(request) for request in waiting]
+
+    def say(self, request):
+        text = self.turns[min(request.seed[-1], len(self.turns) - 1)]
+        ids = [i for char in text for i in CHAT.encode(char)] + [CHAT._end_mark] * self.stop
+        ids = ids[: request.max_tokens]
+        return SampledTurn(request.key, ids, [-0.5] * len(ids), self.stop and ids[-1:] == [CHAT._end_mark])
+
+    def release(self, key):
+        pass
+
+    def end(self):
+        pass
+
+
+class Echo(Environment):
+    """Answers calls with text; a message without calls ends the episode with reward 1."""
+
+    def step(self, message):
+        if message.get("tool_calls"):
+            return Step([tool_result("look", "e2")], reward=0.25)
+        return Step(done=True, reward=1.0, info={"reward_parts": {"answer": 1.0}})
+
+
+def play(engine, environment=Echo, budgets=Budgets(tokens=2000, step_seconds=5), tools=TOOLS) -> Rollout:
+    loop = AgentLoop(CHAT, engine, environment, budgets, Sampling())
+    task = Task("t1", [{"role": "user", "content": "Go."}], tools)
+    (rollout,), counts = loop.run(torch.nn.Linear(1, 1), [(task, (0, 0, 0, 0))], policy_version=3)
+    assert counts[rollout.status] == 1
+    for column in (rollout.action_mask, rollout.turn_ids, rollout.stop_mask, rollout.sampler_logprobs):
+        assert len(column) == len(rollout.tokens)
+    return rollout
+
+
+def test_sampled_ids_are_final_and_masks_cover_them_alone():
+    engine = Scripted(CALL, "the answer is twelve")
+    rollout = play(engine)
+    assert (rollout.status, rollout.turns, rollout.reward, rollout.success) == ("done", 2, 1.25, True)
+    first, second = (engine.say(r).ids for r in engine.requests)
+    prompt, between = CHAT.prompt(rollout.messages[:1], TOOLS), CHAT.continuation([tool_result("look", "e2")])
+    assert rollout.tokens == prompt + first + between + second
+    assert CHAT.encode(CHAT.tokenizer.decode(first)) != first, "this test needs ids that re-encoding would change"
+    spans = [(len(prompt), False), (len(first), True), (len(between), False), (len(second), True)]
+    assert rollout.action_mask == [sampled for n, sampled in spans for _ in range(n)]
+    assert rollout.turn_ids == [-1] * len(prompt) + [0] * len(first) + [-1] * len(between) + [1] * len(second)
+    assert [i for i, stop in enumerate(rollout.stop_mask) if stop] == [
+        len(prompt + first) - 1, len(rollout.tokens) - 1
+    ]  # fmt: skip
+    assert {rollout.tokens[i] for i, stop in enumerate(rollout.stop_mask) if stop} == {CHAT._end_mark}
+    assert engine.requests[1].ids == rollout.tokens[: len(prompt + first + between)], "the context was rebuilt"
+    assert [m["role"] for m in rollout.messages] == ["user", "assistant", "tool", "assistant"]
+    assert rollout.reward_parts == {"answer": 1.0}
+    assert rollout.policy_version == 3
+
+
+def test_rollouts_survive_as_plain_data():
+    rollout = play(Scripted(CALL, "done"))
+    again = Rollout.from_state_dict(rollout.state_dict())
+    assert vars(again).keys() == vars(rollout).keys()
+    assert again.tokens == rollout.tokens
+    assert again.task.messages == rollout.task.messages
+
+
+class Raises(Environment):
+    def step(self, message):
+        raise RuntimeError("tool broke")
+
+
+class Exits(Environment):
+    def step(self, message):
+        raise SystemExit(3)
+
+
+class RaisesOnReset(Echo):
+    def reset(self, task, *, seed):
+        raise OSError("no room")
+
+
+class Hangs(Environment):
+    def step(self, message):
+        time.sleep(60)
+        return Step()
+
+
+def giving(value):
+    class Gives(Environment):
+        def step(self, message):
+            return value if value is None else Step(done=True, reward=value)
+
+    return Gives
+
+
+@pytest.mark.parametrize(
+    ("environment", "status", "error"),
+    [
+        (Raises, "environment_error", "RuntimeError: tool broke"),
+        (Exits, "environment_error", "SystemExit: 3"),
+        (RaisesOnReset, "environment_error", "OSError: no room"),
+        (Hangs, "environment_timeout", "no answer within 0.2 s"),
+        (giving(float("nan")), "invalid_reward", "reward nan"),
+        (giving("high"), "invalid_reward", "reward 'high'"),
+        (giving(None), "invalid_reward", "NoneType in place of a Step"),
+    ],
+)
+def test_a_misbehaving_environment_costs_one_rollout(environment, status, error):
+    rollout = play(Scripted("hello"), environment, Budgets(tokens=500, step_seconds=0.2))
+    assert rollout.status == status
+    assert error in str(rollout.error)
+    assert not rollout.learnable
+
+
+def test_a_hanging_tool_does_not_stop_the_others():
+    calls = []
+
+    class Sometimes(Echo):
+        def reset(self, task, *, seed):
+            calls.append(seed)
+            self.hang = len(calls) == 2
+            return []
+
+        def step(self, message):
+            return Hangs.step(self, message) if self.hang else super().step(message)
+
+    loop = AgentLoop(CHAT, Scripted("x"), Sometimes, Budgets(step_seconds=0.3), Sampling())
+    task = Task("t", [{"role": "user", "content": "Go."}])
+    started = time.monotonic()
+    rollouts, counts = loop.run(torch.nn.Linear(1, 1), [(task, (0, i)) for i in range(5)], policy_version=0)
+    assert time.monotonic() - started < 5
+    assert counts == {"done": 4, "environment_timeout": 1}
+    assert [r.status for r in rollouts].index("environment_timeout") == 1
+
+
+@pytest.mark.parametrize(
+    ("turns", "budgets", "status"),
+    [
+        (["<tool_call>oops</tool_call>"], Budgets(tokens=500), "invalid_tool_call"),
+        ([""], Budgets(), "empty_response"),
+        (["hello"], Budgets(context=10), "prompt_too_long"),
+        ([CALL], Budgets(turns=3, tokens=5000, context=5000), "truncated"),
+        ([CALL], Budgets(tokens=30), "truncated"),
+    ],
+)
+def test_every_end_has_its_status(turns, budgets, status):
+    rollout = play(Scripted(*turns), budgets=budgets)
+    assert rollout.status == status
+    assert rollout.learnable == (status in ("invalid_tool_call", "truncated"))
+
+
+def test_budgets_hold():
+    rollout = play(Scripted(CALL), budgets=Budgets(turns=3, tokens=5000, context=5000))
+    assert rollout.turns == 3
+    rollout = play(Scripted("abcdefghijklmnop", stop=False), budgets=Budgets(tokens=7))
+    assert sum(rollout.action_mask) == 7
+    assert not any(rollout.stop_mask)
+
+
+def test_environments_are_closed_also_after_failures():
+    closed = []
+
+    class Watch(Raises):
+        def close(self):
+            closed.append(threading.current_thread().name)
+            raise ValueError("close broke too")
+
+    rollout = play(Scripted("hello"), Watch)
+    assert closed == ["environment"]
+    assert rollout.error == "RuntimeError: tool broke", "the first failure is the one to tell"
+
+
+def test_reference_never_reaches_the_policy():
+    tasks = LookupChainTasks(2)
+    task = tasks[0]
+    chat = Chat(source().tokenizer())
+    words = chat.tokenizer.convert_ids_to_tokens(chat.prompt(task.messages, task.tools))
+    assert "<ref>" not in words
+    assert not set(task.reference.split()) & set(words) - {task.meta["start"]}
+
+
+def test_lookup_chain_pays_for_the_right_entity_alone():
+    task = LookupChainTasks(3)[5]
+    steps = task.reference.split("look ")[1:]
+    last = steps[-1].split()
+    moves = [s.split()[:2] for s in steps]
+
+    def score(final):
+        environment = LookupChain()
+        environment.reset(task, seed=0)
+        for relation, entity in moves:
+            step = environment.step(tool_call("look", {"relation": relation, "entity": entity}))
+            assert not step.done
+        return environment.step(tool_call("submit", {"entity": final})).reward
+
+    right = last[last.index("submit") + 1]
+    assert score(right) == 1.0
+    assert score("e0" if right != "e0" else "e1") == 0.0

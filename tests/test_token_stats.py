@@ -1,0 +1,89 @@
+"""Chunked stats equal plain ones, values and gradients, and never hold all logits."""
+
+import pytest
+import torch
+from tiny import source
+
+from gear_lightning import token_stats as room
+from gear_lightning.errors import UserError
+
+
+def setup():
+    torch.manual_seed(0)
+    model = source().model()
+    tokens = torch.randint(6, 100, (3, 11))
+    valid = torch.arange(11) < torch.tensor([11, 7, 4])[:, None]
+    wanted = valid & (torch.rand(3, 11) < 0.6)
+    wanted[:, 0] = False
+    return model, tokens, valid, wanted
+
+
+def plain(model, tokens, wanted, temperature=1.0):
+    logprobs = (model(input_ids=tokens).logits.float() / temperature).log_softmax(-1)
+    picked = torch.zeros(tokens.shape)
+    entropy = torch.zeros(tokens.shape)
+    for b, t in wanted.nonzero().tolist():  # the distribution of token t is read at t - 1
+        picked[b, t] = logprobs[b, t - 1, tokens[b, t]]
+        entropy[b, t] = torch.distributions.Categorical(logits=logprobs[b, t - 1]).entropy()
+    return picked, entropy, logprobs
+
+
+@pytest.mark.parametrize("chunk", [1, 4096])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_equal_to_full_logits(monkeypatch, chunk, temperature):
+    monkeypatch.setattr(room, "CHUNK", chunk)
+    model, tokens, valid, wanted = setup()
+    stats = room.token_stats(model, tokens, valid, wanted, temperature=temperature, top_k=3)
+    picked, entropy, logprobs = plain(model, tokens, wanted, temperature)
+    torch.testing.assert_close(stats.logprobs, picked, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats.entropy, entropy, atol=1e-5, rtol=1e-5)
+    for b, t in wanted.nonzero().tolist():
+        top = logprobs[b, t - 1].topk(3)
+        assert stats.top_ids[b, t].tolist() == top.indices.tolist()
+        torch.testing.assert_close(stats.top_logprobs[b, t], top.values, atol=1e-5, rtol=1e-5)
+    grads = []
+    for loss in (stats.logprobs.sum(), picked.sum()):
+        model.zero_grad()
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-4, rtol=1e-4)
+    assert not stats.entropy.requires_grad
+
+
+def test_padding_changes_nothing():
+    model, tokens, valid, wanted = setup()
+    together = room.token_stats(model, tokens, valid, wanted).logprobs
+    for row, length in enumerate((11, 7, 4)):
+        cut = (slice(row, row + 1), slice(0, length))
+        alone = room.token_stats(model, tokens[cut], valid[cut], wanted[cut]).logprobs
+        torch.testing.assert_close(together[cut], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_wanted_still_has_a_gradient():
+    model, tokens, valid, _ = setup()
+    stats = room.token_stats(model, tokens, valid, torch.zeros_like(valid))
+    stats.logprobs.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_given_tokens_are_looked_up():
+    model, tokens, valid, wanted = setup()
+    first = room.token_stats(model, tokens, valid, wanted, top_k=4)
+    again = room.token_stats(model, tokens, valid, wanted, top_ids=first.top_ids)
+    torch.testing.assert_close(first.top_logprobs, again.top_logprobs)
+
+
+def test_a_model_that_transforms_its_logits_is_refused():
+    model, *_ = setup()
+    head = model.get_output_embeddings()
+
+    class Capped(type(model)):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = torch.tanh(out.logits) + 1
+            return out
+
+    model.__class__ = Capped
+    with pytest.raises(UserError, match="transforms its logits"):
+        room.check_head(model)
+    assert model.get_output_embeddings() is head
