@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 
 from gear_lightning.batch import TokenStats
 from gear_lightning.credit import GEAR, Credit, Evidence
+
+SAMPLED, LISTED = ["k1", "k3"], ["reverse_kl", "forward_kl", "jsd"]
+SEEDS = st.integers(0, 10**9)
 
 
 @dataclass
@@ -95,14 +99,16 @@ def evidence(rows: list[Rollout], padding: int = 0) -> Evidence:
 
 
 def random_rollout(rng: random.Random, *, vocabulary: int = 0) -> Rollout:
-    """Prompt, turns of 0 to 9 actions, observations between them; values on a grid, so that sums are exact and ties
+    """Prompt, turns of 0 to 40 actions, observations between them; values on a grid, so that sums are exact and ties
     are common. Roughly one rollout in ten has no action tokens."""
     turns = [-1] * rng.randint(0, 3)
     for turn in range(rng.choice([0, 1, 1, 1, 2, 2, 3, 3, 4])):
-        turns += [turn] * rng.randint(0, 9) + [-1] * rng.randint(0, 3)
+        for _ in range(rng.choice([0, 1, 2, 4, 6, 9, 9, 40])):
+            turns += [turn] + [-1] * (rng.random() < 0.05)  # a masked token inside a turn is as good as absent
+        turns += [-1] * rng.randint(0, 3)
     turns = turns or [-1]
     n = len(turns)
-    spread = rng.choice([0, 4, 32, 200])
+    spread = rng.choice([0, 4, 32, 32, 200])
     teacher = [-rng.randint(0, 64) / 16 - 12 for _ in turns]
 
     def distribution() -> list[float]:
@@ -123,6 +129,12 @@ def random_rollout(rng: random.Random, *, vocabulary: int = 0) -> Rollout:
         policy_top=[distribution() for _ in turns] if vocabulary else None,
         teacher_top=[distribution() for _ in turns] if vocabulary else None,
     )
+
+
+def some_rollouts(seed: int, n: int = 6, **options: Any) -> list[Rollout]:
+    """Random rollouts."""
+    rng = random.Random(seed)
+    return [random_rollout(rng, **options) for _ in range(n)]
 
 
 def random_rule(rng: random.Random, divergences: list[str], cls: type[GEAR] = GEAR, **fixed: Any) -> GEAR:
@@ -148,11 +160,11 @@ def random_rule(rng: random.Random, divergences: list[str], cls: type[GEAR] = GE
         "entropy": rng.choice(["policy", "teacher", "surprisal"]),
         "entropy_quantile": rng.choice([0.0, 0.3, 0.5, 0.8, 1.0]),
         "sign_rule": rng.choice(["symmetric", "negatives_only", "reversed_on_correct"] + ["sign_aware"] * signed),
-        "kappa": rng.choice([0.0, 0.3, 1.0, 2.5]),
-        "clip": rng.choice([0.0, 0.2, 0.9, 0.99]),
+        "kappa": rng.choice([0.0] + 3 * [0.3, 1.0, 2.5]),
+        "clip": rng.choice([0.0] + 3 * [0.2, 0.9, 0.99]),
         "direction_gate": rng.random() < 0.2,
-        "mix": rng.choice([1.0, 0.5, 0.0]),
-        "mix_decay": rng.choice([None, 1, 8, 100]),
+        "mix": rng.choice([1.0, 1.0, 1.0, 0.5, 0.5, 0.0]),
+        "mix_decay": rng.choice([None, None, None, 1, 8, 100]),
         "normalise": rng.choice(["mean", "geometric", "none"]),
         "exclude_stop": rng.random() < 0.5,
         "exclude_tail": rng.choice([0, 0, 1, 4]),

@@ -108,11 +108,11 @@ def test_divergence_of_equal_models_is_exactly_zero():
 def test_merging_the_tail_never_raises_a_divergence():
     # data processing: a coarser view of two distributions cannot tell them apart better
     g = torch.Generator().manual_seed(1)
-    s, t = (torch.randn(8, 9, 12, generator=g).log_softmax(-1) for _ in range(2))
+    s, t = (torch.randn(8, 9, 12, generator=g).double().log_softmax(-1) for _ in range(2))
     for kind in ("reverse_kl", "forward_kl", "jsd"):
         full = gear.distribution_divergence(s, t, kind)
         for k in (1, 4, 11):
-            assert (gear.distribution_divergence(s[..., :k], t[..., :k], kind) <= full + 1e-6).all()
+            assert (gear.distribution_divergence(s[..., :k], t[..., :k], kind) <= full + 1e-8).all()
 
 
 def test_divergence_kinds_do_not_mix():
