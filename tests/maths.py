@@ -72,7 +72,7 @@ def evidence(rows: list[Rollout], padding: int = 0) -> Evidence:
     width = max(len(r.turns) for r in rows) + padding
 
     def pad(lists: list[list[float]], fill: float = 7.0) -> torch.Tensor:
-        return torch.tensor([x + [fill] * (width - len(x)) for x in lists])
+        return torch.tensor([x + [fill] * (width - len(x)) for x in lists], dtype=torch.float32)
 
     def stack(lists: list[list[list[float]]] | None) -> torch.Tensor | None:
         if lists is None:
@@ -86,7 +86,7 @@ def evidence(rows: list[Rollout], padding: int = 0) -> Evidence:
     tops = [stack(policy_top), stack(teacher_top)]
     ids = [None if top is None else torch.zeros_like(top, dtype=torch.long) for top in tops]
     return Evidence(
-        advantages=torch.tensor([r.advantage for r in rows]),
+        advantages=torch.tensor([float(r.advantage) for r in rows]),
         action_mask=turns >= 0,
         turn_ids=turns,
         stop_mask=pad([[float(s) for s in r.stop] for r in rows], 0.0) > 0,

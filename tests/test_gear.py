@@ -126,7 +126,7 @@ def test_divergence_kinds_do_not_mix():
 
 
 def test_golden_mean_and_quantile():
-    x, mask = row(4, 100, 1, 3, 2), bits("x.xxx")
+    x, mask = row(4, -100, 1, 3, 2), bits("x.xxx")
     assert gear.masked_mean(x, mask).item() == 2.5  # (4 + 1 + 3 + 2) / 4
     assert gear.masked_quantile(x, mask, 0.5).item() == 2.5  # of 1 2 3 4, place 1.5
     assert gear.masked_quantile(x, mask, 0.75).item() == 3.25  # place 2.25
@@ -196,18 +196,18 @@ def test_golden_anchor_zscore():
 
 def test_golden_anchor_rise():
     d = row(1, 2, 3, 3.9, 9)  # means of the 2 before: 0 (none), 1, 1.5, 2.5, 3.45
-    assert spikes(d, rule="rise", level=2, floor=1.5) == "..x.x"  # to reach: 1.5 2.5 3 4 4.95
-    assert spikes(d, rule="rise", level=2, floor=1.25) == "..xxx"  # 1.25 2.25 2.75 3.75 4.7
+    assert spikes(d, rule="rise", level=2.0, floor=1.5) == "..x.x"  # to reach: 1.5 2.5 3 4 4.95
+    assert spikes(d, rule="rise", level=2.0, floor=1.25) == "..xxx"  # 1.25 2.25 2.75 3.75 4.7
     # never under the floor: the mean before is -2, and -1 is still not a departure
-    assert spikes(row(-2, -2, -1, 0.4, 0.5), rule="rise", level=2, floor=0.5) == "....x"
+    assert spikes(row(-2, -2, -1, 0.4, 0.5), rule="rise", level=2.0, floor=0.5) == "....x"
 
 
 def test_golden_anchor_peak():
     d = row(3, 4, 4, 2, 5)
     assert spikes(d, rule="absolute", floor=3.0) == "xxx.x"
     assert spikes(d, rule="absolute", floor=3.0, at="peak") == ".x..x"  # the first of a plateau; the ends count
-    mask = bits("xxxx.")  # the 5 is padding: 2 at the end is under the floor
-    assert spikes(d, mask, rule="absolute", floor=2.0, at="peak") == ".x..."
+    # the 9 is padding: the 3 before it is the rollout's end, and so a peak
+    assert spikes(row(3, 4, 2, 3, 9), bits("xxxx."), rule="absolute", floor=2.0, at="peak") == ".x.x."
 
 
 def segments(spike: str, h: list[float], turns: list[int] | None = None, d: list[float] | None = None, **options):

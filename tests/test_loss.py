@@ -1,0 +1,234 @@
+"""The policy loss: hand-computed values, an oracle, gradients, denominators, degenerate input."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from maths import evidence, some_rollouts
+from torch import Tensor
+from torch.testing import assert_close
+
+from gear_lightning.credit import GEAR, Uniform
+from gear_lightning.errors import UserError
+from gear_lightning.loss import ClippedSurrogate, LossTerms, clipped_surrogate
+
+KINDS = [{}, {"aggregation": "sequence_mean"}, {"aggregation": "constant", "constant_length": 7}]
+
+
+def row(*values: float) -> Tensor:
+    return torch.tensor([values], dtype=torch.float32)
+
+
+def count(n: int) -> Tensor:
+    return torch.tensor(n)
+
+
+def surrogate(ratios: list[float], advantages: list[float], **options) -> tuple[list[float], list[bool], list[float]]:
+    """Loss, clip flag and gradient per token at these ratios."""
+    logprobs = torch.tensor([[math.log(r) for r in ratios]], requires_grad=True)
+    options = {"clip_low": 0.2, "clip_high": 0.28, **options}
+    loss, clipped = clipped_surrogate(logprobs, torch.zeros_like(logprobs), row(*advantages), **options)
+    (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
+    return loss[0].tolist(), clipped[0].tolist(), gradient[0].tolist()
+
+
+def step(loss: ClippedSurrogate, logprobs: Tensor, old: Tensor, a: Tensor, mask: Tensor, **n: int) -> LossTerms:
+    counts = {"step_tokens": int(mask.sum()), "step_rollouts": len(mask), **n}
+    return loss(logprobs, old, a, mask, **{k: count(v) for k, v in counts.items()})
+
+
+def random_step(seed: int, rows: int = 6, width: int = 9) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    logprobs = -torch.rand(rows, width, generator=g) * 3
+    old = logprobs + torch.randn(rows, width, generator=g) * 0.4
+    mask = torch.rand(rows, width, generator=g) < torch.rand(rows, 1, generator=g)
+    mask[0] = False
+    return logprobs, old, torch.randn(rows, width, generator=g), mask
+
+
+def test_golden_surrogate():
+    # A = 2: -1.2 * 2; at 1.5 the upper bound 1.28: -2.56; at 0.5 the smaller, unbounded one: -1
+    loss, clipped, gradient = surrogate([1.2, 1.5, 0.5], [2.0, 2.0, 2.0])
+    assert loss == pytest.approx([-2.4, -2.56, -1.0])
+    assert clipped == [False, True, False]
+    assert gradient == pytest.approx([-2.4, 0, -1.0])  # of -r A in log r
+    # A = -2: at 1.5 the larger, unbounded one: 3; at 0.5 the lower bound 0.8: 1.6
+    loss, clipped, gradient = surrogate([0.9, 1.5, 0.5], [-2.0, -2.0, -2.0])
+    assert loss == pytest.approx([1.8, 3.0, 1.6])
+    assert clipped == [False, False, True]
+    assert gradient == pytest.approx([1.8, 3.0, 0])
+
+
+def test_golden_bounds_are_separate():
+    ratios, plus, minus = [1.21, 0.79, 1.29, 0.71], [1.0] * 4, [-1.0] * 4
+    assert surrogate(ratios, plus, clip_low=0.3, clip_high=0.2)[0] == pytest.approx([-1.2, -0.79, -1.2, -0.71])
+    assert surrogate(ratios, minus, clip_low=0.3, clip_high=0.2)[0] == pytest.approx([1.21, 0.79, 1.29, 0.71])
+    assert surrogate(ratios, minus, clip_low=0.2, clip_high=0.3)[0] == pytest.approx([1.21, 0.8, 1.29, 0.8])
+    assert surrogate(ratios, minus, clip_low=0.2, clip_high=0.3)[1] == [False, True, False, True]
+    assert surrogate(ratios, plus, clip_low=0.3, clip_high=0.2)[1] == [True, False, True, False]
+
+
+def test_golden_dual_clip():
+    # A = -2, cap 3 * 2 = 6: at ratio 2 still 4, at ratio 5 6 in place of 10; A = 2 is not capped
+    loss, clipped, gradient = surrogate([2.0, 5.0, 0.5], [-2.0, -2.0, -2.0], dual_clip=3.0)
+    assert loss == pytest.approx([4, 6, 1.6])
+    assert clipped == [False, True, True]
+    assert gradient == pytest.approx([4, 0, 0])
+    assert surrogate([5.0], [2.0], dual_clip=3.0)[0] == surrogate([5.0], [2.0])[0]
+
+
+def test_golden_aggregation():
+    # ratio 1, so the losses are -A: rows -1 -2 (masked) and -6; the step has 5 tokens in 4 rollouts
+    a, mask = torch.tensor([[1.0, 2, 9], [6, 9, 9]]), torch.tensor([[True, True, False], [True, False, False]])
+    zero = torch.zeros(2, 3)
+    expected = [-9 / 5, (-1.5 - 6) / 4, -9 / (4 * 7)]
+    for options, value in zip(KINDS, expected, strict=True):
+        terms = step(ClippedSurrogate(**options), zero, zero, a, mask, step_tokens=5, step_rollouts=4)
+        assert terms.loss.item() == pytest.approx(value)
+        assert terms.clipped.item() == 0
+
+
+def test_golden_clipped_counts_action_tokens():
+    logprobs, mask = row(1, 1, 1, -1, 0), torch.tensor([[True, False, True, True, True]])
+    terms = step(ClippedSurrogate(), logprobs, torch.zeros(1, 5), row(1, 1, -1, -1, 1), mask)
+    assert terms.clipped.item() == 2  # columns 0 and 3; column 1 is no action
+
+
+def test_equals_a_slow_loop():
+    for seed in range(200):
+        logprobs, old, a, mask = random_step(seed)
+        dual = None if seed % 2 else 1.5
+        tokens, rollouts = 40 + seed, 10
+        per_row, clipped = [], 0
+        for i in range(len(mask)):
+            losses = []
+            for t in mask[i].nonzero()[:, 0].tolist():
+                r, adv = math.exp(logprobs[i, t].item() - old[i, t].item()), a[i, t].item()
+                value = -min(r * adv, min(max(r, 0.8), 1.28) * adv)
+                stopped = r > 1.28 if adv > 0 else r < 0.8
+                if dual and adv < 0 and value > -dual * adv:
+                    value, stopped = -dual * adv, True
+                losses.append(value)
+                clipped += stopped
+            per_row.append(losses)
+        total = math.fsum(math.fsum(x) for x in per_row)
+        means = math.fsum(math.fsum(x) / len(x) for x in per_row if x)
+        for options, value in zip(KINDS, [total / tokens, means / rollouts, total / (rollouts * 7)], strict=True):
+            loss = ClippedSurrogate(dual_clip=dual, **options)
+            terms = step(loss, logprobs, old, a, mask, step_tokens=tokens, step_rollouts=rollouts)
+            assert terms.loss.item() == pytest.approx(value, abs=1e-6, rel=1e-5)
+            assert terms.clipped.item() == clipped
+
+
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_gradient_at_ratio_one_is_minus_advantage_over_the_denominator(options, dual_clip):
+    logprobs, _, a, mask = random_step(1)
+    logprobs.requires_grad_()
+    loss = ClippedSurrogate(dual_clip=dual_clip, **options)
+    terms = step(loss, logprobs, logprobs.detach(), a, mask, step_tokens=50, step_rollouts=9)
+    (gradient,) = torch.autograd.grad(terms.loss, logprobs)
+    lengths = mask.sum(-1, keepdim=True).clamp_min(1)
+    denominator = {"sequence_mean": lengths * 9, "constant": 9 * 7}.get(loss.aggregation, 50)
+    assert_close(gradient, torch.where(mask, -a / denominator, 0))
+    assert terms.clipped == 0
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(KINDS), st.integers(1, 6), st.integers(0, 4))
+def test_any_split_into_micro_batches_gives_the_same_loss_and_gradient(seed, options, size, padding):
+    logprobs, old, a, mask = random_step(seed)
+    loss, n = ClippedSurrogate(**options), {"step_tokens": max(int(mask.sum()), 1), "step_rollouts": len(mask)}
+    logprobs.requires_grad_()
+    whole = step(loss, logprobs, old, a, mask, **n)
+    (gradient,) = torch.autograd.grad(whole.loss, logprobs)
+    parts = []
+    for i in range(0, len(mask), size):
+        cut = [torch.nn.functional.pad(x[i : i + size], (0, padding)) for x in (logprobs, old, a, mask)]
+        parts.append(step(loss, *cut, **n))
+    total = torch.stack([p.loss for p in parts]).sum()
+    assert_close(total, whole.loss, atol=1e-6, rtol=1e-5)
+    assert_close(torch.autograd.grad(total, logprobs)[0], gradient)
+    assert sum(p.clipped for p in parts) == whole.clipped
+
+
+def test_masked_tokens_have_no_say():
+    logprobs, old, a, mask = random_step(2)
+    loss = ClippedSurrogate()
+    junk = [torch.where(mask, x, y) for x, y in ((logprobs, 5.0), (old, -30.0), (a, 1e9))]
+    assert torch.equal(step(loss, *junk, mask).loss, step(loss, logprobs, old, a, mask).loss)
+    logprobs = junk[0].requires_grad_()
+    step(loss, logprobs, junk[1], junk[2], mask).loss.backward()
+    assert logprobs.grad is not None
+    assert (logprobs.grad[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("off_policy", [0.0, 0.5])
+def test_weight_one_gives_grpo_bit_for_bit(options, off_policy):
+    for seed in range(20):
+        e = evidence(some_rollouts(seed))
+        g = torch.Generator().manual_seed(seed)
+        old = e.policy.logprobs + off_policy * torch.randn(e.policy.logprobs.shape, generator=g)
+        # teacher = policy; kappa 0; decayed to nothing; no teacher at all; plain GRPO by hand
+        same = type(e)(**{**vars(e), "teacher": e.policy})
+        late = type(e)(**{**vars(e), "policy_version": torch.full_like(e.policy_version, 9)})
+        credits = (GEAR()(same), GEAR(kappa=0.0)(e), GEAR(mix_decay=9)(late), Uniform()(e))
+        plain = e.advantages[:, None] * e.action_mask
+        results = []
+        for advantages in (*(c.token_advantages for c in credits), plain):
+            logprobs = e.policy.logprobs.clone().requires_grad_()
+            terms = step(ClippedSurrogate(**options), logprobs, old, advantages, e.action_mask)
+            results.append((terms.loss.detach(), *torch.autograd.grad(terms.loss, logprobs)))
+        for loss, gradient in results[:-1]:
+            assert torch.equal(loss, results[-1][0])
+            assert torch.equal(gradient, results[-1][1])
+
+
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+@pytest.mark.parametrize("gap", [0.0, 25.0, 90.0, 1e4, -25.0, -90.0, -1e4])
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+def test_huge_log_ratios_stay_finite(options, dual_clip, gap, advantage):
+    logprobs = torch.full((2, 3), gap, requires_grad=True)
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    a = torch.where(mask, advantage, 0.0)
+    terms = step(ClippedSurrogate(dual_clip=dual_clip, **options), logprobs, torch.zeros(2, 3), a, mask)
+    terms.loss.backward()
+    assert terms.loss.isfinite()
+    assert logprobs.grad is not None
+    assert logprobs.grad.isfinite().all()
+    if abs(gap) > 20:
+        assert (logprobs.grad == 0).all()
+        assert terms.clipped == (2 if advantage else 0)
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_nothing_to_learn_still_has_a_gradient_of_zero(options):
+    # a rank without action tokens takes part in the step, even where the whole step has none
+    logprobs = torch.zeros(1, 2, requires_grad=True)
+    none = torch.zeros(1, 2, dtype=torch.bool)
+    loss = ClippedSurrogate(**options)
+    terms = step(loss, logprobs, torch.zeros(1, 2), torch.zeros(1, 2), none, step_tokens=0, step_rollouts=0)
+    assert terms.loss.item() == terms.clipped.item() == 0
+    terms.loss.backward()
+    assert (logprobs.grad == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip_low": 0.0}, r"clip_low=0.0 must lie in \(0, 1\]"),
+        ({"clip_low": 1.5}, r"clip_low=1.5 must lie in \(0, 1\]"),
+        ({"clip_high": 0.0}, "clip_high=0.0 above 0"),
+        ({"dual_clip": 1.0}, "dual_clip=1.0 must be above 1"),
+        ({"aggregation": "constant"}, "aggregation=constant and constant_length go together"),
+        ({"constant_length": 5}, "aggregation=constant and constant_length go together"),
+        ({"aggregation": "constant", "constant_length": 0}, "constant_length=0 must be at least 1 token"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        ClippedSurrogate(**options)
