@@ -77,7 +77,9 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             self.success_threshold,
             partial(self._report, stage),
         )
-        with torch.autocast("cpu", enabled=False):
+        # one context for the whole phase, so that the weights are cast once and not at every token
+        mixed = self._trainer.precision == "bf16-mixed"
+        with torch.autocast(self._module.device.type, dtype=torch.bfloat16, enabled=mixed):
             rollouts, _ = loop.run(self._module.policy, jobs, policy_version=self._trainer.global_step)
         return rollouts
 

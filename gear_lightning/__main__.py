@@ -32,6 +32,7 @@ def main() -> None:
         print(__version__)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a busy CPU tens of times slower
     from .errors import UserError
 
     command, rest = args[0], args[1:]

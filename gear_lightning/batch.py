@@ -82,6 +82,14 @@ class RolloutBatch:
         return self.tokens.shape[0]
 
 
+class Sealed:
+    """A batch on its way to the module, past Lightning's precision plugins: they would cast its rewards, advantages and
+    log-probs to the precision of the weights, and do not take frozen dataclasses."""
+
+    def __init__(self, batch: RolloutBatch):
+        self.batch = batch
+
+
 @dataclass(frozen=True)
 class TokenStats:
     """What one model says about each token, detached where it is evidence and attached where it is trained.

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 
 from .advantage import GRPO, GroupAdvantage, has_spread
-from .batch import RolloutBatch, RolloutRow, collate
+from .batch import RolloutBatch, RolloutRow, Sealed, collate
 from .environments.base import Task, TaskSource
 from .errors import UserError
 from .resume import gather, random_state, restore_random_state
@@ -157,6 +157,9 @@ class RolloutDataModule(L.LightningDataModule):
             return []
         per_rank = -(-len(self._eval_jobs()) // self._trainer.world_size)
         return RolloutStream(self, stage, max(1, -(-per_rank // self.eval_batch_size)))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch.batch if isinstance(batch, Sealed) else batch
 
     @property
     def _trainer(self) -> L.Trainer:
@@ -379,5 +382,5 @@ class RolloutStream:
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[RolloutBatch]:
-        return self.data._iterate() if self.stage == "fit" else self.data._evaluate(self.stage)
+    def __iter__(self) -> Iterator[Sealed]:
+        return map(Sealed, self.data._iterate() if self.stage == "fit" else self.data._evaluate(self.stage))

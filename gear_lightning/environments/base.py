@@ -8,6 +8,10 @@ from typing import Any
 Message = dict[str, Any]
 
 
+class RewardError(RuntimeError):
+    """A rollout that cannot be scored. It is left out of learning; the message is recorded."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One problem for the policy.
@@ -68,6 +72,14 @@ class Environment(ABC):
     as a list of ``{"type": "function", "function": {"name": str, "arguments": dict}}``. Whatever a method raises ends
     that rollout alone; it is counted, recorded and left out of the group's advantages.
     """
+
+    def check(self, task: Task) -> None:
+        """Look at a task before any training, on an instance that plays none.
+
+        Raises:
+            UserError: the task cannot be played or scored; names it.
+        """
+        return None
 
     def reset(self, task: Task, *, seed: int) -> list[Message]:
         """Start the episode.

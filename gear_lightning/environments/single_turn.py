@@ -1,6 +1,23 @@
-from .base import Environment, Step
+"""One question, one answer."""
+
+from ..rewards import Reward, evaluate, reward_of
+from .base import Environment, Message, Step, Task
 
 
 class SingleTurn(Environment):
-    def step(self, message):
-        return Step(done=True)
+    """Scores the first assistant message and ends.
+
+    Args:
+        reward: scores the answer; the name of a built-in reward, an import path, or a function. The ``reward`` of a
+            task's meta goes before it.
+    """
+
+    def __init__(self, reward: str | Reward | None = None):
+        self.default_reward = reward
+
+    def check(self, task: Task) -> None:
+        reward_of(task, self.default_reward)
+
+    def step(self, message: Message) -> Step:
+        reward, parts = evaluate(reward_of(self.task, self.default_reward), self.task, [message])
+        return Step(reward=reward, done=True, info={"reward_parts": parts})

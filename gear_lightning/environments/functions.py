@@ -1,0 +1,69 @@
+"""Python functions as tools."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import UserError
+from ..rewards import Reward, import_function
+from .base import Task
+from .tools import ToolEnvironment, ToolError, unknown_tool
+
+MAX_RESULT = 10_000  # characters of a tool's answer that the policy sees
+
+
+def tool_schemas(tools: Sequence[str]) -> list[dict[str, Any]]:
+    """JSON schemas of functions given by import path, made from their signatures and Google-style docstrings.
+
+    Raises:
+        UserError: a function that cannot be imported, or whose docstring or type hints do not describe its arguments.
+    """
+    from transformers.utils import get_json_schema
+
+    schemas = []
+    for path in tools:
+        function = import_function(path, "tool")
+        try:
+            schemas.append(get_json_schema(function))
+        except Exception as error:
+            raise UserError(
+                f"tool {path!r} needs type hints and a docstring that describes each argument under Args: ({error})"
+            ) from None
+    return schemas
+
+
+class FunctionTools(ToolEnvironment):
+    """Answers calls with Python functions of your own; the first message without a call is the final answer.
+
+    A function gets the call's arguments by name and returns text, or anything that ``str`` makes text of. It raises
+    `gear_lightning.environments.tools.ToolError` for a mistake that the agent can mend; any other exception ends the
+    rollout. List the functions in the tasks' ``tools`` too (`JsonlTasks`), so that the policy knows them.
+
+    Args:
+        tools: import paths of the functions.
+        reward: scores the transcript; the name of a built-in reward, an import path, or a function.
+        max_calls: tool calls in an episode.
+    """
+
+    def __init__(self, tools: list[str], reward: str | Reward | None = None, max_calls: int = 16):
+        super().__init__(reward, max_calls)
+        functions = [import_function(path, "tool") for path in tools]
+        self.functions = {function.__name__: function for function in functions}
+
+    def check(self, task: Task) -> None:
+        super().check(task)
+        for tool in task.tools:
+            if (name := tool["function"]["name"]) not in self.functions:
+                raise UserError(
+                    f"task {task.id} lists the tool {name!r}, and FunctionTools has {', '.join(self.functions) or 'none'}"
+                )
+
+    def call(self, name: str, arguments: dict[str, Any]) -> str:
+        function = self.functions.get(name)
+        if function is None:
+            raise unknown_tool(name, list(self.functions))
+        try:
+            inspect.signature(function).bind(**arguments)
+        except TypeError as error:
+            raise ToolError(f"{name}: {error}") from None
+        return str(function(**arguments))[:MAX_RESULT]

@@ -1,0 +1,142 @@
+"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168) as a tool task: word problems with a calculator.
+
+The package holds a sample of the data set under its MIT licence; ``path`` takes the full files.
+"""
+
+import random
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Literal
+
+from ..errors import UserError
+from .arithmetic import CalculatorError, calculate
+from .base import Demonstration, Demonstrations, Message, Task, TaskSource, tool_call, tool_result
+from .calculator import CALCULATOR
+from .jsonl import read_lines
+
+INSTRUCTION = (
+    "Solve the problem step by step. Use the calculator for every calculation. "
+    "End with #### and the answer as a plain number."
+)
+_MARK = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
+
+
+def load(path: str | None, split: str, min_marks: int, max_marks: int | None) -> list[tuple[str, str, str]]:
+    """(id, question, worked solution) of a GSM8K file with so many calculator marks each.
+
+    Raises:
+        UserError: a file or line that cannot be read, or none that fits.
+    """
+    source = path or str(files("gear_lightning").joinpath(f"assets/gsm8k/{split}.jsonl"))
+    found = []
+    for number, line in read_lines(source):
+        question, answer = line.get("question"), line.get("answer")
+        if not (isinstance(question, str) and isinstance(answer, str) and "####" in answer):
+            raise UserError(f"{source}:{number}: expected question and answer, with #### before the final number")
+        marks = len(_MARK.findall(answer))
+        if min_marks <= marks and (max_marks is None or marks <= max_marks):
+            found.append((f"gsm8k-{split}-{line.get('number', number)}", question, answer))
+    if not found:
+        raise UserError(f"{source}: no problem has between {min_marks} and {max_marks} calculator marks")
+    return found
+
+
+def _task(name: str, question: str, answer: str, instruction: str, calculator: bool) -> Task:
+    messages = [{"role": "system", "content": instruction}, {"role": "user", "content": question}]
+    meta = {"answer": answer.rpartition("####")[2].strip(), "reward": "number"}
+    return Task(name, messages, (CALCULATOR,) if calculator else (), _MARK.sub("", answer), meta)
+
+
+@dataclass(frozen=True)
+class GSM8KTasks(TaskSource):
+    """Problems of GSM8K; the worked solution is the reference.
+
+    Args:
+        path: a .jsonl or .jsonl.gz file in the data set's own format. Null: the sample in the package (64 training and
+            16 test problems of one or two calculator marks).
+        split: which sample, where there is no path; part of the tasks' ids.
+        min_marks: fewest calculator marks in the worked solution.
+        max_marks: most calculator marks. Null: any number.
+        calculator: list the calculator among the task's tools; use `Calculator` as the environment.
+        instruction: the system message.
+    """
+
+    path: str | None = None
+    split: Literal["train", "test"] = "train"
+    min_marks: int = 0
+    max_marks: int | None = None
+    calculator: bool = True
+    instruction: str = INSTRUCTION
+
+    def __post_init__(self):
+        problems = load(self.path, self.split, self.min_marks, self.max_marks)
+        object.__setattr__(self, "_problems", problems)
+
+    @property
+    def size(self) -> int:
+        return len(self._problems)  # type: ignore[attr-defined]
+
+    def __getitem__(self, index: int) -> Task:
+        return _task(*self._problems[index], self.instruction, self.calculator)  # type: ignore[attr-defined]
+
+
+def transcript(answer: str) -> list[Message] | None:
+    """A worked solution as the conversation of an agent that calls the calculator at every mark.
+
+    Returns:
+        None where the calculator does not give what a mark says.
+    """
+    messages: list[Message] = []
+    place = 0
+    for mark in _MARK.finditer(answer):
+        try:
+            value = calculate(mark[1])
+            if float(value) != float(mark[2].replace(",", "")):
+                return None
+        except (CalculatorError, ValueError):
+            return None
+        messages += [
+            tool_call("calculator", {"expression": mark[1]}, answer[place : mark.start()].strip()),
+            tool_result("calculator", value),
+        ]
+        place = mark.end()
+    return [*messages, {"role": "assistant", "content": answer[place:].strip()}]
+
+
+@dataclass(frozen=True)
+class GSM8KDemonstrations(Demonstrations):
+    """Worked solutions with their calculator marks played out as tool calls, in a seeded endless order.
+
+    Args:
+        path: as in `GSM8KTasks`; training problems.
+        min_marks: fewest calculator marks.
+        max_marks: most calculator marks. Null: any number.
+        privileged_fraction: share of demonstrations that see the reference, as the teacher will.
+        instruction: the system message; the tasks' own.
+        seed: of the order.
+    """
+
+    path: str | None = None
+    min_marks: int = 1
+    max_marks: int | None = None
+    privileged_fraction: float = 0.25
+    instruction: str = INSTRUCTION
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.privileged_fraction <= 1:
+            raise UserError(f"privileged_fraction={self.privileged_fraction} must lie in [0, 1]")
+        problems = load(self.path, "train", self.min_marks, self.max_marks)
+        usable = [(problem, messages) for problem in problems if (messages := transcript(problem[2])) is not None]
+        if not usable:
+            raise UserError("none of these problems has calculator marks that the calculator agrees with")
+        object.__setattr__(self, "_usable", usable)
+
+    def __getitem__(self, index: int) -> Demonstration:
+        usable = self._usable  # type: ignore[attr-defined]
+        epoch, place = divmod(index, len(usable))
+        order = random.Random(f"gsm8k-{self.seed}-{epoch}").sample(range(len(usable)), len(usable))
+        problem, messages = usable[order[place]]
+        privileged = random.Random(f"gsm8k-{self.seed}-{index}-view").random() < self.privileged_fraction
+        return Demonstration(_task(*problem, self.instruction, True), messages, privileged)

@@ -1,0 +1,70 @@
+"""The shape of a tool-use episode: calls are answered, a message without calls is the final answer and is scored."""
+
+from abc import abstractmethod
+from typing import Any
+
+from ..errors import UserError
+from ..rewards import Reward, evaluate, reward_of
+from .base import Environment, Message, Step, Task, calls, tool_result
+
+
+class ToolError(ValueError):
+    """A call that the agent can mend. Its text goes back to the agent as the tool's result, after ``error: ``."""
+
+
+class ToolEnvironment(Environment):
+    """Answers tool calls until an assistant message makes none; that message is the final answer.
+
+    Args:
+        reward: scores the transcript; the name of a built-in reward, an import path, or a function. The ``reward`` of
+            a task's meta goes before it.
+        max_calls: tool calls in an episode. A message that asks for more ends the episode as truncated, unscored.
+    """
+
+    def __init__(self, reward: str | Reward | None = None, max_calls: int = 16):
+        if max_calls < 1:
+            raise UserError(f"max_calls={max_calls} must be at least 1")
+        self.default_reward = reward
+        self.max_calls = max_calls
+
+    def check(self, task: Task) -> None:
+        reward_of(task, self.default_reward)
+
+    def reset(self, task: Task, *, seed: int) -> list[Message]:
+        super().reset(task, seed=seed)
+        self.reward = reward_of(task, self.default_reward)
+        self.transcript: list[Message] = []
+        self.calls_left = self.max_calls
+        return []
+
+    @abstractmethod
+    def call(self, name: str, arguments: dict[str, Any]) -> str:
+        """Carry out one call.
+
+        Raises:
+            ToolError: the agent's mistake. Whatever else is raised ends the rollout.
+        """
+
+    def step(self, message: Message) -> Step:
+        self.transcript.append(message)
+        made = calls(message)
+        if not made:
+            reward, parts = evaluate(self.reward, self.task, self.transcript)
+            return Step(reward=reward, done=True, info={"reward_parts": parts})
+        self.calls_left -= len(made)
+        if self.calls_left < 0:
+            return Step(done=True, truncated=True, info={"success": False})
+        results = [tool_result(name, self._answer(name, arguments)) for name, arguments in made]
+        self.transcript += results
+        return Step(results)
+
+    def _answer(self, name: str, arguments: dict[str, Any]) -> str:
+        try:
+            return self.call(name, arguments)
+        except ToolError as error:
+            return f"error: {error}"
+
+
+def unknown_tool(name: str, known: list[str]) -> ToolError:
+    """The error for a tool that does not exist."""
+    return ToolError(f"there is no tool {str(name)[:40]!r}; the tools are: {', '.join(known)}")

@@ -1,0 +1,153 @@
+"""Verifiable rewards: functions from a finished transcript to a number."""
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .environments.base import Message, RewardError, Task
+from .errors import UserError, require_extra
+
+Reward = Callable[[Task, list[Message]], "float | Mapping[str, float]"]
+"""``reward(task, transcript)``: the transcript is what follows the prompt, and its last message is the final answer. Gives
+a number, or the parts of one by name, which are summed and recorded one by one."""
+
+_NUMBER = re.compile(r"(?:(?<![\w)])[-−]\s?)?\$?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+)?")
+
+
+def final_answer(transcript: list[Message]) -> str:
+    """Text of the last assistant message; empty where there is none."""
+    return next((m.get("content") or "" for m in reversed(transcript) if m["role"] == "assistant"), "")
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text, thousands commas and currency signs aside; None where there is none.
+
+    The number behind the last ``####`` (GSM8K's mark of the final answer) goes before all others.
+    """
+    before, mark, behind = text.rpartition("####")
+    if mark and (first := _NUMBER.search(behind)):
+        return _value(first[0])
+    found = _NUMBER.findall(before or text)
+    return _value(found[-1]) if found else None
+
+
+def _value(number: str) -> float:
+    return float(re.sub(r"[$,\s]", "", number).replace("−", "-"))
+
+
+def answer_of(task: Task) -> str:
+    """The task's ``answer`` as text.
+
+    Raises:
+        RewardError: it has none.
+    """
+    if "answer" not in task.meta:
+        raise RewardError(f"task {task.id} has no answer")
+    return str(task.meta["answer"])
+
+
+def exact(task: Task, transcript: list[Message]) -> float:
+    """1 where the final answer is the task's ``answer``, surrounding white space and case aside."""
+    return float(final_answer(transcript).strip().casefold() == answer_of(task).strip().casefold())
+
+
+def contains(task: Task, transcript: list[Message]) -> float:
+    """1 where the final answer holds the task's ``answer``, case aside."""
+    return float(answer_of(task).strip().casefold() in final_answer(transcript).casefold())
+
+
+def number(task: Task, transcript: list[Message]) -> float:
+    """1 where the last number of the final answer (or the one behind ``####``) equals the task's ``answer``."""
+    wanted, found = last_number(answer_of(task)), last_number(final_answer(transcript))
+    if wanted is None:
+        raise RewardError(f"task {task.id}: its answer {answer_of(task)!r} holds no number")
+    return float(found is not None and abs(found - wanted) <= 1e-6 * max(1.0, abs(wanted)))
+
+
+def math(task: Task, transcript: list[Message]) -> float:
+    """1 where the final answer is a mathematical equal of the task's ``answer``, LaTeX included (extra: math-verify)."""
+    from .math_judge import judge
+
+    verdict = judge(answer_of(task), final_answer(transcript))
+    if verdict == "bad gold":
+        raise RewardError(f"task {task.id}: its answer {answer_of(task)!r} is no mathematics that math-verify can read")
+    return float(verdict == "right")
+
+
+BUILT_IN: dict[str, Reward] = {"exact": exact, "contains": contains, "number": number, "math": math}
+
+
+def import_function(path: str, what: str) -> Callable[..., Any]:
+    """A function by its import path, ``package.module.name``.
+
+    Args:
+        path: the import path.
+        what: what it is for, for the error.
+
+    Raises:
+        UserError: it cannot be imported, or is not callable.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{what} {path!r} cannot be imported ({error}); give package.module.name") from None
+    if not callable(found):
+        raise UserError(f"{what} {path!r} is a {type(found).__name__}, not a function")
+    return found
+
+
+def resolve_reward(reward: "str | Reward") -> Reward:
+    """A reward by its name or import path.
+
+    Raises:
+        UserError: no such built-in, nothing to import there, or a missing extra.
+    """
+    if not isinstance(reward, str):
+        return reward
+    if reward == "math":
+        require_extra("math_verify", "math-verify")
+    if reward in BUILT_IN:
+        return BUILT_IN[reward]
+    if "." not in reward:
+        raise UserError(f"reward {reward!r} is neither built in ({', '.join(BUILT_IN)}) nor an import path")
+    return import_function(reward, "reward")
+
+
+def reward_of(task: Task, default: "str | Reward | None") -> Reward:
+    """The reward that scores a task: the one its meta names, else the default.
+
+    Raises:
+        UserError: there is neither, or it cannot be resolved; names the task.
+    """
+    reward = task.meta.get("reward", default)
+    if reward is None:
+        raise UserError(
+            f"task {task.id}: nothing says how it is scored; give the task a reward ({', '.join(BUILT_IN)} or an import "
+            "path), or the environment"
+        )
+    try:
+        return resolve_reward(reward)
+    except UserError as error:
+        raise UserError(f"task {task.id}: {error}") from None
+
+
+def evaluate(reward: Reward, task: Task, transcript: list[Message]) -> tuple[float, dict[str, float]]:
+    """Score a transcript.
+
+    Returns:
+        The reward and its parts. What is no finite number is passed on, and the agent loop takes it out of learning.
+
+    Raises:
+        RewardError: the reward raised.
+    """
+    try:
+        found = reward(task, transcript)
+        if isinstance(found, Mapping):
+            return sum(found.values()), dict(found)
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(f"task {task.id}: the reward raised {type(error).__name__}: {error}") from error
+    return found, {}
