@@ -14,6 +14,7 @@ from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.errors import UserError
 from gear_lightning.module import GearModule
 from gear_lightning.rollout import AgentLoop, Budgets, Rollout
+from gear_lightning.teacher import privileged_text
 
 EnvironmentFactory = Callable[[], Environment]
 
@@ -87,18 +88,20 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         for listen in self.listeners:
             listen(stage, finished, rollouts, tokens)
 
-    def teacher_prompt(self, task: Task, rollout: Rollout) -> tuple[list[int], bool]:
+    def teacher_prompt(self, rollout: Rollout, peer: Rollout | None) -> tuple[list[int], bool]:
         assert self._module is not None
-        opening = rollout.messages[: len(task.messages)]
-        return self._module.privileged_prompt(task, opening)
+        said = None if peer is None else peer.messages[peer.opening_messages :]
+        return self._module.privileged_prompt(rollout.task, rollout.messages[: rollout.opening_messages], said)
 
     def check_task(self, task: Task) -> None:
         assert self._module is not None
         chat = self._module.chat_format
-        if self._module.credit.needs_teacher and task.reference is None:
+        self.environment().check(task)
+        options = self._module.teacher_options
+        if self._module.credit.needs_teacher and options.shows != "peer" and privileged_text(task, options) is None:
             raise UserError(
-                f"task {task.id} has no reference, and {type(self._module.credit).__name__} needs one for its teacher; "
-                "add a reference, or use model.credit=Uniform"
+                f"task {task.id} has no {options.shows}, and {type(self._module.credit).__name__} needs one for its "
+                "teacher; add one, or use model.teacher.shows=peer or model.credit=Uniform"
             )
         if task.tools:
             chat.check_tools()
@@ -123,8 +126,6 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         log("train/turns", stats.turns)
         log("train/zero_spread_groups", stats.zero_spread / max(stats.groups, 1), stats.groups)
         log("teacher/overlong", float(stats.overlong))
-        log("time/rollout_s", stats.seconds)
-        log("perf/rollout_tokens_per_s", stats.tokens / max(stats.seconds, 1e-9))
         total = sum(stats.statuses.values())
         for status in STATUSES:
             log(f"rollouts/{status}", stats.statuses[status] / max(total, 1), total)

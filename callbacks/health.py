@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from gear_lightning.errors import UserError
 
+FIRST_TOKEN_GAP = 1.0  # nats
 ADVICE = (
     "Every rollout of a task gets the same reward, so there is nothing to learn from. Make the tasks easier or harder, "
     "raise data.group_size or generation.sampling.temperature, warm-start the policy (warm_start), or look at "
@@ -18,7 +19,8 @@ ADVICE = (
 class Health(L.Callback):
     """Warns, then stops, when no group has any spread of rewards for many iterations in a row.
 
-    Also stops on a loss that is not a number.
+    Also stops on a loss that is not a number, and warns once where the teacher disagrees with the policy far more at the
+    first response token than elsewhere: then the two prompts end differently.
 
     Args:
         warn_after: iterations without spread until a warning.
@@ -29,6 +31,8 @@ class Health(L.Callback):
         self.warn_after = warn_after
         self.stop_after = stop_after
         self._barren = 0
+        self._gaps = [0.0, 0.0, 0.0, 0.0]  # sum and count of |log-ratio| at first response tokens, and at all others
+        self._misaligned = False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -38,11 +42,31 @@ class Health(L.Callback):
                 f"the loss is {outputs['loss'].item()} in iteration {trainer.current_epoch}; lower the learning rate, "
                 "clip gradients (trainer.gradient_clip_val) or use a wider precision"
             )
+        if outputs["teacher"] is not None and not batch.inner_epoch:
+            mask = batch.action_mask
+            gap = (outputs["policy"].logprobs.detach() - outputs["teacher"].logprobs).abs()
+            first = mask & (mask.cumsum(-1) == 1)
+            for place, part in ((0, first), (2, mask & ~first)):
+                self._gaps[place] += float(gap[part].sum())
+                self._gaps[place + 1] += float(part.sum())
+
+    def _check_alignment(self) -> None:
+        first, firsts, rest, others = self._gaps
+        first, rest = first / max(firsts, 1), rest / max(others, 1)
+        if firsts >= 8 and first > FIRST_TOKEN_GAP and first > 10 * rest and not self._misaligned:
+            self._misaligned = True
+            rank_zero_warn(
+                f"The teacher and the policy are {first:.2f} nats apart at the first response token and {rest:.2f} "
+                "elsewhere: their prompts seem to end differently (a <think> tag on one side?). Look at "
+                "model.teacher.template and model.chat.template_arguments."
+            )
+        self._gaps = [0.0, 0.0, 0.0, 0.0]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stats = trainer.datamodule.stats  # pyright: ignore[reportAttributeAccessIssue]
         counts = torch.tensor(stats.groups - stats.zero_spread, device=trainer.strategy.root_device)
         with_spread = int(trainer.strategy.reduce(counts, reduce_op="sum"))
+        self._check_alignment()
         self._barren = 0 if with_spread else self._barren + 1
         if self._barren == self.warn_after:
             rank_zero_warn(f"No group has had any spread of rewards for {self._barren} iterations. {ADVICE}")

@@ -27,13 +27,17 @@ class PhaseProgress(ProgressBar):
         self._last_line = 0.0
         self._phase_start = 0.0
         self._shown: dict[str, str] = {}
-        self._started_at: tuple[float, int] = (0.0, 0)
+        self._started_at: tuple[float, float] = (0.0, 0.0)
 
     def disable(self) -> None:
         self._enabled = False
 
     def enable(self) -> None:
         self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        if self._bar is not None and self._enabled:
+            self._bar.console.print(*args, markup=False, highlight=False, soft_wrap=True)
 
     # -- drawing --------------------------------------------------------------------------------------------------
 
@@ -65,9 +69,9 @@ class PhaseProgress(ProgressBar):
             return
         now = time.monotonic()
         if not self._started_at[0]:
-            self._started_at = (now, int(completed))
-        done = completed - self._started_at[1]
-        left = _clock((now - self._started_at[0]) / done * (total - completed)) if done > 0 else "?"
+            self._started_at = (now, completed)
+        done, seconds = completed - self._started_at[1], now - self._started_at[0]
+        left = _clock(seconds / done * (total - completed)) if done > 0 and seconds > 1 else "?"
         self._bar.update(self._task, completed=completed, total=total, phase=phase, note=note, left=left)
         quiet = self._bar.disable and (force or now - self._last_line >= self.every_seconds)
         if quiet:  # logs of batch jobs get a line now and then

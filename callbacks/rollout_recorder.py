@@ -1,5 +1,6 @@
 """Writes every iteration's rollouts, with the credit they were given, into the run directory."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ from torch import Tensor
 
 from gear_lightning.batch import RolloutBatch
 from gear_lightning.records import FORMAT, TENSOR_KEYS, write_record
+from gear_lightning.rollout import Rollout
 
 
 class RolloutRecorder(L.Callback):
-    """Records rollouts under ``RUN/rollouts`` (layout: `gear_lightning.records`). Only watches.
+    """Records rollouts under ``RUN/rollouts`` (layout: `gear_lightning.records`), and those of ``predict`` as
+    ``RUN/predictions/rank_R.jsonl``. Only watches.
 
     Args:
         every_n_iterations: record each n-th iteration.
@@ -57,34 +60,64 @@ class RolloutRecorder(L.Callback):
         tensors = _join(self._parts)
         index = tensors.pop("index").tolist() if self._parts else []
         row_of = {place: row for row, place in enumerate(index)}
-        rollouts = []
-        for g, group in enumerate(data.groups):
-            for r, rollout in enumerate(group.rollouts):
-                rollouts.append(
-                    {
-                        "format": FORMAT,
-                        "iteration": trainer.current_epoch,
-                        "rank": trainer.global_rank,
-                        "row": row_of.get(g * data.group_size + r),
-                        "task_id": rollout.task.id,
-                        "group_id": group.group_id,
-                        "rollout": r,
-                        "messages": rollout.messages,
-                        "reward": rollout.reward if rollout.learnable else None,
-                        "reward_parts": rollout.reward_parts,
-                        "success": rollout.success,
-                        "status": rollout.status,
-                        "error": rollout.error,
-                        "turns": rollout.turns,
-                        "policy_version": rollout.policy_version,
-                    }
-                )
+        rollouts = [
+            rollout_json(trainer, rollout, group.group_id, r, row_of.get(g * data.group_size + r))
+            for g, group in enumerate(data.groups)
+            for r, rollout in enumerate(group.rollouts)
+        ]
         folder = Path(trainer.default_root_dir) / "rollouts"
         write_record(folder, trainer.current_epoch, trainer.global_rank, rollouts, tensors)
         if self.keep_last is not None:
             old = trainer.current_epoch - self.keep_last * self.every_n_iterations
             for path in folder.glob(f"iter_{old:06d}.rank_{trainer.global_rank}.*"):
                 path.unlink()
+
+    # -- predict --------------------------------------------------------------------------------------------------
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._predictions(trainer).parent.mkdir(parents=True, exist_ok=True)
+        self._predictions(trainer).write_text("")
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        with self._predictions(trainer).open("a") as file:  # batch by batch: a kill loses one batch
+            for group in data.groups:
+                for rollout in group.rollouts:
+                    line = rollout_json(trainer, rollout, group.group_id, 0, None)
+                    file.write(json.dumps(line, allow_nan=False, default=str) + "\n")
+
+    @staticmethod
+    def _predictions(trainer: L.Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "predictions" / f"rank_{trainer.global_rank}.jsonl"
+
+
+def rollout_json(trainer: L.Trainer, rollout: Rollout, group_id: int, number: int, row: int | None) -> dict[str, Any]:
+    """A rollout as one line of a record (see `gear_lightning.records.ROLLOUT_KEYS`)."""
+    return {
+        "format": FORMAT,
+        "iteration": trainer.current_epoch,
+        "rank": trainer.global_rank,
+        "row": row,
+        "task_id": rollout.task.id,
+        "group_id": group_id,
+        "rollout": number,
+        "messages": rollout.messages,
+        "reward": rollout.reward if rollout.learnable else None,
+        "reward_parts": rollout.reward_parts,
+        "success": rollout.success,
+        "status": rollout.status,
+        "error": rollout.error,
+        "turns": rollout.turns,
+        "policy_version": rollout.policy_version,
+    }
 
 
 BATCH_KEYS = (

@@ -33,6 +33,7 @@ def main() -> None:
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a busy CPU tens of times slower
+    sys.path.append(os.getcwd())  # where a user's own environments and rewards are, as with `python -m`
     from .errors import UserError
 
     command, rest = args[0], args[1:]

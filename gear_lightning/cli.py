@@ -1,5 +1,6 @@
 """`gear-lightning fit | validate | test | predict`: LightningCLI with the pieces of this project as options."""
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,18 @@ from .callbacks.generation import GenerationCallback
 from .callbacks.health import Health
 from .callbacks.progress import PhaseProgress
 from .callbacks.rollout_recorder import RolloutRecorder
+from .callbacks.sample_table import SampleTable
+from .callbacks.throughput import Throughput
 from .data import RolloutDataModule
 from .errors import UserError
 from .loggers import MetricsFile
 from .module import GearModule
 from .warm_start import WarmStart, run_warm_start
+
+
+class _Parser(LightningArgumentParser):
+    def print_usage(self, file: Any = None) -> None:
+        """Nothing: hundreds of options would hide the error that comes after them. ``--help`` shows them all."""
 
 
 class GearCLI(LightningCLI):
@@ -40,6 +48,7 @@ class GearCLI(LightningCLI):
             },
             seed_everything_default=0,
             parser_kwargs={"parser_mode": "omegaconf+"},
+            parser_class=_Parser,
             auto_configure_optimizers=False,
             args=args,
         )
@@ -53,6 +62,8 @@ class GearCLI(LightningCLI):
         parser.add_lightning_class_args(RolloutRecorder, "recorder")
         parser.add_lightning_class_args(CreditMap, "credit_map")
         parser.add_lightning_class_args(Health, "health")
+        parser.add_lightning_class_args(SampleTable, "samples")
+        parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(PhaseProgress, "progress")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
@@ -67,7 +78,27 @@ class GearCLI(LightningCLI):
     @property
     def run_dir(self) -> Path:
         """Where everything of this run goes."""
-        return Path(self._get(self.config_init, "trainer")["default_root_dir"])
+        return Path(self._get(self.config, "trainer")["default_root_dir"])
+
+    def _own_file(self, name: str) -> str:
+        """Evaluation of a run must not replace what its training wrote."""
+        return name if self.subcommand == "fit" else f"{self.subcommand}_{name}"
+
+    def before_instantiate_classes(self) -> None:
+        self.save_config_kwargs["config_filename"] = self._own_file("config.yaml")
+
+    def instantiate_classes(self) -> None:
+        path = self._get(self.config, "ckpt_path")
+        named = path in (None, "last", "best", "hpc", "registry") or "://" in str(path)
+        if not named and not Path(str(path)).exists():
+            raise UserError(f"ckpt_path={path}: no such checkpoint")
+        if path == "last" and self.subcommand != "fit" and not self._has_checkpoint(path):
+            raise UserError(f"ckpt_path=last: there is no checkpoint in {self.run_dir / 'checkpoints'}")
+        super().instantiate_classes()
+        if self._get(self.config_init, "weights_only") is None:
+            self.config_init[str(self.subcommand)]["weights_only"] = (
+                True  # Lightning would unpickle a remote checkpoint
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         run, config = self.run_dir, self._get(self.config_init, "trainer")
@@ -78,8 +109,12 @@ class GearCLI(LightningCLI):
             probe.unlink()
         except OSError as error:
             raise UserError(f"trainer.default_root_dir={run} cannot be written to ({error.strerror})") from None
-        if config.get("logger") in (None, True):
-            kwargs["logger"] = [MetricsFile(str(run)), TensorBoardLogger(run, name="", version="tensorboard")]
+        logger, file = config.get("logger"), MetricsFile(str(run), self._own_file("metrics.csv"))
+        if logger in (None, True):
+            board = [TensorBoardLogger(run, name="", version="tensorboard")] if self.subcommand == "fit" else []
+            kwargs["logger"] = [file, *board]
+        elif logger:
+            kwargs["logger"] = [file, *(logger if isinstance(logger, list) else [logger])]
         checkpoint = self._get(self.config_init, "checkpoint")
         if checkpoint.dirpath is None:
             checkpoint.dirpath = str(run / "checkpoints")
@@ -138,6 +173,10 @@ class GearCLI(LightningCLI):
         ]
         print("\n".join(lines))
 
+    def after_predict(self) -> None:
+        if self.trainer.is_global_zero:
+            print(f"\nRollouts are in {self.run_dir / 'predictions'}, one JSON object a line.")
+
 
 def main(args: list[str]) -> None:
     """Run a LightningCLI subcommand."""
@@ -145,9 +184,15 @@ def main(args: list[str]) -> None:
     import warnings
 
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings(
+        "ignore", message=".*your dataloader is not resumable.*"
+    )  # RolloutDataModule resumes itself
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__`.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "💡" not in r.getMessage())
     # processes that Lightning starts for other ranks run this same command line
     sys.argv = [sys.argv[0], *args]
     GearCLI()

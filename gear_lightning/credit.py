@@ -95,8 +95,8 @@ class GEAR(CreditAssigner):
         divergence: of policy and teacher, per token. ``k1``: log-ratio at the sampled token, signed; ``k3``: its
             non-negative form; ``reverse_kl`` KL(policy || teacher), ``forward_kl`` and ``jsd``: on the policy's
             ``divergence_top_k`` most likely tokens plus a tail bucket.
-        divergence_top_k: tokens compared by the distribution divergences; ignored by k1 and k3.
-        divergence_limit: k1 is limited to plus and minus this many nats.
+        divergence_top_k: tokens compared by the distribution divergences. Null: 100 for those.
+        divergence_limit: nats; log-ratios are limited to plus and minus this. Null: 10 for k1 and k3.
         scale: of the credit signal, within a rollout: ``none``, ``zscore``, or ``saturate`` x / (x + 75th percentile).
             Null: ``none`` for k1, ``saturate`` for the others.
         anchor_rule: threshold of an anchor: ``quantile`` of the rollout, ``absolute`` (the floor alone), ``zscore`` of
@@ -110,7 +110,7 @@ class GEAR(CreditAssigner):
         segment_max: longest segment, tokens.
         segment_value: divergence that a segment carries: that of its anchor (``departure``) or its ``mean``.
         entropy: what closes on entropy: the ``policy``'s, the ``teacher``'s, or the ``surprisal`` of the sampled token.
-        entropy_quantile: of the rollout; at or above it a token counts as a decision.
+        entropy_quantile: of the rollout; at or above it a token counts as a decision. Only where segments end on it.
         sign_rule: ``sign_aware`` (A): departures take more blame and less praise; ``symmetric`` (B): more of both;
             ``negatives_only`` (C); ``reversed_on_correct`` (D): more blame, and more praise where they succeed.
         kappa: strength of the weighting, per nat (1/temperature).
@@ -123,13 +123,13 @@ class GEAR(CreditAssigner):
         exclude_tail: no divergence on the last so many action tokens (the answer, where spikes repeat the reward).
 
     Raises:
-        UserError: values out of range, or an unsigned divergence under the sign-aware rule (it would take praise away
+        UserError: values out of range, an argument that would do nothing, or an unsigned divergence under the sign-aware rule (it would take praise away
             from decisions that were right).
     """
 
     divergence: gear.Divergence = "k1"
-    divergence_top_k: int = 100
-    divergence_limit: float = 10.0
+    divergence_top_k: int | None = None
+    divergence_limit: float | None = None
     scale: gear.Scale | None = None
     anchor_rule: gear.AnchorRule = "quantile"
     anchor_level: float | None = None
@@ -166,11 +166,18 @@ class GEAR(CreditAssigner):
             ("divergence_limit", 0, math.inf),
             ("exclude_tail", 0, math.inf),
         ):
-            if not low <= getattr(self, name) <= high:
+            if (value := getattr(self, name)) is not None and not low <= value <= high:
                 raise UserError(f"GEAR: {name}={getattr(self, name)} is outside [{low}, {high}]")
         for name in ("segment_max", "divergence_top_k", "mix_decay"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"GEAR: {name}={value} must be at least 1")
+        sampled = self.divergence in ("k1", "k3")
+        if getattr(self, idle := "divergence_top_k" if sampled else "divergence_limit") is not None:
+            raise UserError(f"GEAR: {idle} does nothing with divergence={self.divergence}; leave it out")
+        if type(self) is GEAR and self.segment_end not in ("entropy_high", "entropy_low"):
+            for name in ("entropy", "entropy_quantile"):
+                if getattr(self, name) != getattr(GEAR, name):
+                    raise UserError(f"GEAR: {name} does nothing with segment_end={self.segment_end}; leave it out")
         if self.anchor_rule == "quantile" and not 0 <= self.level <= 1:
             raise UserError(f"GEAR: anchor_level={self.anchor_level} is not a quantile (0 to 1)")
         if self.anchor_rule == "rise" and not self.level >= 1:
@@ -200,7 +207,7 @@ class GEAR(CreditAssigner):
 
     @property
     def top_k(self) -> int:
-        return 0 if self.divergence in ("k1", "k3") else self.divergence_top_k
+        return 0 if self.divergence in ("k1", "k3") else self.divergence_top_k or 100
 
     def measure(self, evidence: Evidence) -> Float[Tensor, "batch seq"]:
         """Divergence per token, nats, with the exclusions at 0."""
@@ -214,7 +221,10 @@ class GEAR(CreditAssigner):
         else:
             teacher = _teacher(evidence, self).logprobs
             divergence = gear.sampled_divergence(
-                evidence.policy.logprobs, teacher, self.divergence, self.divergence_limit
+                evidence.policy.logprobs,
+                teacher,
+                self.divergence,
+                10.0 if self.divergence_limit is None else self.divergence_limit,
             )
         keep = evidence.action_mask
         if self.exclude_stop:

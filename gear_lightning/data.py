@@ -30,8 +30,9 @@ class RolloutGenerator(ABC):
         """Play one rollout per (task, seed)."""
 
     @abstractmethod
-    def teacher_prompt(self, task: Task, rollout: Rollout) -> tuple[list[int], bool]:
-        """Ids of the privileged prompt, and whether its reference was dropped for length."""
+    def teacher_prompt(self, rollout: Rollout, peer: Rollout | None) -> tuple[list[int], bool]:
+        """Ids of the privileged prompt, and whether its text was dropped for length. ``peer``: a successful rollout of
+        the same group, None where there is no other."""
 
     @abstractmethod
     def check_task(self, task: Task) -> None:
@@ -67,7 +68,7 @@ class RolloutDataModule(L.LightningDataModule):
         advantage: the group baseline.
         zero_spread: groups whose rewards are all equal: ``keep`` them (no gradient, but their tokens count in the
             loss's denominator), ``drop`` them (not counted), or ``resample`` other tasks in their place.
-        resample_rounds: most rounds of generation in an iteration under ``resample``.
+        resample_rounds: most rounds of generation in an iteration. Null: 4 under ``resample``.
         val_limit: number of validation tasks.
         val_rollouts: rollouts of each validation task.
         eval_batch_size: rollouts that are generated together in evaluation, per process.
@@ -84,7 +85,7 @@ class RolloutDataModule(L.LightningDataModule):
         inner_epochs: int = 1,
         advantage: GroupAdvantage = GRPO(),
         zero_spread: ZeroSpread = "keep",
-        resample_rounds: int = 4,
+        resample_rounds: int | None = None,
         val_limit: int = 200,
         val_rollouts: int = 1,
         eval_batch_size: int = 128,
@@ -101,9 +102,11 @@ class RolloutDataModule(L.LightningDataModule):
             "val_rollouts",
             "eval_batch_size",
         ):
-            if (value := locals()[name]) < 1:
+            if (value := locals()[name]) is not None and value < 1:
                 raise UserError(f"data.{name}={value} must be at least 1")
         advantage.check_group_size(group_size)
+        if resample_rounds is not None and zero_spread != "resample":
+            raise UserError(f"data.resample_rounds does nothing with data.zero_spread={zero_spread}; leave it out")
         self.train_tasks = train_tasks
         self.val_tasks = val_tasks
         self.tasks_per_iteration = tasks_per_iteration
@@ -112,7 +115,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.inner_epochs = inner_epochs
         self.advantage = advantage
         self.zero_spread = zero_spread
-        self.resample_rounds = resample_rounds
+        self.resample_rounds = 4 if resample_rounds is None else resample_rounds
         self.val_limit = val_limit
         self.val_rollouts = val_rollouts
         self.eval_batch_size = eval_batch_size
@@ -277,7 +280,7 @@ class RolloutDataModule(L.LightningDataModule):
             usable = [(i, r) for i, r in enumerate(group.rollouts) if r.learnable]
             advantages = self.advantage(torch.tensor([r.reward for _, r in usable], dtype=torch.float32))
             for (i, rollout), advantage in zip(usable, advantages.tolist(), strict=True):
-                prompt, dropped = self.generator.teacher_prompt(group.task, rollout)
+                prompt, dropped = self.generator.teacher_prompt(rollout, group.peer(i))
                 self.stats.overlong += dropped
                 index = g * self.group_size + i
                 rows.append(make_row(rollout, prompt, advantage, group.group_id, index))
@@ -291,6 +294,8 @@ class RolloutDataModule(L.LightningDataModule):
         for start in range(0, len(batches) * self.eval_batch_size, self.eval_batch_size):
             wanted = jobs[start : start + self.eval_batch_size]
             rollouts = self.generator.generate([(self.val_tasks[t], seed) for t, seed in wanted], stage)
+            if stage == "predict":
+                self.groups = [RolloutGroup(r.task, job[0], [r]) for job, r in zip(wanted, rollouts, strict=True)]
             rows = [
                 make_row(rollout, rollout.tokens[: rollout.prompt_length] or [0], 0.0, job[0], start + i)
                 for i, (job, rollout) in enumerate(zip(wanted, rollouts, strict=True))

@@ -18,11 +18,12 @@ class MetricsFile(Logger):
 
     Args:
         save_dir: the run directory.
+        filename: of the file in it.
     """
 
-    def __init__(self, save_dir: str):
+    def __init__(self, save_dir: str, filename: str = "metrics.csv"):
         super().__init__()
-        self._path = Path(save_dir) / "metrics.csv"
+        self._path = Path(save_dir) / filename
         self._rows: list[dict[str, Any]] | None = None
 
     @property

@@ -1,8 +1,8 @@
 """Compares mathematical answers in a process of its own.
 
 The policy's text can keep a computer algebra system busy for hours inside one C call (``9^{9^9}``), which holds the
-interpreter's lock: neither a thread's deadline nor a Python signal handler ends it. The worker therefore leaves its alarm
-at the system's default action, which is to die; the next question starts a new one.
+interpreter's lock: neither a thread's deadline nor a Python signal handler ends it. The worker therefore leaves its
+alarm at the system's default action, which is to die; the next question starts a new one.
 """
 
 import json
@@ -29,6 +29,7 @@ class _Worker:
         )
         self.owner = os.getpid()
         if self.ask(None) != "ready":
+            self.end()
             raise RuntimeError("the process that runs math-verify does not start")
 
     def ask(self, question: object) -> str | None:
@@ -64,7 +65,9 @@ def judge(gold: str, text: str, *, seconds: int = 5) -> Verdict:
     """
     global _worker
     with _lock:
-        if _worker is None or _worker.owner != os.getpid():  # a forked child must not share its parent's pipe
+        # a forked child must not share its parent's pipe; one that was killed meanwhile did not die of this question
+        if _worker is None or _worker.owner != os.getpid() or _worker.process.poll() is not None:
+            _worker = None  # also where the new one does not start
             _worker = _Worker()
         verdict = _worker.ask([gold, text[-MAX_TEXT:], seconds])
         if verdict in ("right", "wrong", "bad gold"):

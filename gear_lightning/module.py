@@ -6,8 +6,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import MaxMetric, MeanMetric
 
 from .batch import Credit, RolloutBatch, TokenStats
 from .chat import Chat, ChatOptions
@@ -63,7 +64,7 @@ class GearModule(L.LightningModule):
         self.teacher: Teacher | None = None
         self._chat: Chat | None = None
         self._frozen: dict[tuple[int, ...], tuple[Tensor, TokenStats | None, Credit]] = {}
-        self.divergence_p95 = Quantile(0.95)
+        self.divergence_p95, self.sampler_gap_p95, self.sampler_gap_max = Quantile(0.95), Quantile(0.95), MaxMetric()
         self.val_success, self.val_reward, self.val_turns, self.val_tokens = (MeanMetric() for _ in range(4))
 
     # -- models ---------------------------------------------------------------------------------------------------
@@ -76,24 +77,26 @@ class GearModule(L.LightningModule):
         return self._chat
 
     def configure_model(self) -> None:
-        if self.policy is not None:  # Lightning calls this for every stage
-            return
-        self.policy = self.source.model()
-        if self.initial_weights is not None:
-            from safetensors.torch import load_model
+        if self.policy is None:  # Lightning calls this for every stage
+            self.policy = self.source.model()
+            if self.initial_weights is not None:
+                from safetensors.torch import load_model
 
-            load_model(self.policy, self.initial_weights / "model.safetensors")
-        check_head(self.policy)
-        self.policy.train()
-        if self.credit.needs_teacher:
+                load_model(self.policy, self.initial_weights / "model.safetensors")
+            check_head(self.policy)
+            self.policy.train()
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        if self.teacher is None and self.credit.needs_teacher and fitting:
             low = self.trainer.precision in ("bf16-true", "16-true")
             self.teacher = Teacher(self.policy, self.teacher_options, low_precision=low)
 
-    def privileged_prompt(self, task: Task, opening: list[Message]) -> tuple[list[int], bool]:
-        """Ids of what the teacher sees before the response, and whether the reference was dropped for length."""
+    def privileged_prompt(
+        self, task: Task, opening: list[Message], peer: list[Message] | None
+    ) -> tuple[list[int], bool]:
+        """Ids of what the teacher sees before the response, and whether its text was dropped for length."""
         if not self.credit.needs_teacher:
             return self.chat_format.prompt(opening, task.tools), False
-        return privileged_prompt(task, opening, self.chat_format, self.teacher_options)
+        return privileged_prompt(task, opening, self.chat_format, self.teacher_options, peer)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.policy.parameters())
@@ -145,7 +148,8 @@ class GearModule(L.LightningModule):
 
     def _log_position(self) -> None:
         """Put metrics at the number of optimizer steps taken, so that 0 is the policy before its first update."""
-        self.log("step", float(self.global_step), batch_size=1)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.log("step", float(self.global_step), batch_size=1)
 
     on_train_epoch_end = on_validation_epoch_end = on_test_epoch_end = _log_position
 
@@ -153,7 +157,7 @@ class GearModule(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         # here and not in on_train_batch_end: callbacks that save a checkpoint run before the module's own hook
         if self.teacher is not None:
-            self.teacher.update(self.policy)
+            self.teacher.update(self.policy, self.global_step + 1)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
@@ -205,10 +209,14 @@ class GearModule(L.LightningModule):
 
         per_token("train/entropy", policy.entropy.sum())
         per_token("train/clip_fraction", clipped)
-        per_token(
-            "train/sampler_gap", torch.where(mask, policy.logprobs.detach() - batch.sampler_logprobs, 0).abs().sum()
-        )
-        if batch.inner_epoch or not self.credit.needs_teacher:
+        if batch.inner_epoch:
+            return
+        gap = (policy.logprobs.detach() - batch.sampler_logprobs).abs()[mask]
+        self.sampler_gap_p95.update(gap)
+        self.log("train/sampler_gap_p95", self.sampler_gap_p95, on_step=False, on_epoch=True)
+        self.sampler_gap_max.update(gap.amax() if tokens else gap.new_zeros(()))
+        self.log("train/sampler_gap_max", self.sampler_gap_max, on_step=False, on_epoch=True)
+        if not self.credit.needs_teacher:
             return
         anchors = (credit.anchor >= 0) & (credit.anchor == torch.arange(mask.shape[1], device=mask.device))
         per_token("credit/segment_token_fraction", (credit.anchor >= 0).sum())
@@ -264,9 +272,10 @@ class GearModule(L.LightningModule):
             return {p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8) for p in files}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        had = any(key.startswith("teacher.model.") for key in checkpoint["state_dict"])
-        wants = self.credit.needs_teacher and self.teacher_options.weights != "live"
-        if wants and not had:
+        states = checkpoint["state_dict"]
+        if self.teacher is None:  # evaluation, or a credit rule without one
+            checkpoint["state_dict"] = {k: v for k, v in states.items() if not k.startswith("teacher.")}
+        elif self.teacher.model is not None and not any(key.startswith("teacher.model.") for key in states):
             raise UserError(
                 "this checkpoint holds no teacher; resume with the credit rule and teacher it was made with"
             )

@@ -3,16 +3,22 @@
 import importlib
 import re
 from collections.abc import Callable, Mapping
+from decimal import Decimal
+from math import isfinite
 from typing import Any
 
 from .environments.base import Message, RewardError, Task
 from .errors import UserError, require_extra
 
 Reward = Callable[[Task, list[Message]], "float | Mapping[str, float]"]
-"""``reward(task, transcript)``: the transcript is what follows the prompt, and its last message is the final answer. Gives
-a number, or the parts of one by name, which are summed and recorded one by one."""
+"""``reward(task, transcript)``: the transcript is what follows the prompt, and its last message is the final answer.
+Gives a number, or the parts of one by name, which are summed and recorded one by one."""
 
-_NUMBER = re.compile(r"(?:(?<![\w)])[-−]\s?)?\$?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+)?")
+# a minus with a space behind it is a sign too, unless it subtracts (`12 - 5`) or begins an item of a list
+_NUMBER = re.compile(
+    r"(?:(?<![\w)])(?:[-−]|(?<![0-9)%}] )(?<!\n)[-−] ))?\$?(?=\.?[0-9])"
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+)?"
+)
 
 
 def final_answer(transcript: list[Message]) -> str:
@@ -20,8 +26,8 @@ def final_answer(transcript: list[Message]) -> str:
     return next((m.get("content") or "" for m in reversed(transcript) if m["role"] == "assistant"), "")
 
 
-def last_number(text: str) -> float | None:
-    """The last number in a text, thousands commas and currency signs aside; None where there is none.
+def last_number(text: str) -> Decimal | None:
+    """The last number in a text, all its digits, thousands commas and currency signs aside; None where there is none.
 
     The number behind the last ``####`` (GSM8K's mark of the final answer) goes before all others.
     """
@@ -32,8 +38,8 @@ def last_number(text: str) -> float | None:
     return _value(found[-1]) if found else None
 
 
-def _value(number: str) -> float:
-    return float(re.sub(r"[$,\s]", "", number).replace("−", "-"))
+def _value(number: str) -> Decimal:
+    return Decimal(re.sub(r"[$,\s]", "", number).replace("−", "-"))
 
 
 def answer_of(task: Task) -> str:
@@ -54,19 +60,27 @@ def exact(task: Task, transcript: list[Message]) -> float:
 
 def contains(task: Task, transcript: list[Message]) -> float:
     """1 where the final answer holds the task's ``answer``, case aside."""
-    return float(answer_of(task).strip().casefold() in final_answer(transcript).casefold())
+    wanted = answer_of(task).strip().casefold()
+    if not wanted:
+        raise RewardError(f"task {task.id}: its answer is empty, and every text holds that")
+    return float(wanted in final_answer(transcript).casefold())
 
 
 def number(task: Task, transcript: list[Message]) -> float:
-    """1 where the last number of the final answer (or the one behind ``####``) equals the task's ``answer``."""
+    """1 where the last number of the final answer (or the one behind ``####``) equals the task's ``answer``.
+
+    Whole answers must be met to 1e-6, however large they are; others to 5e-6 of themselves (six digits).
+    """
     wanted, found = last_number(answer_of(task)), last_number(final_answer(transcript))
     if wanted is None:
         raise RewardError(f"task {task.id}: its answer {answer_of(task)!r} holds no number")
-    return float(found is not None and abs(found - wanted) <= 1e-6 * max(1.0, abs(wanted)))
+    whole = wanted == wanted.to_integral_value()
+    allowed = Decimal("1e-6") if whole else Decimal("5e-6") * abs(wanted)
+    return float(found is not None and abs(found - wanted) <= allowed)
 
 
 def math(task: Task, transcript: list[Message]) -> float:
-    """1 where the final answer is a mathematical equal of the task's ``answer``, LaTeX included (extra: math-verify)."""
+    """1 where the final answer is a mathematical equal of the ``answer``, LaTeX included (extra: math-verify)."""
     from .math_judge import judge
 
     verdict = judge(answer_of(task), final_answer(transcript))
@@ -91,8 +105,9 @@ def import_function(path: str, what: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{what} {path!r} cannot be imported ({error}); give package.module.name") from None
+    except Exception as error:  # a module may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{what} {path!r} cannot be imported ({reason}); give package.module.name") from error
     if not callable(found):
         raise UserError(f"{what} {path!r} is a {type(found).__name__}, not a function")
     return found
@@ -102,9 +117,11 @@ def resolve_reward(reward: "str | Reward") -> Reward:
     """A reward by its name or import path.
 
     Raises:
-        UserError: no such built-in, nothing to import there, or a missing extra.
+        UserError: no such built-in, nothing to import there, no function, or a missing extra.
     """
     if not isinstance(reward, str):
+        if not callable(reward):
+            raise UserError(f"reward {reward!r} is neither a name, an import path nor a function")
         return reward
     if reward == "math":
         require_extra("math_verify", "math-verify")
@@ -121,11 +138,13 @@ def reward_of(task: Task, default: "str | Reward | None") -> Reward:
     Raises:
         UserError: there is neither, or it cannot be resolved; names the task.
     """
-    reward = task.meta.get("reward", default)
+    reward = task.meta.get("reward")
+    if reward is None:
+        reward = default
     if reward is None:
         raise UserError(
-            f"task {task.id}: nothing says how it is scored; give the task a reward ({', '.join(BUILT_IN)} or an import "
-            "path), or the environment"
+            f"task {task.id}: nothing says how it is scored; give the task a reward ({', '.join(BUILT_IN)} or an "
+            "import path), or the environment"
         )
     try:
         return resolve_reward(reward)
@@ -133,21 +152,49 @@ def reward_of(task: Task, default: "str | Reward | None") -> Reward:
         raise UserError(f"task {task.id}: {error}") from None
 
 
+def check_reward(task: Task, default: "str | Reward | None") -> None:
+    """Look at whether a task can be scored, before any training.
+
+    Raises:
+        UserError: no reward, or a built-in one that cannot use the task's answer; names the task.
+    """
+    reward = reward_of(task, default)
+    try:
+        if reward is math:  # whether math-verify can read the answer is seen when it scores
+            answer_of(task)
+        elif reward in BUILT_IN.values():
+            reward(task, [])
+    except RewardError as error:
+        raise UserError(str(error)) from None
+
+
 def evaluate(reward: Reward, task: Task, transcript: list[Message]) -> tuple[float, dict[str, float]]:
     """Score a transcript.
 
     Returns:
-        The reward and its parts. What is no finite number is passed on, and the agent loop takes it out of learning.
+        The reward and its parts, all finite.
 
     Raises:
-        RewardError: the reward raised.
+        RewardError: the reward raised, or gave something else.
     """
     try:
         found = reward(task, transcript)
-        if isinstance(found, Mapping):
-            return sum(found.values()), dict(found)
     except RewardError:
         raise
     except Exception as error:
         raise RewardError(f"task {task.id}: the reward raised {type(error).__name__}: {error}") from error
-    return found, {}
+    if isinstance(found, Mapping):
+        parts = {str(name): _finite(value, task, f"{name} = ") for name, value in found.items()}
+        return _finite(sum(parts.values()), task, "the sum "), parts
+    return _finite(found, task, ""), {}
+
+
+def _finite(value: Any, task: Task, name: str) -> float:
+    try:
+        number = float("nan" if isinstance(value, str | bytes) else value)
+    except Exception:  # a tensor of two elements, an integer beyond all floats, ...
+        number = float("nan")
+    if not isfinite(number):
+        shown = repr(value)[:80] if isinstance(value, float | str | None) else f"a {type(value).__name__}"
+        raise RewardError(f"task {task.id}: the reward gave {name}{shown}, expected a finite number")
+    return number

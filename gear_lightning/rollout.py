@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from .chat import Chat, ToolCallError
 from .engines import GenerationEngine, SampledTurn, Sampling, TurnRequest
-from .environments.base import Environment, Message, Step, Task
+from .environments.base import Environment, Message, RewardError, Step, Task
 from .errors import UserError
 
 Status = Literal[
@@ -22,7 +22,7 @@ Status = Literal[
     "prompt_too_long",  # the prompt leaves no room for an answer
     "environment_error",  # reset, step or a tool raised
     "environment_timeout",  # reset, step or a tool took too long
-    "invalid_reward",  # the reward is not a finite number
+    "invalid_reward",  # the reward is not a finite number, or raised
 ]
 # these say something about the policy; the others say something about the environment, and are left out of learning
 LEARNABLE: frozenset[str] = frozenset({"done", "truncated", "invalid_tool_call"})
@@ -47,6 +47,7 @@ class Rollout:
     stop_mask: list[bool] = field(default_factory=list)
     sampler_logprobs: list[float] = field(default_factory=list)
     prompt_length: int = 0
+    opening_messages: int = 0
     turns: int = 0
     reward: float = 0.0
     reward_parts: dict[str, float] = field(default_factory=dict)
@@ -97,6 +98,11 @@ class RolloutGroup:
     task: Task
     group_id: int
     rollouts: list[Rollout]
+
+    def peer(self, index: int) -> Rollout | None:
+        """The next successful rollout of the group after ``index``, around the end, other than itself."""
+        others = self.rollouts[index + 1 :] + self.rollouts[:index]
+        return next((r for r in others if r.success and r.learnable), None)
 
 
 @dataclass(frozen=True)
@@ -260,6 +266,7 @@ class AgentLoop:
         opening = self._guard(episode, make)
         if rollout.error is None:
             rollout.messages += opening
+            rollout.opening_messages = len(rollout.messages)
             prompt = self.chat.prompt(rollout.messages, task.tools)
             rollout.prompt_length = len(prompt)
             rollout.add_context(prompt)
@@ -273,6 +280,8 @@ class AgentLoop:
             return self._call(function, self.budgets.step_seconds)
         except TimeoutError as error:
             rollout.status, rollout.error = "environment_timeout", str(error)
+        except RewardError as error:
+            rollout.status, rollout.error = "invalid_reward", str(error)
         except Exception as error:
             rollout.status, rollout.error = "environment_error", f"{type(error).__name__}: {error}"
         return None

@@ -21,7 +21,12 @@ class TeacherOptions:
 
     Args:
         weights: ``ema`` of the policy's weights, ``live`` (the policy itself), or ``frozen`` at the start of training.
-        rate: of the average: after each optimizer step, teacher = (1 - rate) teacher + rate policy. Only for ``ema``.
+        rate: of the average: teacher = (1 - rate) teacher + rate policy. Only for ``ema``.
+        every: optimizer steps from one update of the average to the next; with ``rate`` 1, a copy every so many steps
+            (RLSD's released script: 20). Only for ``ema``.
+        shows: the privileged text: the task's ``reference`` (a worked solution where there is one), its bare
+            ``answer``, or the transcript of a successful ``peer`` of the rollout's group (SDPO, SC-GRPO; never the
+            rollout itself). Without a peer, the reference, or nothing where there is none (weights are then 1).
         template: privileged text, appended to the task's last user message; ``{reference}`` stands for the reference.
         max_prompt: longest privileged prompt, tokens. The question is never cut.
         overlong: what happens to a longer one: ``drop`` the reference for that rollout (its weights become 1, and
@@ -30,6 +35,8 @@ class TeacherOptions:
 
     weights: Literal["ema", "live", "frozen"] = "ema"
     rate: float = 0.05
+    every: int = 1
+    shows: Literal["reference", "answer", "peer"] = "reference"
     template: str = (
         "\n\nHere is a correct reference solution:\n{reference}\n\nNow solve the problem yourself, in your own words."
     )
@@ -39,20 +46,40 @@ class TeacherOptions:
     def __post_init__(self):
         if not 0 < self.rate <= 1:
             raise UserError(f"teacher.rate={self.rate} must lie in (0, 1]")
+        if self.every < 1:
+            raise UserError(f"teacher.every={self.every} must be at least 1")
+        if self.weights != "ema" and (self.rate, self.every) != (TeacherOptions.rate, TeacherOptions.every):
+            raise UserError(f"teacher.rate and teacher.every do nothing with teacher.weights={self.weights}")
         if "{reference}" not in self.template:
             raise UserError("teacher.template must contain {reference}")
 
 
-def privileged_prompt(
-    task: Task, opening: list[Message], chat: Chat, options: TeacherOptions
-) -> tuple[list[int], bool]:
-    """Ids of the prompt with the reference in it. The only reader of ``Task.reference``.
+def privileged_text(task: Task, options: TeacherOptions, peer: list[Message] | None = None) -> str | None:
+    """What the teacher sees beyond the policy, None for nothing. The only reader of ``Task.reference``.
 
     Args:
-        task: its reference is shown; without one the policy's own prompt comes back.
+        task: the task.
+        options: ``shows`` says what is shown.
+        peer: what a successful rollout of the same group said and saw after the prompt.
+    """
+    if options.shows == "answer":
+        answer = task.meta.get("answer")
+        return None if answer is None else str(answer)
+    shown = peer if options.shows == "peer" and peer is not None else task.reference
+    return shown if isinstance(shown, str) or shown is None else "\n".join(map(_line, shown))
+
+
+def privileged_prompt(
+    task: Task, opening: list[Message], chat: Chat, options: TeacherOptions, peer: list[Message] | None = None
+) -> tuple[list[int], bool]:
+    """Ids of the prompt with the privileged text in it.
+
+    Args:
+        task: without privileged text the policy's own prompt comes back.
         opening: the messages that the policy's rollout began with.
         chat: messages to ids.
-        options: template and length policy.
+        options: what is shown, template and length policy.
+        peer: see `privileged_text`.
 
     Returns:
         The ids, and whether the reference was dropped for length.
@@ -61,9 +88,9 @@ def privileged_prompt(
         UserError: too long, under ``overlong=error``.
     """
     plain = chat.prompt(opening, task.tools)
-    if task.reference is None:
+    text = privileged_text(task, options, peer)
+    if text is None:
         return plain, False
-    text = task.reference if isinstance(task.reference, str) else "\n".join(map(_line, task.reference))
     last = max((i for i, m in enumerate(opening) if m["role"] == "user"), default=len(opening) - 1)
     hinted = dict(opening[last], content=opening[last]["content"] + options.template.replace("{reference}", text))
     ids = chat.prompt([*opening[:last], hinted, *opening[last + 1 :]], task.tools)
@@ -119,9 +146,9 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def update(self, policy: nn.Module) -> None:
-        """Follow the policy after an optimizer step."""
-        if self.options.weights != "ema":
+    def update(self, policy: nn.Module, step: int) -> None:
+        """Follow the policy after its ``step``-th optimizer step."""
+        if self.options.weights != "ema" or step % self.options.every:
             return
         assert self.model is not None
         averages = self.model.parameters() if self.shadow is None else self.shadow.values

@@ -146,19 +146,18 @@ def random_rule(rng: random.Random, divergences: list[str], cls: type[GEAR] = GE
     level = {"quantile": rng.choice([0.5, 0.8, 0.95, 1.0]), "zscore": rng.choice([1.1, 1.7]), "rise": rng.randint(1, 5)}
     options: dict[str, Any] = {
         "divergence": divergence,
-        "divergence_limit": rng.choice([10.0, 4.0]),
-        "divergence_top_k": 8,
+        **({"divergence_limit": rng.choice([None, 4.0])} if divergence in ("k1", "k3") else {"divergence_top_k": 8}),
         "scale": rng.choice([None, "none", "zscore"] + ([] if signed else ["saturate"])),
         "anchor_rule": rule,
         "anchor_level": rng.choice([None, float(level.get(rule, 0.0))]) if rule != "zscore" else level[rule],
         # a rise of 0 over the mean of equal values that are not on the grid is a matter of rounding
         "anchor_floor": rng.choice([None, 0.25, 1.0] + [0.0] * (signed or rule != "rise")),
         "anchor_at": rng.choice(["onset", "peak"]),
-        "segment_end": rng.choice(["entropy_high", "entropy_low", "window", "turn", "divergence", "none"]),
+        "segment_end": (end := rng.choice(["entropy_high", "entropy_low", "window", "turn", "divergence", "none"])),
         "segment_max": rng.choice([1, 2, 3, 5, 128]),
         "segment_value": rng.choice(["departure", "mean"]),
-        "entropy": rng.choice(["policy", "teacher", "surprisal"]),
-        "entropy_quantile": rng.choice([0.0, 0.3, 0.5, 0.8, 1.0]),
+        "entropy": rng.choice(["policy", "teacher", "surprisal"]) if "entropy" in end else "policy",
+        "entropy_quantile": rng.choice([0.0, 0.3, 0.5, 0.8, 1.0]) if "entropy" in end else 0.8,
         "sign_rule": rng.choice(["symmetric", "negatives_only", "reversed_on_correct"] + ["sign_aware"] * signed),
         "kappa": rng.choice([0.0] + 3 * [0.3, 1.0, 2.5]),
         "clip": rng.choice([0.0] + 3 * [0.2, 0.9, 0.99]),
@@ -189,7 +188,8 @@ def single(x: float) -> float:
 
 def slow_divergence(rule: GEAR, r: Rollout, t: int) -> float:
     """Divergence of policy and teacher at column t, from the definitions."""
-    k1 = min(max(r.policy[t] - r.teacher[t], -rule.divergence_limit), rule.divergence_limit)
+    limit = 10.0 if rule.divergence_limit is None else rule.divergence_limit
+    k1 = min(max(r.policy[t] - r.teacher[t], -limit), limit)
     if rule.divergence == "k1":
         return k1
     if rule.divergence == "k3":

@@ -8,6 +8,7 @@ import torch
 
 from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.callbacks.rollout_recorder import RolloutRecorder
+from gear_lightning.callbacks.throughput import Throughput
 from gear_lightning.credit import GEAR, CreditAssigner
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.environments.lookup_chain import LookupChain, LookupChainTasks
@@ -66,7 +67,7 @@ def trainer(run: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
         devices=1,
         default_root_dir=run,
         logger=MetricsFile(str(run)),
-        callbacks=[*callbacks, RolloutRecorder()],
+        callbacks=[*callbacks, RolloutRecorder(), Throughput()],
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         enable_progress_bar=False,

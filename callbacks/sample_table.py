@@ -1,0 +1,91 @@
+"""Shows what the policy says: a few rollouts of an iteration as a table."""
+
+from io import StringIO
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gear_lightning.credit_trace import visible
+from gear_lightning.environments.base import Message
+from gear_lightning.rollout import Rollout
+
+COLUMNS = ["task", "reward", "status", "tokens", "question", "what the policy said"]
+
+
+class SampleTable(L.Callback):
+    """Prints the best, the worst and some other rollouts of an iteration, and gives them to the loggers that take text
+    (TensorBoard, Weights & Biases). Only reads. Rank 0's rollouts only.
+
+    Args:
+        every_n_iterations: iterations between two tables. 0: never.
+        rows: rollouts in a table.
+        print_table: also print it.
+    """
+
+    def __init__(self, every_n_iterations: int = 20, rows: int = 4, print_table: bool = True):
+        self.every_n_iterations = every_n_iterations
+        self.rows = rows
+        self.print_table = print_table
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        every = self.every_n_iterations
+        if not trainer.is_global_zero or not every or (trainer.current_epoch + 1) % every:
+            return
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        rollouts = sorted((r for g in data.groups for r in g.rollouts), key=lambda r: -r.reward)
+        rows = [_row(r) for r in _spread(rollouts, self.rows)]
+        title = f"rollouts of iteration {trainer.current_epoch}"
+        if self.print_table:
+            bar = trainer.progress_bar_callback
+            (print if bar is None else bar.print)(_render(title, rows))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                lines = [" | ".join(COLUMNS), " | ".join(["---"] * len(COLUMNS))]
+                lines += [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows]
+                logger.experiment.add_text("samples", "\n".join(lines), trainer.global_step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_table("samples", columns=COLUMNS, data=rows)
+
+
+def _spread(rollouts: list[Rollout], wanted: int) -> list[Rollout]:
+    """The first, the last and evenly spaced others."""
+    if len(rollouts) <= wanted:
+        return rollouts
+    step = (len(rollouts) - 1) / max(wanted - 1, 1)
+    return [rollouts[round(i * step)] for i in range(wanted)]
+
+
+def _row(rollout: Rollout) -> list[str]:
+    said = "  ".join(filter(None, map(_said, rollout.messages[rollout.opening_messages :])))
+    asked = next((m["content"] for m in reversed(rollout.task.messages) if m["role"] == "user"), "")
+    cells = [rollout.task.id, f"{rollout.reward:.3g}", rollout.status, str(sum(rollout.action_mask))]
+    return [*cells, _short(asked, 160), _short(rollout.error or said, 400)]
+
+
+def _said(message: Message) -> str:
+    calls = [
+        f"{c['function']['name']}({', '.join(map(str, c['function']['arguments'].values()))})"
+        for c in message.get("tool_calls") or []
+    ]
+    text = " ".join([message.get("content") or "", *calls]).strip()
+    return f"→ {text}" if message["role"] != "assistant" else text
+
+
+def _short(text: str, length: int) -> str:
+    text = visible(text).replace("⏎\n", "⏎ ").replace("·", " ")
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _render(title: str, rows: list[list[str]]) -> str:
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for name in COLUMNS:
+        table.add_column(name, justify="right" if name in ("reward", "tokens") else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    out = StringIO()
+    Console(file=out, width=max(100, Console().width)).print(table)
+    return out.getvalue()
