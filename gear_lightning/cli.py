@@ -25,6 +25,9 @@ from .module import GearModule
 from .warm_start import WarmStart, run_warm_start
 
 
+RUN_FILES = ("config.yaml", "metrics.csv", "tensorboard", "checkpoints", "rollouts", "tokenizer", "credit_map.html")
+
+
 class _Parser(LightningArgumentParser):
     def print_usage(self, file: Any = None) -> None:
         """Nothing: hundreds of options would hide the error that comes after them. ``--help`` shows them all."""
@@ -70,6 +73,7 @@ class GearCLI(LightningCLI):
             {
                 "checkpoint.filename": "iteration={epoch:05d}",
                 "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.enable_version_counter": False,  # an iteration done again after a kill replaces its file
                 "checkpoint.save_last": True,
                 "checkpoint.save_on_train_epoch_end": True,
             }
@@ -139,6 +143,8 @@ class GearCLI(LightningCLI):
         config = self.config["fit"]
         if config.get("ckpt_path") and self._has_checkpoint(config["ckpt_path"]):
             return
+        if self.trainer.is_global_zero:
+            self._set_aside_earlier_run()
         options: WarmStart | None = self._get(self.config_init, "warm_start")
         if options is not None:
             trainer = self._quiet_trainer(max_steps=options.steps, max_epochs=-1, gradient_clip_val=1.0)
@@ -147,6 +153,17 @@ class GearCLI(LightningCLI):
         if config["validate_before_fit"] and self.datamodule.val_tasks is not None:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
             self.first = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
+
+    def _set_aside_earlier_run(self) -> None:
+        """A fresh start in the directory of an earlier run must neither mix with it nor destroy it."""
+        found = [path for name in RUN_FILES if (path := self.run_dir / name).exists()]
+        if found:
+            number = 1 + len(list(self.run_dir.glob("earlier-*")))
+            aside = self.run_dir / f"earlier-{number}"
+            aside.mkdir()
+            for path in found:
+                path.rename(aside / path.name)
+            print(f"{self.run_dir} held an earlier run, now in {aside} (to go on with a run: --ckpt_path last)")
 
     def _has_checkpoint(self, path: str) -> bool:
         if path != "last":
@@ -187,6 +204,7 @@ def main(args: list[str]) -> None:
     warnings.filterwarnings(
         "ignore", message=".*your dataloader is not resumable.*"
     )  # RolloutDataModule resumes itself
+    warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # no validation tasks
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__`.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")

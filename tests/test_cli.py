@@ -1,0 +1,258 @@
+"""The command line: what it takes, what it refuses in one line, and what it leaves behind."""
+
+import csv
+import json
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from gear_lightning.__main__ import main
+
+SHORT = [
+    "--warm_start=null", "--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "1",
+    "--model.policy.hidden_size", "32", "--model.policy.layers", "2", "--model.optimizer.lr", "0.01",
+    "--data.tasks_per_iteration", "2", "--data.group_size", "4", "--data.micro_batch_size", "4",
+    "--data.val_limit", "4", "--data.eval_batch_size", "4",
+]  # fmt: skip
+FIT = ["fit", "--config", "configs/quickstart.yaml", *SHORT]
+
+
+@pytest.fixture
+def command(repository, monkeypatch, capsys):
+    """Run ``gear-lightning`` in this process, from the root of the checkout: (exit status, stdout, stderr)."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.chdir(repository)
+        monkeypatch.setattr(sys, "argv", ["gear-lightning", *map(str, args)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(logging, "raiseExceptions", False)  # Lightning's handler holds an earlier test's stderr
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+def error_of(command, *args: object) -> str:
+    status, _, err = command(*args)
+    assert status == 2, err
+    assert "Traceback" not in err
+    assert "usage:" not in err, "hundreds of options hide the error"
+    return err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.credit.kapa", "3"], "'kapa' is not accepted"),
+        (["--model.creditt", "GEAR"], "--model.creditt"),
+        (["--model.credit.divergence", "reverse_kl"], "sign_rule=symmetric, or divergence=k1"),
+        (["--model.objective.constant_length", "5"], "aggregation=constant and constant_length go together"),
+        (["--model.teacher.weights", "frozen", "--model.teacher.rate", "0.5"], "nothing with teacher.weights=frozen"),
+        (["--data.group_size", "1"], "group_size=1 gives GRPO nothing to compare; use at least 2"),
+        (["--data.resample_rounds", "2"], "resample_rounds does nothing with data.zero_spread=keep"),
+        (["--data.micro_batch_size", "0"], "micro_batch_size=0 must be at least 1"),
+        (["--trainer.accumulate_grad_batches", "3"], "accumulate_grad_batches follows from data.micro_batch_size"),
+        (["--generation.sampling.temperature", "0"], "temperature=0 gives a group of equal rollouts"),
+        (["--generation.budgets.context", "8"], "task lookup-train-0-0: its prompt has 8 tokens"),
+        (["--generation.environment", "no_such_module.Env"], "No module named 'no_such_module'"),
+        (["--ckpt_path", "nothing.ckpt"], "ckpt_path=nothing.ckpt: no such checkpoint"),
+        (["--config", "configs/nothing.yaml"], "nothing.yaml"),
+        (["--model.policy", "gear_lightning.models.Pretrained", "--model.policy.path", "./nothing"], "no config.json"),
+        (["--model.policy", "gear_lightning.models.Pretrained", "--model.policy.path", "x.gguf"], "x.gguf: no such"),
+        (["--model.policy", "gear_lightning.models.Pretrained", "--model.policy.path", "package:no_such_pkg/x.gguf"],
+         "pip install --no-deps no-such-pkg"),
+    ],
+)  # fmt: skip
+def test_a_bad_setting_gives_one_clear_error_before_any_training(command, tmp_path, args, message):
+    assert message in error_of(command, *FIT, "--trainer.default_root_dir", tmp_path / "run", *args)
+    assert not (tmp_path / "run" / "rollouts").exists()
+
+
+def test_a_run_directory_that_cannot_be_written_is_named(command, tmp_path):
+    (tmp_path / "file").touch()
+    run = tmp_path / "file" / "run"
+    assert f"trainer.default_root_dir={run} cannot be written to" in error_of(
+        command, *FIT, "--trainer.default_root_dir", run
+    )
+
+
+def test_a_broken_task_file_is_named_with_its_line(command, tmp_path):
+    (tmp_path / "tasks.jsonl").write_text('{"prompt": "e1 w1", "reference": "r1"}\n{"prompt": 7}\n')
+    tasks = ["--data.train_tasks", "gear_lightning.environments.jsonl.JsonlTasks"]
+    args = [*FIT, "--trainer.default_root_dir", tmp_path / "run", *tasks]
+    error = error_of(command, *args, "--data.train_tasks.path", tmp_path / "tasks.jsonl")
+    assert f"{tmp_path / 'tasks.jsonl'}:2: found prompt = 7, expected text" in error
+
+
+def test_a_task_without_a_reference_or_a_reward_is_named(command, tmp_path):
+    file = tmp_path / "tasks.jsonl"
+    file.write_text('{"id": "mine", "prompt": "e1 w1", "answer": "e2"}\n')
+    args = [*FIT, "--trainer.default_root_dir", tmp_path / "run", "--data.val_tasks=null"]
+    args += ["--data.train_tasks", "gear_lightning.environments.jsonl.JsonlTasks", "--data.train_tasks.path", file]
+    single = ["--generation.environment", "gear_lightning.environments.single_turn.SingleTurn"]
+    assert "task mine: nothing says how it is scored" in error_of(command, *args, *single)
+    with_reward = [*args, *single, "--generation.environment.reward", "contains"]
+    assert "task mine has no reference, and GEAR needs one" in error_of(command, *with_reward)
+    status, _, err = command(*with_reward, "--config", "configs/credit/grpo.yaml")
+    assert status == 0, err
+
+
+def test_unknown_commands_and_a_start_without_checkpoint_are_refused(command, tmp_path):
+    assert "no command 'train'; there are fit, validate" in error_of(command, "train")
+    args = ["--config", "configs/quickstart.yaml", "--trainer.default_root_dir", tmp_path, "--ckpt_path", "last"]
+    assert "ckpt_path=last: there is no checkpoint in" in error_of(command, "validate", *args)
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_what_the_readme_says_and_every_command_reads_it(command, tmp_path):
+    run, often = tmp_path / "run", ["--progress.every_seconds", "0"]
+    status, out, err = command(*FIT, "--trainer.default_root_dir", run, "--samples.every_n_iterations", "2", *often)
+    assert status == 0, err
+    for name in ("config.yaml", "metrics.csv", "checkpoints/last.ckpt", "credit_map.html", "tensorboard"):
+        assert (run / name).exists(), name
+    for phase in ("rollout", "update", "evaluation"):
+        assert phase in err, f"no progress line for the {phase} phase"
+    assert "tok/s" in err
+    assert "rollouts of iteration 1" in err, "the sample table is missing"
+    assert f"Results are in {run}" in out
+    assert [row["step"] for row in metrics(run)] == ["0", "1", "2"]
+    assert all(row["val/success"] and row["val/turns"] for row in metrics(run))
+    before = (run / "metrics.csv").read_text(), (run / "config.yaml").read_text()
+
+    where = ["--config", "configs/quickstart.yaml", *SHORT, "--trainer.default_root_dir", run, "--ckpt_path", "last"]
+    for stage in ("validate", "test", "predict"):
+        status, out, err = command(stage, *where)
+        assert status == 0, err
+    assert (run / "validate_metrics.csv").exists()
+    assert ((run / "metrics.csv").read_text(), (run / "config.yaml").read_text()) == before, (
+        "evaluation changed the run"
+    )
+    lines = [json.loads(line) for line in (run / "predictions" / "rank_0.jsonl").read_text().splitlines()]
+    assert [line["task_id"] for line in lines] == [f"lookup-val-0-{i}" for i in range(4)]
+    assert all(line["messages"][-1]["role"] == "assistant" for line in lines)
+
+    status, out, err = command("credit", run)
+    assert status == 0, err
+    assert "weight" in out
+    status, out, err = command("export", run / "checkpoints" / "last.ckpt", tmp_path / "model")
+    assert status == 0, err
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    exported = {"class_path": "gear_lightning.models.Pretrained", "init_args": {"path": str(tmp_path / "model")}}
+    short = [a for i, a in enumerate(SHORT) if not f"{SHORT[i - 1]} {a}".count("--model.policy")]
+    again = ["fit", "--config", "configs/quickstart.yaml", *short, "--trainer.default_root_dir", tmp_path / "again"]
+    status, out, err = command(*again, "--model.policy", json.dumps(exported))
+    assert status == 0, err
+
+
+def test_a_fresh_start_sets_an_earlier_run_aside(command, tmp_path):
+    args = [*FIT, "--trainer.default_root_dir", tmp_path, "--trainer.max_epochs", "1"]
+    command(*args)
+    first = (tmp_path / "metrics.csv").read_text()
+    status, out, _ = command(*args)
+    assert status == 0
+    assert "held an earlier run" in out
+    assert (tmp_path / "earlier-1" / "metrics.csv").read_text() == first
+    assert len(list((tmp_path / "rollouts").glob("*.jsonl"))) == 1
+
+
+def test_last_starts_afresh_where_there_is_nothing_to_go_on_from(command, tmp_path):
+    args = [*FIT, "--trainer.default_root_dir", tmp_path, "--ckpt_path", "last"]
+    assert command(*args, "--trainer.max_epochs", "1")[0] == 0
+    status, _, err = command(*args, "--trainer.max_epochs", "2")
+    assert status == 0, err
+    assert [row["step"] for row in metrics(tmp_path)] == ["0", "1", "2"]
+    assert not list(tmp_path.glob("earlier-*"))
+
+
+OWN = '''
+from dataclasses import dataclass, replace
+
+import lightning as L
+
+from gear_lightning.credit import Uniform
+from gear_lightning.environments.base import Environment, Step
+
+
+def length(task, transcript):
+    return {"words": 0.01 * len(transcript[-1]["content"].split()), "base": 1.0}
+
+
+def look_up(relation: str, entity: str) -> str:
+    """Look an entity up.
+
+    Args:
+        relation: the relation
+        entity: the entity
+    """
+    return "e3"
+
+
+class Shout(Environment):
+    def step(self, message):
+        return Step(done=True, reward=float(len(message["content"])))
+
+
+@dataclass(frozen=True)
+class Half(Uniform):
+    share: float = 0.5
+
+    def __call__(self, evidence):
+        credit = super().__call__(evidence)
+        return replace(credit, weights=credit.weights * self.share)
+
+
+class Note(L.Callback):
+    def __init__(self, path: str):
+        self.path = path
+
+    def on_fit_end(self, trainer, pl_module):
+        open(self.path, "w").write("seen")
+'''
+
+
+def test_own_tasks_tools_reward_environment_credit_and_callback_are_named_in_the_config(command, tmp_path, monkeypatch):
+    (tmp_path / "own_pieces.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "tasks.jsonl").write_text(
+        '{"prompt": "e1 w1", "reference": "r1"}\n{"messages": [{"role": "user", "content": "e2"}], "reference": "r2"}\n'
+    )
+    (tmp_path / "own.yaml").write_text(f"""
+trainer: {{default_root_dir: {tmp_path / "run"}}}
+data:
+  train_tasks:
+    class_path: gear_lightning.environments.jsonl.JsonlTasks
+    init_args: {{path: {tmp_path / "tasks.jsonl"}, reward: own_pieces.length, tools: [own_pieces.look_up]}}
+  val_tasks: null
+generation:
+  environment:
+    class_path: gear_lightning.environments.functions.FunctionTools
+    init_args: {{tools: [own_pieces.look_up]}}
+""")
+    status, _, err = command(*FIT, "--config", tmp_path / "own.yaml")
+    assert status == 0, err
+    line = json.loads((tmp_path / "run" / "rollouts" / "iter_000000.rank_0.jsonl").read_text().splitlines()[0])
+    assert line["reward_parts"]["base"] == 1.0
+    assert line["reward"] == pytest.approx(sum(line["reward_parts"].values()))
+
+    note = tmp_path / "note"
+    callback = json.dumps([{"class_path": "own_pieces.Note", "init_args": {"path": str(note)}}])
+    status, _, err = command(
+        *FIT, "--trainer.default_root_dir", tmp_path / "other", "--model.credit", "own_pieces.Half",
+        "--model.credit.share", "0.25", "--generation.environment", "own_pieces.Shout", "--trainer.callbacks", callback,
+    )  # fmt: skip
+    assert status == 0, err
+    assert note.read_text() == "seen"
+    tensors = load_file(tmp_path / "other" / "rollouts" / "iter_000000.rank_0.safetensors")
+    assert (tensors["weights"][tensors["action_mask"]] == 0.25).all()
