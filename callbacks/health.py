@@ -19,8 +19,8 @@ ADVICE = (
 class Health(L.Callback):
     """Warns, then stops, when no group has any spread of rewards for many iterations in a row.
 
-    Also stops on a loss that is not a number, and warns once where the teacher disagrees with the policy far more at the
-    first response token than elsewhere: then the two prompts end differently.
+    Also stops on a loss that is not a number, and warns once where the teacher disagrees with the policy far more at
+    the first response token than elsewhere: then the two prompts end differently.
 
     Args:
         warn_after: iterations without spread until a warning.

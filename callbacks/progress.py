@@ -100,10 +100,11 @@ class PhaseProgress(ProgressBar):
     def _rolling(self, stage: str, finished: int, rollouts: int, tokens: int) -> None:
         if finished == 0 or self._phase_start == 0.0:
             self._phase_start = time.monotonic()
-        rate = tokens / max(time.monotonic() - self._phase_start, 1e-6)
+        seconds = time.monotonic() - self._phase_start
+        rate = f"{tokens / seconds:,.0f} tok/s  " if seconds > 0.2 or finished == rollouts else ""
         trainer = self.trainer
         phase = "rollout" if stage == "fit" else "evaluation"
-        note = f"{finished}/{rollouts} rollouts  {rate:,.0f} tok/s  {self._numbers()}"
+        note = f"{finished}/{rollouts} rollouts  {rate}{self._numbers()}"
         within = 0.5 * finished / max(rollouts, 1) if stage == "fit" else 0.0
         if self._bar is not None:
             self._show(phase, trainer.current_epoch + within, self._total(trainer), note)

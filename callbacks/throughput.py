@@ -10,7 +10,7 @@ from gear_lightning.batch import RolloutBatch
 
 class Throughput(L.Callback):
     """Logs ``time/rollout_s``, ``time/update_s``, ``perf/rollout_tokens_per_s`` (sampled tokens) and
-    ``perf/update_tokens_per_s`` (all tokens of the policy's forward, padding aside), per process, averaged over them."""
+    ``perf/update_tokens_per_s`` (all tokens of the policy's forward, padding aside): mean over the processes."""
 
     def __init__(self) -> None:
         self._seconds = self._started = 0.0

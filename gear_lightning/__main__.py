@@ -13,7 +13,8 @@ train and evaluate (options: gear-lightning COMMAND --help)
   test       the same, logged as test/...
   predict    write rollouts of the validation tasks
 
-look at a run
+look at a model and a run
+  template   check a model's chat template:  gear-lightning template MODEL
   credit     print where the credit went, or write the HTML page:  gear-lightning credit RUN
   export     make a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR
 """
@@ -46,12 +47,16 @@ def main() -> None:
             from .credit_page import credit_command
 
             sys.exit(credit_command(rest))
+        elif command == "template":
+            from .template_check import template_command
+
+            sys.exit(template_command(rest))
         elif command == "export":
             from .export import export_command
 
             sys.exit(export_command(rest))
         else:
-            raise UserError(f"no command {command!r}; there are {', '.join((*LIGHTNING, 'credit', 'export'))}")
+            raise UserError(f"no command {command!r}; there are {', '.join((*LIGHTNING, 'template', 'credit', 'export'))}")
     except UserError as error:
         print(f"gear-lightning: error: {error}", file=sys.stderr)
         sys.exit(2)

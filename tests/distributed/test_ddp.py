@@ -12,8 +12,8 @@ import torch
 DEADLINE = 240  # seconds
 
 
-def launch(run: Path, *options: str, repository: Path) -> None:
-    """Run a short, untrained version of the quickstart."""
+def command_line(run: Path, *options: str) -> tuple[list[str], dict[str, str]]:
+    """A short, untrained version of the quickstart: command and environment."""
     command = [sys.executable, "-m", "gear_lightning", "fit", "--config", "configs/quickstart.yaml"]
     command += [
         "--warm_start=null", "--trainer.default_root_dir", str(run), "--trainer.check_val_every_n_epoch", "2",
@@ -26,8 +26,13 @@ def launch(run: Path, *options: str, repository: Path) -> None:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONPATH": str(repository / "tests"),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
     }
+    return command, environment
+
+
+def launch(run: Path, *options: str, repository: Path) -> None:
+    command, environment = command_line(run, *options)
     done = subprocess.run(
         command, cwd=repository, env=environment, timeout=DEADLINE, capture_output=True, text=True, check=False
     )

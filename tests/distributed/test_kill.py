@@ -1,0 +1,60 @@
+"""A run killed without warning and started again with the same command equals the run that was not."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+from distributed.test_ddp import DEADLINE, checkpoint, command_line, metrics
+from gear_lightning.records import read_records
+
+ITERATIONS = 8
+
+
+def play(run, repository, *options: str, kills: list[tuple[int, float]] = ()) -> None:
+    """Start the run again until it ends by itself; kill it ``delay`` seconds after its file has so many rows."""
+    command, environment = command_line(run, "--trainer.max_epochs", str(ITERATIONS), "--ckpt_path", "last", *options)
+    for rows, delay in [*kills, (None, 0.0)]:
+        process = subprocess.Popen(
+            command, cwd=repository, env=environment, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if rows is None:
+            _, err = process.communicate(timeout=DEADLINE)
+            assert process.returncode == 0, err[-3000:]
+            return
+        end = time.monotonic() + DEADLINE
+        while not (run / "metrics.csv").exists() or len(metrics(run)) < rows:
+            assert process.poll() is None, f"ended before it had {rows} rows: {process.stderr.read()[-3000:]}"
+            assert time.monotonic() < end, f"no {rows} rows in time"
+            time.sleep(0.005)
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def ledger(run) -> list[tuple[int, int, int, str]]:
+    return sorted(
+        (r["iteration"], r["group_id"], r["rollout"], str(r["messages"])) for x in read_records(run) for r in x.rollouts
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_equals_the_whole_one(tmp_path, repository, processes):
+    options = ["--trainer.devices", str(processes)] + ["--trainer.strategy", "ddp"] * (processes > 1)
+    rng = random.Random(processes)
+    play(tmp_path / "whole", repository, *options)
+    play(tmp_path / "killed", repository, *options, kills=[(rows, rng.uniform(0, 0.4)) for rows in (1, 3, 5)])
+    assert ledger(tmp_path / "killed") == ledger(tmp_path / "whole"), "a task was skipped, repeated or played anew"
+    left, right = metrics(tmp_path / "whole"), metrics(tmp_path / "killed")
+    assert [row["step"] for row in right] == [row["step"] for row in left] == list(range(ITERATIONS + 1))
+    # DDP lays its gradient buckets out anew after a process's first step: equal but for rounding
+    tolerance = {"rel": 0, "abs": 0} if processes == 1 else {"rel": 1e-3, "abs": 1e-5}
+    for a, b in zip(left, right, strict=True):
+        assert b == pytest.approx(a, **tolerance)
+    one, other = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed")
+    for name, value in one["state_dict"].items():
+        if value.is_floating_point():
+            assert (value - other["state_dict"][name]).abs().max() <= (0 if processes == 1 else 1e-5), name

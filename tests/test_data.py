@@ -1,0 +1,170 @@
+"""What the data module makes of rollouts: groups, advantages, denominators, failures, the order of tasks."""
+
+from collections import Counter
+
+import lightning as L
+import pytest
+import torch
+from tiny import data, generation, module, trainer
+
+from gear_lightning.data import RolloutDataModule, RolloutGenerator
+from gear_lightning.environments.base import Task, TaskSource
+from gear_lightning.rollout import Rollout
+
+
+class Finite(TaskSource):
+    def __init__(self, size: int):
+        self.length = size
+
+    @property
+    def size(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Task:
+        return Task(f"t{index}", [{"role": "user", "content": "e1"}], reference="r1")
+
+
+class Told(RolloutGenerator):
+    """Rollouts of three sampled tokens with the rewards that the test says, by task and rollout."""
+
+    temperature = 1.0
+
+    def __init__(self, outcome):
+        self.outcome, self.played = outcome, []
+
+    def generate(self, jobs, stage):
+        out = []
+        for task, seed in jobs:
+            self.played.append(task.id)
+            rollout = Rollout(task, list(task.messages), opening_messages=1, prompt_length=2)
+            rollout.add_context([7, 8])
+            for name, value in {
+                "tokens": [9, 10, 11], "action_mask": [True] * 3, "turn_ids": [0] * 3,
+                "stop_mask": [False] * 3, "sampler_logprobs": [-1.0] * 3,
+            }.items():  # fmt: skip
+                getattr(rollout, name).extend(value)
+            found = self.outcome(task.id, seed[-1])
+            rollout.reward, rollout.status = (0.0, found) if isinstance(found, str) else (found, "done")
+            rollout.success = rollout.reward >= 1
+            out.append(rollout)
+        return out
+
+    def teacher_prompt(self, rollout, peer):
+        self.peers = [*getattr(self, "peers", []), None if peer is None else peer.reward]
+        return [5, 6, 7, 8], False
+
+    def check_task(self, task):
+        pass
+
+
+def iteration(tmp_path, outcome, **options):
+    """The rows of one iteration's batches, and the data module."""
+    source = RolloutDataModule(
+        **{"train_tasks": Finite(64), "tasks_per_iteration": 2, "group_size": 4, "micro_batch_size": 8, **options}
+    )
+    source.trainer, source.generator = trainer(tmp_path), Told(outcome)
+    return list(source._iterate()), source
+
+
+def by_reward(task: str, rollout: int) -> float:
+    return float(rollout == 0)
+
+
+@pytest.mark.parametrize("failure", ["invalid_reward", "environment_error", "environment_timeout", "empty_response"])
+def test_a_failed_rollout_leaves_its_peers_advantages_as_if_it_had_not_been(tmp_path, failure):
+    two = [1.0, 0.0, 0.0]
+
+    def some_fail(task, rollout):
+        return failure if rollout == 3 else two[rollout]
+
+    (batch,), source = iteration(tmp_path, some_fail)
+    smaller = torch.tensor(two)
+    expected = (smaller - smaller.mean()) / (smaller.std() + 1e-6)
+    assert batch.size == 6
+    for group in batch.group_ids.unique():
+        assert torch.allclose(batch.advantages[batch.group_ids == group], expected)
+    assert int(batch.step_tokens) == 18
+    assert source.stats.statuses == Counter({"done": 6, failure: 2})
+
+
+def test_groups_without_spread_are_kept_dropped_or_replaced(tmp_path):
+    flat = set()
+
+    def outcome(task, rollout):
+        flat.add(task)
+        return by_reward(task, rollout) if len(flat) % 2 == 0 else 0.1 + 0.2  # not representable: std is not exactly 0
+
+    (kept,), source = iteration(tmp_path, outcome)
+    assert (kept.size, int(kept.step_tokens), source.stats.zero_spread) == (8, 24, 1)
+    assert (kept.advantages.reshape(2, 4) == 0).all(-1).sum() == 1
+    flat.clear()
+    (dropped,), source = iteration(tmp_path, outcome, zero_spread="drop")
+    assert (dropped.size, int(dropped.step_tokens), source.stats.zero_spread) == (4, 12, 1)
+    flat.clear()
+    (fresh,), source = iteration(tmp_path, outcome, zero_spread="resample")
+    assert (fresh.size, int(fresh.step_tokens)) == (8, 24)
+    assert (fresh.advantages != 0).all(), "a group without spread was not replaced"
+    assert source.cursor == 4, "two rounds of two tasks were played"
+
+
+def test_resampling_ends_after_its_rounds(tmp_path):
+    batches, source = iteration(tmp_path, lambda *_: 0.0, zero_spread="resample", resample_rounds=3)
+    assert source.cursor == 6
+    assert [b.size for b in batches] == [1], "a blank batch keeps the step going"
+    assert not batches[0].action_mask.any()
+
+
+def test_each_pass_over_the_tasks_plays_every_task_once_in_a_new_order(tmp_path):
+    source = RolloutDataModule(Finite(10), tasks_per_iteration=5, group_size=2)
+    first, second = ([source.train_task(i).id for i in range(k, k + 10)] for k in (0, 10))
+    assert sorted(first) == sorted(second) == sorted(f"t{i}" for i in range(10))
+    assert first != second
+    other = RolloutDataModule(Finite(10), tasks_per_iteration=5, group_size=2, seed=1)
+    assert [other.train_task(i).id for i in range(10)] != first
+
+
+def test_a_peer_is_another_solved_rollout_of_the_same_group(tmp_path):
+    _, source = iteration(tmp_path, lambda task, rollout: float(rollout in (1, 2)), tasks_per_iteration=1)
+    assert source.generator.peers == [1.0] * 4
+    _, source = iteration(tmp_path, lambda task, rollout: float(rollout == 1), tasks_per_iteration=1)
+    assert source.generator.peers == [1.0, None, 1.0, 1.0], "a rollout is no peer of its own"
+
+
+def test_micro_batches_hold_every_rollout_once(tmp_path):
+    batches, _ = iteration(tmp_path, by_reward, micro_batch_size=3)
+    assert len(batches) == 3
+    assert sorted(i for b in batches for i in b.index.tolist()) == list(range(8))
+    assert {int(b.step_tokens) for b in batches} == {24}
+
+
+def test_an_iteration_without_any_usable_rollout_changes_no_weight(tmp_path):
+    from gear_lightning.environments.lookup_chain import LookupChain
+
+    class Broken(LookupChain):
+        def step(self, message):
+            raise RuntimeError("tool broke")
+
+    model = module(optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    start = {}
+
+    class Keep(L.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            start.update({k: v.clone() for k, v in pl_module.policy.state_dict().items()})
+
+    fit = trainer(tmp_path, generation(environment=Broken), max_epochs=1)
+    fit.callbacks.append(Keep())
+    fit.fit(model, datamodule=data())
+    assert start
+    assert all(torch.equal(v, start[k]) for k, v in model.policy.state_dict().items())
+    assert fit.callback_metrics["rollouts/environment_error"] == 1
+
+
+def test_evaluation_does_not_depend_on_how_it_is_batched(tmp_path):
+    def success(size: int) -> dict[str, float]:
+        model, source = module(), data(eval_batch_size=size, val_limit=5, val_rollouts=2)
+        (found,) = trainer(tmp_path / str(size), generation(), limit_val_batches=None).validate(
+            model, datamodule=source, verbose=False
+        )
+        return found
+
+    assert success(3) == pytest.approx(success(10))
