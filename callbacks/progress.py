@@ -25,7 +25,8 @@ class PhaseProgress(ProgressBar):
         self._enabled = True
         self._bar: Progress | None = None
         self._last_line = 0.0
-        self._phase_start = 0.0
+        self._phase_start = self._update_start = 0.0
+        self._update_tokens = 0
         self._shown: dict[str, str] = {}
         self._started_at: tuple[float, float] = (0.0, 0.0)
 
@@ -118,11 +119,13 @@ class PhaseProgress(ProgressBar):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not self._warm:
-            within = 0.5 + 0.5 * batch_idx / max(int(trainer.num_training_batches), 1)
+        if self._warm:
+            return
+        if batch_idx == 0:
+            self._update_start, self._update_tokens = time.monotonic(), 0
             rewards = trainer.datamodule.stats.rewards  # pyright: ignore[reportAttributeAccessIssue]
             self._numbers(reward=sum(rewards) / max(len(rewards), 1))
-            self._show("update", trainer.current_epoch + within, self._total(trainer), self._numbers())
+            self._show_update(trainer, 0)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -131,6 +134,15 @@ class PhaseProgress(ProgressBar):
             rate = trainer.global_step * batch[0].numel() / max(time.monotonic() - self._phase_start, 1e-6)
             note = f"{rate:,.0f} tok/s  {self._numbers(loss=float(outputs['loss']) / trainer.world_size)}"
             self._show("warm start", trainer.global_step, self._total(trainer), note)
+        else:
+            self._update_tokens += int(batch.valid.sum())
+            self._show_update(trainer, batch_idx + 1)
+
+    def _show_update(self, trainer: L.Trainer, batches: int) -> None:
+        seconds = time.monotonic() - self._update_start
+        rate = f"{self._update_tokens / seconds:,.0f} tok/s  " if batches else ""
+        within = 0.5 + 0.5 * batches / max(int(trainer.num_training_batches), 1)
+        self._show("update", trainer.current_epoch + within, self._total(trainer), rate + self._numbers())
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._phase_start = time.monotonic()

@@ -35,7 +35,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a busy CPU tens of times slower
     sys.path.append(os.getcwd())  # where a user's own environments and rewards are, as with `python -m`
-    from .errors import UserError
+    from .errors import UserError, missing_extra
 
     command, rest = args[0], args[1:]
     try:
@@ -56,9 +56,17 @@ def main() -> None:
 
             sys.exit(export_command(rest))
         else:
-            raise UserError(f"no command {command!r}; there are {', '.join((*LIGHTNING, 'template', 'credit', 'export'))}")
+            raise UserError(
+                f"no command {command!r}; there are {', '.join((*LIGHTNING, 'template', 'credit', 'export'))}"
+            )
     except UserError as error:
         print(f"gear-lightning: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        advice = missing_extra(error)
+        if advice is None:
+            raise
+        print(f"gear-lightning: error: {advice}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -45,7 +45,9 @@ def _reject(constant: str) -> None:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_reject)  # NaN and Infinity are not JSON
+        value = json.loads(text, parse_constant=_reject)  # NaN and Infinity are not JSON
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text: no tokenizer takes it
+        return value
     except (ValueError, RecursionError) as error:
         raise ToolCallError(f"not JSON: {error}") from None
 

@@ -9,12 +9,28 @@ class UserError(ValueError):
     """
 
 
-def require_extra(module: str, extra: str) -> None:
+EXTRAS = {  # importable module -> the extra of this package that installs it
+    "gguf": "gguf",
+    "math_verify": "math-verify",
+    "peft": "lora",
+    "reasoning_gym": "reasoning-gym",
+    "wandb": "wandb",
+}
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """What to install where a third party's import of an optional dependency failed; None for any other module."""
+    for module, extra in EXTRAS.items():
+        if module in (error.name or str(error)):
+            return f"'{module}' is not installed: pip install 'gear_lightning[{extra}]'"
+    return None
+
+
+def require_extra(module: str) -> None:
     """Check that an optional dependency can be imported.
 
     Args:
-        module: importable module name, e.g. ``"peft"``.
-        extra: the extra of this package that installs it.
+        module: importable module name, a key of `EXTRAS`.
 
     Raises:
         UserError: the module is not installed; names the command that installs it.
@@ -22,4 +38,4 @@ def require_extra(module: str, extra: str) -> None:
     import importlib.util
 
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"'{module}' is not installed: pip install 'gear_lightning[{extra}]'")
+        raise UserError(f"'{module}' is not installed: pip install 'gear_lightning[{EXTRAS[module]}]'")

@@ -110,7 +110,7 @@ class Pretrained(PolicySource):
 
 def _convert_gguf(file: Path) -> Path:
     """Dequantise a GGUF file into a model directory in the cache."""
-    require_extra("gguf", "gguf")
+    require_extra("gguf")
     status = file.stat()
     name = hashlib.sha256(f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()[:16]
 

@@ -124,7 +124,7 @@ def resolve_reward(reward: "str | Reward") -> Reward:
             raise UserError(f"reward {reward!r} is neither a name, an import path nor a function")
         return reward
     if reward == "math":
-        require_extra("math_verify", "math-verify")
+        require_extra("math_verify")
     if reward in BUILT_IN:
         return BUILT_IN[reward]
     if "." not in reward:

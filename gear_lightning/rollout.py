@@ -267,14 +267,15 @@ class AgentLoop:
         if rollout.error is None:
             rollout.messages += opening
             rollout.opening_messages = len(rollout.messages)
-            prompt = self.chat.prompt(rollout.messages, task.tools)
-            rollout.prompt_length = len(prompt)
-            rollout.add_context(prompt)
-            self._request(key, episode, "prompt_too_long")
+            prompt = self._guard(episode, lambda: self.chat.prompt(rollout.messages, task.tools))
+            if rollout.error is None:
+                rollout.prompt_length = len(prompt)
+                rollout.add_context(prompt)
+                self._request(key, episode, "prompt_too_long")
         return episode
 
     def _guard(self, episode: _Episode, function: Callable[[], Any]) -> Any:
-        """Call the environment; a failure ends the rollout."""
+        """Call the environment, or render what it said; a failure ends the rollout."""
         rollout = episode.rollout
         try:
             return self._call(function, self.budgets.step_seconds)
@@ -331,7 +332,10 @@ class AgentLoop:
         if step.done or step.truncated or not turn.stopped or not step.messages:
             rollout.status = "truncated" if step.truncated or not (turn.stopped or step.done) else "done"
             return True
-        rollout.add_context(self.chat.continuation(step.messages))
+        context = self._guard(episode, lambda: self.chat.continuation(step.messages))
+        if rollout.error is not None:
+            return True
+        rollout.add_context(context)
         return not self._request(key, episode, "truncated")
 
     def _score(self, rollout: Rollout, step: Step) -> bool:
@@ -339,7 +343,7 @@ class AgentLoop:
         try:
             parts = step.info.get("reward_parts", {}).values() if isinstance(step, Step) else ()
             valid = isinstance(step, Step) and math.isfinite(step.reward) and all(map(math.isfinite, parts))
-        except (TypeError, AttributeError):
+        except (TypeError, AttributeError, ValueError, OverflowError, RuntimeError):  # tensors, huge integers, ...
             valid = False
         if not valid:
             rollout.status = "invalid_reward"

@@ -5,48 +5,16 @@ import time
 
 import pytest
 import torch
-from templates import CHATML, byte_tokenizer
+from scripted import CHAT, Scripted
 from tiny import source
 
 from gear_lightning.chat import Chat
-from gear_lightning.engines import GenerationEngine, SampledTurn, Sampling
+from gear_lightning.engines import Sampling
 from gear_lightning.environments.base import Environment, Step, Task, tool_call, tool_result
 from gear_lightning.environments.lookup_chain import TOOLS, LookupChain, LookupChainTasks
 from gear_lightning.rollout import AgentLoop, Budgets, Rollout
 
-CHAT = Chat(byte_tokenizer(CHATML))
 CALL = '<tool_call>[{"name": "look", "arguments": {"relation": "r1", "entity": "e1"}}]</tool_call>'
-
-
-class Scripted(GenerationEngine):
-    """Says what it is told, token by token cut in an unusual way, so that re-encoding its text would give other ids."""
-
-    def __init__(self, *turns: str, stop: bool = True):
-        self.turns, self.stop = turns, stop
-
-    def begin(self, model, sampling, stop_ids):
-        self.requests = []
-        self.waiting = []
-
-    def submit(self, request):
-        self.requests.append(request)
-        self.waiting.append(request)
-
-    def poll(self):
-        waiting, self.waiting = self.waiting, []
-        return [self.say(request) for request in waiting]
-
-    def say(self, request):
-        text = self.turns[min(request.seed[-1], len(self.turns) - 1)]
-        ids = [i for char in text for i in CHAT.encode(char)] + [CHAT._end_mark] * self.stop
-        ids = ids[: request.max_tokens]
-        return SampledTurn(request.key, ids, [-0.5] * len(ids), self.stop and ids[-1:] == [CHAT._end_mark])
-
-    def release(self, key):
-        pass
-
-    def end(self):
-        pass
 
 
 class Echo(Environment):
@@ -229,3 +197,28 @@ def test_lookup_chain_pays_for_the_right_entity_alone():
     right = last[last.index("submit") + 1]
     assert score(right) == 1.0
     assert score("e0" if right != "e0" else "e1") == 0.0
+
+
+@pytest.mark.parametrize("reward", [torch.tensor([1.0, 2.0]), 10**400, "1", None, float("nan"), [1.0]])
+def test_a_reward_that_is_no_number_costs_its_rollout_alone(reward):
+    class Odd(Environment):
+        def step(self, message):
+            return Step(done=True, reward=reward)
+
+    rollout = play(Scripted("done"), Odd)
+    assert rollout.status == "invalid_reward"
+    assert not rollout.learnable
+
+
+@pytest.mark.parametrize("place", ["reset", "step"])
+def test_what_cannot_be_shown_to_the_policy_costs_its_rollout_alone(place):
+    class Odd(Environment):
+        def reset(self, task, *, seed):
+            return [{"role": "user", "content": "\ud800"}] if place == "reset" else []
+
+        def step(self, said):
+            return Step([tool_result("look", "half a pair: \ud800")])
+
+    rollout = play(Scripted(CALL, "done"), Odd)
+    assert rollout.status == "environment_error"
+    assert "surrogates" in rollout.error

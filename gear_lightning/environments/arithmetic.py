@@ -1,11 +1,11 @@
-"""Arithmetic on text: a parser of bounded cost over exact rational numbers. Nothing is ever handed to Python's parser."""
+"""Arithmetic on text: a parser of bounded cost over exact rationals. Nothing is ever handed to Python's parser."""
 
 import re
 from fractions import Fraction
 
 MAX_LENGTH = 500  # characters of an expression
 MAX_DEPTH = 32  # nested parentheses and stacked exponents
-MAX_DIGITS = 40  # digits of a number, in and out
+MAX_DIGITS = 40  # digits of a number before its point, and after it; in and out
 MAX_EXPONENT = 256
 MAX_BITS = 4096  # numerator and denominator of every intermediate value
 EXACT_PLACES = 12  # decimal places up to which a terminating decimal is written in full
@@ -65,6 +65,8 @@ def format_number(value: Fraction) -> str:
         while abs(value) * 10 ** (places - SHOWN_PLACES + 1) < 1:
             places += 1
     whole, rest = divmod(abs(round(value * 10**places)), 10**places)
+    if whole >= 10**MAX_DIGITS:  # rounded up to it
+        raise CalculatorError(f"the result has more than {MAX_DIGITS} digits")
     decimals = f"{rest:0{places}d}".rstrip("0")
     return "-" * (value < 0) + str(whole) + ("." + decimals if decimals else "")
 
@@ -104,7 +106,7 @@ class _Parser:
             number, operator = match["number"], match["operator"]
             if number is None:
                 tokens.append(_SPELLINGS.get(operator, operator))
-            elif sum(c.isdigit() for c in number) > MAX_DIGITS:
+            elif max(map(len, number.replace(",", "").split("."))) > MAX_DIGITS:
                 raise CalculatorError(f"a number has more than {MAX_DIGITS} digits")
             else:
                 tokens.append(number.replace(",", ""))

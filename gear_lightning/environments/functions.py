@@ -1,7 +1,7 @@
 """Python functions as tools."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import UserError
@@ -18,7 +18,7 @@ def tool_schemas(tools: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         UserError: a function that cannot be imported, or whose docstring or type hints do not describe its arguments.
     """
-    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import get_json_schema
 
     schemas = []
     for path in tools:
@@ -47,16 +47,20 @@ class FunctionTools(ToolEnvironment):
 
     def __init__(self, tools: list[str], reward: str | Reward | None = None, max_calls: int = 16):
         super().__init__(reward, max_calls)
-        functions = [import_function(path, "tool") for path in tools]
-        self.functions = {function.__name__: function for function in functions}
+        self.functions: dict[str, Callable[..., Any]] = {}
+        for path in tools:
+            function = import_function(path, "tool")
+            name = getattr(function, "__name__", path.rpartition(".")[2])
+            if name in self.functions:
+                raise UserError(f"tool {path!r}: another tool is called {name!r} already; rename one")
+            self.functions[name] = function
 
     def check(self, task: Task) -> None:
         super().check(task)
         for tool in task.tools:
             if (name := tool["function"]["name"]) not in self.functions:
-                raise UserError(
-                    f"task {task.id} lists the tool {name!r}, and FunctionTools has {', '.join(self.functions) or 'none'}"
-                )
+                known = ", ".join(self.functions) or "none"
+                raise UserError(f"task {task.id} lists the tool {name!r}, and FunctionTools has {known}")
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
         function = self.functions.get(name)

@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Literal
 
 from ..errors import UserError
+from ..rewards import last_number
 from .arithmetic import CalculatorError, calculate
 from .base import Demonstration, Demonstrations, Message, Task, TaskSource, tool_call, tool_result
 from .calculator import CALCULATOR
@@ -32,7 +33,8 @@ def load(path: str | None, split: str, min_marks: int, max_marks: int | None) ->
     found = []
     for number, line in read_lines(source):
         question, answer = line.get("question"), line.get("answer")
-        if not (isinstance(question, str) and isinstance(answer, str) and "####" in answer):
+        solution, _, final = answer.rpartition("####") if isinstance(answer, str) else ("", "", "")
+        if not (isinstance(question, str) and isinstance(answer, str) and solution and last_number(final) is not None):
             raise UserError(f"{source}:{number}: expected question and answer, with #### before the final number")
         marks = len(_MARK.findall(answer))
         if min_marks <= marks and (max_marks is None or marks <= max_marks):
@@ -78,7 +80,8 @@ class GSM8KTasks(TaskSource):
         return len(self._problems)  # type: ignore[attr-defined]
 
     def __getitem__(self, index: int) -> Task:
-        return _task(*self._problems[index], self.instruction, self.calculator)  # type: ignore[attr-defined]
+        name, question, answer = self._problems[index]  # type: ignore[attr-defined]
+        return _task(name, question, answer, self.instruction, self.calculator)
 
 
 def transcript(answer: str) -> list[Message] | None:
@@ -139,4 +142,5 @@ class GSM8KDemonstrations(Demonstrations):
         order = random.Random(f"gsm8k-{self.seed}-{epoch}").sample(range(len(usable)), len(usable))
         problem, messages = usable[order[place]]
         privileged = random.Random(f"gsm8k-{self.seed}-{index}-view").random() < self.privileged_fraction
-        return Demonstration(_task(*problem, self.instruction, True), messages, privileged)
+        name, question, answer = problem
+        return Demonstration(_task(name, question, answer, self.instruction, True), messages, privileged)

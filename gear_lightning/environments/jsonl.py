@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -36,9 +37,14 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(line.decode("utf-8-sig"), parse_constant=_no_constant)
+        found = json.loads(line.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite)
+        if b"\\u" in line:  # an escape can be half a character, which no tokenizer takes
+            json.dumps(found, ensure_ascii=False).encode()
     except UnicodeDecodeError:
         raise UserError(f"{where}: found bytes that are not UTF-8, expected JSON") from None
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise UserError(f"{where}: found {half}, half of a surrogate pair, expected whole characters") from None
     except RecursionError:
         raise UserError(f"{where}: found JSON that is nested too deeply") from None
     except ValueError as error:
@@ -52,6 +58,12 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(number: str) -> float:
+    if math.isinf(float(number)):
+        raise ValueError(f"{number[:40]} is beyond all floating-point numbers")
+    return float(number)
+
+
 def _kind(value: Any) -> str:
     """A JSON value in words, short."""
     if value is None or isinstance(value, bool | int | float):
@@ -63,7 +75,7 @@ def _kind(value: Any) -> str:
     return "a list" if isinstance(value, list) else "an object"
 
 
-def _expect(right: bool, where: str, found: Any, expected: str) -> None:
+def _expect(right: Any, where: str, found: Any, expected: str) -> None:
     if not right:
         raise UserError(f"{where}: found {found}, expected {expected}")
 
@@ -145,7 +157,7 @@ def parse_task(line: dict[str, Any], where: str, default_id: str) -> Task:
             resolve_reward(reward)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-    tools = _check_tools(line.get("tools") or [], where)
+    tools = _check_tools([] if line.get("tools") is None else line["tools"], where)
     meta = {key: value for key, value in line.items() if key not in _OWN}
     return Task(str(name), messages, tools, reference, meta)
 

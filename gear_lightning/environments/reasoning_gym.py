@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -10,18 +11,30 @@ from ..errors import UserError, require_extra
 from ..rewards import final_answer, last_number
 from .base import Environment, Message, Step, Task, TaskSource
 
+# Scorers that hand the answer to Python (eval, sympy's parser, which is eval too, or a Fraction of 1e999999999). These
+# see an answer of this shape alone, and any other scores 0 ...
+_SHAPES = {
+    **dict.fromkeys(["countdown", "puzzle24"], re.compile(r"(?!.*\*\s*\*)[0-9\s()+*/.-]{0,500}", re.DOTALL)),
+    **dict.fromkeys(["binary_matrix", "n_queens", "spiral_matrix", "string_insertion"], re.compile(r"[\w\s]*")),
+    "coin_flip": re.compile(r"[0-9\s./+-]*(?:[eE][+-]?[0-9]{1,2})?\s*"),
+}
+# ... and no shape that their right answers have is harmless to these
+_UNSAFE = {"intermediate_integration", "polynomial_multiplication", "simple_integration"}
+
 
 def _dataset(name: str, size: int, seed: int, options: dict[str, Any]) -> Any:
-    require_extra("reasoning_gym", "reasoning-gym")
+    require_extra("reasoning_gym")
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
     if name not in DATASETS:
         close = [n for n in DATASETS if name in n or n in name]
         raise UserError(f"reasoning-gym has no data set {name!r}; there are {', '.join(close or sorted(DATASETS))}")
+    if name == "composite":
+        raise UserError("reasoning-gym: composite takes objects that no configuration can hold; choose one data set")
     try:
         return reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
-    except (TypeError, AssertionError, ValueError) as error:
+    except Exception as error:  # options are checked by whatever first trips over them
         raise UserError(f"reasoning-gym: {name} does not take {options} ({error})") from None
 
 
@@ -76,6 +89,10 @@ class ReasoningGymTasks(TaskSource):
 class ReasoningGym(Environment):
     """Scores an answer with its generator's own scorer. A scorer that raises on an answer gives it 0.
 
+    Some scorers run the answer as Python code. Answers to ``countdown``, ``puzzle24`` and ``coin_flip`` must be plain
+    arithmetic, those to ``binary_matrix``, ``n_queens``, ``spiral_matrix`` and ``string_insertion`` words and numbers;
+    anything else scores 0. The data sets of polynomials and integrals are refused: score those in `SingleTurn`.
+
     Args:
         answer: what of the reply is the answer: ``all`` of it, its ``last_number``, or what stands between the last
             ``<answer>`` and ``</answer>`` (``tag``).
@@ -90,23 +107,34 @@ class ReasoningGym(Environment):
     def check(self, task: Task) -> None:
         if "dataset" not in task.meta:
             raise UserError(f"task {task.id} does not come from ReasoningGymTasks, and ReasoningGym cannot score it")
+        if (name := task.meta["dataset"]) in _UNSAFE:
+            raise UserError(
+                f"task {task.id}: reasoning-gym's scorer of {name} runs the policy's text as Python code; use the "
+                "environment SingleTurn with a reward (exact, math or an import path)"
+            )
+
+    def reset(self, task: Task, *, seed: int) -> list[Message]:
+        self.check(task)
+        return super().reset(task, seed=seed)
 
     def step(self, message: Message) -> Step:
         meta = self.task.meta
         scorer = _scorer(meta["dataset"], meta["size"], meta["seed"], json.dumps(meta["options"]))
-        try:
-            score = float(
-                scorer.score_answer(answer=self._extract(final_answer([message])), entry=scorer[meta["index"]])
-            )
-        except Exception:
-            score = 0.0
+        entry = scorer[meta["index"]]
+        answer = self._extract(final_answer([message]))
+        shape = _SHAPES.get(meta["dataset"])
+        score = 0.0
+        if shape is None or shape.fullmatch(answer):
+            with suppress(Exception):
+                score = float(scorer.score_answer(answer=answer, entry=entry))
         reward = score if self.partial_credit else float(score >= 1)
         return Step(reward=reward, done=True, info={"success": score >= 1, "reward_parts": {"score": score}})
 
     def _extract(self, text: str) -> str:
         if self.answer == "last_number":
             found = last_number(text)
-            return "" if found is None else f"{found:.15g}"
+            digits = "" if found is None else f"{found:f}"
+            return digits.rstrip("0").rstrip(".") if "." in digits else digits
         if self.answer == "tag":
             found = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
             return found[-1].strip() if found else ""

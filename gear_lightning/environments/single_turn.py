@@ -1,6 +1,6 @@
 """One question, one answer."""
 
-from ..rewards import Reward, evaluate, reward_of
+from ..rewards import Reward, check_reward, evaluate, reward_of
 from .base import Environment, Message, Step, Task
 
 
@@ -16,7 +16,7 @@ class SingleTurn(Environment):
         self.default_reward = reward
 
     def check(self, task: Task) -> None:
-        reward_of(task, self.default_reward)
+        check_reward(task, self.default_reward)
 
     def step(self, message: Message) -> Step:
         reward, parts = evaluate(reward_of(self.task, self.default_reward), self.task, [message])

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from typing import Any
 
 from ..errors import UserError
-from ..rewards import Reward, evaluate, reward_of
+from ..rewards import Reward, check_reward, evaluate, reward_of
 from .base import Environment, Message, Step, Task, calls, tool_result
 
 
@@ -28,7 +28,7 @@ class ToolEnvironment(Environment):
         self.max_calls = max_calls
 
     def check(self, task: Task) -> None:
-        reward_of(task, self.default_reward)
+        check_reward(task, self.default_reward)
 
     def reset(self, task: Task, *, seed: int) -> list[Message]:
         super().reset(task, seed=seed)
@@ -54,15 +54,20 @@ class ToolEnvironment(Environment):
         self.calls_left -= len(made)
         if self.calls_left < 0:
             return Step(done=True, truncated=True, info={"success": False})
-        results = [tool_result(name, self._answer(name, arguments)) for name, arguments in made]
+        results = [tool_result(encodable(name), self._answer(name, arguments)) for name, arguments in made]
         self.transcript += results
         return Step(results)
 
     def _answer(self, name: str, arguments: dict[str, Any]) -> str:
         try:
-            return self.call(name, arguments)
+            return encodable(self.call(name, arguments))
         except ToolError as error:
-            return f"error: {error}"
+            return encodable(f"error: {error}")
+
+
+def encodable(text: str) -> str:
+    """Text without lone surrogates: JSON can escape one into a call's arguments, and no tokenizer takes it."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def unknown_tool(name: str, known: list[str]) -> ToolError:

@@ -1,0 +1,265 @@
+"""Rewards: what they score, what they refuse, and what a broken one costs."""
+
+import importlib.util
+import time
+from decimal import Decimal
+
+import pytest
+import torch
+from scripted import answered
+
+from gear_lightning.environments.base import Message, RewardError, Task, tool_call, tool_result
+from gear_lightning.environments.calculator import Calculator
+from gear_lightning.environments.single_turn import SingleTurn
+from gear_lightning.errors import UserError
+from gear_lightning.rewards import check_reward, evaluate, last_number, resolve_reward, reward_of
+
+
+def task(**meta) -> Task:
+    return Task("t1", [{"role": "user", "content": "?"}], meta=meta)
+
+
+def score(reward: str, answer: object, text: str) -> float:
+    said: list[Message] = [tool_call("calculator", {"expression": "1"}, "99"), tool_result("calculator", "98")]
+    return evaluate(resolve_reward(reward), task(answer=answer), [*said, {"role": "assistant", "content": text}])[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("no number", None),
+        ("", None),
+        ("It is 12.", "12"),
+        ("12 of 30", "30"),
+        ("1,234,567.89 in all", "1234567.89"),
+        ("1,2,3", "3"),
+        ("$ 5 or $1,000.", "1000"),
+        ("-$5", "-5"),
+        ("= −5", "-5"),
+        ("x = - 5", "-5"),
+        ("$\\boxed{-5}$", "-5"),
+        ("(-5)", "-5"),
+        ("3-5", "5"),
+        ("f(2)-5", "5"),
+        ("That is 12 - 5", "5"),
+        ("Either:\n- 5", "5"),
+        ("-.5", "-0.5"),
+        ("**12**", "12"),
+        ("3. \n", "3"),
+        ("50%", "50"),
+        ("1/2", "2"),
+        ("so 5\n#### 12 of 30", "12"),
+        ("#### 1\n#### 2", "2"),
+        ("so 5\n####", "5"),
+        ("#### none", None),
+        ("9" * 400, "9" * 400),
+    ],
+)
+def test_the_last_number_of_a_text(text, value):
+    assert last_number(text) == (None if value is None else Decimal(value))
+
+
+@pytest.mark.parametrize(
+    ("reward", "answer", "text", "expected"),
+    [
+        ("exact", "Paris", " paris\n", 1),
+        ("exact", " Paris", "Paris", 1),
+        ("exact", "Paris", "Paris.", 0),
+        ("exact", "STRASSE", "straße", 1),
+        ("exact", 12, "12", 1),
+        ("contains", "Paris", "It is PARIS.", 1),
+        ("contains", "Paris", "It is Rome.", 0),
+        ("contains", 12, "It is 12.", 1),
+        ("number", "12", "It is 12.0.", 1),
+        ("number", 12.5, "12.50 dollars", 1),
+        ("number", "1,450,000", "$1450000", 1),
+        ("number", "12", "12, or 13", 0),
+        ("number", "12", "twelve", 0),
+        ("number", "12", "", 0),
+        ("number", "12", "-12", 0),
+        ("number", "12", "12.00001", 0),
+        ("number", "12", "11.9999999", 1),
+        ("number", "1000000", "1000001", 0),
+        ("number", "12345678901234567890", "12345678901234567891", 0),
+        ("number", "9" * 400, "9" * 400, 1),
+        ("number", "0.333333", "0.33333333333", 1),
+        ("number", "0.333333", "0.3333", 0),
+        ("number", "0.000000333333", "0", 0),
+        ("number", "0.000000333333", "0.000000333333", 1),
+    ],
+)
+def test_built_in_rewards(reward, answer, text, expected):
+    assert score(reward, answer, text) == expected
+
+
+def test_only_the_final_answer_counts():
+    assert score("number", "98", "no number here") == 0
+    assert score("contains", "99", "nothing") == 0
+    with_calls = [{"role": "assistant", "content": "12", "tool_calls": []}, tool_result("calculator", "13")]
+    assert evaluate(resolve_reward("number"), task(answer=12), with_calls)[0] == 1, "the last assistant message"
+
+
+@pytest.mark.parametrize(
+    ("reward", "meta", "message"),
+    [
+        ("exact", {}, "task t1 has no answer"),
+        ("contains", {}, "task t1 has no answer"),
+        ("number", {}, "task t1 has no answer"),
+        ("contains", {"answer": " "}, "task t1: its answer is empty"),
+        ("number", {"answer": "twelve"}, "task t1: its answer 'twelve' holds no number"),
+    ],
+)
+def test_answers_that_cannot_be_scored_are_found_before_training(reward, meta, message):
+    for environment in (SingleTurn(reward), Calculator(reward)):
+        with pytest.raises(UserError) as caught:
+            environment.check(task(**meta))
+        assert message in str(caught.value)
+    rollout = answered(task(**meta), lambda: SingleTurn(reward), "12")
+    assert (rollout.status, rollout.learnable) == ("invalid_reward", False)
+    assert message in str(rollout.error)
+
+
+def by_length(task, transcript):
+    return float(len(transcript[-1]["content"]))
+
+
+NOT_A_REWARD = 3
+HERE = f"{__name__}.by_length"
+
+
+def test_rewards_come_from_the_task_else_from_the_environment():
+    rollout = answered(task(reward=HERE, answer="abc"), lambda: SingleTurn("exact"), "abcd")
+    assert (rollout.status, rollout.reward) == ("done", 4)
+    assert reward_of(task(), by_length) is by_length
+    assert reward_of(task(reward=None), HERE) is by_length
+    with pytest.raises(UserError, match="task t1: nothing says how it is scored; give the task a reward"):
+        SingleTurn().check(task(answer="1"))
+    check_reward(task(), by_length)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("numbr", "neither built in (exact, contains, number, math) nor an import path"),
+        ("no_such_module.f", "'no_such_module.f' cannot be imported (ModuleNotFoundError: No module named"),
+        (f"{__name__}.nothing", "has no attribute 'nothing'"),
+        (f"{__name__}.NOT_A_REWARD", "is a int, not a function"),
+        ("..x", "cannot be imported"),
+        (".", "cannot be imported"),
+        ("broken_rewards.f", "cannot be imported (SyntaxError: "),
+        ("failing_rewards.f", "cannot be imported (ZeroDivisionError: division by zero)"),
+        (3, "reward 3 is neither a name, an import path nor a function"),
+    ],
+)
+def test_bad_reward_names_give_one_line_that_names_the_task(reward, message, tmp_path, monkeypatch):
+    (tmp_path / "broken_rewards.py").write_text("def f(:")
+    (tmp_path / "failing_rewards.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError) as caught:
+        SingleTurn().check(task(reward=reward, answer="1"))
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("task t1: reward ")
+
+
+class Unprintable:
+    def __str__(self):
+        raise ValueError("no")
+
+    __repr__ = __str__
+
+
+def raising(task, transcript):
+    raise KeyError("lost")
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (raising, "task t1: the reward raised KeyError: 'lost'"),
+        (lambda task: 1.0, "the reward raised TypeError"),
+        (lambda *_: None, "task t1: the reward gave None, expected a finite number"),
+        (lambda *_: float("nan"), "the reward gave nan"),
+        (lambda *_: float("-inf"), "the reward gave -inf"),
+        (lambda *_: "1", "the reward gave '1'"),
+        (lambda *_: [1.0, 2.0], "the reward gave a list"),
+        (lambda *_: torch.tensor([1.0, 2.0]), "the reward gave a Tensor"),
+        (lambda *_: 10**5000, "the reward gave a int"),
+        (lambda *_: Unprintable(), "the reward gave a Unprintable"),
+        (lambda *_: {"a": 1.0, "b": None}, "the reward gave b = None"),
+        (lambda *_: {"a": float("inf"), "b": 1.0}, "the reward gave a = inf"),
+        (lambda *_: {"a": 1e308, "b": 1e308}, "the reward gave the sum inf"),
+    ],
+)
+def test_a_broken_reward_costs_the_rollout_and_is_told(reward, message):
+    for environment in (SingleTurn, Calculator):
+        rollout = answered(task(), lambda e=environment: e(reward), "hello")
+        assert (rollout.status, rollout.learnable, rollout.reward) == ("invalid_reward", False, 0)
+        assert message in str(rollout.error)
+
+
+@pytest.mark.parametrize("value", [1, True, 0.75, torch.tensor(0.5), -2.0])
+def test_numbers_of_any_kind_are_rewards(value):
+    rollout = answered(task(), lambda: SingleTurn(lambda *_: value), "hello")
+    assert (rollout.status, rollout.reward, type(rollout.reward)) == ("done", float(value), float)
+
+
+def test_parts_are_summed_and_recorded():
+    rollout = answered(task(), lambda: SingleTurn(lambda *_: {"right": 1, "short": -0.25}), "hello")
+    assert (rollout.status, rollout.reward, rollout.success) == ("done", 0.75, False)
+    assert rollout.reward_parts == {"right": 1.0, "short": -0.25}
+
+
+def test_a_missing_extra_gives_one_line_that_says_how_to_install_it(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "math_verify" else find(name, *a))
+    with pytest.raises(UserError) as caught:
+        SingleTurn("math").check(task(answer="1"))
+    assert "pip install 'gear_lightning[math-verify]'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class TestMath:
+    @pytest.fixture(autouse=True)
+    def _installed(self):
+        pytest.importorskip("math_verify")
+
+    @pytest.mark.parametrize(
+        ("answer", "text", "expected"),
+        [
+            ("1/2", "So it is $\\frac{1}{2}$.", 1),
+            ("\\frac{1}{2}", "\\boxed{0.5}", 1),
+            ("x^2 - 1", "$(x-1)(x+1)$", 1),
+            ("12", "The answer is 12.", 1),
+            (12, "The answer is 13.", 0),
+            ("1/2", "", 0),
+            ("12", "half a character \ud800 then $12$", 1),
+        ],
+    )
+    def test_answers_are_compared_as_mathematics(self, answer, text, expected):
+        assert score("math", answer, text) == expected
+
+    def test_an_answer_that_is_no_mathematics_is_told(self):
+        with pytest.raises(RewardError, match="task t1: its answer '' is no mathematics"):
+            score("math", "", "$1$")
+
+    def test_a_hostile_answer_is_not_right_within_its_deadline_and_the_next_is_scored(self):
+        from gear_lightning import math_judge
+
+        assert math_judge.judge("1", "$1$") == "right"
+        started = time.monotonic()
+        assert math_judge.judge("1", "$9^{9^{9^9}}$", seconds=1) == "too long"
+        assert time.monotonic() - started < 10
+        assert math_judge.judge("1", "$1$") == "right"
+
+    def test_a_worker_that_was_killed_meanwhile_costs_no_right_answer(self):
+        from gear_lightning import math_judge
+
+        assert math_judge.judge("1", "$1$") == "right"
+        assert math_judge._worker is not None
+        math_judge._worker.process.kill()
+        math_judge._worker.process.wait()
+        assert math_judge.judge("1", "$1$") == "right"
+
+    def test_hostile_answers_score_0_in_a_rollout(self):
+        rollout = answered(task(answer="1", reward="math"), SingleTurn, "$9^{9^{9^9}}$")
+        assert (rollout.status, rollout.reward, rollout.learnable) == ("done", 0, True)
