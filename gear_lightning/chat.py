@@ -175,7 +175,12 @@ class Chat:
             raise UserError(f"the chat template cannot render messages of roles {roles}: {error}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of text that already holds its special tokens."""
+        """Ids of text that already holds its special tokens.
+
+        Raises:
+            UnicodeEncodeError: half a surrogate pair, of which the tokenizer's own error tells nothing.
+        """
+        text.encode()
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def prompt(self, messages: list[Message], tools: Any = ()) -> list[int]:
