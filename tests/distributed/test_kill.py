@@ -8,6 +8,7 @@ import time
 
 import pytest
 from distributed.test_ddp import DEADLINE, checkpoint, command_line, metrics
+
 from gear_lightning.records import read_records
 
 ITERATIONS = 8

@@ -1,0 +1,183 @@
+"""Every config file parses and instantiates through the real command line, and every option does something."""
+
+import contextlib
+import importlib
+import io
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from gear_lightning.cli import GearCLI
+from gear_lightning.credit import GEAR, RLSD, SCGRPO, Placebo, TokenOnly, Turn, Uniform
+from gear_lightning.data import RolloutDataModule
+from gear_lightning.errors import UserError
+from gear_lightning.module import GearModule
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+PIECES = sorted(CONFIGS.glob("*/**/*.yaml"))
+QUICKSTART = CONFIGS / "quickstart.yaml"
+
+
+class Parsed(GearCLI):
+    """Reads the command line, and makes nothing of it."""
+
+    def instantiate_classes(self) -> None:
+        self.datamodule = self.model = self.trainer = None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Train nothing."""
+
+
+class Built(GearCLI):
+    """Makes everything that the command line asks for, and trains nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Train nothing."""
+
+
+def arguments(*files: Path, command: str = "fit") -> list[str]:
+    return [command, *(part for file in files for part in ("--config", str(file)))]
+
+
+def name(files: tuple[Path, ...]) -> str:
+    return "+".join(str(f.relative_to(CONFIGS)) for f in files)
+
+
+STACKS = [(recipe,) for recipe in RECIPES] + [(QUICKSTART, piece) for piece in PIECES]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Runs go into a temporary folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_there_are_recipes_and_pieces():
+    assert QUICKSTART in RECIPES
+    assert PIECES
+
+
+@pytest.mark.parametrize("files", STACKS, ids=name)
+def test_every_config_parses_and_instantiates(files):
+    """Recipes whose model weights are not installed are built too: weights are read when training starts."""
+    try:
+        cli = Built(arguments(*files))
+    except UserError as error:
+        Parsed(arguments(*files))  # reading a config never needs an extra
+        if "pip install" in str(error):
+            pytest.skip(f"an extra is not installed: {error}")
+        raise
+    except MisconfigurationException as error:
+        Parsed(arguments(*files))
+        if "No supported gpu backend" in str(error) or "accelerator" in str(error):
+            pytest.skip(f"the accelerator is not here: {error}")
+        raise
+    assert isinstance(cli.model, GearModule)
+    assert isinstance(cli.datamodule, RolloutDataModule)
+    given = yaml.safe_load(files[-1].read_text())
+    for path, value in leaves(given):
+        found = cli.config["fit"]
+        for key in path:
+            found = found[key]
+        assert found == value, f"{'.'.join(path)} of {files[-1].name} was lost"
+
+
+def leaves(tree, path=()):
+    """(path, value) of the plain values of a config; values that a type may write differently are left out."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+        elif isinstance(value, int | float | str) and key not in ("class_path", "environment", "accelerator"):
+            yield (*path, key), value
+
+
+RULES = {
+    "RLSD": RLSD(),
+    "SCGRPO": SCGRPO(),
+    "TokenOnly": TokenOnly(),
+    "Turn": Turn(),
+    "Placebo": Placebo(),
+    "Uniform": Uniform(),
+    "GEAR": GEAR(),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_credit_rule_put_in_place_of_another_has_its_own_defaults(rule):
+    """Not the defaults of the rule before it: RLSD with GEAR's clip is not RLSD."""
+    cli = Built([*arguments(QUICKSTART), f"--model.credit=gear_lightning.credit.{rule}"])
+    assert cli.model.credit == RULES[rule]
+
+
+@pytest.mark.parametrize("piece", [p for p in PIECES if p.parent.name == "credit"], ids=lambda p: p.name)
+def test_a_stacked_credit_piece_is_the_rule_that_it_names(piece):
+    cli = Built(arguments(QUICKSTART, piece))
+    given = yaml.safe_load(piece.read_text())["model"]["credit"]
+    kind = RULES[given["class_path"].rpartition(".")[2]]
+    assert cli.model.credit == type(kind)(**given.get("init_args", {}))
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_the_quickstart_config_serves_the_other_commands_too(command):
+    cli = Built(arguments(QUICKSTART, command=command))
+    assert cli.subcommand == command
+    assert isinstance(cli.model, GearModule)
+
+
+def printed(*args: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as done:
+        Parsed([*args, "--print_config"])
+    assert not done.value.code
+    return out.getvalue()
+
+
+def test_a_printed_config_is_the_whole_config():
+    """What a run saves beside its results makes the same run again."""
+    first = printed(*arguments(QUICKSTART))
+    Path("again.yaml").write_text(first)
+    assert printed(*arguments(Path("again.yaml"))) == first
+    assert {"model", "data", "generation", "trainer", "warm_start", "checkpoint"} <= set(yaml.safe_load(first))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--data.group_sise=4",
+        "--model.credit.kapa=1",
+        "--model.teacher.rates=0.1",
+        "--generation.budgets.turn=3",
+        "--data.group_size=many",
+        "--model.teacher.weights=emma",
+    ],
+)
+def test_a_misspelt_option_stops_at_once_and_is_named(wrong, capsys):
+    with pytest.raises(SystemExit) as done:
+        Parsed([*arguments(QUICKSTART), wrong])
+    assert done.value.code == 2
+    key = wrong.removeprefix("--").partition("=")[0].rpartition(".")[2]
+    assert key in capsys.readouterr().err
+
+
+def test_class_paths_of_configs_are_importable():
+    """Also those that the parser would only look at when a run starts."""
+
+    def paths(tree):
+        if isinstance(tree, dict):
+            for key, value in tree.items():
+                if key == "class_path":
+                    yield value
+                yield from paths(value)
+        elif isinstance(tree, list):
+            for value in tree:
+                yield from paths(value)
+
+    found = {path for file in RECIPES + PIECES for path in paths(yaml.safe_load(file.read_text()))}
+    assert found
+    for path in found:
+        module, _, kind = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), kind), path
