@@ -105,6 +105,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             )
         if task.tools:
             chat.check_tools()
+        if options.overlong == "error":
+            self._module.privileged_prompt(task, task.messages, None)
         length = len(chat.prompt(task.messages, task.tools))
         if length >= self.budgets.context:
             raise UserError(
@@ -125,7 +127,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         log("train/response_tokens", stats.lengths)
         log("train/turns", stats.turns)
         log("train/zero_spread_groups", stats.zero_spread / max(stats.groups, 1), stats.groups)
-        log("teacher/overlong", float(stats.overlong))
+        pl_module.log("teacher/overlong", float(stats.overlong), batch_size=1, sync_dist=True, reduce_fx="sum")
         total = sum(stats.statuses.values())
         for status in STATUSES:
             log(f"rollouts/{status}", stats.statuses[status] / max(total, 1), total)

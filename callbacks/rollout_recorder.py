@@ -129,6 +129,7 @@ BATCH_KEYS = (
     "sampler_logprobs",
     "rewards",
     "advantages",
+    "privileged",
     "group_ids",
     "policy_version",
     "index",

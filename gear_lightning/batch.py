@@ -48,7 +48,8 @@ class RolloutBatch:
 
     ``step_tokens`` and ``step_rollouts`` count the action tokens and the rollouts of the whole optimizer step, over all
     micro-batches and ranks: the denominators of the loss. ``index`` is the row's place in its rank's iteration, -1 for
-    a blank row (a rank with nothing to learn still takes part in the step).
+    a blank row (a rank with nothing to learn still takes part in the step). ``privileged`` rows have a teacher's view
+    that differs from the policy's; the others get uniform credit.
     """
 
     tokens: Int[Tensor, "batch seq"]
@@ -66,6 +67,7 @@ class RolloutBatch:
     teacher_tokens: Int[Tensor, "batch teacher_seq"]
     teacher_valid: Bool[Tensor, "batch teacher_seq"]
     teacher_offset: Int[Tensor, " batch"]
+    privileged: Bool[Tensor, " batch"]
     step_tokens: Int[Tensor, ""]
     step_rollouts: Int[Tensor, ""]
     temperature: float
@@ -149,6 +151,7 @@ def collate(
         teacher_tokens=_pad(teacher, 0, torch.long),
         teacher_valid=_pad([[real] * len(t) for t in teacher], False, torch.bool),
         teacher_offset=torch.tensor([len(r.teacher_prompt) - r.prompt_length for r in rows]),
+        privileged=torch.tensor([r.teacher_prompt != r.tokens[: r.prompt_length] for r in rows]),
         step_tokens=torch.tensor(step_tokens),
         step_rollouts=torch.tensor(step_rollouts),
         temperature=temperature,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonargparse._typehints as typehints
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -24,13 +25,23 @@ from .loggers import MetricsFile
 from .module import GearModule
 from .warm_start import WarmStart, run_warm_start
 
-
 RUN_FILES = ("config.yaml", "metrics.csv", "tensorboard", "checkpoints", "rollouts", "tokenizer", "credit_map.html")
 
 
 class _Parser(LightningArgumentParser):
     def print_usage(self, file: Any = None) -> None:
         """Nothing: hundreds of options would hide the error that comes after them. ``--help`` shows them all."""
+
+
+def _forget_other_class(parser_or_action: Any, prev_val: Any, value: Any) -> None:
+    """A class put in place of another starts from its own defaults. jsonargparse carries over every argument of the
+    same name, defaults included (https://github.com/mauvilsa/jsonargparse/issues/460): RLSD would get GEAR's clip."""
+    if prev_val and "init_args" in prev_val and prev_val["class_path"] != value["class_path"]:
+        for key in list(prev_val["init_args"].keys()):
+            prev_val["init_args"].pop(key)
+
+
+typehints.discard_init_args_on_class_path_change = _forget_other_class
 
 
 class GearCLI(LightningCLI):

@@ -23,7 +23,7 @@ class Evidence:
     """What credit is decided on: one row per rollout, one column per token (see `RolloutBatch`). All detached.
 
     ``divergence`` is given when credit is recomputed from records whose distributions are gone; it takes the place of
-    any divergence of distributions.
+    any divergence of distributions. ``privileged`` says where the teacher saw more than the policy; None: everywhere.
     """
 
     advantages: Float[Tensor, " batch"]
@@ -34,13 +34,21 @@ class Evidence:
     policy: TokenStats
     teacher: TokenStats | None = None
     divergence: Float[Tensor, "batch seq"] | None = None
+    privileged: Bool[Tensor, " batch"] | None = None
 
     @classmethod
     def of(cls, batch: RolloutBatch, policy: TokenStats, teacher: TokenStats | None) -> "Evidence":
         """The evidence of a micro-batch."""
         policy = replace(policy, logprobs=policy.logprobs.detach())
         return cls(
-            batch.advantages, batch.action_mask, batch.turn_ids, batch.stop_mask, batch.policy_version, policy, teacher
+            batch.advantages,
+            batch.action_mask,
+            batch.turn_ids,
+            batch.stop_mask,
+            batch.policy_version,
+            policy,
+            teacher,
+            privileged=batch.privileged,
         )
 
 
@@ -61,6 +69,9 @@ class CreditAssigner(ABC):
 
 def _credit(evidence: Evidence, weights: Tensor, divergence: Tensor | None = None, anchor: Tensor | None = None):
     mask = evidence.action_mask
+    if evidence.privileged is not None:  # where the teacher was shown nothing, it has nothing to say about credit
+        weights = torch.where(evidence.privileged[:, None], weights, 1)
+        anchor = None if anchor is None else torch.where(evidence.privileged[:, None], anchor, -1)
     advantages = torch.where(mask, weights * evidence.advantages[:, None], 0)
     if divergence is None:
         divergence = torch.zeros_like(weights)
@@ -83,6 +94,9 @@ class Uniform(CreditAssigner):
 
     def __call__(self, evidence: Evidence) -> Credit:
         return _credit(evidence, torch.ones_like(evidence.policy.logprobs))
+
+
+SEGMENT_OPTIONS = ("anchor_rule", "anchor_level", "anchor_floor", "anchor_at", "segment_max", "segment_value")
 
 
 @dataclass(frozen=True)
@@ -123,8 +137,8 @@ class GEAR(CreditAssigner):
         exclude_tail: no divergence on the last so many action tokens (the answer, where spikes repeat the reward).
 
     Raises:
-        UserError: values out of range, an argument that would do nothing, or an unsigned divergence under the sign-aware rule (it would take praise away
-            from decisions that were right).
+        UserError: values out of range, an argument that would do nothing, or an unsigned divergence under the
+            sign-aware rule (it would take praise away from decisions that were right).
     """
 
     divergence: gear.Divergence = "k1"
@@ -172,12 +186,11 @@ class GEAR(CreditAssigner):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"GEAR: {name}={value} must be at least 1")
         sampled = self.divergence in ("k1", "k3")
-        if getattr(self, idle := "divergence_top_k" if sampled else "divergence_limit") is not None:
-            raise UserError(f"GEAR: {idle} does nothing with divergence={self.divergence}; leave it out")
-        if type(self) is GEAR and self.segment_end not in ("entropy_high", "entropy_low"):
-            for name in ("entropy", "entropy_quantile"):
-                if getattr(self, name) != getattr(GEAR, name):
-                    raise UserError(f"GEAR: {name} does nothing with segment_end={self.segment_end}; leave it out")
+        self._refuse(("divergence_top_k" if sampled else "divergence_limit",), f"with divergence={self.divergence}")
+        if self.segment_end not in ("entropy_high", "entropy_low"):
+            self._refuse(("entropy", "entropy_quantile"), f"with segment_end={self.segment_end}")
+        if self.segment_end == "none":
+            self._refuse(SEGMENT_OPTIONS, "without segments")
         if self.anchor_rule == "quantile" and not 0 <= self.level <= 1:
             raise UserError(f"GEAR: anchor_level={self.anchor_level} is not a quantile (0 to 1)")
         if self.anchor_rule == "rise" and not self.level >= 1:
@@ -188,6 +201,12 @@ class GEAR(CreditAssigner):
             raise UserError(f"GEAR: kappa={self.kappa} must be finite")
         if self.normalise == "geometric" and self.clip == 1:
             raise UserError("GEAR: with clip=1 weights can be 0 and have no geometric mean; use clip below 1")
+
+    def _refuse(self, names: tuple[str, ...], why: str) -> None:
+        """An option that does nothing is a mistake; only its default is accepted."""
+        for name in names:
+            if getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"{type(self).__name__}: {name} does nothing {why}; leave it out")
 
     @property
     def signed(self) -> bool:
@@ -261,15 +280,7 @@ class GEAR(CreditAssigner):
 
     def signal(self, divergence: Tensor, anchor: Tensor) -> Float[Tensor, "batch seq"]:
         """The segment's divergence inside segments, the token's own outside."""
-        if self.segment_value == "departure":
-            inside = divergence.gather(-1, anchor.clamp_min(0))
-        else:
-            where = anchor.clamp_min(0)
-            member = (anchor >= 0).to(divergence.dtype)
-            total = torch.zeros_like(divergence).scatter_add(-1, where, divergence * member)
-            count = torch.zeros_like(divergence).scatter_add(-1, where, member)
-            inside = (total / count.clamp_min(1)).gather(-1, where)
-        return torch.where(anchor >= 0, inside, divergence)
+        return gear.segment_signal(divergence, anchor, self.segment_value)
 
     def __call__(self, evidence: Evidence) -> Credit:
         mask = evidence.action_mask
@@ -298,7 +309,10 @@ def mixing(mix: float, decay: int | None, version: Int[Tensor, " batch"]) -> Flo
 
 @dataclass(frozen=True)
 class TokenOnly(GEAR):
-    """GEAR without segments: each token keeps its own divergence. Takes GEAR's other options."""
+    """GEAR without segments: each token keeps its own divergence.
+
+    Takes GEAR's options, those of anchors and segments aside.
+    """
 
     segment_end: gear.SegmentEnd = "none"
 
@@ -312,8 +326,12 @@ class TokenOnly(GEAR):
 class Turn(GEAR):
     """Fixed turns instead of adaptive segments: every token of a turn carries the turn's mean divergence.
 
-    Takes GEAR's options for divergence, scale, sign, clip, mixing, normalisation and exclusions.
+    Takes GEAR's options, those of anchors, entropy and segments aside.
     """
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._refuse((*SEGMENT_OPTIONS, "segment_end", "entropy", "entropy_quantile"), "with fixed turns")
 
     def segments(self, evidence: Evidence, divergence: Tensor) -> Int[Tensor, "batch seq"]:
         mask, turns = evidence.action_mask, evidence.turn_ids
@@ -323,7 +341,7 @@ class Turn(GEAR):
         return torch.where(mask, first, -1)
 
     def signal(self, divergence: Tensor, anchor: Tensor) -> Float[Tensor, "batch seq"]:
-        return GEAR.signal(replace(self, segment_value="mean"), divergence, anchor)
+        return gear.segment_signal(divergence, anchor, "mean")
 
 
 @dataclass(frozen=True)

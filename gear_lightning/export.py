@@ -33,13 +33,17 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".partial-"))
     try:
-        for name, data in files.items():
-            (partial / Path(name).name).write_bytes(data.numpy().tobytes())
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(partial))
-        prefix = "policy."
-        policy = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-        dtype = next(value.dtype for value in policy.values() if value.is_floating_point())
-        model.to(dtype).load_state_dict(policy)
+        try:
+            for name, data in files.items():
+                (partial / Path(name).name).write_bytes(data.numpy().tobytes())
+            config = AutoConfig.from_pretrained(partial, trust_remote_code=False)
+            prefix = "policy."
+            policy = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+            dtype = next((value.dtype for value in policy.values() if value.is_floating_point()), torch.float32)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+            model.load_state_dict(policy)
+        except Exception as error:
+            raise UserError(f"{checkpoint}: not a checkpoint of gear_lightning ({_first_line(error)})") from None
         model.save_pretrained(partial)
         if folder.exists():
             folder.rmdir()
@@ -47,6 +51,10 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def export_command(argv: list[str]) -> int:

@@ -176,6 +176,22 @@ def find_segments(
     return torch.where(inside, last_spike, -1)
 
 
+def segment_signal(
+    divergence: Float[Tensor, "batch seq"], anchor: Int[Tensor, "batch seq"], value: Literal["departure", "mean"]
+) -> Float[Tensor, "batch seq"]:
+    """Credit signal of each token: inside a segment the divergence at its anchor (``departure``) or the segment's
+    ``mean``, outside its own."""
+    where = anchor.clamp_min(0)
+    if value == "departure":
+        inside = divergence.gather(-1, where)
+    else:
+        member = (anchor >= 0).to(divergence.dtype)
+        total = torch.zeros_like(divergence).scatter_add(-1, where, divergence * member)
+        count = torch.zeros_like(divergence).scatter_add(-1, where, member)
+        inside = (total / count.clamp_min(1)).gather(-1, where)
+    return torch.where(anchor >= 0, inside, divergence)
+
+
 def scale_signal(
     signal: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], scale: Scale
 ) -> Float[Tensor, "batch seq"]:

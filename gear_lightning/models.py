@@ -26,6 +26,24 @@ class PolicySource(ABC):
         """A causal language model with its starting weights, float32 unless asked otherwise."""
 
 
+class Float32Buffers:
+    """Put before a LightningModule: rotary frequencies and other buffers that no checkpoint holds stay float32 where
+    Lightning casts the weights. In bfloat16 they would move every token, in training but not after a reload."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = [
+            (part, name, buffer)
+            for part in self.modules()  # pyright: ignore[reportAttributeAccessIssue]
+            for name in part._non_persistent_buffers_set
+            if (buffer := part._buffers.get(name)) is not None and buffer.is_floating_point()
+        ]
+        super()._apply(fn, recurse)  # pyright: ignore[reportAttributeAccessIssue]
+        for part, name, before in kept:
+            if part._buffers[name].dtype != before.dtype:
+                part._buffers[name] = before.to(part._buffers[name].device)
+        return self
+
+
 def cache_dir() -> Path:
     """Folder for converted weights and warm starts: ``GEAR_LIGHTNING_CACHE``, else ``~/.cache/gear_lightning``."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gear_lightning"

@@ -17,7 +17,7 @@ from .environments.base import Message, Task
 from .errors import UserError
 from .loss import ClippedSurrogate, PolicyLoss
 from .metrics import Quantile
-from .models import PolicySource
+from .models import Float32Buffers, PolicySource
 from .resume import gather, rewind
 from .teacher import Teacher, TeacherOptions, privileged_prompt
 from .token_stats import check_head, token_stats
@@ -28,7 +28,7 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
 
 
-class GearModule(L.LightningModule):
+class GearModule(Float32Buffers, L.LightningModule):
     """Trains a policy on rollouts, with credit assigned token by token.
 
     Args:
@@ -108,6 +108,7 @@ class GearModule(L.LightningModule):
     # -- training -------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
+        self._check_version(batch)
         policy = token_stats(
             self.policy,
             batch.tokens,
@@ -129,6 +130,15 @@ class GearModule(L.LightningModule):
         # Lightning divides by the micro-batches of a step, and the strategy averages over ranks: undo both
         loss = terms.loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
         return {"loss": loss, "credit": credit, "policy": policy, "teacher": teacher}
+
+    def _check_version(self, batch: RolloutBatch) -> None:
+        """Rollouts of an older policy would be trained on as if they were the newest one's."""
+        versions = batch.policy_version[batch.index >= 0] + batch.inner_epoch
+        if (versions != self.global_step).any():
+            made = sorted(set((versions - batch.inner_epoch).tolist()))
+            raise UserError(
+                f"stale rollouts: made by policy version {made}, trained on after {self.global_step} optimizer steps"
+            )
 
     @torch.no_grad()
     def _freeze(self, batch: RolloutBatch, policy: TokenStats) -> tuple[Tensor, TokenStats | None, Credit]:

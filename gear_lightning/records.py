@@ -34,6 +34,7 @@ TENSOR_KEYS = {
     "anchor": "int64 [B, T] index of the segment's anchor token, -1 outside segments",
     "rewards": "float32 [B]",
     "advantages": "float32 [B] after the group baseline",
+    "privileged": "bool [B] the teacher saw more than the policy; elsewhere credit is uniform",
     "group_ids": "int64 [B]",
     "policy_version": "int64 [B]",
 }

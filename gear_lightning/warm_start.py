@@ -15,7 +15,7 @@ from .batch import RolloutRow, collate
 from .chat import Chat
 from .environments.base import Demonstration, Demonstrations
 from .errors import UserError
-from .models import build_once, cache_dir
+from .models import Float32Buffers, build_once, cache_dir
 from .module import GearModule
 from .teacher import TeacherOptions, privileged_prompt
 from .token_stats import token_stats
@@ -96,7 +96,7 @@ class _Batches(torch.utils.data.IterableDataset):
         raise UserError(f"warm_start.max_length={self.options.max_length}: 100 demonstrations in a row are longer")
 
 
-class WarmStartModule(L.LightningModule):
+class WarmStartModule(Float32Buffers, L.LightningModule):
     """Cross-entropy on the learned tokens of demonstrations."""
 
     def __init__(self, gear: GearModule, options: WarmStart):
@@ -107,7 +107,7 @@ class WarmStartModule(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         tokens, valid, learned, total = batch
         loss = -token_stats(self.policy, tokens, valid, learned).logprobs.sum() / total.clamp_min(1)
-        self.log("warm_start/loss", loss, prog_bar=True, sync_dist=True, reduce_fx="sum" if False else "mean")
+        self.log("warm_start/loss", loss, prog_bar=True, sync_dist=True)
         return loss * self.trainer.world_size
 
     def configure_optimizers(self) -> Any:

@@ -168,7 +168,13 @@ def random_rule(rng: random.Random, divergences: list[str], cls: type[GEAR] = GE
         "exclude_stop": rng.random() < 0.5,
         "exclude_tail": rng.choice([0, 0, 1, 4]),
     }
-    return cls(**{**options, **fixed})
+    options |= fixed
+    segments = options["segment_end"] != "none" and cls.__name__ != "Turn"
+    if not segments:  # these would do nothing, and are refused
+        idle = ["anchor_rule", "anchor_level", "anchor_floor", "anchor_at", "segment_max", "segment_value"]
+        for name in [*idle, "entropy", "entropy_quantile", *["segment_end"] * (cls.__name__ == "Turn")]:
+            options.pop(name, None)
+    return cls(**options)
 
 
 def quantile(values: list[float], q: float) -> float:

@@ -68,7 +68,7 @@ def test_dtypes():
     kinds = {
         f.name: getattr(batch, f.name).dtype for f in fields(batch) if isinstance(getattr(batch, f.name), torch.Tensor)
     }
-    booleans = {"valid", "action_mask", "stop_mask", "success", "teacher_valid"}
+    booleans = {"privileged", "valid", "action_mask", "stop_mask", "success", "teacher_valid"}
     floats = {"sampler_logprobs", "rewards", "advantages"}
     for name, dtype in kinds.items():
         expected = torch.bool if name in booleans else torch.float32 if name in floats else torch.int64

@@ -59,7 +59,6 @@ def test_the_calculator_answers_until_a_message_makes_no_call():
         (call("calculator", formula="1"), "error: calculator takes one argument, expression"),
         (call("python", code="1"), "error: there is no tool 'python'; the tools are: calculator"),
         (call("p" * 99, code="1"), f"error: there is no tool '{'p' * 40}'; the tools are: calculator"),
-        (call("\ud800", code="1"), "error: there is no tool '\\ud800'; the tools are: calculator"),
     ],
 )
 def test_mistakes_in_a_call_are_told_and_the_episode_goes_on(said, result):
@@ -99,7 +98,7 @@ def say(text: str) -> str:
     Args:
         text: it.
     """
-    return text
+    return "half \ud83d" if text == "half" else text  # half a surrogate pair, as a wrongly cut string holds it
 
 
 def refuse() -> str:
@@ -130,7 +129,7 @@ def tools_task() -> Task:
         (call("refuse"), "error: not today"),
         (call("sub", a=1), "error: there is no tool 'sub'; the tools are: add, say, refuse, broken"),
         (call("say", text="x" * 20_000), "x" * 10_000),
-        (call("say", text="half \ud83d"), "half ?"),
+        (call("say", text="half"), "half ?"),
     ],
 )
 def test_functions_answer_calls(said, result):

@@ -54,7 +54,7 @@ class ToolEnvironment(Environment):
         self.calls_left -= len(made)
         if self.calls_left < 0:
             return Step(done=True, truncated=True, info={"success": False})
-        results = [tool_result(encodable(name), self._answer(name, arguments)) for name, arguments in made]
+        results = [tool_result(name, self._answer(name, arguments)) for name, arguments in made]
         self.transcript += results
         return Step(results)
 
@@ -66,7 +66,7 @@ class ToolEnvironment(Environment):
 
 
 def encodable(text: str) -> str:
-    """Text without lone surrogates: JSON can escape one into a call's arguments, and no tokenizer takes it."""
+    """Text without lone surrogates, which a tool can give and no tokenizer takes."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
