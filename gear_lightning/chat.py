@@ -16,6 +16,7 @@ Syntax = Literal["json", "json_list", "words"]
 
 _MARK = "\u2318answer\u2318"  # stands for an assistant turn; no real text contains it
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+REMEMBERED = 256  # prompts whose ids are kept
 TOOL_PROMPT = """You can call functions. Here are their signatures:
 <tools>
 {tools}
@@ -132,6 +133,7 @@ class Chat:
             )
         else:
             self.syntax = "json_list"
+        self._prompts: dict[str, list[int]] = {}
         self._probe()
 
     def _probe(self) -> None:
@@ -185,6 +187,14 @@ class Chat:
 
     def prompt(self, messages: list[Message], tools: Any = ()) -> list[int]:
         """Ids of an opening conversation, up to where the assistant's turn begins."""
+        key = json.dumps([messages, list(tools)], default=repr)
+        if key not in self._prompts:  # the rollouts of a group share their prompts
+            if len(self._prompts) >= REMEMBERED:
+                self._prompts.clear()
+            self._prompts[key] = self._prompt(messages, tools)
+        return list(self._prompts[key])
+
+    def _prompt(self, messages: list[Message], tools: Any) -> list[int]:
         if tools and self.syntax == "json_list":
             listed = TOOL_PROMPT.format(tools="\n".join(json.dumps(tool) for tool in tools))
             system = messages[0]["content"] + "\n\n" if messages and messages[0]["role"] == "system" else ""

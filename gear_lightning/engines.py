@@ -129,24 +129,31 @@ class _RowCache:
     """Keys and values of conversations at different lengths: row r of every layer holds conversation r.
 
     Stands in for a transformers cache: attention layers call `update`. Columns past a row's length hold leftovers that
-    no query can see.
+    no query can see. Stored as [rows, columns, heads, dim]: a token's heads lie side by side, so that writing one token
+    of each row is one contiguous copy, and attention over few columns reads few cache lines.
     """
 
     def __init__(self) -> None:
         self.layers: list[list[Tensor]] = []
         self.rows: Tensor | None = None  # rows of this forward; None for all of them
-        self.columns: Tensor = torch.empty(0)  # [rows, queries] columns that this forward writes
+        self.places = torch.empty(0)  # [rows x queries] where this forward writes, counted over rows and columns
         self.height = self.width = self.view = 0
+
+    def aim(self, rows: Tensor | None, columns: Tensor, view: int) -> None:
+        """Say where the next forward writes (``columns`` [rows, queries]) and how many columns it looks at."""
+        self.rows, self.view = rows, view
+        start = torch.arange(len(columns), device=columns.device) if rows is None else rows
+        self.places = (start[:, None] * self.width + columns).flatten()
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         while len(self.layers) <= layer_idx:
-            shape = (self.height, key.shape[1], self.width, key.shape[3])
+            shape = (self.height, self.width, key.shape[1], key.shape[3])
             self.layers.append([key.new_zeros(shape), value.new_zeros((*shape[:3], value.shape[3]))])
-        at = torch.arange(key.shape[0], device=key.device) if self.rows is None else self.rows
         out = []
         for store, new in zip(self.layers[layer_idx], (key, value), strict=True):
-            store[at[:, None], :, self.columns] = new.transpose(1, 2)
-            out.append(store[:, :, : self.view] if self.rows is None else store[self.rows, :, : self.view])
+            store.flatten(0, 1).index_copy_(0, self.places, new.transpose(1, 2).flatten(0, 1))
+            seen = store[:, : self.view] if self.rows is None else store[self.rows, : self.view]
+            out.append(seen.transpose(1, 2))
         return out[0], out[1]
 
     def get_seq_length(self, *_: Any) -> int:
@@ -159,15 +166,15 @@ class _RowCache:
         height, width = max(height, self.height), max(width, self.width)
         for layer in self.layers:
             for i, old in enumerate(layer):
-                new = old.new_zeros((height, old.shape[1], width, old.shape[3]))
-                new[: self.height, :, : self.width] = old
+                new = old.new_zeros((height, width, *old.shape[2:]))
+                new[: self.height, : self.width] = old
                 layer[i] = new
         self.height, self.width = height, width
 
     def copy_rows(self, source: Tensor, target: Tensor, width: int) -> None:
         for layer in self.layers:
             for store in layer:
-                store[target, :, :width] = store[source, :, :width]
+                store[target, :width] = store[source, :width]
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
@@ -266,9 +273,9 @@ class CachedEngine(GenerationEngine):
         ids = torch.tensor([f + [0] * (queries - len(f)) for f in feeds], device=self._device)
         view = max(n + len(f) for n, f in zip(lengths, feeds, strict=True))
         everything = len(rows) == self._cache.height and rows == list(range(len(rows)))
-        self._cache.rows = None if everything else torch.tensor(rows, device=self._device)
-        self._cache.columns, self._cache.view = columns, max(view, int(start.max()) + queries)
-        mask = torch.arange(self._cache.view, device=self._device)[None, None, None, :] <= columns[:, None, :, None]
+        view = max(view, max(lengths) + queries)
+        self._cache.aim(None if everything else torch.tensor(rows, device=self._device), columns, view)
+        mask = torch.arange(view, device=self._device)[None, None, None, :] <= columns[:, None, :, None]
         hidden = self._model.get_decoder()(
             input_ids=ids, attention_mask=mask, position_ids=columns, past_key_values=self._cache, use_cache=True
         ).last_hidden_state

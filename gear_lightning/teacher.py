@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .batch import RolloutBatch, TokenStats
 from .chat import Chat
@@ -151,11 +152,13 @@ class Teacher(nn.Module):
         if self.options.weights != "ema" or step % self.options.every:
             return
         assert self.model is not None
-        averages = self.model.parameters() if self.shadow is None else self.shadow.values
-        for scoring, average, new in zip(self.model.parameters(), averages, policy.parameters(), strict=True):
-            average.lerp_(new.to(average.dtype), self.options.rate)
-            if scoring is not average:
-                scoring.copy_(average)
+        scoring, newest = list(self.model.parameters()), list(policy.parameters())
+        if self.shadow is None:
+            get_ema_multi_avg_fn(1 - self.options.rate)(scoring, newest, 0)
+            return
+        for average, new, low in zip(self.shadow.values, newest, scoring, strict=True):  # one float32 copy at a time
+            average.lerp_(new.float(), self.options.rate)
+            low.copy_(average)
 
     @torch.no_grad()
     def score(
