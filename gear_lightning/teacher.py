@@ -152,7 +152,8 @@ class Teacher(nn.Module):
         if self.options.weights != "ema" or step % self.options.every:
             return
         assert self.model is not None
-        scoring, newest = list(self.model.parameters()), list(policy.parameters())
+        scoring: list[Tensor] = [*self.model.parameters()]
+        newest: list[Tensor] = [*policy.parameters()]
         if self.shadow is None:
             get_ema_multi_avg_fn(1 - self.options.rate)(scoring, newest, 0)
             return
