@@ -169,6 +169,14 @@ def one_side(side: str) -> dict[str, float]:
     return {"step": step, "rollout": made, "update": step - made}
 
 
+def cpu_name() -> str:
+    """The processor's model, where the system tells it."""
+    found = Path("/proc/cpuinfo")
+    lines = found.read_text().splitlines() if found.exists() else []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or platform.machine()
+
+
 def main() -> None:
     """Run the sides in turn and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -194,7 +202,7 @@ def main() -> None:
     ratios = {side: statistics.median(r[side]["step"] / r["trl"]["step"] for r in rounds) for side in ("grpo", "gear")}
     result = {
         "date": datetime.date.today().isoformat(),
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": 1, "system": platform.system()},
+        "machine": {"cpu": cpu_name(), "threads": 1, "system": platform.system()},
         "versions": {p: version(p) for p in ("torch", "lightning", "transformers", "trl")},
         "environment": ENVIRONMENT,
         "setting": {"prompts": len(PROMPTS), "group": GROUP, "tokens": LENGTH, "parameters": "0.8M", "dtype": "fp32"},

@@ -1,0 +1,57 @@
+"""Draws the committed results: `python benchmarks/plot.py` (extra: bench)."""
+
+import csv
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+COLOURS = {"trl": "#8a8d94", "grpo": "#1f66b3", "gear": "#d97706"}
+
+
+def draw_step() -> None:
+    """Seconds of one optimizer step, by side."""
+    result = json.loads((HERE / "results" / "step.json").read_text())
+    median = result["median_seconds"]
+    names = {"trl": f"TRL {result['versions']['trl']} GRPO", "grpo": "GRPO here", "gear": "GEAR here"}
+    figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
+    for place, side in enumerate(names):
+        parts, left = {k: v for k, v in median[side].items() if k != "step"} or {"step": median[side]["step"]}, 0.0
+        for part, seconds in parts.items():
+            axes.barh(place, seconds, left=left, color=COLOURS[side], alpha=0.6 if part == "rollout" else 1.0)
+            if part != "step":
+                axes.text(left + seconds / 2, place, part, ha="center", va="center", color="white", fontsize=9)
+            left += seconds
+        ratio = "" if side == "trl" else f"   {result['ratio_to_trl'][side]:.2f} x"
+        axes.text(left, place, ratio, va="center", fontsize=9)
+    axes.set_yticks(range(len(names)), list(names.values()))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max(m["step"] for m in median.values()))
+    axes.set_xlabel("seconds per optimizer step (0.8M Llama, 32 rollouts x 64 tokens, float32, one thread)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(DOCS / "step.png", dpi=130)
+
+
+def draw_curves() -> None:
+    """Success over iterations of the runs in docs/runs."""
+    files = sorted((DOCS / "runs").glob("*.csv"))
+    figure, axes = plt.subplots(1, len(files), figsize=(3.4 * len(files), 2.8), layout="constrained", squeeze=False)
+    for ax, path in zip(axes[0], files, strict=True):
+        with path.open() as file:
+            rows = list(csv.DictReader(file))
+        for name, colour, style in (("train/success", "#8a8d94", "-"), ("val/success", "#d97706", "o-")):
+            points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+            ax.plot(*zip(*points, strict=True), style, color=colour, label=name, linewidth=1.5, markersize=4)
+        ax.set_title(path.stem, fontsize=10)
+        ax.set_xlabel("optimizer steps")
+        ax.set_ylim(bottom=0)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.savefig(DOCS / "runs.png", dpi=130)
+
+
+if __name__ == "__main__":
+    draw_step()
+    draw_curves()
