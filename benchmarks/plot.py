@@ -18,18 +18,18 @@ def draw_step() -> None:
     names = {"trl": f"TRL {result['versions']['trl']} GRPO", "grpo": "GRPO here", "gear": "GEAR here"}
     figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
     for place, side in enumerate(names):
-        parts, left = {k: v for k, v in median[side].items() if k != "step"} or {"step": median[side]["step"]}, 0.0
-        for part, seconds in parts.items():
-            axes.barh(place, seconds, left=left, color=COLOURS[side], alpha=0.6 if part == "rollout" else 1.0)
-            if part != "step":
+        left = 0.0
+        for part, alpha in (("rollout", 0.55), ("teacher", 0.8), ("update", 1.0)):
+            if seconds := median[side].get(part, 0.0):
+                axes.barh(place, seconds, left=left, color=COLOURS[side], alpha=alpha)
                 axes.text(left + seconds / 2, place, part, ha="center", va="center", color="white", fontsize=9)
-            left += seconds
+                left += seconds
         ratio = "" if side == "trl" else f"   {result['ratio_to_trl'][side]:.2f} x"
         axes.text(left, place, ratio, va="center", fontsize=9)
     axes.set_yticks(range(len(names)), list(names.values()))
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * max(m["step"] for m in median.values()))
-    axes.set_xlabel("seconds per optimizer step (0.8M Llama, 32 rollouts x 64 tokens, float32, one thread)")
+    axes.set_xlabel("seconds per optimizer step (0.8M Llama, 32 x 64 tokens, float32, one thread)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(DOCS / "step.png", dpi=130)
 

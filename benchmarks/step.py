@@ -62,14 +62,29 @@ def reward(text: str) -> float:
     return text.count("1") / max(len(text), 1)
 
 
-def run_trl() -> list[float]:
-    """Seconds per optimizer step of TRL."""
+def timed(owner: type, method: str, seconds: list[float]) -> None:
+    """Note how long each call of a method takes."""
+    original = getattr(owner, method)
+
+    def call(*args, **kwargs):
+        start = time.perf_counter()
+        result = original(*args, **kwargs)
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    setattr(owner, method, call)
+
+
+def run_trl() -> dict[str, list[float]]:
+    """Seconds per optimizer step of TRL, and of its rollouts."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     model, tokenizer = build_model()
     times: list[float] = []
+    rollout: list[float] = []
+    timed(GRPOTrainer, "_generate_and_score_completions", rollout)
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
@@ -93,11 +108,11 @@ def run_trl() -> list[float]:
             processing_class=tokenizer,
             callbacks=[Clock()],
         ).train()
-    return times
+    return {"step": times, "rollout": rollout}
 
 
-def run_ours(credit: str) -> tuple[list[float], list[float]]:
-    """Seconds per iteration (rollout, reward, teacher, update), and of its rollouts."""
+def run_ours(credit: str) -> dict[str, list[float]]:
+    """Seconds per optimizer step (rollout, reward, teacher, update), of its rollouts, and of the teacher's pass."""
     import lightning as L
     import torch
 
@@ -108,7 +123,7 @@ def run_ours(credit: str) -> tuple[list[float], list[float]]:
     from gear_lightning.models import PolicySource
     from gear_lightning.module import GearModule
     from gear_lightning.rollout import Budgets
-    from gear_lightning.teacher import TeacherOptions
+    from gear_lightning.teacher import Teacher, TeacherOptions
 
     class Source(PolicySource):
         def model(self):
@@ -129,6 +144,8 @@ def run_ours(credit: str) -> tuple[list[float], list[float]]:
 
     times: list[float] = []
     rollout: list[float] = []
+    teacher: list[float] = []
+    timed(Teacher, "score", teacher)
 
     class Clock(L.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
@@ -154,7 +171,7 @@ def run_ours(credit: str) -> tuple[list[float], list[float]]:
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     assert all(sum(r.action_mask) == LENGTH for g in data.groups for r in g.rollouts)
-    return times, rollout
+    return {"step": times, "rollout": rollout, **({"teacher": teacher} if teacher else {})}
 
 
 def one_side(side: str) -> dict[str, float]:
@@ -162,11 +179,9 @@ def one_side(side: str) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(1)
-    if side == "trl":
-        return {"step": statistics.median(run_trl()[WARMUP:])}
-    times, rollout = run_ours(side)
-    step, made = statistics.median(times[WARMUP:]), statistics.median(rollout[WARMUP:])
-    return {"step": step, "rollout": made, "update": step - made}
+    found = run_trl() if side == "trl" else run_ours(side)
+    median = {name: statistics.median(seconds[WARMUP:]) for name, seconds in found.items()}
+    return {**median, "update": 2 * median["step"] - sum(median.values())}
 
 
 def cpu_name() -> str:

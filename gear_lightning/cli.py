@@ -9,10 +9,10 @@ from typing import Any
 import jsonargparse._typehints as typehints
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from .callbacks.checkpoint import IterationCheckpoint, newest_checkpoint
 from .callbacks.credit_map import CreditMap
 from .callbacks.generation import GenerationCallback
 from .callbacks.health import Health
@@ -80,13 +80,13 @@ class GearCLI(LightningCLI):
         parser.add_lightning_class_args(SampleTable, "samples")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(PhaseProgress, "progress")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.filename": "iteration={epoch:05d}",
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.enable_version_counter": False,  # an iteration done again after a kill replaces its file
-                "checkpoint.save_last": True,
+                "checkpoint.save_last": "link",
                 "checkpoint.save_on_train_epoch_end": True,
             }
         )
@@ -108,9 +108,12 @@ class GearCLI(LightningCLI):
         named = path in (None, "last", "best", "hpc", "registry") or "://" in str(path)
         if not named and not Path(str(path)).exists():
             raise UserError(f"ckpt_path={path}: no such checkpoint")
-        if path == "last" and self.subcommand != "fit" and not self._has_checkpoint(path):
+        newest = newest_checkpoint(self.run_dir / "checkpoints") if path == "last" else None
+        if path == "last" and self.subcommand != "fit" and newest is None:
             raise UserError(f"ckpt_path=last: there is no checkpoint in {self.run_dir / 'checkpoints'}")
         super().instantiate_classes()
+        if path == "last":  # on the first start of a job that is started again and again there is none yet
+            self.config_init[str(self.subcommand)]["ckpt_path"] = None if newest is None else str(newest)
         if self._get(self.config_init, "weights_only") is None:
             self.config_init[str(self.subcommand)]["weights_only"] = (
                 True  # Lightning would unpickle a remote checkpoint
@@ -133,7 +136,7 @@ class GearCLI(LightningCLI):
             kwargs["logger"] = [file, *(logger if isinstance(logger, list) else [logger])]
         checkpoint = self._get(self.config_init, "checkpoint")
         if checkpoint.dirpath is None:
-            checkpoint.dirpath = str(run / "checkpoints")
+            checkpoint.dirpath = str((run / "checkpoints").resolve())
         return super().instantiate_trainer(**kwargs)
 
     def _quiet_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -153,7 +156,7 @@ class GearCLI(LightningCLI):
 
     def before_fit(self) -> None:
         config = self.config["fit"]
-        if config.get("ckpt_path") and self._has_checkpoint(config["ckpt_path"]):
+        if self._get(self.config_init, "ckpt_path") is not None:
             return
         if self.trainer.is_global_zero:
             self._set_aside_earlier_run()
@@ -176,11 +179,6 @@ class GearCLI(LightningCLI):
             for path in found:
                 path.rename(aside / path.name)
             print(f"{self.run_dir} held an earlier run, now in {aside} (to go on with a run: --ckpt_path last)")
-
-    def _has_checkpoint(self, path: str) -> bool:
-        if path != "last":
-            return True
-        return any((self.run_dir / "checkpoints").glob("last*.ckpt"))
 
     def after_fit(self) -> None:
         metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}  # on every rank: it may communicate

@@ -42,8 +42,8 @@ def mentioned(annotation: object) -> set[type]:
 
 
 def parameters(kind: type) -> dict[str, inspect.Parameter]:
-    """The options of a class: its constructor's parameters."""
-    if kind.__init__ is object.__init__:
+    """The options of a class: its constructor's parameters, unless a base class of another package has them."""
+    if kind.__init__ is object.__init__ or not any("__init__" in vars(k) for k in kind.__mro__ if ours(k)):
         return {}
     found = dict(inspect.signature(kind).parameters)
     return {n: p for n, p in found.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
