@@ -164,10 +164,16 @@ class GearCLI(LightningCLI):
         if options is not None:
             trainer = self._quiet_trainer(max_steps=options.steps, max_epochs=-1, gradient_clip_val=1.0)
             key = (config["model"]["policy"], self.model.teacher_options.template, config["trainer"]["precision"])
-            self.model.initial_weights = run_warm_start(options, self.model, trainer, key)
+            self.model.initial_weights = run_warm_start(options, self.model, trainer, key, self._check_engine)
         if config["validate_before_fit"] and self.datamodule.val_tasks is not None:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
             self.first = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
+
+    def _check_engine(self, policy: Any) -> None:
+        generation = self._get(self.config_init, "generation")
+        generation.engine.begin(policy.eval(), generation.sampling, set())
+        generation.engine.end()
+        policy.train()
 
     def _set_aside_earlier_run(self) -> None:
         """A fresh start in the directory of an earlier run must neither mix with it nor destroy it."""

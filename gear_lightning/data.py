@@ -219,7 +219,7 @@ class RolloutDataModule(L.LightningDataModule):
         counts = torch.tensor([sum(map(sum, (r.action_mask for r in rows))), len(rows)], device=self._device)
         tokens, rollouts = self._trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         order = sorted(rows, key=lambda r: (len(r.tokens), r.index))  # alike lengths together: less padding
-        batches = [order[i::1][: self.micro_batch_size] for i in range(0, len(order), self.micro_batch_size)]
+        batches = [order[i : i + self.micro_batch_size] for i in range(0, len(order), self.micro_batch_size)]
         batches += [[]] * (self.micro_batches - len(batches))
         plan = [(inner, batch) for inner in range(self.inner_epochs) for batch in batches]
         for self.position, (inner, batch) in enumerate(plan, 1):

@@ -125,6 +125,9 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, 
     return ids, logprobs.gather(-1, ids[:, None]).squeeze(-1)
 
 
+OTHER_ENGINE = "set generation.engine to gear_lightning.engines.GenerateEngine"
+
+
 class _RowCache:
     """Keys and values of conversations at different lengths: row r of every layer holds conversation r.
 
@@ -204,6 +207,7 @@ class CachedEngine(GenerationEngine):
         if prefill_tokens < 1:
             raise UserError(f"prefill_tokens={prefill_tokens} must be at least 1")
         self.prefill_tokens = prefill_tokens
+        self._tested: type | None = None
         self._rows: dict[int, int] = {}
         self._table: list[_Row | None] = []
         self._waiting: list[TurnRequest] = []
@@ -211,15 +215,41 @@ class CachedEngine(GenerationEngine):
     def begin(self, model: Any, sampling: Sampling, stop_ids: set[int]) -> None:
         config = model.config
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"} or getattr(config, "_attn_implementation", "sdpa") not in ("sdpa",):
+        if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
+            kinds = {"sliding_attention"}
+        if kinds != {"full_attention"} or getattr(config, "_attn_implementation", "sdpa") != "sdpa":
             raise UserError(
                 f"{type(model).__name__}: CachedEngine needs full attention in every layer (found {sorted(kinds)}) and "
-                f"attn_implementation=sdpa; set generation.engine to gear_lightning.engines.GenerateEngine"
+                f"attn_implementation=sdpa; {OTHER_ENGINE}"
             )
         self._model, self._sampling, self._stop_ids = model, sampling, stop_ids
         self._device = model.get_output_embeddings().weight.device
         self._cache = _RowCache()
+        if self._tested is not type(model):
+            self._test(model)
+            self._tested = type(model)
         self._rows, self._table, self._waiting = {}, [], []
+
+    @torch.no_grad()
+    def _test(self, model: Any) -> None:
+        """Compare two conversations of different lengths, taken up after a first part, with the model's own forward.
+
+        Raises:
+            UserError: the model does something with its cache that this engine does not know of.
+        """
+        size = model.get_output_embeddings().weight.shape[0]
+        first, then = [[1 % size, 2 % size, 3 % size], [n % size for n in range(4, 11)]], [5 % size]
+        self._table = [_Row(), _Row()]
+        self._forward([0, 1], first)
+        for row, ids in zip(self._table, first, strict=True):
+            row.length = len(ids)  # pyright: ignore[reportOptionalMemberAccess]
+        ours = self._forward([0, 1], [then, then]).float()
+        whole = [torch.tensor([ids + then], device=self._device) for ids in first]
+        theirs = torch.cat([model(input_ids=ids, use_cache=False).logits[:, -1] for ids in whole]).float()
+        low = next(model.parameters()).dtype != torch.float32 or torch.is_autocast_enabled(self._device.type)
+        self._cache = _RowCache()
+        if (ours - theirs).abs().max() > (0.2 if low else 1e-2) * theirs.std():
+            raise UserError(f"{type(model).__name__}: CachedEngine does not give what the model gives; {OTHER_ENGINE}")
 
     def submit(self, request: TurnRequest) -> None:
         self._waiting.append(request)

@@ -44,6 +44,19 @@ class Float32Buffers:
         return self
 
 
+def without_dropout(model: Any) -> Any:
+    """The model with its dropout switched off: the sampler, the teacher and the update must see one distribution."""
+    from torch import nn
+
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name in ("dropout", "attention_dropout"):  # numbers that attention layers pass on
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
+    return model
+
+
 def cache_dir() -> Path:
     """Folder for converted weights and warm starts: ``GEAR_LIGHTNING_CACHE``, else ``~/.cache/gear_lightning``."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gear_lightning"

@@ -17,7 +17,7 @@ from .environments.base import Message, Task
 from .errors import UserError
 from .loss import ClippedSurrogate, PolicyLoss
 from .metrics import Quantile
-from .models import Float32Buffers, PolicySource
+from .models import Float32Buffers, PolicySource, without_dropout
 from .resume import gather, rewind
 from .teacher import Teacher, TeacherOptions, privileged_prompt
 from .token_stats import check_head, token_stats
@@ -78,7 +78,7 @@ class GearModule(Float32Buffers, L.LightningModule):
 
     def configure_model(self) -> None:
         if self.policy is None:  # Lightning calls this for every stage
-            self.policy = self.source.model()
+            self.policy = without_dropout(self.source.model())
             if self.initial_weights is not None:
                 from safetensors.torch import load_model
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from .batch import RolloutRow, collate
 from .chat import Chat
 from .environments.base import Demonstration, Demonstrations
 from .errors import UserError
-from .models import Float32Buffers, build_once, cache_dir
+from .models import Float32Buffers, build_once, cache_dir, without_dropout
 from .module import GearModule
 from .teacher import TeacherOptions, privileged_prompt
-from .token_stats import token_stats
+from .token_stats import check_head, token_stats
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class WarmStartModule(Float32Buffers, L.LightningModule):
     def __init__(self, gear: GearModule, options: WarmStart):
         super().__init__()
         self.options = options
-        self.policy = gear.source.model().train()
+        self.policy = without_dropout(gear.source.model()).train()
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         tokens, valid, learned, total = batch
@@ -123,7 +123,9 @@ class WarmStartModule(Float32Buffers, L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def run_warm_start(options: WarmStart, gear: GearModule, trainer: L.Trainer, key: Any) -> Path:
+def run_warm_start(
+    options: WarmStart, gear: GearModule, trainer: L.Trainer, key: Any, check: Callable[[Any], None]
+) -> Path:
     """Train on demonstrations and return the directory with the resulting weights.
 
     Args:
@@ -131,6 +133,7 @@ def run_warm_start(options: WarmStart, gear: GearModule, trainer: L.Trainer, key
         gear: whose policy, chat and teacher view to use; its own weights stay untouched.
         trainer: a Trainer made for this stage (``max_steps`` = ``options.steps``).
         key: plain data that decides the result beside ``options`` (policy source, teacher prompt).
+        check: looks at the policy before it is trained and raises where what comes later could not use it.
     """
     from . import __version__
 
@@ -138,6 +141,8 @@ def run_warm_start(options: WarmStart, gear: GearModule, trainer: L.Trainer, key
     folder = cache_dir() / "warm_start" / name
     if not options.reuse or not folder.exists():
         module = WarmStartModule(gear, options)
+        check_head(module.policy)
+        check(module.policy)
         data = _Batches(options, gear.chat_format, gear.teacher_options, trainer)
         trainer.fit(module, train_dataloaders=torch.utils.data.DataLoader(data, batch_size=None))
         if options.steps != trainer.global_step:

@@ -116,3 +116,20 @@ def test_draw_is_never_out_of_range():
 def test_sampling_out_of_range_is_refused():
     with pytest.raises(UserError, match="top_p"):
         Sampling(top_p=0)
+
+
+@pytest.mark.parametrize("kind", ["sliding", "alibi"])
+def test_a_model_whose_cache_works_otherwise_is_refused_and_not_sampled_wrongly(kind):
+    from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 32, "vocab_size": 50}
+    if kind == "alibi":  # positions come from the length of the attention mask
+        model = BloomForCausalLM(BloomConfig(**sizes, n_layer=2, n_head=4))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(std=0.3)
+    else:
+        small = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+        model = MistralForCausalLM(MistralConfig(**sizes, **small, sliding_window=4096))
+    with pytest.raises(UserError, match=r"CachedEngine .* set generation.engine to .*GenerateEngine"):
+        CachedEngine().begin(model.eval(), Sampling(), STOP)

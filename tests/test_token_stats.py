@@ -87,3 +87,18 @@ def test_a_model_that_transforms_its_logits_is_refused():
     with pytest.raises(UserError, match="transforms its logits"):
         room.check_head(model)
     assert model.get_output_embeddings() is head
+
+
+def test_dropout_is_switched_off_for_training():
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    from gear_lightning.models import without_dropout
+
+    small = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    small.attention_dropout = 0.5
+    for model in (GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)), LlamaForCausalLM(small)):
+        ids = torch.arange(10)[None]
+        model.train()
+        assert not torch.equal(model(ids).logits, model(ids).logits), "this test needs a model with dropout"
+        without_dropout(model)
+        assert torch.equal(model(ids).logits, model(ids).logits)
