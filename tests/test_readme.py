@@ -94,6 +94,13 @@ def test_own_pieces_as_the_readme_writes_them_train(tmp_path):
     assert '"short": 0.1' in record
 
 
+def test_the_python_of_the_readme_trains(tmp_path):
+    (tmp_path / "train.py").write_text(blocks("python")[1])
+    done = run(f"{sys.executable} train.py", tmp_path, 120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "runs" / "python" / "rollouts").glob("*.jsonl"))) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_commands_of_the_readme_run_in_their_order(tmp_path):
