@@ -1,6 +1,6 @@
 """Log-probs, entropy and top-k of tokens from a causal language model, computed from hidden states in chunks.
 
-Only the tokens that are asked for reach the output head, and never more than ``chunk`` of them at a time: no
+Only the tokens that are asked for reach the output head, and only so many at a time as give `LOGITS` logits: no
 ``[batch, seq, vocab]`` tensor exists. The next-token shift lives here and nowhere else: the distribution of token t is
 read off the hidden state at t - 1.
 """
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .batch import TokenStats
 from .errors import UserError
 
-CHUNK = 4096  # tokens x vocabulary logits alive at a time, for a vocabulary of 4,096; scaled by the real vocabulary
+LOGITS = 1 << 24  # tokens x vocabulary in one piece: 67 MB in float32
 
 
 def _chunk_stats(
@@ -63,7 +63,7 @@ def token_stats(
     row, column = (wanted[:, 1:] & valid[:, 1:]).nonzero(as_tuple=True)
     states, targets = hidden[row, column], tokens[row, column + 1]
     listed = None if top_ids is None else top_ids[row, column + 1]
-    size = max(1, CHUNK * 4096 // max(head.weight.shape[0], 1))
+    size = max(1, LOGITS // max(head.weight.shape[0], 1))
     parts = []
     for start in range(0, max(len(targets), 1), size):
         cut = slice(start, start + size)

@@ -28,10 +28,10 @@ def plain(model, tokens, wanted, temperature=1.0):
     return picked, entropy, logprobs
 
 
-@pytest.mark.parametrize("chunk", [1, 4096])
+@pytest.mark.parametrize("logits", [100, 1 << 24])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_equal_to_full_logits(monkeypatch, chunk, temperature):
-    monkeypatch.setattr(room, "CHUNK", chunk)
+def test_equal_to_full_logits(monkeypatch, logits, temperature):
+    monkeypatch.setattr(room, "LOGITS", logits)
     model, tokens, valid, wanted = setup()
     stats = room.token_stats(model, tokens, valid, wanted, temperature=temperature, top_k=3)
     picked, entropy, logprobs = plain(model, tokens, wanted, temperature)
@@ -57,6 +57,32 @@ def test_padding_changes_nothing():
         cut = (slice(row, row + 1), slice(0, length))
         alone = room.token_stats(model, tokens[cut], valid[cut], wanted[cut]).logprobs
         torch.testing.assert_close(together[cut], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [20, 80])
+def test_no_tensor_of_all_tokens_times_the_vocabulary_is_made(monkeypatch, length):
+    """Forward and backward: what grows with tokens x vocabulary is never larger than one piece."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(x, torch.Tensor) and x.dim() and x.shape[-1] == vocabulary and x.shape[0] != 32:
+                    self.numel = max(self.numel, x.numel())
+            return out
+
+    model = source().model()
+    vocabulary = model.config.vocab_size
+    monkeypatch.setattr(room, "LOGITS", 7 * vocabulary)
+    tokens = torch.randint(0, vocabulary, (4, length))
+    wanted = torch.ones_like(tokens, dtype=torch.bool)
+    wanted[:, 0] = False
+    with Largest() as seen:
+        room.token_stats(model, tokens, torch.ones_like(wanted), wanted, top_k=3).logprobs.sum().backward()
+    assert seen.numel == 7 * vocabulary
 
 
 def test_nothing_wanted_still_has_a_gradient():
