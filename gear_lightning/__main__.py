@@ -68,6 +68,11 @@ def main() -> None:
             raise
         print(f"gear-lightning: error: {advice}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if not type(error).__module__.startswith("omegaconf"):
+            raise
+        print(f"gear-lightning: error: in the config: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,18 @@ def test_unknown_commands_and_a_start_without_checkpoint_are_refused(command, tm
     assert "ckpt_path=last: there is no checkpoint in" in error_of(command, "validate", *args)
 
 
+def test_values_that_point_at_others_follow_the_last_word(command, tmp_path):
+    tasks = "{{class_path: gear_lightning.environments.lookup_chain.LookupChainTasks, init_args: {{hops: {}}}}}"
+    file = tmp_path / "point.yaml"
+    file.write_text("data: {val_tasks: " + tasks.format('"${...train_tasks.init_args.hops}"') + "}")
+    args = ["fit", "--config", "configs/quickstart.yaml", "--config", file, "--data.train_tasks.hops", "6"]
+    status, out, err = command(*args, "--print_config")
+    assert status == 0, err
+    assert out.count("hops: 6") == 2
+    file.write_text("data: {micro_batch_size: '${.no_such_key}'}")
+    assert "in the config: Interpolation key '.no_such_key' not found" in error_of(command, *args)
+
+
 def metrics(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
