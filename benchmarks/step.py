@@ -29,7 +29,7 @@ SIDES = ("trl", "grpo", "gear")
 # for all sides alike. MALLOC_*: freed memory stays in the process, as `gear-lightning` sees to on a CPU
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 31), "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 31), "MALLOC_MMAP_THRESHOLD_": str(1 << 27),
 }  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 

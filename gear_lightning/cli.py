@@ -221,7 +221,7 @@ def _keep_freed_memory() -> None:
     if platform.libc_ver()[0] != "glibc" or torch.cuda.is_available():
         return
     libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
-    libc.mallopt(mmap_threshold, 1 << 30)
+    libc.mallopt(mmap_threshold, 1 << 27)  # what is larger (checkpoints, whole weights) is given back
     libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
