@@ -49,6 +49,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self.budgets = budgets
         self.success_threshold = success_threshold
         self.listeners: list[Callable[[str, int, int, int], None]] = []  # (stage, finished, rollouts, tokens)
+        self._checked = False
         self._module: GearModule | None = None
         self._trainer: L.Trainer | None = None
 
@@ -69,6 +70,9 @@ class GenerationCallback(L.Callback, RolloutGenerator):
     def generate(self, jobs: list[tuple[Task, tuple[int, ...]]], stage: str) -> list[Rollout]:
         assert self._module is not None
         assert self._trainer is not None
+        if not self._checked:
+            self.check_model(self._module, self._module.policy)
+            self._checked = True
         loop = AgentLoop(
             self._module.chat_format,
             self.engine,
@@ -84,6 +88,35 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             rollouts, _ = loop.run(self._module.policy, jobs, policy_version=self._trainer.global_step)
         return rollouts
 
+    def _new_environment(self) -> Environment:
+        try:
+            return self.environment()
+        except UserError:
+            raise
+        except BaseException as error:  # its constructor may raise anything, SystemExit included
+            raise UserError(f"generation.environment cannot be made: {type(error).__name__}: {error}") from error
+
+    def check_model(self, module: GearModule, policy: Any) -> None:
+        """Look at a policy before it makes rollouts.
+
+        Raises:
+            UserError: its positions or its vocabulary do not suffice, or the engine cannot sample it.
+        """
+        config, tokenizer = policy.config, module.chat_format.tokenizer
+        positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        if positions is not None and self.budgets.context > positions:
+            raise UserError(
+                f"generation.budgets.context={self.budgets.context} is more than the {positions} positions of "
+                f"{type(policy).__name__}"
+            )
+        rows = policy.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > rows:
+            raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {type(policy).__name__} knows {rows}")
+        training = policy.training
+        self.engine.begin(policy.eval(), self.sampling, set())
+        self.engine.end()
+        policy.train(training)
+
     def _report(self, stage: str, finished: int, rollouts: int, tokens: int) -> None:
         for listen in self.listeners:
             listen(stage, finished, rollouts, tokens)
@@ -96,7 +129,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
     def check_task(self, task: Task) -> None:
         assert self._module is not None
         chat = self._module.chat_format
-        self.environment().check(task)
+        self._new_environment().check(task)
         options = self._module.teacher_options
         if self._module.credit.needs_teacher and options.shows != "peer" and privileged_text(task, options) is None:
             raise UserError(

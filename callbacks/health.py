@@ -28,6 +28,8 @@ class Health(L.Callback):
     """
 
     def __init__(self, warn_after: int = 5, stop_after: int = 20):
+        if warn_after < 1 or stop_after < 1:
+            raise UserError(f"health.warn_after={warn_after} and health.stop_after={stop_after} must be at least 1")
         self.warn_after = warn_after
         self.stop_after = stop_after
         self._barren = 0

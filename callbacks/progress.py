@@ -102,7 +102,7 @@ class PhaseProgress(ProgressBar):
         if finished == 0 or self._phase_start == 0.0:
             self._phase_start = time.monotonic()
         seconds = time.monotonic() - self._phase_start
-        rate = f"{tokens / seconds:,.0f} tok/s  " if seconds > 0.2 or finished == rollouts else ""
+        rate = f"{tokens / seconds:,.0f} tok/s  " if seconds > 0.2 else ""
         trainer = self.trainer
         phase = "rollout" if stage == "fit" else "evaluation"
         note = f"{finished}/{rollouts} rollouts  {rate}{self._numbers()}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gear_lightning.batch import RolloutBatch
+from gear_lightning.errors import UserError
 from gear_lightning.records import FORMAT, TENSOR_KEYS, write_record
 from gear_lightning.rollout import Rollout
 
@@ -23,6 +24,9 @@ class RolloutRecorder(L.Callback):
     """
 
     def __init__(self, every_n_iterations: int = 1, keep_last: int | None = None):
+        for name, value in (("every_n_iterations", every_n_iterations), ("keep_last", keep_last)):
+            if value is not None and value < 1:
+                raise UserError(f"recorder.{name}={value} must be at least 1")
         self.every_n_iterations = every_n_iterations
         self.keep_last = keep_last
         self._parts: list[dict[str, Tensor]] = []

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from gear_lightning.credit_trace import visible
 from gear_lightning.environments.base import Message
+from gear_lightning.errors import UserError
 from gear_lightning.rollout import Rollout
 
 COLUMNS = ["task", "reward", "status", "tokens", "question", "what the policy said"]
@@ -27,6 +28,10 @@ class SampleTable(L.Callback):
     """
 
     def __init__(self, every_n_iterations: int = 20, rows: int = 4, print_table: bool = True):
+        if every_n_iterations < 0 or rows < 1:
+            raise UserError(
+                f"samples.every_n_iterations={every_n_iterations} must not be negative, rows={rows} at least 1"
+            )
         self.every_n_iterations = every_n_iterations
         self.rows = rows
         self.print_table = print_table

@@ -35,7 +35,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a busy CPU tens of times slower
     sys.path.append(os.getcwd())  # where a user's own environments and rewards are, as with `python -m`
-    from .errors import UserError, missing_extra
+    from .errors import UserError, one_line
 
     command, rest = args[0], args[1:]
     try:
@@ -62,16 +62,11 @@ def main() -> None:
     except UserError as error:
         print(f"gear-lightning: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except ModuleNotFoundError as error:
-        advice = missing_extra(error)
-        if advice is None:
-            raise
-        print(f"gear-lightning: error: {advice}", file=sys.stderr)
-        sys.exit(2)
     except Exception as error:
-        if not type(error).__module__.startswith("omegaconf"):
+        line = one_line(error)
+        if line is None:
             raise
-        print(f"gear-lightning: error: in the config: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"gear-lightning: error: {line}", file=sys.stderr)
         sys.exit(2)
 
 

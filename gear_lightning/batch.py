@@ -115,12 +115,14 @@ class Credit:
         token_advantages: weight x group advantage on action tokens, 0 elsewhere.
         divergence: as the rule used it, in nats (signed for k1); 0 outside the action tokens.
         anchor: index of the anchor token of the segment that a token is in, -1 outside segments.
+        clipped: where the rule's clip decided the weight; None for a rule without one.
     """
 
     weights: Float[Tensor, "batch seq"]
     token_advantages: Float[Tensor, "batch seq"]
     divergence: Float[Tensor, "batch seq"]
     anchor: Int[Tensor, "batch seq"]
+    clipped: Bool[Tensor, "batch seq"] | None = None
 
 
 def _pad(rows: list[list], fill, dtype: torch.dtype) -> Tensor:

@@ -47,7 +47,8 @@ def _reject(constant: str) -> None:
 def _json(text: str) -> Any:
     try:
         value = json.loads(text, parse_constant=_reject)  # NaN and Infinity are not JSON
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text: no tokenizer takes it
+        # 1e999 is read as infinity, and half a surrogate pair is no text: no tokenizer takes it
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
         return value
     except (ValueError, RecursionError) as error:
         raise ToolCallError(f"not JSON: {error}") from None

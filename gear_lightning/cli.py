@@ -2,7 +2,10 @@
 
 import logging
 import os
+import signal
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from .callbacks.checkpoint import IterationCheckpoint, newest_checkpoint
 from .callbacks.credit_map import CreditMap
@@ -26,7 +31,10 @@ from .loggers import MetricsFile
 from .module import GearModule
 from .warm_start import WarmStart, run_warm_start
 
-RUN_FILES = ("config.yaml", "metrics.csv", "tensorboard", "checkpoints", "rollouts", "tokenizer", "credit_map.html")
+RUN_FILES = (
+    "*config.yaml", "*metrics.csv", "tensorboard", "checkpoints", "rollouts", "predictions", "tokenizer",
+    "credit_map.html",
+)  # fmt: skip
 
 
 class _Parser(LightningArgumentParser):
@@ -47,6 +55,8 @@ typehints.discard_init_args_on_class_path_change = _forget_other_class
 
 class GearCLI(LightningCLI):
     """LightningCLI for `GearModule` and `RolloutDataModule`, with rollouts, records and checkpoints switched on."""
+
+    lock: Any = None  # the open lock file of the run directory
 
     def __init__(self, args: list[str] | None = None):
         super().__init__(
@@ -96,6 +106,10 @@ class GearCLI(LightningCLI):
         """Where everything of this run goes."""
         return Path(self._get(self.config, "trainer")["default_root_dir"])
 
+    @property
+    def _checkpoint_dir(self) -> Path:
+        return Path(self._get(self.config, "checkpoint")["dirpath"] or self.run_dir / "checkpoints").resolve()
+
     def _own_file(self, name: str) -> str:
         """Evaluation of a run must not replace what its training wrote."""
         return name if self.subcommand == "fit" else f"{self.subcommand}_{name}"
@@ -105,12 +119,16 @@ class GearCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         path = self._get(self.config, "ckpt_path")
-        named = path in (None, "last", "best", "hpc", "registry") or "://" in str(path)
+        if path == "best":
+            raise UserError("ckpt_path=best is known only to the process that trained; give last, or a file")
+        named = path in (None, "last", "hpc", "registry") or "://" in str(path)
         if not named and not Path(str(path)).exists():
             raise UserError(f"ckpt_path={path}: no such checkpoint")
-        newest = newest_checkpoint(self.run_dir / "checkpoints") if path == "last" else None
+        newest = newest_checkpoint(self._checkpoint_dir) if path == "last" else None
         if path == "last" and self.subcommand != "fit" and newest is None:
-            raise UserError(f"ckpt_path=last: there is no checkpoint in {self.run_dir / 'checkpoints'}")
+            raise UserError(f"ckpt_path=last: there is no checkpoint in {self._checkpoint_dir}")
+        if path is None and self.subcommand != "fit":
+            print(f"No --ckpt_path: this is {self.subcommand} of the policy before any training.", file=sys.stderr)
         super().instantiate_classes()
         if path == "last":  # on the first start of a job that is started again and again there is none yet
             self.config_init[str(self.subcommand)]["ckpt_path"] = None if newest is None else str(newest)
@@ -134,10 +152,29 @@ class GearCLI(LightningCLI):
             kwargs["logger"] = [file, *board]
         elif logger:
             kwargs["logger"] = [file, *(logger if isinstance(logger, list) else [logger])]
-        checkpoint = self._get(self.config_init, "checkpoint")
-        if checkpoint.dirpath is None:
-            checkpoint.dirpath = str((run / "checkpoints").resolve())
+        self._get(self.config_init, "checkpoint").dirpath = str(self._checkpoint_dir)
+        if self.subcommand == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
+            self._lock()
         return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        off = [PhaseProgress] if config.get("enable_progress_bar") is False else []
+        off += [IterationCheckpoint] if config.get("enable_checkpointing") is False else []
+        return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, tuple(off))])
+
+    def _lock(self) -> None:
+        """Keep a second run out of the directory while this process lives."""
+        import fcntl
+
+        GearCLI.lock = (self.run_dir / ".lock").open("a+")
+        try:
+            fcntl.flock(GearCLI.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training in {self.run_dir}; wait for it, or give another trainer.default_root_dir"
+            ) from None
+        except OSError:  # a file system without locks
+            return
 
     def _quiet_trainer(self, **kwargs: Any) -> L.Trainer:
         """A Trainer on the same hardware for another stage, which keeps no records."""
@@ -163,23 +200,25 @@ class GearCLI(LightningCLI):
         options: WarmStart | None = self._get(self.config_init, "warm_start")
         if options is not None:
             trainer = self._quiet_trainer(max_steps=options.steps, max_epochs=-1, gradient_clip_val=1.0)
-            key = (config["model"]["policy"], self.model.teacher_options.template, config["trainer"]["precision"])
-            self.model.initial_weights = run_warm_start(options, self.model, trainer, key, self._check_engine)
+            generation = self._get(self.config_init, "generation")
+            self.model.initial_weights = run_warm_start(
+                options,
+                self.model,
+                trainer,
+                config["trainer"]["precision"],
+                partial(generation.check_model, self.model),
+            )
         if config["validate_before_fit"] and self.datamodule.val_tasks is not None:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
             self.first = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
 
-    def _check_engine(self, policy: Any) -> None:
-        generation = self._get(self.config_init, "generation")
-        generation.engine.begin(policy.eval(), generation.sampling, set())
-        generation.engine.end()
-        policy.train()
-
     def _set_aside_earlier_run(self) -> None:
         """A fresh start in the directory of an earlier run must neither mix with it nor destroy it."""
-        found = [path for name in RUN_FILES if (path := self.run_dir / name).exists()]
+        found = [path for name in RUN_FILES for path in self.run_dir.glob(name)]
+        found += [self._checkpoint_dir] if self._checkpoint_dir.exists() and self._checkpoint_dir not in found else []
         if found:
-            number = 1 + len(list(self.run_dir.glob("earlier-*")))
+            taken = [path.name.removeprefix("earlier-") for path in self.run_dir.glob("earlier-*")]
+            number = 1 + max((int(name) for name in taken if name.isdecimal()), default=0)
             aside = self.run_dir / f"earlier-{number}"
             aside.mkdir()
             for path in found:
@@ -195,10 +234,13 @@ class GearCLI(LightningCLI):
         if after is not None:
             since = "" if before is None else f"{before:.3f} -> "
             lines.append(f"  success on held-out tasks   {since}{after:.3f}")
+        told = {
+            "metrics.csv": f"all metrics, one row per step (also: tensorboard --logdir {self.run_dir})",
+            "credit_map.html": "where the credit went, token by token: open it in a browser",
+            "checkpoints/last.ckpt": "to go on: fit with --ckpt_path last",
+        }
+        lines += [f"  {name:<27} {text}" for name, text in told.items() if (self.run_dir / name).exists()]
         lines += [
-            f"  metrics.csv                 all metrics, one row per step (also: tensorboard --logdir {self.run_dir})",
-            "  credit_map.html             where the credit went, token by token: open it in a browser",
-            "  checkpoints/last.ckpt       to go on: fit with --ckpt_path last",
             "What to try next:",
             f"  gear-lightning credit {self.run_dir}",
             "  the same run with plain GRPO: add --config configs/credit/grpo.yaml",
@@ -227,7 +269,6 @@ def _keep_freed_memory() -> None:
 
 def main(args: list[str]) -> None:
     """Run a LightningCLI subcommand."""
-    import sys
     import warnings
 
     _keep_freed_memory()
@@ -245,7 +286,14 @@ def main(args: list[str]) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "💡" not in r.getMessage())
     # processes that Lightning starts for other ranks run this same command line
     sys.argv = [sys.argv[0], *args]
-    GearCLI()
+    try:
+        GearCLI()
+    except SIGTERMException:  # Lightning's own exit status, 0, would tell a job script that the run is over
+        print("stopped by SIGTERM; to go on: the same command with --ckpt_path last", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+    finally:
+        if GearCLI.lock is not None:
+            GearCLI.lock.close()
 
 
 Command = Callable[[list[str]], int]

@@ -67,17 +67,30 @@ class CreditAssigner(ABC):
         """Assign credit."""
 
 
-def _credit(evidence: Evidence, weights: Tensor, divergence: Tensor | None = None, anchor: Tensor | None = None):
+def _credit(
+    evidence: Evidence,
+    weights: Tensor,
+    divergence: Tensor | None = None,
+    anchor: Tensor | None = None,
+    clipped: Tensor | None = None,
+) -> Credit:
     mask = evidence.action_mask
+    clipped = None if clipped is None else clipped & mask
     if evidence.privileged is not None:  # where the teacher was shown nothing, it has nothing to say about credit
         weights = torch.where(evidence.privileged[:, None], weights, 1)
         anchor = None if anchor is None else torch.where(evidence.privileged[:, None], anchor, -1)
+        clipped = None if clipped is None else clipped & evidence.privileged[:, None]
     advantages = torch.where(mask, weights * evidence.advantages[:, None], 0)
     if divergence is None:
         divergence = torch.zeros_like(weights)
     if anchor is None:
         anchor = torch.full_like(evidence.turn_ids, -1)
-    return Credit(weights, advantages, torch.where(mask, divergence, 0), anchor)
+    return Credit(weights, advantages, torch.where(mask, divergence, 0), anchor, clipped)
+
+
+def _at(weights: Tensor, clip: float) -> Tensor:
+    """Where weights, as they come from `gear.signal_weights`, sit at a bound of the clip."""
+    return (weights == 1 - clip) | (weights == 1 + clip)
 
 
 def _teacher(evidence: Evidence, rule: object) -> TokenStats:
@@ -296,8 +309,9 @@ class GEAR(CreditAssigner):
             clip=self.clip,
             direction_gate=self.direction_gate,
         )
+        clipped = _at(weights, self.clip)
         weights = 1 + mixing(self.mix, self.mix_decay, evidence.policy_version) * (weights - 1)
-        return _credit(evidence, gear.normalise_weights(weights, mask, self.normalise), divergence, anchor)
+        return _credit(evidence, gear.normalise_weights(weights, mask, self.normalise), divergence, anchor, clipped)
 
 
 def mixing(mix: float, decay: int | None, version: Int[Tensor, " batch"]) -> Float[Tensor, "batch 1"]:
@@ -395,8 +409,9 @@ class RLSD(CreditAssigner):
     def __call__(self, evidence: Evidence) -> Credit:
         divergence = evidence.policy.logprobs - _teacher(evidence, self).logprobs
         weights = gear.signal_weights(divergence, evidence.advantages, evidence.action_mask, clip=self.clip)
+        clipped = _at(weights, self.clip)
         weights = 1 + mixing(self.mix, self.mix_decay, evidence.policy_version) * (weights - 1)
-        return _credit(evidence, weights, divergence)
+        return _credit(evidence, weights, divergence, clipped=clipped)
 
 
 @dataclass(frozen=True)

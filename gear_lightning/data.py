@@ -345,8 +345,9 @@ class RolloutDataModule(L.LightningDataModule):
             return None
         self.groups = []
         for group in state["groups"]:
-            rollouts = [Rollout.from_state_dict(r) for r in group["rollouts"]]
-            self.groups.append(RolloutGroup(rollouts[0].task, group["group_id"], rollouts))
+            task = self.train_task(group["group_id"])
+            rollouts = [Rollout.from_state_dict(r, task) for r in group["rollouts"]]
+            self.groups.append(RolloutGroup(task, group["group_id"], rollouts))
         self.stats = IterationStats()
         self._count(0.0)
         return state["position"]

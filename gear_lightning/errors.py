@@ -26,6 +26,20 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
     return None
 
 
+def one_line(error: BaseException | None) -> str | None:
+    """What a user can mend in a library's error, or in the one that it came from; None where that is unknown."""
+    while error is not None:
+        kind = type(error)
+        if isinstance(error, ModuleNotFoundError) and (advice := missing_extra(error)):
+            return advice
+        if kind.__module__.startswith("omegaconf"):
+            return f"in the config: {str(error).splitlines()[0]}"
+        if kind.__name__ == "MisconfigurationException":
+            return " ".join(str(error).split())
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def require_extra(module: str) -> None:
     """Check that an optional dependency can be imported.
 

@@ -25,6 +25,10 @@ class PolicySource(ABC):
     def model(self) -> Any:
         """A causal language model with its starting weights, float32 unless asked otherwise."""
 
+    def fingerprint(self) -> str:
+        """Tells this policy from others, for caches."""
+        return repr(self)
+
 
 class Float32Buffers:
     """Put before a LightningModule: rotary frequencies and other buffers that no checkpoint holds stay float32 where
@@ -112,6 +116,11 @@ class Pretrained(PolicySource):
                 raise UserError(f"{path}: not a model directory (no config.json in it)")
             return str(local)
         return path
+
+    def fingerprint(self) -> str:
+        folder = Path(self._resolve())
+        files = sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
+        return repr((self, [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]))
 
     def _load(self, loader: Any, **options: Any) -> Any:
         try:

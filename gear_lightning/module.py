@@ -1,5 +1,6 @@
 """The LightningModule: policy, teacher, credit and loss."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,6 @@ class GearModule(Float32Buffers, L.LightningModule):
 
     def _evaluate(self, batch: RolloutBatch, stage: str) -> None:
         real = batch.index >= 0
-        if not real.any():
-            return
         values = {
             "success": (self.val_success, batch.success.float()),
             "reward": (self.val_reward, batch.rewards),
@@ -202,7 +201,8 @@ class GearModule(Float32Buffers, L.LightningModule):
             "response_tokens": (self.val_tokens, batch.action_mask.sum(-1).float()),
         }
         for name, (metric, value) in values.items():
-            metric.update(value[real])
+            if real.any():
+                metric.update(value[real])
             self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "success")
 
     # -- logging --------------------------------------------------------------------------------------------------
@@ -230,25 +230,13 @@ class GearModule(Float32Buffers, L.LightningModule):
             return
         anchors = (credit.anchor >= 0) & (credit.anchor == torch.arange(mask.shape[1], device=mask.device))
         per_token("credit/segment_token_fraction", (credit.anchor >= 0).sum())
-        per_token("credit/weight_clip_fraction", self._at_limit(credit.weights, mask))
+        per_token("credit/weight_clip_fraction", mask.sum() * 0 if credit.clipped is None else credit.clipped.sum())
         per_token("credit/weight_deviation", (credit.weights - 1).abs().sum())
         self._log("credit/segments_per_rollout", anchors.sum().float() / max(rollouts, 1), rollouts)
         if teacher is not None:
             per_token("teacher/student_gap", torch.where(mask, teacher.logprobs - policy.logprobs.detach(), 0).sum())
         self.divergence_p95.update(credit.divergence[mask])
         self.log("credit/divergence_p95", self.divergence_p95, on_step=False, on_epoch=True)
-
-    def _at_limit(self, weights: Tensor, mask: Tensor) -> Tensor:
-        """Tokens whose weight is the smallest or largest of a rollout in which several share it: the clip's work."""
-        clip = getattr(self.credit, "clip", None)
-        if clip is None or clip == 0:
-            return torch.zeros((), device=weights.device)
-        # after normalisation the bounds are (1 - clip) / mean and (1 + clip) / mean of the rollout: test their ratio
-        high = torch.where(mask, weights, 0).amax(-1, keepdim=True)
-        low = torch.where(mask, weights, torch.inf).amin(-1, keepdim=True)
-        ratio = (1 + clip) / (1 - clip) if clip < 1 else torch.inf
-        both = high / low.clamp_min(1e-12) >= ratio * (1 - 1e-4)
-        return (mask & both & ((weights == high) | (weights == low))).sum()
 
     def _log(self, name: str, value: Tensor, weight: int) -> None:
         self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
@@ -257,6 +245,7 @@ class GearModule(Float32Buffers, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["policy_files"] = self.policy_files()
+        checkpoint["identity"] = self._identity()
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if data is None:
             return
@@ -281,7 +270,25 @@ class GearModule(Float32Buffers, L.LightningModule):
             files = sorted(p for p in Path(folder).iterdir() if p.is_file())
             return {p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8) for p in files}
 
+    def _identity(self) -> dict[str, str]:
+        """What a checkpoint's tensors fit to."""
+        sizes = "/".join(str(tuple(p.shape)) for p in self.policy.parameters())
+        return {
+            "model.policy (its shapes)": hashlib.sha256(sizes.encode()).hexdigest()[:12],
+            "trainer.precision": str(self.trainer.precision),
+            "model.teacher.weights": self.teacher_options.weights if self.credit.needs_teacher else "none",
+            "model.optimizer": type(self.optimizer([torch.nn.Parameter(torch.zeros(1))])).__name__,
+        }
+
+    def _check_identity(self, made_with: dict[str, str]) -> None:
+        for name, now in self._identity().items():
+            before = made_with.get(name, now)
+            if now != before:
+                raise UserError(f"the checkpoint was made with {name}={before}, and this run has {now}")
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_identity(checkpoint.get("identity", {}))
         states = checkpoint["state_dict"]
         if self.teacher is None:  # evaluation, or a credit rule without one
             checkpoint["state_dict"] = {k: v for k, v in states.items() if not k.startswith("teacher.")}

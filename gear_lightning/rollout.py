@@ -1,6 +1,7 @@
 """Rollouts and the agent loop that makes them: sampling turns, calling environments, keeping masks and budgets."""
 
-import math
+import copy
+import json
 import queue
 import threading
 import time
@@ -8,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import numpy as np
 
 from .chat import Chat, ToolCallError
 from .engines import GenerationEngine, SampledTurn, Sampling, TurnRequest
@@ -24,6 +27,7 @@ Status = Literal[
     "environment_timeout",  # reset, step or a tool took too long
     "invalid_reward",  # the reward is not a finite number, or raised
 ]
+MAX_REWARD = 1e15  # its square, in a variance, must fit into float32
 # these say something about the policy; the others say something about the environment, and are left out of learning
 LEARNABLE: frozenset[str] = frozenset({"done", "truncated", "invalid_tool_call"})
 
@@ -80,15 +84,13 @@ class Rollout:
         self.turns += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data, for checkpoints."""
-        state = dict(vars(self))
-        task = state.pop("task")
-        return {**state, "task": {**vars(task), "tools": list(task.tools)}}
+        """Plain data, for checkpoints; without the task, which its source gives again."""
+        return {name: value for name, value in vars(self).items() if name != "task"}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> "Rollout":
+    def from_state_dict(cls, state: dict[str, Any], task: Task) -> "Rollout":
         """Inverse of `state_dict`."""
-        return cls(**{**state, "task": Task(**state["task"])})
+        return cls(task, **state)
 
 
 @dataclass
@@ -179,6 +181,59 @@ class DeadlineRunner:
         raise RuntimeError(f"{type(error).__name__}: {error}") from error  # a tool may not end the process
 
 
+def checked_messages(messages: Any, what: str) -> list[Message]:
+    """Messages of an environment as plain data that can be shown, recorded and kept.
+
+    Raises:
+        TypeError: not a list of messages with a role and text.
+        ValueError: holds what JSON has no word for.
+    """
+    if not isinstance(messages, list):
+        raise TypeError(f"{what} gave {type(messages).__name__} in place of a list of messages")
+    for message in messages:
+        plain = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not plain or not isinstance(message.get("content") or "", str):
+            raise TypeError(f"{what} gave {_text(message)} in place of a message with role and content")
+    return json.loads(json.dumps(messages, allow_nan=False))
+
+
+def checked_step(step: Any) -> Step:
+    """A step of an environment as plain data; ``info`` keeps ``success`` and ``reward_parts``.
+
+    Raises:
+        RewardError: not a Step; the reward or a part of it is not a finite number below `MAX_REWARD`.
+        TypeError: messages that are none.
+        ValueError: as `checked_messages`; an array in place of a truth value.
+    """
+    if not isinstance(step, Step):
+        raise RewardError(f"step gave {type(step).__name__} in place of a Step")
+    info = step.info if isinstance(step.info, dict) else {}
+    parts = info.get("reward_parts") or {}
+    try:
+        reward, parts = _number(step.reward), {str(name): _number(value) for name, value in parts.items()}
+    except Exception as error:
+        raise RewardError(f"the environment gave reward {_text(step.reward)}, parts {_text(parts)}") from error
+    if not isinstance(found := info.get("success", False), bool | np.bool_):
+        raise TypeError(f"step gave success {_text(found)} in place of true or false")
+    told = {"success": bool(found)} if "success" in info else {}
+    messages = checked_messages(step.messages, "step")
+    return Step(messages, reward, bool(step.done), bool(step.truncated), {**told, "reward_parts": parts})
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str | bytes) or not abs(number := float(value)) < MAX_REWARD:
+        raise ValueError(f"{value!r} is no finite number")
+    return number
+
+
+def _text(value: Any) -> str:
+    """An error's message or a value as written, short; whatever it does when asked."""
+    try:
+        return str(value) if isinstance(value, BaseException) else repr(value)[:80]
+    except Exception:
+        return "(its text cannot be made)"
+
+
 @dataclass
 class _Episode:
     rollout: Rollout
@@ -261,7 +316,8 @@ class AgentLoop:
 
         def make() -> list[Message]:
             episode.environment = self.environment()
-            return episode.environment.reset(task, seed=hash(seed) & 0x7FFFFFFF)
+            mine = copy.deepcopy(task)  # what an environment does to its task stays there
+            return checked_messages(episode.environment.reset(mine, seed=hash(seed) & 0x7FFFFFFF), "reset")
 
         opening = self._guard(episode, make)
         if rollout.error is None:
@@ -282,9 +338,9 @@ class AgentLoop:
         except TimeoutError as error:
             rollout.status, rollout.error = "environment_timeout", str(error)
         except RewardError as error:
-            rollout.status, rollout.error = "invalid_reward", str(error)
+            rollout.status, rollout.error = "invalid_reward", _text(error)
         except Exception as error:
-            rollout.status, rollout.error = "environment_error", f"{type(error).__name__}: {error}"
+            rollout.status, rollout.error = "environment_error", f"{type(error).__name__}: {_text(error)}"
         return None
 
     def _request(self, key: int, episode: _Episode, otherwise: Status) -> bool:
@@ -323,11 +379,10 @@ class AgentLoop:
         if not turn.stopped and message.get("tool_calls"):
             rollout.status = "truncated"  # half a call is not carried out
             return True
-        step = self._guard(episode, lambda: episode.environment.step(message))
+        step = self._guard(episode, lambda: checked_step(episode.environment.step(message)))
         if rollout.error is not None:
             return True
-        if not self._score(rollout, step):
-            return True
+        self._score(rollout, step)
         rollout.messages += step.messages
         if step.done or step.truncated or not turn.stopped or not step.messages:
             rollout.status = "truncated" if step.truncated or not (turn.stopped or step.done) else "done"
@@ -338,23 +393,12 @@ class AgentLoop:
         rollout.add_context(context)
         return not self._request(key, episode, "truncated")
 
-    def _score(self, rollout: Rollout, step: Step) -> bool:
-        """Add a step's reward. Returns whether it is one."""
-        try:
-            parts = step.info.get("reward_parts", {}).values() if isinstance(step, Step) else ()
-            valid = isinstance(step, Step) and math.isfinite(step.reward) and all(map(math.isfinite, parts))
-        except (TypeError, AttributeError, ValueError, OverflowError, RuntimeError):  # tensors, huge integers, ...
-            valid = False
-        if not valid:
-            rollout.status = "invalid_reward"
-            given = f"reward {step.reward!r}" if isinstance(step, Step) else f"{type(step).__name__} in place of a Step"
-            rollout.error = f"task {rollout.task.id}: the environment gave {given}"
-            return False
-        rollout.reward += float(step.reward)
-        for name, value in step.info.get("reward_parts", {}).items():
-            rollout.reward_parts[name] = rollout.reward_parts.get(name, 0.0) + float(value)
-        rollout.success = bool(step.info.get("success", rollout.reward >= self.success_threshold))
-        return True
+    def _score(self, rollout: Rollout, step: Step) -> None:
+        """Add a step's reward."""
+        rollout.reward += step.reward
+        for name, value in step.info["reward_parts"].items():
+            rollout.reward_parts[name] = rollout.reward_parts.get(name, 0.0) + value
+        rollout.success = step.info.get("success", rollout.reward >= self.success_threshold)
 
     def _close(self, episode: _Episode) -> None:
         if not isinstance(episode.environment, _Unmade):

@@ -20,6 +20,8 @@ from .module import GearModule
 from .teacher import TeacherOptions, privileged_prompt
 from .token_stats import check_head, token_stats
 
+KEYED = 32  # demonstrations that a cached result is known by
+
 
 @dataclass(frozen=True)
 class WarmStart:
@@ -47,6 +49,10 @@ class WarmStart:
         for name in ("steps", "batch_size", "max_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"warm_start.{name}={getattr(self, name)} must be at least 1")
+        if not (self.learning_rate > 0 and self.warmup_steps >= 0):
+            raise UserError(
+                f"learning_rate={self.learning_rate} must be above 0, warmup_steps={self.warmup_steps} at least 0"
+            )
 
 
 def encode(item: Demonstration, chat: Chat, teacher: TeacherOptions) -> tuple[list[int], list[bool]]:
@@ -132,12 +138,16 @@ def run_warm_start(
         options: the stage's settings.
         gear: whose policy, chat and teacher view to use; its own weights stay untouched.
         trainer: a Trainer made for this stage (``max_steps`` = ``options.steps``).
-        key: plain data that decides the result beside ``options`` (policy source, teacher prompt).
+        key: plain data that decides the result beside ``options``, the policy and the demonstrations (precision).
         check: looks at the policy before it is trained and raises where what comes later could not use it.
     """
     from . import __version__
 
-    name = hashlib.sha256(repr((__version__, options, key)).encode()).hexdigest()[:16]
+    first = [options.demonstrations[i] for i in range(KEYED)]
+    shown = [encode(item, gear.chat_format, gear.teacher_options) for item in first]  # holds template and tokenizer too
+    settings = {k: v for k, v in vars(options).items() if k not in ("demonstrations", "reuse")}
+    what = (__version__, settings, type(options.demonstrations).__name__, shown, gear.source.fingerprint(), key)
+    name = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     folder = cache_dir() / "warm_start" / name
     if not options.reuse or not folder.exists():
         module = WarmStartModule(gear, options)

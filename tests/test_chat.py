@@ -75,6 +75,7 @@ def test_tool_calls_are_read(text, content, calls):
         '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>',
         "<tool_call>" + "[" * 100_000,
         '<tool_call>{"name": "f", "arguments": {"x": "\\ud800"}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>',
         '<tool_call>{"name": "f", "arguments": {"x": ' + "9" * 10_000 + "}}</tool_call>",
     ],
 )

@@ -268,3 +268,59 @@ generation:
     assert note.read_text() == "seen"
     tensors = load_file(tmp_path / "other" / "rollouts" / "iter_000000.rank_0.safetensors")
     assert (tensors["weights"][tensors["action_mask"]] == 0.25).all()
+
+
+def test_a_second_run_in_the_directory_of_a_living_one_is_refused(command, tmp_path):
+    import fcntl
+
+    with (tmp_path / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        args = [*FIT, "--trainer.default_root_dir", tmp_path]
+        assert f"another process is training in {tmp_path}" in error_of(command, *args)
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_a_checkpoint_directory_of_ones_own_is_where_last_looks(command, tmp_path):
+    args = [*FIT, "--trainer.default_root_dir", tmp_path / "run", "--checkpoint.dirpath", tmp_path / "kept"]
+    assert command(*args, "--trainer.max_epochs", "1")[0] == 0
+    status, out, err = command(*args, "--ckpt_path", "last")
+    assert status == 0, err
+    assert "held an earlier run" not in out
+    assert [row["step"] for row in metrics(tmp_path / "run")] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--recorder.every_n_iterations", "0"], "recorder.every_n_iterations=0 must be at least 1"),
+        (["--health.stop_after", "0"], "health.stop_after=0 must be at least 1"),
+        (["--generation.environment", "own_broken.Env"], "generation.environment cannot be made: KeyError: 'home'"),
+        (["--generation.budgets.context", "300"], "budgets.context=300 is more than the 256 positions"),
+        (["--trainer.accelerator", "gpu"], "gpu"),
+        (["--trainer.enable_progress_bar", "false", "--ckpt_path", "best"], "best"),
+    ],
+)
+def test_more_settings_that_cannot_be_are_refused_in_one_line(command, tmp_path, monkeypatch, args, message):
+    (tmp_path / "own_broken.py").write_text(
+        "class Env:\n    def __new__(cls):\n        raise KeyError('home')\n".replace(
+            "class Env", "from gear_lightning.environments.base import Environment\n\n\nclass Env(Environment)"
+        )
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    error = error_of(command, *FIT, "--trainer.default_root_dir", tmp_path / "run", *args)
+    assert message in error
+
+
+def test_bars_and_checkpoints_can_be_switched_off(command, tmp_path):
+    off = [
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.enable_checkpointing",
+        "false",
+        "--trainer.logger",
+        "false",
+    ]
+    status, out, err = command(*FIT, "--trainer.default_root_dir", tmp_path, *off)
+    assert status == 0, err
+    assert "last.ckpt" not in out.split("What to try")[0]
+    assert not (tmp_path / "checkpoints").exists()

@@ -330,3 +330,17 @@ def test_a_missing_teacher_is_named(rule):
     with pytest.raises(UserError, match=f"{type(rule).__name__} needs the teacher's log-probs"):
         rule(e)
     assert Uniform()(e).weights.tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("rule", [GEAR(clip=0.2), GEAR(clip=0.2, mix=0.5), GEAR(clip=0.2, normalise="none"), RLSD()])
+def test_tokens_at_the_clip_are_marked(rule):
+    policy = torch.tensor([[0.0, -0.1, -0.1, -3.0, -0.1]])
+    teacher = torch.tensor([[0.0, -0.1, -3.0, -0.1, -0.2]])  # none, none, departure, the other way, a little
+    mask = torch.tensor([[False, True, True, True, True]])
+    off = torch.zeros_like(mask)
+    stats = [TokenStats(x, torch.zeros_like(x)) for x in (policy, teacher)]
+    e = Evidence(
+        torch.tensor([-1.0]), mask, torch.zeros_like(mask, dtype=torch.long) - ~mask * 1, off, torch.tensor([0]), *stats
+    )
+    assert rule(e).clipped.tolist() == [[False, False, True, True, False]]
+    assert not rule(replace(e, privileged=torch.tensor([False]))).clipped.any()

@@ -1,5 +1,6 @@
 """The agent loop: ids are final, masks are right, budgets hold, and what fails costs one rollout."""
 
+import json
 import threading
 import time
 
@@ -59,7 +60,7 @@ def test_sampled_ids_are_final_and_masks_cover_them_alone():
 
 def test_rollouts_survive_as_plain_data():
     rollout = play(Scripted(CALL, "done"))
-    again = Rollout.from_state_dict(rollout.state_dict())
+    again = Rollout.from_state_dict(rollout.state_dict(), rollout.task)
     assert vars(again).keys() == vars(rollout).keys()
     assert again.tokens == rollout.tokens
     assert again.task.messages == rollout.task.messages
@@ -222,3 +223,70 @@ def test_what_cannot_be_shown_to_the_policy_costs_its_rollout_alone(place):
     rollout = play(Scripted(CALL, "done"), Odd)
     assert rollout.status == "environment_error"
     assert "surrogates" in rollout.error
+
+
+class Opens(Environment):
+    """Its reset or its step gives what the test says."""
+
+    def __init__(self, place, gives):
+        self.place, self.gives = place, gives
+
+    def reset(self, task, *, seed):
+        return self.gives if self.place == "reset" else []
+
+    def step(self, message):
+        return self.gives
+
+
+class Unsayable(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+CYCLE: list = [{"role": "tool", "content": "x"}]
+CYCLE[0]["again"] = CYCLE
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        *(Opens("reset", gives) for gives in (None, 5, "hello", [{"content": "x"}], [{"role": "user", "content": 3}])),
+        *(Opens("step", Step(messages)) for messages in (None, "abc", [1, 2])),
+        Opens("step", Step([{"role": "tool", "content": "x", "n": float("nan")}])),
+        Opens("step", Step([{"role": "tool", "content": "x", (1, 2): 3}])),
+        Opens("step", Step(CYCLE)),
+        Opens("step", Step(done=torch.tensor([True, False]))),
+        Opens("step", Step(done=True, info={"success": "False"})),
+        Opens("step", Step(done=True, info={"success": torch.tensor([1, 0])})),
+    ],
+)  # fmt: skip
+def test_answers_that_are_none_cost_their_rollout_alone(environment):
+    rollout = play(Scripted("done"), lambda: environment)
+    assert rollout.status == "environment_error"
+    assert rollout.error
+    json.dumps(rollout.messages, allow_nan=False)
+
+
+def test_an_exception_without_a_text_costs_its_rollout_alone():
+    class Bad(Environment):
+        def step(self, message):
+            raise Unsayable
+
+    rollout = play(Scripted("done"), Bad)
+    assert (rollout.status, rollout.error) == ("environment_error", "Unsayable: (its text cannot be made)")
+
+
+def test_a_task_that_an_environment_changes_stays_what_it_was():
+    class Changes(Environment):
+        def reset(self, task, *, seed):
+            task.messages.append({"role": "user", "content": "more"})
+            task.meta["answer"] = "changed"
+            return []
+
+        def step(self, message):
+            return Step(done=True)
+
+    rollout = play(Scripted("done"), Changes)
+    assert [m["content"] for m in rollout.task.messages] == ["Go."]
+    assert rollout.task.meta == {}
+    assert CHAT.prompt(rollout.task.messages, TOOLS) == rollout.tokens[: rollout.prompt_length]

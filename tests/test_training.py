@@ -190,3 +190,31 @@ def same_metrics(one: Path, other: Path):
     assert [{k: v for k, v in row.items() if not k.startswith(timing)} for row in left] == [
         {k: v for k, v in row.items() if not k.startswith(timing)} for row in right
     ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"teacher": "live"}, "model.teacher.weights=ema, and this run has live"),
+        ({"optimizer": "SGD"}, "model.optimizer=AdamW, and this run has SGD"),
+        ({"precision": "bf16-true"}, "trainer.precision=32-true, and this run has bf16-true"),
+        ({"source": 64}, r"model.policy \(its shapes\)="),
+    ],
+)
+def test_resuming_with_other_options_says_which(tmp_path, changed, message):
+    from tiny import source as policy
+
+    from gear_lightning.module import GearModule
+    from gear_lightning.teacher import TeacherOptions
+
+    first = trainer(tmp_path, generation(), max_epochs=1)
+    first.fit(module(), datamodule=data())
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    other = GearModule(
+        policy(hidden_size=changed.get("source", 32)),
+        teacher=TeacherOptions(changed.get("teacher", "ema"), template=" <ref> {reference}"),
+        optimizer=lambda p: getattr(torch.optim, changed.get("optimizer", "AdamW"))(p, lr=1e-2),
+    )
+    again = trainer(tmp_path, generation(), max_epochs=2, precision=changed.get("precision", "32-true"))
+    with pytest.raises(UserError, match=message):
+        again.fit(other, datamodule=data(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)

@@ -93,3 +93,18 @@ def test_two_processes_resume_exactly(runs, repository):
     for name, value in whole["state_dict"].items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-6, msg=name)
     assert metrics(runs / "resumed")[-1] == pytest.approx(metrics(runs / "two")[-1], rel=1e-4)
+
+
+def test_fewer_validation_rollouts_than_processes_are_evaluated(tmp_path, repository):
+    options = (
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        "ddp",
+        "--data.val_limit",
+        "1",
+        "--trainer.max_epochs",
+        "2",
+    )
+    launch(tmp_path, *options, repository=repository)
+    assert [row["step"] for row in metrics(tmp_path) if "val/success" in row] == [0, 2]

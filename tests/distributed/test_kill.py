@@ -59,3 +59,19 @@ def test_a_killed_run_equals_the_whole_one(tmp_path, repository, processes):
     for name, value in one["state_dict"].items():
         if value.is_floating_point():
             assert (value - other["state_dict"][name]).abs().max() <= (0 if processes == 1 else 1e-5), name
+
+
+def test_a_terminated_run_says_so_to_the_shell_and_goes_on(tmp_path, repository):
+    command, environment = command_line(tmp_path, "--trainer.max_epochs", "500", "--ckpt_path", "last")
+    process = subprocess.Popen(command, cwd=repository, env=environment, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + DEADLINE
+    while not (tmp_path / "metrics.csv").exists() or len(metrics(tmp_path)) < 3:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err[-2000:]
+    assert "to go on: the same command with --ckpt_path last" in err
+    done = len(metrics(tmp_path)) - 1
+    play(tmp_path, repository, "--trainer.max_epochs", str(done + 2))
+    assert [row["step"] for row in metrics(tmp_path)][-1] == done + 2
