@@ -102,7 +102,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         Raises:
             UserError: its positions or its vocabulary do not suffice, or the engine cannot sample it.
         """
-        config, tokenizer = policy.config, module.chat_format.tokenizer
+        config = policy.config
         positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         if positions is not None and self.budgets.context > positions:
             raise UserError(
@@ -110,8 +110,11 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 f"{type(policy).__name__}"
             )
         rows = policy.get_input_embeddings().weight.shape[0]
-        if len(tokenizer) > rows:
-            raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {type(policy).__name__} knows {rows}")
+        highest = max(module.chat_format.prompt([{"role": "user", "content": "Hello"}]))
+        if highest >= rows:
+            raise UserError(
+                f"the tokenizer does not fit the model: it gives id {highest}, {type(policy).__name__} knows {rows}"
+            )
         training = policy.training
         self.engine.begin(policy.eval(), self.sampling, set())
         self.engine.end()
