@@ -132,10 +132,8 @@ class GearCLI(LightningCLI):
         super().instantiate_classes()
         if path == "last":  # on the first start of a job that is started again and again there is none yet
             self.config_init[str(self.subcommand)]["ckpt_path"] = None if newest is None else str(newest)
-        if self._get(self.config_init, "weights_only") is None:
-            self.config_init[str(self.subcommand)]["weights_only"] = (
-                True  # Lightning would unpickle a remote checkpoint
-            )
+        if self._get(self.config_init, "weights_only") is None:  # Lightning would unpickle a remote checkpoint
+            self.config_init[str(self.subcommand)]["weights_only"] = True
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         run, config = self.run_dir, self._get(self.config_init, "trainer")
@@ -214,7 +212,7 @@ class GearCLI(LightningCLI):
 
     def _set_aside_earlier_run(self) -> None:
         """A fresh start in the directory of an earlier run must neither mix with it nor destroy it."""
-        found = [path for name in RUN_FILES for path in self.run_dir.glob(name)]
+        found = [path for name in RUN_FILES for path in self.run_dir.resolve().glob(name)]
         found += [self._checkpoint_dir] if self._checkpoint_dir.exists() and self._checkpoint_dir not in found else []
         if found:
             taken = [path.name.removeprefix("earlier-") for path in self.run_dir.glob("earlier-*")]

@@ -1,7 +1,6 @@
 """Rollouts and the agent loop that makes them: sampling turns, calling environments, keeping masks and budgets."""
 
 import copy
-import json
 import queue
 import threading
 import time
@@ -10,11 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-
 from .chat import Chat, ToolCallError
 from .engines import GenerationEngine, SampledTurn, Sampling, TurnRequest
 from .environments.base import Environment, Message, RewardError, Step, Task
+from .environments.checks import as_text, checked_messages, checked_step
 from .errors import UserError
 
 Status = Literal[
@@ -27,7 +25,6 @@ Status = Literal[
     "environment_timeout",  # reset, step or a tool took too long
     "invalid_reward",  # the reward is not a finite number, or raised
 ]
-MAX_REWARD = 1e15  # its square, in a variance, must fit into float32
 # these say something about the policy; the others say something about the environment, and are left out of learning
 LEARNABLE: frozenset[str] = frozenset({"done", "truncated", "invalid_tool_call"})
 
@@ -181,59 +178,6 @@ class DeadlineRunner:
         raise RuntimeError(f"{type(error).__name__}: {error}") from error  # a tool may not end the process
 
 
-def checked_messages(messages: Any, what: str) -> list[Message]:
-    """Messages of an environment as plain data that can be shown, recorded and kept.
-
-    Raises:
-        TypeError: not a list of messages with a role and text.
-        ValueError: holds what JSON has no word for.
-    """
-    if not isinstance(messages, list):
-        raise TypeError(f"{what} gave {type(messages).__name__} in place of a list of messages")
-    for message in messages:
-        plain = isinstance(message, dict) and isinstance(message.get("role"), str)
-        if not plain or not isinstance(message.get("content") or "", str):
-            raise TypeError(f"{what} gave {_text(message)} in place of a message with role and content")
-    return json.loads(json.dumps(messages, allow_nan=False))
-
-
-def checked_step(step: Any) -> Step:
-    """A step of an environment as plain data; ``info`` keeps ``success`` and ``reward_parts``.
-
-    Raises:
-        RewardError: not a Step; the reward or a part of it is not a finite number below `MAX_REWARD`.
-        TypeError: messages that are none.
-        ValueError: as `checked_messages`; an array in place of a truth value.
-    """
-    if not isinstance(step, Step):
-        raise RewardError(f"step gave {type(step).__name__} in place of a Step")
-    info = step.info if isinstance(step.info, dict) else {}
-    parts = info.get("reward_parts") or {}
-    try:
-        reward, parts = _number(step.reward), {str(name): _number(value) for name, value in parts.items()}
-    except Exception as error:
-        raise RewardError(f"the environment gave reward {_text(step.reward)}, parts {_text(parts)}") from error
-    if not isinstance(found := info.get("success", False), bool | np.bool_):
-        raise TypeError(f"step gave success {_text(found)} in place of true or false")
-    told = {"success": bool(found)} if "success" in info else {}
-    messages = checked_messages(step.messages, "step")
-    return Step(messages, reward, bool(step.done), bool(step.truncated), {**told, "reward_parts": parts})
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, str | bytes) or not abs(number := float(value)) < MAX_REWARD:
-        raise ValueError(f"{value!r} is no finite number")
-    return number
-
-
-def _text(value: Any) -> str:
-    """An error's message or a value as written, short; whatever it does when asked."""
-    try:
-        return str(value) if isinstance(value, BaseException) else repr(value)[:80]
-    except Exception:
-        return "(its text cannot be made)"
-
-
 @dataclass
 class _Episode:
     rollout: Rollout
@@ -338,9 +282,9 @@ class AgentLoop:
         except TimeoutError as error:
             rollout.status, rollout.error = "environment_timeout", str(error)
         except RewardError as error:
-            rollout.status, rollout.error = "invalid_reward", _text(error)
+            rollout.status, rollout.error = "invalid_reward", as_text(error)
         except Exception as error:
-            rollout.status, rollout.error = "environment_error", f"{type(error).__name__}: {_text(error)}"
+            rollout.status, rollout.error = "environment_error", f"{type(error).__name__}: {as_text(error)}"
         return None
 
     def _request(self, key: int, episode: _Episode, otherwise: Status) -> bool:

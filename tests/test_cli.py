@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -168,8 +169,10 @@ def test_a_run_leaves_what_the_readme_says_and_every_command_reads_it(command, t
     assert status == 0, err
 
 
-def test_a_fresh_start_sets_an_earlier_run_aside(command, tmp_path):
-    args = [*FIT, "--trainer.default_root_dir", tmp_path, "--trainer.max_epochs", "1"]
+@pytest.mark.parametrize("kind", ["absolute", "relative"])
+def test_a_fresh_start_sets_an_earlier_run_aside(command, tmp_path, repository, kind):
+    run = tmp_path if kind == "absolute" else os.path.relpath(tmp_path, repository)
+    args = [*FIT, "--trainer.default_root_dir", run, "--trainer.max_epochs", "1"]
     command(*args)
     first = (tmp_path / "metrics.csv").read_text()
     status, out, _ = command(*args)
