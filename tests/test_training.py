@@ -156,7 +156,7 @@ def test_a_run_stopped_between_iterations_and_resumed_equals_one_that_was_not(tm
     same_metrics(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize(("inner_epochs", "batch_idx"), [(1, 0), (1, 2), (2, 3), (2, 4)])
+@pytest.mark.parametrize(("inner_epochs", "batch_idx"), [(1, 0), (1, 2), (1, 3), (2, 3), (2, 4), (2, 7)])
 def test_a_checkpoint_in_the_middle_of_an_iteration_resumes_exactly(tmp_path, inner_epochs, batch_idx):
     import lightning as L
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_in_the_middle_of_an_iteration_resumes_exactly(tmp_path, in
         model, datamodule=data(**options), ckpt_path=tmp_path / "mid.ckpt", weights_only=True
     )
     same_weights(whole, model)
-    if inner_epochs == 1:
+    if inner_epochs == 1 and batch_idx < 3:  # behind the last step, an iteration's metrics are gone until its end
         same_metrics(tmp_path / "whole", tmp_path / "parts")
 
 
