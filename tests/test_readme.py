@@ -85,7 +85,8 @@ def test_own_pieces_as_the_readme_writes_them_train(tmp_path):
     small = (  # the policy of the README needs weights; the rest is as written
         '--model.policy=\'{"class_path": "gear_lightning.models.FromScratch", "init_args": {"layers": 1, '
         '"words": "gear_lightning.environments.lookup_chain.WORDS"}}\' --trainer.max_epochs 1 --data.group_size 2 '
-        "--data.tasks_per_iteration 2 --generation.budgets.tokens 8 --generation.budgets.context 256 --trainer.default_root_dir run"
+        "--data.tasks_per_iteration 2 --generation.budgets.tokens 8 --generation.budgets.context 256 "
+        "--trainer.default_root_dir run"
     )
     done = run(f"gear-lightning fit --config my_recipe.yaml {small}", tmp_path, 120)
     assert done.returncode == 0, done.stderr[-3000:]
