@@ -61,11 +61,19 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if not isinstance(data, RolloutDataModule) or not isinstance(pl_module, GearModule):
             raise UserError("GenerationCallback works with a GearModule and a RolloutDataModule")
-        first = self._module is None
-        self._module, self._trainer = pl_module, trainer
+        self._trainer = trainer
+        if self._module is not pl_module or data.generator is not self:
+            self.attach(pl_module, data)
+
+    def attach(self, module: GearModule, data: RolloutDataModule) -> None:
+        """Serve a data module with rollouts of a module's policy, and look at its tasks.
+
+        Raises:
+            UserError: a task that cannot be used; names it.
+        """
+        self._module = module
         data.generator = self
-        if first:
-            data.check_tasks()
+        data.check_tasks()
 
     def generate(self, jobs: list[tuple[Task, tuple[int, ...]]], stage: str) -> list[Rollout]:
         assert self._module is not None
@@ -91,7 +99,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
     def _new_environment(self) -> Environment:
         try:
             return self.environment()
-        except UserError:
+        except (UserError, KeyboardInterrupt):
             raise
         except BaseException as error:  # its constructor may raise anything, SystemExit included
             raise UserError(f"generation.environment cannot be made: {type(error).__name__}: {error}") from error

@@ -193,12 +193,13 @@ class GearCLI(LightningCLI):
         config = self.config["fit"]
         if self._get(self.config_init, "ckpt_path") is not None:
             return
+        generation = self._get(self.config_init, "generation")
+        generation.attach(self.model, self.datamodule)  # a task that cannot be used is told before any training
         if self.trainer.is_global_zero:
             self._set_aside_earlier_run()
         options: WarmStart | None = self._get(self.config_init, "warm_start")
         if options is not None:
             trainer = self._quiet_trainer(max_steps=options.steps, max_epochs=-1, gradient_clip_val=1.0)
-            generation = self._get(self.config_init, "generation")
             self.model.initial_weights = run_warm_start(
                 options,
                 self.model,

@@ -77,6 +77,14 @@ def test_a_bad_setting_gives_one_clear_error_before_any_training(command, tmp_pa
     assert not (tmp_path / "run" / "rollouts").exists()
 
 
+def test_tasks_are_looked_at_before_the_warm_start(command, tmp_path):
+    args = [a for a in FIT if a != "--warm_start=null"]
+    args += ["--warm_start.steps", "1", "--warm_start.batch_size", "2", "--generation.budgets.context", "8"]
+    error = error_of(command, *args, "--trainer.default_root_dir", tmp_path)
+    assert "its prompt has 8 tokens" in error
+    assert "warm start" not in error
+
+
 def test_a_run_directory_that_cannot_be_written_is_named(command, tmp_path):
     (tmp_path / "file").touch()
     run = tmp_path / "file" / "run"
