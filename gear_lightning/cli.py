@@ -254,7 +254,7 @@ class GearCLI(LightningCLI):
 
 def _keep_freed_memory() -> None:
     """Without a GPU, activations live in memory that glibc gives back to the system after every step and that faults in
-    anew, page by page: about a fifth of a teacher's pass. Left alone where a GPU does the work: weights pass once there.
+    anew, page by page (a fifth of a teacher's pass). Left alone with a GPU: weights pass there once.
     """
     import ctypes
     import platform
