@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -14,7 +14,10 @@ from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.errors import UserError
 from gear_lightning.module import GearModule
 from gear_lightning.rollout import AgentLoop, Budgets, Rollout
+from gear_lightning.sampling_weights import SamplingWeights, WeightsMode
+from gear_lightning.sharding import shape
 from gear_lightning.teacher import privileged_text
+from gear_lightning.together import together
 
 EnvironmentFactory = Callable[[], Environment]
 
@@ -29,6 +32,9 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         val_sampling: how tokens are drawn in evaluation. Null: as in training.
         budgets: limits of one rollout.
         success_threshold: reward from which a rollout counts as solved, where the environment does not say.
+        weights: under a strategy that spreads the weights: ``gather`` a whole copy on every process for each rollout
+            phase, ``stream`` layers through it at every token, or ``auto``: gather where it fits.
+        weights_dtype: of the copy; also makes one where the weights are whole. Null: as the policy.
     """
 
     def __init__(
@@ -39,6 +45,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         val_sampling: Sampling | None = None,
         budgets: Budgets = Budgets(),
         success_threshold: float = 1.0,
+        weights: WeightsMode = "auto",
+        weights_dtype: Literal["float32", "bfloat16"] | None = None,
     ):
         if sampling.temperature == 0:
             raise UserError("generation.sampling.temperature=0 gives a group of equal rollouts; use it in val_sampling")
@@ -48,6 +56,9 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self.val_sampling = val_sampling or sampling
         self.budgets = budgets
         self.success_threshold = success_threshold
+        self.weights = weights
+        self.weights_dtype = weights_dtype
+        self._weights = SamplingWeights(weights, None if weights_dtype is None else getattr(torch, weights_dtype))
         self.listeners: list[Callable[[str, int, int, int], None]] = []  # (stage, finished, rollouts, tokens)
         self._checked = False
         self._module: GearModule | None = None
@@ -78,9 +89,6 @@ class GenerationCallback(L.Callback, RolloutGenerator):
     def generate(self, jobs: list[tuple[Task, tuple[int, ...]]], stage: str) -> list[Rollout]:
         assert self._module is not None
         assert self._trainer is not None
-        if not self._checked:
-            self.check_model(self._module, self._module.policy)
-            self._checked = True
         loop = AgentLoop(
             self._module.chat_format,
             self.engine,
@@ -90,11 +98,43 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             self.success_threshold,
             partial(self._report, stage),
         )
+        module = self._module
+        if not self._checked:
+            together(lambda: self.check_policy(module, module.policy))
         # one context for the whole phase, so that the weights are cast once and not at every token
         mixed = self._trainer.precision == "bf16-mixed"
-        with torch.autocast(self._module.device.type, dtype=torch.bfloat16, enabled=mixed):
-            rollouts, _ = loop.run(self._module.policy, jobs, policy_version=self._trainer.global_step)
+        version = self._trainer.global_step
+        with (
+            torch.autocast(module.device.type, dtype=torch.bfloat16, enabled=mixed),
+            self._weights.open(module.policy, module.blank[0], version, self._cache_bytes(len(jobs)), self.engine) as (
+                model,
+                check,
+            ),
+        ):
+            if not self._checked:
+                self.check_engine(model)
+                self._checked = True
+            rollouts, _ = loop.run(model, jobs, policy_version=version, check=check)
         return rollouts
+
+    def _cache_bytes(self, rollouts: int) -> int:
+        """Keys and values of so many whole contexts."""
+        assert self._module is not None
+        config = self._module.policy.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = 2 if self.weights_dtype == "bfloat16" or "bf16" in str(self._module.trainer.precision) else 4
+        return rollouts * self.budgets.context * config.num_hidden_layers * 2 * heads * width * size
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._weights.close()  # room for the update
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._weights.close()
+
+    on_test_end = on_predict_end = on_validation_end
 
     def _new_environment(self) -> Environment:
         try:
@@ -105,10 +145,19 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             raise UserError(f"generation.environment cannot be made: {type(error).__name__}: {error}") from error
 
     def check_model(self, module: GearModule, policy: Any) -> None:
-        """Look at a policy before it makes rollouts.
+        """Look at a whole policy before it makes rollouts.
 
         Raises:
             UserError: its positions or its vocabulary do not suffice, or the engine cannot sample it.
+        """
+        self.check_policy(module, policy)
+        self.check_engine(policy)
+
+    def check_policy(self, module: GearModule, policy: Any) -> None:
+        """Look at the sizes of a policy.
+
+        Raises:
+            UserError: its positions or its vocabulary do not suffice.
         """
         config = policy.config
         positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
@@ -117,16 +166,23 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 f"generation.budgets.context={self.budgets.context} is more than the {positions} positions of "
                 f"{type(policy).__name__}"
             )
-        rows = policy.get_input_embeddings().weight.shape[0]
+        rows = shape(policy.get_input_embeddings().weight)[0]
         highest = max(module.chat_format.prompt([{"role": "user", "content": "Hello"}]))
         if highest >= rows:
             raise UserError(
                 f"the tokenizer does not fit the model: it gives id {highest}, {type(policy).__name__} knows {rows}"
             )
-        training = policy.training
-        self.engine.begin(policy.eval(), self.sampling, set())
+
+    def check_engine(self, model: Any) -> None:
+        """Let the engine look at the model that it is going to sample from.
+
+        Raises:
+            UserError: it cannot.
+        """
+        training = model.training
+        self.engine.begin(model.eval(), self.sampling, set())
         self.engine.end()
-        policy.train(training)
+        model.train(training)
 
     def _report(self, stage: str, finished: int, rollouts: int, tokens: int) -> None:
         for listen in self.listeners:

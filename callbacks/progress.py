@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -152,7 +153,7 @@ class PhaseProgress(ProgressBar):
         total = self._total(trainer)
         success = float(trainer.callback_metrics["val/success"])  # computed by now, on every rank
         self._show("evaluation", trainer.current_epoch, total, self._numbers(success=success), force=True)
-        if not trainer.fit_loop.epoch_progress.current.ready:
+        if trainer.state.fn != TrainerFn.FITTING:
             self._close()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

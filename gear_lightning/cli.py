@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from .callbacks.checkpoint import IterationCheckpoint, newest_checkpoint
 from .callbacks.credit_map import CreditMap
+from .callbacks.first_evaluation import FirstEvaluation
 from .callbacks.generation import GenerationCallback
 from .callbacks.health import Health
 from .callbacks.progress import PhaseProgress
@@ -81,15 +82,13 @@ class GearCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(GenerationCallback, "generation")
         parser.add_argument("--warm_start", type=WarmStart | None, default=None, help="Supervised stage before RL.")
-        parser.add_argument(
-            "--validate_before_fit", type=bool, default=True, help="Evaluate the policy before its first update."
-        )
         parser.add_lightning_class_args(RolloutRecorder, "recorder")
         parser.add_lightning_class_args(CreditMap, "credit_map")
         parser.add_lightning_class_args(Health, "health")
         parser.add_lightning_class_args(SampleTable, "samples")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(PhaseProgress, "progress")
+        parser.add_lightning_class_args(FirstEvaluation, "first_evaluation")  # after the progress bar has opened
         parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
         parser.set_defaults(
             {
@@ -207,9 +206,6 @@ class GearCLI(LightningCLI):
                 config["trainer"]["precision"],
                 partial(generation.check_model, self.model),
             )
-        if config["validate_before_fit"] and self.datamodule.val_tasks is not None:
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-            self.first = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
 
     def _set_aside_earlier_run(self) -> None:
         """A fresh start in the directory of an earlier run must neither mix with it nor destroy it."""
@@ -228,7 +224,8 @@ class GearCLI(LightningCLI):
         metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}  # on every rank: it may communicate
         if not self.trainer.is_global_zero:
             return
-        before, after = getattr(self, "first", {}).get("val/success"), metrics.get("val/success")
+        first: FirstEvaluation = self._get(self.config_init, "first_evaluation")
+        before, after = first.metrics.get("val/success"), metrics.get("val/success")
         lines = ["", f"Results are in {self.run_dir}:"]
         if after is not None:
             since = "" if before is None else f"{before:.3f} -> "

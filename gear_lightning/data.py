@@ -14,8 +14,9 @@ from .advantage import GRPO, GroupAdvantage, has_spread
 from .batch import RolloutBatch, RolloutRow, Sealed, collate
 from .environments.base import Task, TaskSource
 from .errors import UserError
-from .resume import gather, random_state, restore_random_state
+from .resume import random_state, restore_random_state
 from .rollout import Rollout, RolloutGroup
+from .together import gather
 
 ZeroSpread = Literal["keep", "drop", "resample"]
 

@@ -5,6 +5,7 @@ conversation. The randomness of a turn comes from the request alone, so what is 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .sharding import fingerprint, forward_of_model, shape
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,30 @@ class SampledTurn:
     stopped: bool = False
 
 
+@forward_of_model
+def next_logits(model: Any, last: Tensor, ids: Tensor, **cache: Any) -> Tensor:
+    """Logits [rows, vocab] after the id at place ``last`` [rows] of each row of ``ids`` [rows, seq]."""
+    hidden = model.get_decoder()(input_ids=ids, **cache).last_hidden_state
+    return model.get_output_embeddings()(hidden[torch.arange(len(last), device=ids.device), last])
+
+
+def _nothing() -> None:
+    """What engines do before a forward, unless the weights are gathered for it."""
+
+
 class GenerationEngine(ABC):
-    """Samples turns from the policy's current weights."""
+    """Samples turns from the policy's current weights.
+
+    ``before_forward`` is to be called before every forward of the model: where weights are gathered layer by layer, all
+    ranks must take part in each.
+    """
+
+    before_forward: Callable[[], None] = staticmethod(_nothing)
+
+    def fingerprint(self, dtype: torch.dtype | None) -> str | None:
+        """`sharding.fingerprint` of the weights that the engine samples with, as rounded to ``dtype``; None where it
+        cannot tell. All ranks call it."""
+        return None
 
     @abstractmethod
     def begin(self, model: Any, sampling: Sampling, stop_ids: set[int]) -> None:
@@ -207,6 +231,7 @@ class CachedEngine(GenerationEngine):
         if prefill_tokens < 1:
             raise UserError(f"prefill_tokens={prefill_tokens} must be at least 1")
         self.prefill_tokens = prefill_tokens
+        self._model: Any = None
         self._tested: type | None = None
         self._rows: dict[int, int] = {}
         self._table: list[_Row | None] = []
@@ -237,7 +262,7 @@ class CachedEngine(GenerationEngine):
         Raises:
             UserError: the model does something with its cache that this engine does not know of.
         """
-        size = model.get_output_embeddings().weight.shape[0]
+        size = shape(model.get_output_embeddings().weight)[0]
         first, then = [[1 % size, 2 % size, 3 % size], [n % size for n in range(4, 11)]], [5 % size]
         self._table = [_Row(), _Row()]
         self._forward([0, 1], first)
@@ -245,7 +270,11 @@ class CachedEngine(GenerationEngine):
             row.length = len(ids)  # pyright: ignore[reportOptionalMemberAccess]
         ours = self._forward([0, 1], [then, then]).float()
         whole = [torch.tensor([ids + then], device=self._device) for ids in first]
-        theirs = torch.cat([model(input_ids=ids, use_cache=False).logits[:, -1] for ids in whole]).float()
+        theirs = []
+        for ids in whole:
+            self.before_forward()
+            theirs.append(model(input_ids=ids, use_cache=False).logits[:, -1])
+        theirs = torch.cat(theirs).float()
         low = next(model.parameters()).dtype != torch.float32 or torch.is_autocast_enabled(self._device.type)
         self._cache = _RowCache()
         if (ours - theirs).abs().max() > (0.2 if low else 1e-2) * theirs.std():
@@ -261,7 +290,11 @@ class CachedEngine(GenerationEngine):
 
     def end(self) -> None:
         self._rows, self._table, self._waiting = {}, [], []
-        del self._model, self._cache
+        self._model = None
+        del self._cache
+
+    def fingerprint(self, dtype: torch.dtype | None) -> str | None:
+        return fingerprint(self._model, dtype)
 
     @torch.no_grad()
     def poll(self) -> list[SampledTurn]:
@@ -306,11 +339,10 @@ class CachedEngine(GenerationEngine):
         view = max(view, max(lengths) + queries)
         self._cache.aim(None if everything else torch.tensor(rows, device=self._device), columns, view)
         mask = torch.arange(view, device=self._device)[None, None, None, :] <= columns[:, None, :, None]
-        hidden = self._model.get_decoder()(
-            input_ids=ids, attention_mask=mask, position_ids=columns, past_key_values=self._cache, use_cache=True
-        ).last_hidden_state
         last = torch.tensor([len(f) - 1 for f in feeds], device=self._device)
-        return self._model.get_output_embeddings()(hidden[torch.arange(len(rows), device=self._device), last])
+        places = {"attention_mask": mask, "position_ids": columns}
+        self.before_forward()
+        return next_logits(self._model, last, ids, **places, past_key_values=self._cache, use_cache=True)
 
     def _take(self, rows: list[int], logits: Tensor) -> None:
         """Draw the next token of each row."""
@@ -426,9 +458,9 @@ class GenerateEngine(GenerationEngine):
             contexts = [requests[i].ids + turns[i].ids for i in live]
             width = max(map(len, contexts))
             ids = torch.tensor([c + [0] * (width - len(c)) for c in contexts], device=self._device)
-            hidden = self._model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
             last = torch.tensor([len(c) - 1 for c in contexts], device=self._device)
-            logits = self._model.get_output_embeddings()(hidden[torch.arange(len(live), device=self._device), last])
+            self.before_forward()
+            logits = next_logits(self._model, last, ids, use_cache=False)
             uniforms = torch.tensor([draws[i][len(turns[i].ids)] for i in live], device=self._device)
             for i, token, logprob in zip(
                 live, *(x.tolist() for x in draw(logits, uniforms, self._sampling)), strict=True
@@ -443,3 +475,6 @@ class GenerateEngine(GenerationEngine):
 
     def end(self) -> None:
         del self._model
+
+    def fingerprint(self, dtype: torch.dtype | None) -> str | None:
+        return fingerprint(self._model, dtype)

@@ -25,6 +25,13 @@ class PolicySource(ABC):
     def model(self) -> Any:
         """A causal language model with its starting weights, float32 unless asked otherwise."""
 
+    def skeleton(self) -> Any:
+        """The model with its parameters on the meta device: shapes without values, and without memory where the source
+        knows how."""
+        from .sharding import skeleton
+
+        return skeleton(self.model())
+
     def fingerprint(self) -> str:
         """Tells this policy from others, for caches."""
         return repr(self)
@@ -147,6 +154,16 @@ class Pretrained(PolicySource):
 
         return self._load(AutoModelForCausalLM, dtype=torch.float32, attn_implementation=self.attn_implementation)
 
+    def skeleton(self) -> Any:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = self._load(AutoConfig)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, dtype=torch.float32, attn_implementation=self.attn_implementation
+            )
+
 
 def _convert_gguf(file: Path) -> Path:
     """Dequantise a GGUF file into a model directory in the cache."""
@@ -221,12 +238,11 @@ class FromScratch(PolicySource):
         tokenizer.chat_template = WORD_TEMPLATE
         return tokenizer
 
-    def model(self) -> Any:
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+    def _config(self) -> Any:
+        from transformers import LlamaConfig
 
         tokenizer = self.tokenizer()
-        config = LlamaConfig(
+        return LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=self.hidden_size,
             intermediate_size=4 * self.hidden_size,
@@ -239,6 +255,20 @@ class FromScratch(PolicySource):
             eos_token_id=tokenizer.eos_token_id,
             tie_word_embeddings=False,
         )
+
+    def model(self) -> Any:
+        import torch
+        from transformers import LlamaForCausalLM
+
+        config = self._config()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
+            return LlamaForCausalLM(config)
+
+    def skeleton(self) -> Any:
+        import torch
+        from transformers import LlamaForCausalLM
+
+        config = self._config()
+        with torch.device("meta"):
             return LlamaForCausalLM(config)

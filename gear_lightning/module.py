@@ -1,5 +1,6 @@
 """The LightningModule: policy, teacher, credit and loss."""
 
+import copy
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from .errors import UserError
 from .loss import ClippedSurrogate, PolicyLoss
 from .metrics import Quantile
 from .models import Float32Buffers, PolicySource, without_dropout
-from .resume import gather, rewind
+from .resume import rewind
+from .sharding import full, shape, skeleton
 from .teacher import Teacher, TeacherOptions, privileged_prompt
+from .together import gather, together
 from .token_stats import check_head, token_stats
 
 
@@ -62,6 +65,9 @@ class GearModule(Float32Buffers, L.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.initial_weights: Path | None = None  # a model directory to start from in place of the source's weights
         self.policy: Any = None
+        self.blank: tuple[
+            Any, ...
+        ] = ()  # the policy's modules without values; in a tuple, for it is no part of this one
         self.teacher: Teacher | None = None
         self._chat: Chat | None = None
         self._frozen: dict[tuple[int, ...], tuple[Tensor, TokenStats | None, Credit]] = {}
@@ -78,18 +84,41 @@ class GearModule(Float32Buffers, L.LightningModule):
         return self._chat
 
     def configure_model(self) -> None:
+        strategy: Any = self.trainer.strategy
+        sharding = getattr(strategy, "shards", False)
         if self.policy is None:  # Lightning calls this for every stage
-            self.policy = without_dropout(self.source.model())
-            if self.initial_weights is not None:
-                from safetensors.torch import load_model
-
-                load_model(self.policy, self.initial_weights / "model.safetensors")
-            check_head(self.policy)
+            if sharding:
+                policy = strategy.load(self._load_policy, self._prepared_skeleton)
+                self.blank = (skeleton(policy),)
+                self.policy = strategy.shard(policy)
+            else:
+                self.policy = together(self._load_policy)
+                self.blank = (skeleton(self.policy),)
             self.policy.train()
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         if self.teacher is None and self.credit.needs_teacher and fitting:
             low = self.trainer.precision in ("bf16-true", "16-true")
-            self.teacher = Teacher(self.policy, self.teacher_options, low_precision=low)
+            options = self.teacher_options
+            if sharding:
+                self.teacher = Teacher(self.policy, options, low_precision=low, duplicate=self._sharded_duplicate)
+            else:
+                self.teacher = Teacher(self.policy, options, low_precision=low)
+
+    def _load_policy(self) -> Any:
+        policy = without_dropout(self.source.model())
+        if self.initial_weights is not None:
+            from safetensors.torch import load_model
+
+            load_model(policy, self.initial_weights / "model.safetensors")
+        check_head(policy)
+        return policy
+
+    def _prepared_skeleton(self) -> Any:
+        return without_dropout(self.source.skeleton())
+
+    def _sharded_duplicate(self, policy: Any) -> Any:
+        strategy: Any = self.trainer.strategy
+        return strategy.shard(copy.deepcopy(self.blank[0]), like=policy)
 
     def privileged_prompt(
         self, task: Task, opening: list[Message], peer: list[Message] | None
@@ -164,15 +193,27 @@ class GearModule(Float32Buffers, L.LightningModule):
 
     on_train_epoch_end = on_validation_epoch_end = on_test_epoch_end = _log_position
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+    def on_train_start(self) -> None:
+        if self.teacher is not None and self.teacher_options.park:
+            self.teacher.park()
+
+    def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(epoch, batch_idx, *args, **kwargs)
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return  # DeepSpeed counts micro-batches itself, and Lightning calls this for every one
         # here and not in on_train_batch_end: callbacks that save a checkpoint run before the module's own hook
         if self.teacher is not None:
             self.teacher.update(self.policy, self.global_step + 1)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads), on_step=False, on_epoch=True, batch_size=1)
+        if grads:  # DeepSpeed keeps them to itself
+            self._log("train/grad_norm", full(torch.nn.utils.get_total_norm(grads)), 1)
+
+    def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
+        engine: Any = self.trainer.strategy.model
+        if hasattr(engine, "get_global_grad_norm") and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self._log("train/grad_norm", torch.as_tensor(engine.get_global_grad_norm(), device=self.device), 1)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -246,6 +287,8 @@ class GearModule(Float32Buffers, L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["policy_files"] = self.policy_files()
         checkpoint["identity"] = self._identity()
+        if self.teacher is not None and (shadow := self.teacher.shadow_state()):
+            checkpoint["teacher_shadow"] = shadow
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if data is None:
             return
@@ -272,7 +315,7 @@ class GearModule(Float32Buffers, L.LightningModule):
 
     def _identity(self) -> dict[str, str]:
         """What a checkpoint's tensors fit to."""
-        sizes = "/".join(str(tuple(p.shape)) for p in self.policy.parameters())
+        sizes = "/".join(str(tuple(shape(p))) for p in self.policy.parameters())
         return {
             "model.policy (its shapes)": hashlib.sha256(sizes.encode()).hexdigest()[:12],
             "trainer.precision": str(self.trainer.precision),
@@ -296,6 +339,8 @@ class GearModule(Float32Buffers, L.LightningModule):
             raise UserError(
                 "this checkpoint holds no teacher; resume with the credit rule and teacher it was made with"
             )
+        if self.teacher is not None:
+            self.teacher.load_shadow(checkpoint.get("teacher_shadow", []))
         ranks = checkpoint.get("frozen", [])
         if len(ranks) == self.trainer.world_size:
             self._frozen = {

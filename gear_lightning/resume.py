@@ -11,17 +11,6 @@ import numpy as np
 import torch
 
 
-def gather(state: Any) -> list[Any]:
-    """Every rank's state, in order of rank. All ranks must call it."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return [state]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, state)
-    return gathered
-
-
 def random_state() -> dict[str, Any]:
     """State of Python's, NumPy's and torch's generators."""
     version, internal, gauss = random.getstate()

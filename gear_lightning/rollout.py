@@ -220,7 +220,12 @@ class AgentLoop:
         self._call = DeadlineRunner()
 
     def run(
-        self, model: Any, jobs: list[tuple[Task, tuple[int, ...]]], *, policy_version: int
+        self,
+        model: Any,
+        jobs: list[tuple[Task, tuple[int, ...]]],
+        *,
+        policy_version: int,
+        check: Callable[[], None] = lambda: None,
     ) -> tuple[list[Rollout], Counter]:
         """Play one rollout per job.
 
@@ -228,6 +233,7 @@ class AgentLoop:
             model: the policy; used in eval mode.
             jobs: (task, seed) pairs; the seed decides everything random in that rollout.
             policy_version: recorded on the rollouts.
+            check: called when the engine has the model, before it samples.
 
         Returns:
             The rollouts in the order of the jobs, and counts of their statuses. Failures are recorded, never raised.
@@ -237,6 +243,7 @@ class AgentLoop:
         self.engine.begin(model, self.sampling, self.chat.stop_ids)
         episodes = []
         try:
+            check()
             for key, (task, seed) in enumerate(jobs):
                 episodes.append(self._open(key, task, seed, policy_version))
             tokens, finished = 0, sum(e.rollout.status != "done" for e in episodes)

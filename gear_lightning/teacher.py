@@ -1,18 +1,22 @@
 """The teacher: the policy's own weights (live, frozen or averaged), shown a prompt that also holds the reference."""
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .batch import RolloutBatch, TokenStats
 from .chat import Chat
 from .environments.base import Message, Task
 from .errors import UserError
+from .sharding import local, part_of, rest, stored, whole_of
 from .token_stats import token_stats
 
 
@@ -28,6 +32,7 @@ class TeacherOptions:
         shows: the privileged text: the task's ``reference`` (a worked solution where there is one), its bare
             ``answer``, or the transcript of a successful ``peer`` of the rollout's group (SDPO, SC-GRPO; never the
             rollout itself). Without a peer, the reference, or nothing where there is none (weights are then 1).
+        park: keep the teacher's weights in CPU memory between uses; each use copies them to the GPU. Not for ``live``.
         template: privileged text, appended to the task's last user message; ``{reference}`` stands for the reference.
         max_prompt: longest privileged prompt, tokens. The question is never cut.
         overlong: what happens to a longer one: ``drop`` the reference for that rollout (its weights become 1, and
@@ -38,6 +43,7 @@ class TeacherOptions:
     rate: float = 0.05
     every: int = 1
     shows: Literal["reference", "answer", "peer"] = "reference"
+    park: bool = False
     template: str = (
         "\n\nHere is a correct reference solution:\n{reference}\n\nNow solve the problem yourself, in your own words."
     )
@@ -51,6 +57,8 @@ class TeacherOptions:
             raise UserError(f"teacher.every={self.every} must be at least 1")
         if self.weights != "ema" and (self.rate, self.every) != (TeacherOptions.rate, TeacherOptions.every):
             raise UserError(f"teacher.rate and teacher.every do nothing with teacher.weights={self.weights}")
+        if self.park and self.weights == "live":
+            raise UserError("teacher.park does nothing with teacher.weights=live: the teacher is the policy itself")
         if "{reference}" not in self.template:
             raise UserError("teacher.template must contain {reference}")
 
@@ -107,40 +115,33 @@ def _line(message: Message) -> str:
     return " ".join([f"{message['role']}:", message.get("content") or "", *calls]).strip()
 
 
-class _Shadow(nn.Module):
-    """Float32 copies of parameters, which stay float32 when the module around them changes its precision."""
-
-    def __init__(self, parameters: list[Tensor]):
-        super().__init__()
-        self.values = nn.ParameterList([nn.Parameter(p.detach().float(), requires_grad=False) for p in parameters])
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
-
-
 class Teacher(nn.Module):
-    """Holds the teacher's weights and scores rollouts with them.
+    """Holds the teacher's weights, spread over the ranks like the policy's, and scores rollouts with them.
 
     Args:
         policy: the model at the start of training.
         options: see `TeacherOptions`.
-        low_precision: the policy will be cast below float32; then the average is kept in float32 beside the copy that
-            scores, for a bfloat16 average stops moving.
+        low_precision: the weights are below float32; then the average is kept in float32 beside the copy that scores,
+            for a bfloat16 average stops moving.
+        duplicate: makes a second model with the policy's values.
     """
 
-    def __init__(self, policy: nn.Module, options: TeacherOptions, *, low_precision: bool = False):
+    def __init__(
+        self,
+        policy: nn.Module,
+        options: TeacherOptions,
+        *,
+        low_precision: bool = False,
+        duplicate: Callable[[Any], Any] = copy.deepcopy,
+    ):
         super().__init__()
         self.options = options
+        self.low_precision = low_precision and options.weights == "ema"
+        self.parked = False
+        self.shadow: list[Tensor] | None = None  # float32 averages of this rank's parts, made at the first update
         self.model = None
-        self.shadow = None
         if options.weights != "live":
-            self.model = copy.deepcopy(policy).requires_grad_(False).eval()
-        if options.weights == "ema" and low_precision:
-            self.shadow = _Shadow(list(policy.parameters()))
+            self.model = duplicate(policy).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Teacher":
         """The teacher never trains: no dropout."""
@@ -148,18 +149,72 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, policy: nn.Module, step: int) -> None:
-        """Follow the policy after its ``step``-th optimizer step."""
+        """Follow the policy after its ``step``-th optimizer step. Each rank averages its own parts."""
         if self.options.weights != "ema" or step % self.options.every:
             return
         assert self.model is not None
-        scoring: list[Tensor] = [*self.model.parameters()]
-        newest: list[Tensor] = [*policy.parameters()]
-        if self.shadow is None:
-            get_ema_multi_avg_fn(1 - self.options.rate)(scoring, newest, 0)
+        rest(policy)
+        rest(self.model)
+        scoring, newest = list(self.model.parameters()), list(policy.parameters())
+        if not self.low_precision:
+            average = get_ema_multi_avg_fn(1 - self.options.rate)
+            average([local(t) for t in scoring], [local(p) for p in newest], 0)
             return
-        for average, new, low in zip(self.shadow.values, newest, scoring, strict=True):  # one float32 copy at a time
-            average.lerp_(new.float(), self.options.rate)
-            low.copy_(average)
+        if self.shadow is None:
+            self.shadow = [local(t).float() for t in scoring]
+        self.shadow = [average.to(local(t).device) for average, t in zip(self.shadow, scoring, strict=True)]
+        for average, new, low in zip(self.shadow, newest, scoring, strict=True):  # one float32 copy at a time
+            average.lerp_(local(new).to(average), self.options.rate)
+            local(low).copy_(average)
+
+    @contextmanager
+    def _at_hand(self, device: torch.device) -> Iterator[None]:
+        """A parked teacher's weights are on the policy's device inside."""
+        if self.model is None or not self.parked:
+            yield
+            return
+        places = [stored(p) for p in self.model.parameters()]
+        kept = [place.data for place in places]
+        if any(isinstance(p, DTensor) for p in self.model.parameters()):
+            self.model.to(device)
+            yield
+            self.park()
+            return
+        try:
+            for place in places:
+                place.data = place.data.to(device, non_blocking=True)
+            yield
+        finally:
+            for place, data in zip(places, kept, strict=True):
+                place.data = data
+
+    def park(self) -> None:
+        """Keep the weights in CPU memory from now on, between uses."""
+        if self.model is None:
+            return
+        self.parked = True
+        if any(isinstance(p, DTensor) for p in self.model.parameters()):
+            rest(self.model)
+            self.model.to("cpu")
+            return
+        for parameter in self.model.parameters():
+            place = stored(parameter)
+            place.data = place.data.cpu().pin_memory() if place.is_cuda else place.data
+
+    @torch.no_grad()
+    def shadow_state(self) -> list[Tensor]:
+        """The float32 averages as whole tensors, one after another in CPU memory; none where there are none yet. All
+        ranks must call it."""
+        if self.shadow is None:
+            return []
+        assert self.model is not None
+        return [whole_of(p, mine).cpu().clone() for p, mine in zip(self.model.parameters(), self.shadow, strict=True)]
+
+    def load_shadow(self, saved: list[Tensor]) -> None:
+        """Inverse of `shadow_state`."""
+        if saved:
+            assert self.model is not None
+            self.shadow = [part_of(p, whole).clone() for p, whole in zip(self.model.parameters(), saved, strict=True)]
 
     @torch.no_grad()
     def score(
@@ -178,14 +233,15 @@ class Teacher(nn.Module):
 
         training = model.training
         model.eval()
-        stats = token_stats(
-            model,
-            batch.teacher_tokens,
-            batch.teacher_valid,
-            there(wanted),
-            temperature=batch.temperature,
-            top_ids=None if top_ids is None else there(top_ids),
-        )
+        with self._at_hand(batch.tokens.device):
+            stats = token_stats(
+                model,
+                batch.teacher_tokens,
+                batch.teacher_valid,
+                there(wanted),
+                temperature=batch.temperature,
+                top_ids=None if top_ids is None else there(top_ids),
+            )
         model.train(training)
 
         def back(x: Tensor | None) -> Tensor | None:

@@ -5,6 +5,8 @@ Only the tokens that are asked for reach the output head, and only so many at a 
 read off the hidden state at t - 1.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .batch import TokenStats
 from .errors import UserError
+from .sharding import forward_of_model, is_zero3, most, shape
 
 LOGITS = 1 << 24  # tokens x vocabulary in one piece: 67 MB in float32
 
@@ -56,19 +59,38 @@ def token_stats(
     Returns:
         Log-probs (with gradient where grad is enabled), entropy and top-k (without), in nats and float32.
     """
+    some = top_k or top_ids is not None
+    logprobs, entropy, ids, top = _scores(model, tokens, valid, wanted, temperature, top_k, top_ids)
+    return TokenStats(logprobs, entropy, ids if some else None, top if some else None)
+
+
+@forward_of_model
+def _scores(
+    model: Any,
+    tokens: Tensor,
+    valid: Tensor,
+    wanted: Tensor,
+    temperature: float,
+    top_k: int,
+    top_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`token_stats` inside the model's forward: log-probs, entropy, top ids and their log-probs."""
     # padding is on the right: causal attention keeps it out of every real token, so no mask is needed and the fast
     # attention kernels stay available
-    body, head = model.get_decoder(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    body, head = model.get_decoder(), model.get_output_embeddings()
     hidden = body(input_ids=tokens, use_cache=False).last_hidden_state
     row, column = (wanted[:, 1:] & valid[:, 1:]).nonzero(as_tuple=True)
     states, targets = hidden[row, column], tokens[row, column + 1]
     listed = None if top_ids is None else top_ids[row, column + 1]
-    size = max(1, LOGITS // max(head.weight.shape[0], 1))
+    size = max(1, LOGITS // shape(head.weight)[0])
+    chunks = max(1, -(-len(targets) // size))
+    if is_zero3(head.weight):  # each pass through the head gathers it on all ranks: they must make equally many
+        chunks = most(chunks, tokens.device)
     parts = []
-    for start in range(0, max(len(targets), 1), size):
+    for start in range(0, chunks * size, size):
         cut = slice(start, start + size)
         args = (states[cut], head, targets[cut], temperature, top_k, None if listed is None else listed[cut])
-        if len(targets) > size and torch.is_grad_enabled():  # recompute logits in backward instead of keeping them all
+        if chunks > 1 and torch.is_grad_enabled():  # recompute logits in backward instead of keeping them all
             parts.append(checkpoint(_chunk_stats, *args, use_reentrant=False))
         else:
             parts.append(_chunk_stats(*args))
@@ -79,10 +101,7 @@ def token_stats(
         empty = values.new_zeros(*tokens.shape, *values.shape[1:])
         return empty.index_put(where, values)
 
-    some = top_k or top_ids is not None
-    return TokenStats(
-        spread(picked), spread(entropy), spread(ids) if some else None, spread(top_logprobs) if some else None
-    )
+    return spread(picked), spread(entropy), spread(ids), spread(top_logprobs)
 
 
 @torch.no_grad()

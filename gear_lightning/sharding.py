@@ -1,0 +1,195 @@
+"""Parameters that are spread over the ranks: this rank's part, the whole, and the way between.
+
+A parameter is whole (one process, DDP, ZeRO-1 and -2), a ``DTensor`` (FSDP2), or DeepSpeed's (ZeRO-3: ``ds_tensor``
+holds this rank's part, flattened and padded). Everything that must not care asks here.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable
+from functools import wraps
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+F = TypeVar("F", bound=Callable)
+
+
+def is_zero3(parameter: Any) -> bool:
+    """Whether DeepSpeed has partitioned the parameter."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether any parameter of the model is spread over the ranks."""
+    return any(isinstance(p, DTensor) or is_zero3(p) for p in model.parameters())
+
+
+def shape(parameter: Any) -> torch.Size:
+    """Shape of the whole parameter."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def local(parameter: Any) -> Tensor:
+    """This rank's part, sharing memory with the parameter; under ZeRO-3 flattened, with what pads it."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return parameter.ds_tensor.data if is_zero3(parameter) else parameter.data
+
+
+def stored(parameter: Any) -> Any:
+    """The tensor whose memory holds this rank's part of a whole or a ZeRO-3 parameter."""
+    return parameter.ds_tensor if is_zero3(parameter) else parameter
+
+
+def _zero3_length(parameter: Any) -> int:
+    """Elements of this rank's part that are not padding."""
+    size = parameter.ds_tensor.numel()
+    return max(0, min(size, shape(parameter).numel() - dist.get_rank(parameter.ds_process_group) * size))
+
+
+def whole_of(parameter: Any, part: Tensor) -> Tensor:
+    """The whole tensor of which every rank holds a part, laid out as `local` of the parameter. Collective."""
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        part = part.to(mesh.device_type)  # a parked one
+        size = {"shape": parameter.shape, "stride": parameter.stride()}
+        return DTensor.from_local(part, mesh, parameter.placements, run_check=False, **size).full_tensor()
+    if not is_zero3(parameter):
+        return part
+    part = part.to(parameter.device)
+    world = dist.get_world_size(parameter.ds_process_group)
+    whole = part.new_empty(world * part.numel())
+    dist.all_gather_into_tensor(whole, part.contiguous(), group=parameter.ds_process_group)
+    return whole[: shape(parameter).numel()].view(shape(parameter))
+
+
+def part_of(parameter: Any, whole: Tensor) -> Tensor:
+    """What of a whole tensor, known to every rank, lies where `local` of the parameter does."""
+    if isinstance(parameter, DTensor):
+        return shard_like(parameter, whole).to_local()
+    if not is_zero3(parameter):
+        return whole
+    size, length = parameter.ds_tensor.numel(), _zero3_length(parameter)
+    start = dist.get_rank(parameter.ds_process_group) * size
+    return nn.functional.pad(whole.flatten()[start : start + length], (0, size - length))
+
+
+def full(parameter: Any) -> Tensor:
+    """The whole tensor. All ranks must call it."""
+    return whole_of(parameter, local(parameter))
+
+
+def fill(parameter: Any, whole: Tensor) -> None:
+    """Write a whole tensor, known to every rank, into the parameter."""
+    local(parameter).copy_(part_of(parameter, whole))
+
+
+def shard_like(parameter: DTensor, whole: Tensor) -> DTensor:
+    """A whole tensor, known to every rank, spread as the parameter is."""
+    mesh = parameter.device_mesh
+    return distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
+
+
+def rest(model: nn.Module) -> None:
+    """Let go of weights that FSDP2 keeps gathered after a forward, so that `local` sees the parts."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters that this rank holds."""
+    return sum(local(p).numel() * local(p).element_size() for p in model.parameters())
+
+
+def most(number: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers. All ranks must call it."""
+    value = torch.tensor(number, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value)
+
+
+# -- copies -----------------------------------------------------------------------------------------------------------
+
+
+def skeleton(model: nn.Module) -> Any:
+    """The same modules with parameters on the meta device: no memory. Buffers are copied, ties kept."""
+    memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo)  # pyright: ignore[reportArgumentType]
+
+
+def replace_parameters(model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]) -> None:
+    """Put ``make(parameter)`` in the place of every parameter, once for those that are tied."""
+    made: dict[int, nn.Parameter] = {}
+    for part in list(model.modules()):
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                if id(parameter) not in made:
+                    made[id(parameter)] = make(parameter)
+                    made[id(made[id(parameter)])] = made[id(parameter)]
+                part._parameters[name] = made[id(parameter)]
+
+
+def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """Tells whether two models hold the same weights to the last bit, however they are spread. All ranks must call it.
+
+    Args:
+        model: whole or sharded.
+        dtype: compare the weights as rounded to this type.
+    """
+    sums, groups = [], []
+    for parameter in model.parameters():
+        values = local(parameter)
+        if is_zero3(parameter):
+            values = values[: _zero3_length(parameter)]
+        values = values.to(dtype or values.dtype).contiguous()
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+        sums.append(values.view(integer).sum(dtype=torch.int64))  # integers: the order of the sum does not matter
+        groups.append(_groups(parameter))
+    total = torch.stack(sums)
+    for group in set().union(*map(set, groups)):
+        inside = torch.tensor([group in mine for mine in groups], device=total.device)
+        part = torch.where(inside, total, 0)
+        dist.all_reduce(part, group=group)
+        total = torch.where(inside, part, total)
+    return hashlib.sha256(total.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _groups(parameter: Any) -> tuple[Any, ...]:
+    """Process groups over which the parameter's parts add up."""
+    if is_zero3(parameter):
+        return (parameter.ds_process_group,)
+    if not isinstance(parameter, DTensor):
+        return ()
+    return tuple(
+        parameter.device_mesh.get_group(i) for i, place in enumerate(parameter.placements) if isinstance(place, Shard)
+    )
+
+
+# -- forwards ---------------------------------------------------------------------------------------------------------
+
+
+def forward_of_model(function: F) -> F:
+    """Make ``function(model, ...)`` a forward of its model: FSDP2 gathers weights only around methods that it knows as
+    forwards, and finds the outputs whose gradients it waits for only in tuples, lists and dicts of tensors."""
+    name = f"_gear_{function.__name__}"
+
+    @wraps(function)
+    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+        if not isinstance(model, FSDPModule):
+            return function(model, *args, **kwargs)
+        if not hasattr(model, name):
+            setattr(model, name, MethodType(function, model))
+            register_fsdp_forward_method(model, name)  # pyright: ignore[reportArgumentType]
+        return getattr(model, name)(*args, **kwargs)
+
+    return call  # pyright: ignore[reportReturnType]

@@ -1,0 +1,362 @@
+"""FSDP2 and DeepSpeed ZeRO for `GearModule`: on GPUs with NCCL, and on CPUs with gloo for tests and debugging.
+
+Both write the same one-file checkpoints of whole tensors as DDP does, so that a run goes on under any strategy and any
+number of processes.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from . import zero_state
+from .errors import UserError
+from .sharding import fill, full, local, replace_parameters, shard_like
+from .together import together
+
+
+class WholeCheckpoints(Strategy):
+    """Checkpoints of whole tensors in one file, written by rank 0, one tensor gathered at a time."""
+
+    shards = True  # whether weights are spread over the ranks
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def _to_rank_zero(self, whole: Tensor) -> Tensor | None:
+        return whole.detach().cpu().clone() if self.is_global_zero else None
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        done: dict[int, Tensor | None] = {}  # tied weights: once
+        states = self.lightning_module.state_dict(keep_vars=True)
+        for value in states.values():
+            if id(value) not in done:
+                done[id(value)] = self._to_rank_zero(full(value))
+        return {name: done[id(value)] for name, value in states.items()} if self.is_global_zero else {}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        mine, saved = self.lightning_module.state_dict(keep_vars=True), checkpoint["state_dict"]
+        if strict and mine.keys() != saved.keys():
+            odd = sorted(mine.keys() ^ saved.keys())
+            raise UserError(f"the checkpoint's weights are not this model's: {', '.join(odd[:3])} ({len(odd)} in all)")
+        with torch.no_grad():
+            for name, value in mine.items():
+                if name in saved:
+                    fill(value, saved[name])
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if not Path(checkpoint_path).is_file():
+            raise UserError(f"{checkpoint_path}: not a checkpoint file")
+        # mapped, not read: every rank takes its part only
+        return torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    def load(self, whole: Callable[[], Any], bare: Callable[[], Any]) -> Any:
+        """The model to shard: read by rank 0 alone, without values elsewhere.
+
+        Args:
+            whole: loads the model.
+            bare: makes it with its parameters on the meta device.
+        """
+        model = together(whole if self.is_global_zero else bare)
+        for part in model.modules():
+            for name, buffer in list(part._buffers.items()):
+                if buffer is not None:
+                    device = self.root_device
+                    here = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+                    dist.broadcast(here, 0)
+                    part._buffers[name] = here
+        return model
+
+    def shard(self, model: Any, like: Any = None) -> Any:
+        """Spread a model's parameters over the ranks, in place.
+
+        Args:
+            model: with values on rank 0 (see `load`), or with none where ``like`` is given.
+            like: a sharded model of the same shapes to take the values from.
+        """
+        raise NotImplementedError
+
+
+class FSDP2(WholeCheckpoints, ModelParallelStrategy):
+    """Fully sharded data parallelism (PyTorch's ``fully_shard``): weights, gradients, optimizer state and teacher are
+    spread over the processes, and gathered layer by layer.
+
+    Args:
+        replicas: copies of the sharded model (hybrid sharding): each is spread over world size / replicas processes.
+            With one per node, weights are gathered inside nodes only.
+        reshard_after_forward: free a layer's gathered weights after its forward and gather them again in backward.
+            False trades memory for communication.
+        process_group_backend: ``nccl``, ``gloo``, ... Null: what fits the device.
+    """
+
+    def __init__(self, replicas: int = 1, reshard_after_forward: bool = True, process_group_backend: str | None = None):
+        super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
+        if replicas < 1:
+            raise UserError(f"trainer.strategy.replicas={replicas} must be at least 1")
+        self.replicas = replicas
+        self.reshard_after_forward = reshard_after_forward
+
+    def setup_environment(self) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        world = self.num_nodes * self.num_processes
+        if world % self.replicas:
+            raise UserError(f"trainer.strategy.replicas={self.replicas} does not divide {world} processes")
+        self._data_parallel_size, self._tensor_parallel_size = world, 1
+        super().setup_environment()
+        kind = self.root_device.type
+        if self.replicas == 1:
+            self.mesh = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+        else:
+            size = (self.replicas, world // self.replicas)
+            self.mesh = init_device_mesh(kind, size, mesh_dim_names=("replicate", "shard"))
+
+    def shard(self, model: Any, like: Any = None) -> Any:
+        from torch.distributed.fsdp import fully_shard
+
+        blocks = _blocks(model)
+        values = [p.detach() for p in model.parameters()]
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        replace_parameters(model, lambda p: nn.Parameter(p.detach().to("meta"), p.requires_grad))
+        for block in blocks:
+            fully_shard(block, mesh=self.mesh, reshard_after_forward=self.reshard_after_forward)
+        # a teacher has no backward that would let its root go
+        fully_shard(model, mesh=self.mesh, reshard_after_forward=True if like is not None else None)
+        model.to_empty(device=self.root_device)
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+            if like is not None:
+                _copy(like, model)
+                return model
+            for parameter, value in zip(model.parameters(), values, strict=True):
+                value = value if not value.is_meta else torch.empty(value.shape, dtype=value.dtype)
+                there = distribute_tensor(value.to(self.root_device), self.mesh, parameter.placements)
+                local(parameter).copy_(there.to_local())
+        return model
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        state = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        whole = {
+            i: {key: self._to_rank_zero(full(v)) if isinstance(v, Tensor) else v for key, v in mine.items()}
+            for i, mine in state["state"].items()
+        }
+        return {"state": whole, "param_groups": state["param_groups"]} if self.is_global_zero else {}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+            def spread(i: int, value: Any, parameters: list = parameters) -> Any:
+                p = parameters[i]
+                whole = isinstance(value, Tensor) and value.shape == p.shape and isinstance(p, DTensor)
+                return shard_like(p, value) if whole else value
+
+            state = {i: {key: spread(i, v) for key, v in mine.items()} for i, mine in saved["state"].items()}
+            optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+
+
+@torch.no_grad()
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    """Values of a model that is spread in the same way: each rank copies its own parts."""
+    for theirs, mine in zip(source.parameters(), target.parameters(), strict=True):
+        local(mine).copy_(local(theirs))
+
+
+def _blocks(model: Any) -> list[nn.Module]:
+    """The decoder layers that the model's class names as units.
+
+    Raises:
+        UserError: it names none.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = [part for part in model.modules() if type(part).__name__ in names]
+    if not blocks:
+        raise UserError(
+            f"{type(model).__name__} does not say which of its layers belong together (_no_split_modules: "
+            f"{sorted(names) or 'none'}), which FSDP2 needs; use configs/strategy/ddp.yaml or a ZeRO strategy"
+        )
+    return blocks
+
+
+class ZeROPrecision(DeepSpeedPrecision):
+    """DeepSpeed's precision, but ``bf16-mixed`` means what it means elsewhere: float32 weights and autocast.
+    DeepSpeed's own would cast all weights, and a bfloat16 teacher stands still."""
+
+    @contextmanager
+    def forward_context(self):
+        mixed = self.precision == "bf16-mixed"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with super().forward_context(), torch.autocast(device, dtype=torch.bfloat16, enabled=mixed):
+            yield
+
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        # Lightning has divided the loss by the micro-batches of a step already; DeepSpeed would do it again
+        model.trainer.model.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
+
+
+class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
+    """DeepSpeed ZeRO. Stage 1 spreads the optimizer's state over the processes, stage 2 the gradients too, stage 3 the
+    weights and the teacher as well.
+
+    Args:
+        stage: 1, 2 or 3.
+        offload_optimizer: keep the optimizer's state, and take its steps, in CPU memory.
+        offload_parameters: keep the weights in CPU memory between uses. Stage 3.
+        process_group_backend: ``nccl``, ``gloo``, ... Null: what fits the device.
+    """
+
+    def __init__(
+        self,
+        stage: int = 2,
+        offload_optimizer: bool = False,
+        offload_parameters: bool = False,
+        process_group_backend: str | None = None,
+    ):
+        if stage not in (1, 2, 3):
+            raise UserError(f"trainer.strategy.stage={stage}: ZeRO has stages 1, 2 and 3")
+        if offload_parameters and stage != 3:
+            raise UserError(f"trainer.strategy.offload_parameters needs stage 3, not {stage}")
+        try:
+            import deepspeed  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"ZeRO needs deepspeed: pip install 'deepspeed>=0.19,<0.20' ({error})") from None
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
+            process_group_backend=process_group_backend,
+        )
+        assert isinstance(self.config, dict)
+        self.config["zero_force_ds_cpu_optimizer"] = False  # offload works with the configured optimizer, uncompiled
+        # a parameter that DeepSpeed keeps gathered beside its parts would not follow the teacher's average
+        self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        self.shards = stage == 3
+        self._parameters: list[Any] = []  # in the optimizer's order
+
+    # -- on a CPU, where Lightning refuses DeepSpeed -----------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        if isinstance(self.accelerator, CUDAAccelerator):
+            return super().setup_environment()
+        import deepspeed.ops
+
+        # DeepSpeed would compile an operator for shared memory; plain gloo does
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        if isinstance(self.accelerator, CUDAAccelerator):
+            return super().setup_distributed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def _arguments(self) -> argparse.Namespace:
+        index = self.root_device.index
+        return argparse.Namespace(device_rank=self.local_rank if index is None else index)
+
+    # -- precision and accumulation -----------------------------------------------------------------------------------
+
+    @property
+    def precision_plugin(self) -> Any:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if type(plugin) is DeepSpeedPrecision:
+            plugin = ZeROPrecision(plugin.precision)  # pyright: ignore[reportArgumentType]
+        DeepSpeedStrategy.precision_plugin.fset(self, plugin)  # pyright: ignore[reportOptionalCall,reportAttributeAccessIssue]
+
+    def _format_config(self) -> None:
+        super()._format_config()
+        assert isinstance(self.config, dict)
+        if self.precision_plugin.precision == "bf16-mixed":
+            del self.config["bf16"]
+
+    def setup(self, trainer: Any) -> None:
+        self._init_config_if_needed()
+        assert isinstance(self.config, dict)
+        # an evaluation before the fit has set it for itself
+        self.config["gradient_accumulation_steps"] = trainer.accumulate_grad_batches
+        super().setup(trainer)
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def model_sharded_context(self):
+        yield  # `shard` spreads finished models; parameters that are spread as they are made could not be loaded
+
+    def shard(self, model: Any, like: Any = None) -> Any:
+        import deepspeed
+
+        self._init_config_if_needed()
+        kind = self.precision_plugin._desired_dtype if "true" in self.precision_plugin.precision else None
+
+        def spread(p: nn.Parameter) -> nn.Parameter:
+            value = torch.empty(p.shape, dtype=p.dtype) if p.is_meta else p.detach()
+            box = nn.ParameterList([nn.Parameter(value.to(kind or value.dtype), p.requires_grad)])
+            deepspeed.zero.Init(module=box, config_dict_or_path=self.config)  # broadcasts rank 0's values
+            return box[0]
+
+        replace_parameters(model, spread)
+        model.to(self.root_device)
+        if like is not None:
+            _copy(like, model)
+        return model
+
+    def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
+        import deepspeed
+
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        engine, wrapped, _, _ = deepspeed.initialize(
+            args=self._arguments,
+            config=self.config,
+            model=model,
+            model_parameters=self._parameters,  # pyright: ignore[reportArgumentType]
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=False,
+        )
+        return engine, wrapped
+
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        """Nothing: evaluation samples with weights that are gathered for it, or streams through DeepSpeed's hooks."""
+        model.to(self.root_device)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        for optimizer in self.optimizers:
+            optimizer.refresh_fp32_params()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        state = zero_state.whole_state(optimizer, self._parameters, self._to_rank_zero)
+        return state if self.is_global_zero else {}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            zero_state.load_whole_state(optimizer, self._parameters, saved)
