@@ -15,7 +15,8 @@ from .batch import Credit, RolloutBatch, TokenStats
 from .chat import Chat, ChatOptions
 from .credit import GEAR, CreditAssigner, Evidence
 from .environments.base import Message, Task
-from .errors import UserError
+from .errors import UserError, require_extra
+from .lora import LoRA, without_teacher
 from .loss import ClippedSurrogate, PolicyLoss
 from .metrics import Quantile
 from .models import Float32Buffers, PolicySource, without_dropout
@@ -40,6 +41,7 @@ class GearModule(Float32Buffers, L.LightningModule):
         chat: how messages become text.
         optimizer: of the policy's parameters.
         lr_scheduler: stepped after every optimizer step. Null: constant learning rate.
+        lora: train low-rank adapters on the starting weights (extra ``lora``). Null: train all weights.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class GearModule(Float32Buffers, L.LightningModule):
         chat: ChatOptions = ChatOptions(),
         optimizer: OptimizerCallable = adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
+        lora: LoRA | None = None,
     ):
         super().__init__()
         self.source = policy
@@ -60,7 +63,11 @@ class GearModule(Float32Buffers, L.LightningModule):
         self.chat_options = chat
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.lora = lora
+        if lora is not None:
+            require_extra("peft")
         self.initial_weights: Path | None = None  # a model directory to start from in place of the source's weights
+        self.base: str | None = None  # what loads the weights that adapters lie on; None: the checkpoint alone has them
         self.policy: Any = None
         self.teacher: Teacher | None = None
         self._chat: Chat | None = None
@@ -85,6 +92,9 @@ class GearModule(Float32Buffers, L.LightningModule):
 
                 load_model(self.policy, self.initial_weights / "model.safetensors")
             check_head(self.policy)
+            if self.lora is not None:
+                self.base = self.source.published() if self.initial_weights is None else None
+                self.lora.adapt(self.policy)
             self.policy.train()
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         if self.teacher is None and self.credit.needs_teacher and fitting:
@@ -100,7 +110,7 @@ class GearModule(Float32Buffers, L.LightningModule):
         return privileged_prompt(task, opening, self.chat_format, self.teacher_options, peer)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.policy.parameters())
+        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
         if self.lr_scheduler is None:
             return optimizer
         schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
@@ -246,6 +256,7 @@ class GearModule(Float32Buffers, L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["policy_files"] = self.policy_files()
         checkpoint["identity"] = self._identity()
+        checkpoint["lora"] = None if self.lora is None else {"options": self.lora.plain(), "base": self.base}
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if data is None:
             return
@@ -272,26 +283,32 @@ class GearModule(Float32Buffers, L.LightningModule):
 
     def _identity(self) -> dict[str, str]:
         """What a checkpoint's tensors fit to."""
-        sizes = "/".join(str(tuple(p.shape)) for p in self.policy.parameters())
+        states = without_teacher(dict(self.policy.named_parameters()))
+        sizes = "/".join(str(tuple(p.shape)) for p in states.values())
         return {
+            "model.lora": "null" if self.lora is None else f"({self.lora})",
             "model.policy (its shapes)": hashlib.sha256(sizes.encode()).hexdigest()[:12],
             "trainer.precision": str(self.trainer.precision),
             "model.teacher.weights": self.teacher_options.weights if self.credit.needs_teacher else "none",
             "model.optimizer": type(self.optimizer([torch.nn.Parameter(torch.zeros(1))])).__name__,
         }
 
-    def _check_identity(self, made_with: dict[str, str]) -> None:
+    def _check_identity(self, made_with: dict[str, str], fitting: bool) -> None:
         for name, now in self._identity().items():
-            before = made_with.get(name, now)
+            if not fitting and name != "model.lora":
+                continue
+            before = made_with.get(name, "null" if name == "model.lora" else now)
             if now != before:
                 raise UserError(f"the checkpoint was made with {name}={before}, and this run has {now}")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self._check_identity(checkpoint.get("identity", {}))
+        self._check_identity(checkpoint.get("identity", {}), self.trainer.state.fn == TrainerFn.FITTING)
+        if self.lora is not None:
+            self.base = checkpoint["lora"]["base"]
         states = checkpoint["state_dict"]
         if self.teacher is None:  # evaluation, or a credit rule without one
-            checkpoint["state_dict"] = {k: v for k, v in states.items() if not k.startswith("teacher.")}
+            kept = {k: v for k, v in states.items() if not k.startswith("teacher.")}
+            checkpoint["state_dict"] = without_teacher(kept)
         elif self.teacher.model is not None and not any(key.startswith("teacher.model.") for key in states):
             raise UserError(
                 "this checkpoint holds no teacher; resume with the credit rule and teacher it was made with"

@@ -1,6 +1,7 @@
 """The teacher: the policy's own weights (live, frozen or averaged), shown a prompt that also holds the reference."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from .batch import RolloutBatch, TokenStats
 from .chat import Chat
 from .environments.base import Message, Task
 from .errors import UserError
+from .lora import POLICY, TEACHER, active, adapter_parameters, add_teacher, is_adapted
 from .token_stats import token_stats
 
 
@@ -125,6 +127,9 @@ class _Shadow(nn.Module):
 class Teacher(nn.Module):
     """Holds the teacher's weights and scores rollouts with them.
 
+    Of a policy with adapters it holds no copy: the average is a second adapter inside the policy, and the frozen
+    teacher is the policy without its adapters, which start without effect.
+
     Args:
         policy: the model at the start of training.
         options: see `TeacherOptions`.
@@ -137,23 +142,31 @@ class Teacher(nn.Module):
         self.options = options
         self.model = None
         self.shadow = None
-        if options.weights != "live":
+        self.adapted = is_adapted(policy)
+        if self.adapted and options.weights == "ema":
+            add_teacher(policy)
+        elif not self.adapted and options.weights != "live":
             self.model = copy.deepcopy(policy).requires_grad_(False).eval()
         if options.weights == "ema" and low_precision:
-            self.shadow = _Shadow(list(policy.parameters()))
+            self.shadow = _Shadow(self._pair(policy)[1])
 
     def train(self, mode: bool = True) -> "Teacher":
         """The teacher never trains: no dropout."""
         return super().train(False)
+
+    def _pair(self, policy: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """The average's parameters that score, and those of the policy that they follow."""
+        if self.adapted:
+            return [*adapter_parameters(policy, TEACHER)], [*adapter_parameters(policy, POLICY)]
+        assert self.model is not None
+        return [*self.model.parameters()], [*policy.parameters()]
 
     @torch.no_grad()
     def update(self, policy: nn.Module, step: int) -> None:
         """Follow the policy after its ``step``-th optimizer step."""
         if self.options.weights != "ema" or step % self.options.every:
             return
-        assert self.model is not None
-        scoring: list[Tensor] = [*self.model.parameters()]
-        newest: list[Tensor] = [*policy.parameters()]
+        scoring, newest = self._pair(policy)
         if self.shadow is None:
             get_ema_multi_avg_fn(1 - self.options.rate)(scoring, newest, 0)
             return
@@ -176,16 +189,20 @@ class Teacher(nn.Module):
             out[row, where[row, column]] = x[row, column]
             return out
 
+        weights = nullcontext()
+        if self.adapted and self.options.weights != "live":
+            weights = active(policy, TEACHER if self.options.weights == "ema" else None)
         training = model.training
         model.eval()
-        stats = token_stats(
-            model,
-            batch.teacher_tokens,
-            batch.teacher_valid,
-            there(wanted),
-            temperature=batch.temperature,
-            top_ids=None if top_ids is None else there(top_ids),
-        )
+        with weights:
+            stats = token_stats(
+                model,
+                batch.teacher_tokens,
+                batch.teacher_valid,
+                there(wanted),
+                temperature=batch.temperature,
+                top_ids=None if top_ids is None else there(top_ids),
+            )
         model.train(training)
 
         def back(x: Tensor | None) -> Tensor | None:
