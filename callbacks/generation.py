@@ -106,7 +106,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         version = self._trainer.global_step
         with (
             torch.autocast(module.device.type, dtype=torch.bfloat16, enabled=mixed),
-            self._weights.open(module.policy, module.blank[0], version, self._cache_bytes(len(jobs)), self.engine) as (
+            self._weights.open(module.policy, module.blank, version, self._cache_bytes(len(jobs)), self.engine) as (
                 model,
                 check,
             ),

@@ -16,7 +16,7 @@ train and evaluate (options: gear-lightning COMMAND --help)
 look at a model and a run
   template   check a model's chat template:  gear-lightning template MODEL
   credit     print where the credit went, or write the HTML page:  gear-lightning credit RUN
-  export     make a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR
+  export     make a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR [--adapter]
 """
 LIGHTNING = ("fit", "validate", "test", "predict")
 

@@ -1,25 +1,33 @@
-"""From a Lightning checkpoint to a Hugging Face model directory."""
+"""From a Lightning checkpoint to a Hugging Face model directory, or to one of adapters."""
 
 import argparse
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
 
-def export_checkpoint(checkpoint: Path, folder: Path) -> None:
+def export_checkpoint(checkpoint: Path, folder: Path, *, adapter: bool = False) -> str:
     """Write the policy of a checkpoint as a directory that ``AutoModelForCausalLM.from_pretrained`` loads.
+
+    Low-rank adapters are merged into the weights, in float32 whatever they were trained in: a sum rounded to bfloat16
+    would lose most of a small change.
 
     Args:
         checkpoint: a ``.ckpt`` file of this project; loaded with ``weights_only=True``.
         folder: must not exist, or be empty.
+        adapter: write the adapters alone, as ``PeftModel.from_pretrained`` loads them, with the tokenizer. The base
+            model comes along in ``base/`` where it is no model directory or hub id (a warm start, a GGUF file).
+
+    Returns:
+        The Python expression that loads the directory.
 
     Raises:
-        UserError: no such file, not one of ours, or the folder holds something.
+        UserError: no such file, not one of ours, the folder holds something, or the checkpoint has no adapters.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     if not checkpoint.is_file():
         raise UserError(f"{checkpoint}: no such checkpoint file")
@@ -30,27 +38,83 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
         files, weights = state["policy_files"], state["state_dict"]
     except Exception as error:
         raise UserError(f"{checkpoint}: not a checkpoint of gear_lightning ({type(error).__name__}: {error})") from None
+    lora = state.get("lora")
+    if adapter and lora is None:
+        raise UserError(f"{checkpoint}: holds no adapters, all weights were trained; export it without --adapter")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".partial-"))
     try:
         try:
             for name, data in files.items():
                 (partial / Path(name).name).write_bytes(data.numpy().tobytes())
-            config = AutoConfig.from_pretrained(partial, trust_remote_code=False)
-            prefix = "policy."
-            policy = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-            dtype = next((value.dtype for value in policy.values() if value.is_floating_point()), torch.float32)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
-            model.load_state_dict(policy)
+            model = _policy(partial, weights, lora, merge=not adapter)
+            base = lora["base"] if adapter else None
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"{checkpoint}: not a checkpoint of gear_lightning ({_first_line(error)})") from None
-        model.save_pretrained(partial)
+        if adapter:
+            base = _write_adapter(model, partial, folder, base)
+        else:
+            model.save_pretrained(partial)
         if folder.exists():
             folder.rmdir()
         partial.chmod(0o755)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    if adapter:
+        return f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(folder)!r})"
+    return f"AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+
+
+def _policy(folder: Path, weights: dict[str, Any], lora: dict[str, Any] | None, *, merge: bool) -> Any:
+    """The policy of a checkpoint.
+
+    Args:
+        folder: holds its configuration.
+        weights: the checkpoint's state dict.
+        lora: what the checkpoint says about adapters; None where it has none.
+        merge: add the adapters to the weights.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .lora import LoRA, remove, without_teacher
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    prefix = "policy."
+    policy = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    dtype = next((value.dtype for value in policy.values() if value.is_floating_point()), torch.float32)
+    dtype = torch.float32 if lora and merge else dtype
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+    if lora is not None:
+        LoRA(**lora["options"]).adapt(model)
+    model.load_state_dict(without_teacher(policy))
+    if lora is not None and merge:
+        remove(model, merge=True)
+    return model
+
+
+def _write_adapter(model: Any, partial: Path, folder: Path, base: str | None) -> str:
+    """Write the adapters, and the base model where nothing else has it; returns what loads the base.
+
+    Args:
+        model: the policy with its adapters.
+        partial: where to write.
+        folder: where ``partial`` will be.
+        base: directory or hub id of the base model.
+    """
+    from .lora import remove, save_adapter
+
+    for name in ("config.json", "generation_config.json"):  # beside adapters they would promise a whole model
+        (partial / name).unlink(missing_ok=True)
+    save_adapter(model, partial, base or str((folder / "base").resolve()))
+    if base is None:
+        remove(model, merge=False)
+        model.save_pretrained(partial / "base")
+        base = str(folder / "base")
+    return base
 
 
 def _first_line(error: Exception) -> str:
@@ -58,11 +122,12 @@ def _first_line(error: Exception) -> str:
 
 
 def export_command(argv: list[str]) -> int:
-    """``gear-lightning export CHECKPOINT DIR``."""
+    """``gear-lightning export CHECKPOINT DIR [--adapter]``."""
     parser = argparse.ArgumentParser("gear-lightning export", description="Write a Hugging Face model directory.")
     parser.add_argument("checkpoint", type=Path, help="a .ckpt file")
     parser.add_argument("folder", type=Path, help="directory to write")
+    parser.add_argument("--adapter", action="store_true", help="write the adapters alone, for peft, instead of merging")
     options = parser.parse_args(argv)
-    export_checkpoint(options.checkpoint, options.folder)
-    print(f"{options.folder}: load it with AutoModelForCausalLM.from_pretrained({str(options.folder)!r})")
+    how = export_checkpoint(options.checkpoint, options.folder, adapter=options.adapter)
+    print(f"{options.folder}: load it with {how}")
     return 0

@@ -36,6 +36,10 @@ class PolicySource(ABC):
         """Tells this policy from others, for caches."""
         return repr(self)
 
+    def published(self) -> str | None:
+        """What ``from_pretrained`` loads the same starting weights from, on any day; None where nothing does."""
+        return None
+
 
 class Float32Buffers:
     """Put before a LightningModule: rotary frequencies and other buffers that no checkpoint holds stay float32 where
@@ -128,6 +132,12 @@ class Pretrained(PolicySource):
         folder = Path(self._resolve())
         files = sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
         return repr((self, [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]))
+
+    def published(self) -> str | None:
+        where = self._resolve()
+        if self.path.endswith(".gguf"):  # the cache holds its weights, and may be emptied
+            return None
+        return str(Path(where).resolve()) if Path(where).is_dir() else where
 
     def _load(self, loader: Any, **options: Any) -> Any:
         try:

@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from .batch import Credit, RolloutBatch, TokenStats
 from .chat import Chat, ChatOptions
 from .credit import GEAR, CreditAssigner, Evidence
 from .environments.base import Message, Task
-from .errors import UserError
+from .errors import UserError, require_extra
+from .lora import LoRA, add_teacher, without_teacher
 from .loss import ClippedSurrogate, PolicyLoss
 from .metrics import Quantile
 from .models import Float32Buffers, PolicySource, without_dropout
@@ -43,6 +46,7 @@ class GearModule(Float32Buffers, L.LightningModule):
         chat: how messages become text.
         optimizer: of the policy's parameters.
         lr_scheduler: stepped after every optimizer step. Null: constant learning rate.
+        lora: train low-rank adapters on the starting weights (extra ``lora``). Null: train all weights.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class GearModule(Float32Buffers, L.LightningModule):
         chat: ChatOptions = ChatOptions(),
         optimizer: OptimizerCallable = adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
+        lora: LoRA | None = None,
     ):
         super().__init__()
         self.source = policy
@@ -63,11 +68,13 @@ class GearModule(Float32Buffers, L.LightningModule):
         self.chat_options = chat
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.lora = lora
+        if lora is not None:
+            require_extra("peft")
         self.initial_weights: Path | None = None  # a model directory to start from in place of the source's weights
+        self.base: str | None = None  # what loads the weights that adapters lie on; None: the checkpoint alone has them
         self.policy: Any = None
-        self.blank: tuple[
-            Any, ...
-        ] = ()  # the policy's modules without values; in a tuple, for it is no part of this one
+        self.blank: Any = None  # the policy without values, where its parameters are spread over the ranks
         self.teacher: Teacher | None = None
         self._chat: Chat | None = None
         self._frozen: dict[tuple[int, ...], tuple[Tensor, TokenStats | None, Credit]] = {}
@@ -85,24 +92,21 @@ class GearModule(Float32Buffers, L.LightningModule):
 
     def configure_model(self) -> None:
         strategy: Any = self.trainer.strategy
-        sharding = getattr(strategy, "shards", False)
-        if self.policy is None:  # Lightning calls this for every stage
-            if sharding:
-                policy = strategy.load(self._load_policy, self._prepared_skeleton)
-                self.blank = (skeleton(policy),)
-                self.policy = strategy.shard(policy)
-            else:
-                self.policy = together(self._load_policy)
-                self.blank = (skeleton(self.policy),)
-            self.policy.train()
+        spread = getattr(strategy, "shards", False)
         fitting = self.trainer.state.fn == TrainerFn.FITTING
+        if self.policy is None:  # Lightning calls this for every stage
+            whole = partial(self._adapted, self._load_policy, teacher=spread and fitting)
+            if spread:
+                self.policy = strategy.load(whole, partial(self._adapted, self._blank_policy, teacher=fitting))
+                self.blank = skeleton(self.policy)
+                strategy.shard(self.policy)
+            else:
+                self.policy = together(whole)
+            self.policy.train()
         if self.teacher is None and self.credit.needs_teacher and fitting:
             low = self.trainer.precision in ("bf16-true", "16-true")
-            options = self.teacher_options
-            if sharding:
-                self.teacher = Teacher(self.policy, options, low_precision=low, duplicate=self._sharded_duplicate)
-            else:
-                self.teacher = Teacher(self.policy, options, low_precision=low)
+            duplicate = self._spread_copy if spread else copy.deepcopy
+            self.teacher = Teacher(self.policy, self.teacher_options, low_precision=low, duplicate=duplicate)
 
     def _load_policy(self) -> Any:
         policy = without_dropout(self.source.model())
@@ -113,12 +117,22 @@ class GearModule(Float32Buffers, L.LightningModule):
         check_head(policy)
         return policy
 
-    def _prepared_skeleton(self) -> Any:
+    def _blank_policy(self) -> Any:
         return without_dropout(self.source.skeleton())
 
-    def _sharded_duplicate(self, policy: Any) -> Any:
+    def _adapted(self, make: Callable[[], Any], teacher: bool) -> Any:
+        """A model with its adapters, the teacher's too where they are to be spread over the ranks with the others."""
+        policy = make()
+        if self.lora is not None:
+            self.base = self.source.published() if self.initial_weights is None else None
+            self.lora.adapt(policy)
+            if teacher and self.credit.needs_teacher and self.teacher_options.weights == "ema":
+                add_teacher(policy)
+        return policy
+
+    def _spread_copy(self, policy: Any) -> Any:
         strategy: Any = self.trainer.strategy
-        return strategy.shard(copy.deepcopy(self.blank[0]), like=policy)
+        return strategy.shard(copy.deepcopy(self.blank), like=policy)
 
     def privileged_prompt(
         self, task: Task, opening: list[Message], peer: list[Message] | None
@@ -129,7 +143,7 @@ class GearModule(Float32Buffers, L.LightningModule):
         return privileged_prompt(task, opening, self.chat_format, self.teacher_options, peer)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.policy.parameters())
+        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
         if self.lr_scheduler is None:
             return optimizer
         schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
@@ -287,7 +301,8 @@ class GearModule(Float32Buffers, L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["policy_files"] = self.policy_files()
         checkpoint["identity"] = self._identity()
-        if self.teacher is not None and (shadow := self.teacher.shadow_state()):
+        checkpoint["lora"] = None if self.lora is None else {"options": self.lora.plain(), "base": self.base}
+        if self.teacher is not None and (shadow := self.teacher.shadow_state(self.policy)):
             checkpoint["teacher_shadow"] = shadow
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if data is None:
@@ -315,32 +330,38 @@ class GearModule(Float32Buffers, L.LightningModule):
 
     def _identity(self) -> dict[str, str]:
         """What a checkpoint's tensors fit to."""
-        sizes = "/".join(str(tuple(shape(p))) for p in self.policy.parameters())
+        states = without_teacher(dict(self.policy.named_parameters()))
+        sizes = "/".join(str(tuple(shape(p))) for p in states.values())
         return {
+            "model.lora": "null" if self.lora is None else f"({self.lora})",
             "model.policy (its shapes)": hashlib.sha256(sizes.encode()).hexdigest()[:12],
             "trainer.precision": str(self.trainer.precision),
             "model.teacher.weights": self.teacher_options.weights if self.credit.needs_teacher else "none",
             "model.optimizer": type(self.optimizer([torch.nn.Parameter(torch.zeros(1))])).__name__,
         }
 
-    def _check_identity(self, made_with: dict[str, str]) -> None:
+    def _check_identity(self, made_with: dict[str, str], fitting: bool) -> None:
         for name, now in self._identity().items():
-            before = made_with.get(name, now)
+            if not fitting and name != "model.lora":
+                continue
+            before = made_with.get(name, "null" if name == "model.lora" else now)
             if now != before:
                 raise UserError(f"the checkpoint was made with {name}={before}, and this run has {now}")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self._check_identity(checkpoint.get("identity", {}))
+        self._check_identity(checkpoint.get("identity", {}), self.trainer.state.fn == TrainerFn.FITTING)
+        if self.lora is not None:
+            self.base = checkpoint["lora"]["base"]
         states = checkpoint["state_dict"]
         if self.teacher is None:  # evaluation, or a credit rule without one
-            checkpoint["state_dict"] = {k: v for k, v in states.items() if not k.startswith("teacher.")}
+            kept = {k: v for k, v in states.items() if not k.startswith("teacher.")}
+            checkpoint["state_dict"] = without_teacher(kept)
         elif self.teacher.model is not None and not any(key.startswith("teacher.model.") for key in states):
             raise UserError(
                 "this checkpoint holds no teacher; resume with the credit rule and teacher it was made with"
             )
         if self.teacher is not None:
-            self.teacher.load_shadow(checkpoint.get("teacher_shadow", []))
+            self.teacher.load_shadow(self.policy, checkpoint.get("teacher_shadow", []))
         ranks = checkpoint.get("frozen", [])
         if len(ranks) == self.trainer.world_size:
             self._frozen = {

@@ -41,7 +41,7 @@ class SamplingWeights:
 
         Args:
             policy: the policy, sharded or not.
-            blank: its modules without values (`sharding.skeleton`).
+            blank: its modules without values (`sharding.skeleton`), where it is sharded.
             version: optimizer steps it has taken.
             cache_bytes: what the engine's keys and values will need.
             engine: what will sample.
@@ -91,7 +91,7 @@ class SamplingWeights:
     @torch.no_grad()
     def _gather(self, policy: Any, blank: Any) -> Any:
         rest(policy)
-        model = skeleton(blank)  # the next phase begins from a blank one again
+        model = skeleton(blank or policy)  # the next phase begins from a blank one again
         device = next(policy.parameters()).device
         sources = iter(policy.parameters())
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from .batch import RolloutBatch, TokenStats
 from .chat import Chat
 from .environments.base import Message, Task
 from .errors import UserError
+from .lora import POLICY, TEACHER, active, adapter_parameters, add_teacher, has_teacher, is_adapted
 from .sharding import local, part_of, rest, stored, whole_of
 from .token_stats import token_stats
 
@@ -118,6 +119,9 @@ def _line(message: Message) -> str:
 class Teacher(nn.Module):
     """Holds the teacher's weights, spread over the ranks like the policy's, and scores rollouts with them.
 
+    Of a policy with adapters it holds no copy: the average is a second adapter inside the policy, and the frozen
+    teacher is the policy without its adapters, which start without effect.
+
     Args:
         policy: the model at the start of training.
         options: see `TeacherOptions`.
@@ -140,22 +144,34 @@ class Teacher(nn.Module):
         self.parked = False
         self.shadow: list[Tensor] | None = None  # float32 averages of this rank's parts, made at the first update
         self.model = None
-        if options.weights != "live":
+        self.adapted = is_adapted(policy)
+        if self.adapted and options.park:
+            raise UserError("model.teacher.park does nothing with model.lora: the teacher shares the policy's weights")
+        if self.adapted and options.weights == "ema" and not has_teacher(policy):
+            add_teacher(policy)
+        elif not self.adapted and options.weights != "live":
             self.model = duplicate(policy).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Teacher":
         """The teacher never trains: no dropout."""
         return super().train(False)
 
+    def _pair(self, policy: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """The average's parameters that score, and those of the policy that they follow."""
+        if self.adapted:
+            return [*adapter_parameters(policy, TEACHER)], [*adapter_parameters(policy, POLICY)]
+        assert self.model is not None
+        return [*self.model.parameters()], [*policy.parameters()]
+
     @torch.no_grad()
     def update(self, policy: nn.Module, step: int) -> None:
         """Follow the policy after its ``step``-th optimizer step. Each rank averages its own parts."""
         if self.options.weights != "ema" or step % self.options.every:
             return
-        assert self.model is not None
         rest(policy)
-        rest(self.model)
-        scoring, newest = list(self.model.parameters()), list(policy.parameters())
+        if self.model is not None:
+            rest(self.model)
+        scoring, newest = self._pair(policy)
         if not self.low_precision:
             average = get_ema_multi_avg_fn(1 - self.options.rate)
             average([local(t) for t in scoring], [local(p) for p in newest], 0)
@@ -202,19 +218,16 @@ class Teacher(nn.Module):
             place.data = place.data.cpu().pin_memory() if place.is_cuda else place.data
 
     @torch.no_grad()
-    def shadow_state(self) -> list[Tensor]:
-        """The float32 averages as whole tensors, one after another in CPU memory; none where there are none yet. All
-        ranks must call it."""
+    def shadow_state(self, policy: nn.Module) -> list[Tensor]:
+        """The float32 averages as whole tensors in CPU memory; none where there are none yet. Collective."""
         if self.shadow is None:
             return []
-        assert self.model is not None
-        return [whole_of(p, mine).cpu().clone() for p, mine in zip(self.model.parameters(), self.shadow, strict=True)]
+        return [whole_of(p, mine).cpu().clone() for p, mine in zip(self._pair(policy)[0], self.shadow, strict=True)]
 
-    def load_shadow(self, saved: list[Tensor]) -> None:
+    def load_shadow(self, policy: nn.Module, saved: list[Tensor]) -> None:
         """Inverse of `shadow_state`."""
         if saved:
-            assert self.model is not None
-            self.shadow = [part_of(p, whole).clone() for p, whole in zip(self.model.parameters(), saved, strict=True)]
+            self.shadow = [part_of(p, whole).clone() for p, whole in zip(self._pair(policy)[0], saved, strict=True)]
 
     @torch.no_grad()
     def score(
@@ -231,9 +244,12 @@ class Teacher(nn.Module):
             out[row, where[row, column]] = x[row, column]
             return out
 
+        weights = nullcontext()
+        if self.adapted and self.options.weights != "live":
+            weights = active(policy, TEACHER if self.options.weights == "ema" else None)
         training = model.training
         model.eval()
-        with self._at_hand(batch.tokens.device):
+        with weights, self._at_hand(batch.tokens.device):
             stats = token_stats(
                 model,
                 batch.teacher_tokens,

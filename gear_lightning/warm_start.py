@@ -153,6 +153,8 @@ def run_warm_start(
         module = WarmStartModule(gear, options)
         check_head(module.policy)
         check(module.policy)
+        if gear.lora is not None:
+            gear.lora.layers(module.policy)
         data = _Batches(options, gear.chat_format, gear.teacher_options, trainer)
         trainer.fit(module, train_dataloaders=torch.utils.data.DataLoader(data, batch_size=None))
         if options.steps != trainer.global_step:

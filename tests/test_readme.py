@@ -53,7 +53,7 @@ def test_every_file_and_option_that_the_readme_names_exists():
     }
     options = {*GEAR.__dataclass_fields__, *(f"teacher.{name}" for name in TeacherOptions.__dataclass_fields__)}
     assert named <= options
-    explained = {"divergence_top_k", "divergence_limit", "teacher.max_prompt", "teacher.overlong"}
+    explained = {"divergence_top_k", "divergence_limit", "teacher.max_prompt", "teacher.overlong", "teacher.park"}
     assert options - named == explained, "an option that the paper leaves open is missing from the table"
 
 

@@ -145,7 +145,7 @@ def test_under_bfloat16_weights_the_average_is_float32_and_does_not_stall(tmp_pa
         expected = (1 - rate) * expected + rate * flat(weights)
         for average, new in zip(naive, weights, strict=True):
             average.lerp_(new, rate)
-    average = list(model.teacher.shadow.parameters())
+    average = model.teacher.shadow
     assert {p.dtype for p in average} == {torch.float32}
     assert (flat(average) - expected).abs().max() < 1e-6
     changed = (flat(path[-1]) != start).float().mean()

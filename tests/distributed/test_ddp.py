@@ -108,3 +108,33 @@ def test_fewer_validation_rollouts_than_processes_are_evaluated(tmp_path, reposi
     )
     launch(tmp_path, *options, repository=repository)
     assert [row["step"] for row in metrics(tmp_path) if "val/success" in row] == [0, 2]
+
+
+def test_two_processes_train_the_same_adapters_as_one(tmp_path, repository):
+    lora = ("--config", "configs/model/lora.yaml", "--model.lora.rank", "4", "--trainer.max_epochs", "2")
+    launch(tmp_path / "one", *lora, repository=repository)
+    launch(tmp_path / "two", *lora, "--trainer.devices", "2", "--trainer.strategy", "ddp", repository=repository)
+    one, two = (checkpoint(tmp_path / name)["state_dict"] for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    for adapter in ("policy", "teacher"):
+        assert all(one[name].any() for name in one if f".lora_B.{adapter}." in name), "nothing was trained"
+    options = ("--trainer.max_epochs", "3", "--ckpt_path", "last", *lora[:-2])
+    launch(tmp_path / "two", *options, "--trainer.devices", "2", "--trainer.strategy", "ddp", repository=repository)
+    assert checkpoint(tmp_path / "two")["global_step"] == 3
+
+
+def test_a_target_that_matches_nothing_stops_all_processes_before_the_warm_start(tmp_path, repository):
+    command, environment = command_line(tmp_path, "--model.lora.targets", "[q_porj]")
+    command.remove("--warm_start=null")
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    done = subprocess.run(
+        command, cwd=repository, env=environment, timeout=60, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    message = "gear-lightning: error: lora.targets: q_porj matches no linear layer of LlamaForCausalLM; it has"
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "checkpoints").exists()
