@@ -154,7 +154,8 @@ def add_teacher(policy: nn.Module) -> None:
     _inject(policy, copy.deepcopy(policy.peft_config[POLICY]), TEACHER)  # pyright: ignore
     pairs = zip(adapter_parameters(policy, TEACHER), adapter_parameters(policy, POLICY), strict=True)
     for theirs, ours in pairs:
-        theirs.data = ours.detach().clone()
+        if not ours.is_meta:  # else another process has the values
+            theirs.data = ours.detach().clone()
 
 
 @contextmanager

@@ -74,7 +74,7 @@ class GearModule(Float32Buffers, L.LightningModule):
         self.initial_weights: Path | None = None  # a model directory to start from in place of the source's weights
         self.base: str | None = None  # what loads the weights that adapters lie on; None: the checkpoint alone has them
         self.policy: Any = None
-        self.blank: Any = None  # the policy without values, where its parameters are spread over the ranks
+        self._blank: tuple[Any, ...] = ()  # see `blank`; in a tuple, for it is no part of this module
         self.teacher: Teacher | None = None
         self._chat: Chat | None = None
         self._frozen: dict[tuple[int, ...], tuple[Tensor, TokenStats | None, Credit]] = {}
@@ -90,6 +90,11 @@ class GearModule(Float32Buffers, L.LightningModule):
             self._chat = Chat(self.source.tokenizer(), self.chat_options)
         return self._chat
 
+    @property
+    def blank(self) -> Any:
+        """The policy's modules without values, where its parameters are spread over the ranks; None elsewhere."""
+        return self._blank[0] if self._blank else None
+
     def configure_model(self) -> None:
         strategy: Any = self.trainer.strategy
         spread = getattr(strategy, "shards", False)
@@ -98,7 +103,7 @@ class GearModule(Float32Buffers, L.LightningModule):
             whole = partial(self._adapted, self._load_policy, teacher=spread and fitting)
             if spread:
                 self.policy = strategy.load(whole, partial(self._adapted, self._blank_policy, teacher=fitting))
-                self.blank = skeleton(self.policy)
+                self._blank = (skeleton(self.policy),)
                 strategy.shard(self.policy)
             else:
                 self.policy = together(whole)

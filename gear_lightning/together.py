@@ -23,14 +23,16 @@ def together(function: Callable[[], T]) -> T:
     """Call a function on all ranks, and fail on all of them where it fails on one.
 
     Raises:
-        UserError: what the function raised on this rank, else what it raised on the first rank where it failed.
+        UserError: what the function raised on the first rank where it failed, if it did not raise on this one.
+        Exception: what the function raised on this rank.
     """
     result, mine = None, None
     try:
         result = function()
-    except UserError as error:
+    except Exception as error:
         mine = error
-    failed = [(rank, text) for rank, text in enumerate(gather(None if mine is None else str(mine))) if text is not None]
+    told = None if mine is None else str(mine) if isinstance(mine, UserError) else f"{type(mine).__name__}: {mine}"
+    failed = [(rank, text) for rank, text in enumerate(gather(told)) if text is not None]
     if mine is not None:
         raise mine
     if failed:
