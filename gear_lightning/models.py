@@ -72,8 +72,9 @@ def checkpoint_activations(model: Any) -> None:
     try:
         enable({"use_reentrant": False})
     except (ValueError, NotImplementedError) as error:
+        name = type(model).__name__
         raise UserError(
-            f"{type(model).__name__} cannot checkpoint its activations; leave model.activation_checkpointing out ({error})"
+            f"{name} cannot checkpoint its activations ({error}); leave model.activation_checkpointing out"
         ) from None
 
 

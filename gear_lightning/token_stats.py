@@ -62,12 +62,13 @@ def token_stats(
     hidden = body(input_ids=tokens, use_cache=False).last_hidden_state
     row, column = (wanted[:, 1:] & valid[:, 1:]).nonzero(as_tuple=True)
     states, targets = hidden[row, column], tokens[row, column + 1]
-    listed = None if top_ids is None else top_ids[row, column + 1]
     size = max(1, LOGITS // max(head.weight.shape[0], 1))
+    # split, and not slices: in backward each slice would fill a tensor as large as all states with zeros
+    pieces, wants = states.split(size), targets.split(size)
+    listed = [None] * len(pieces) if top_ids is None else top_ids[row, column + 1].split(size)
     parts = []
-    for start in range(0, max(len(targets), 1), size):
-        cut = slice(start, start + size)
-        args = (states[cut], head, targets[cut], temperature, top_k, None if listed is None else listed[cut])
+    for piece, want, ids in zip(pieces, wants, listed, strict=True):
+        args = (piece, head, want, temperature, top_k, ids)
         if len(targets) > size and torch.is_grad_enabled():  # recompute logits in backward instead of keeping them all
             parts.append(checkpoint(_chunk_stats, *args, use_reentrant=False))
         else:
