@@ -19,6 +19,7 @@ from .errors import UserError
 from .loss import ClippedSurrogate, PolicyLoss
 from .metrics import Quantile
 from .models import Float32Buffers, PolicySource, checkpoint_activations, without_dropout
+from .optimizers import plain_states, states_from_plain
 from .resume import gather, rewind
 from .teacher import Teacher, TeacherOptions, privileged_prompt
 from .token_stats import check_head, token_stats
@@ -107,6 +108,10 @@ class GearModule(Float32Buffers, L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.policy.parameters())
+        if self.trainer.precision == "bf16-mixed" and hasattr(optimizer, "_step_supports_amp_scaling"):
+            # Lightning will not clip the gradients of a fused optimizer, which might unscale them again; bfloat16 has
+            # no scaler (https://github.com/Lightning-AI/pytorch-lightning/issues/21435)
+            setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010
         if self.lr_scheduler is None:
             return optimizer
         schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
@@ -252,6 +257,8 @@ class GearModule(Float32Buffers, L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["policy_files"] = self.policy_files()
         checkpoint["identity"] = self._identity()
+        if "optimizer_states" in checkpoint:  # not in one of weights alone
+            checkpoint["optimizer_states"] = plain_states(checkpoint["optimizer_states"])
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if data is None:
             return
@@ -295,6 +302,8 @@ class GearModule(Float32Buffers, L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._check_identity(checkpoint.get("identity", {}))
+            if "optimizer_states" in checkpoint:
+                checkpoint["optimizer_states"] = states_from_plain(checkpoint["optimizer_states"])
         states = checkpoint["state_dict"]
         if self.teacher is None:  # evaluation, or a credit rule without one
             checkpoint["state_dict"] = {k: v for k, v in states.items() if not k.startswith("teacher.")}

@@ -10,7 +10,7 @@ import gear_lightning
 ROOT = Path(gear_lightning.__file__).parent
 PLUGINS = ROOT / "callbacks"
 ROLLOUT = {"chat", "engines", "rollout", "packing", "data", "environments"}
-LEARNING = {"gear", "credit", "loss", "token_stats", "models", "teacher", "module"}
+LEARNING = {"gear", "credit", "loss", "token_stats", "models", "optimizers", "teacher", "module"}
 MEETING = {"batch", "errors"}
 # what crosses today, and why
 EXCEPTIONS = {
