@@ -57,10 +57,13 @@ def _forget_other_class(parser_or_action: Any, prev_val: Any, value: Any) -> Non
                 prev_val["init_args"].pop(key)
 
 
-def _optimizer_options(class_path: str) -> dict[str, inspect.Parameter]:
+def _optimizer_options(class_path: Any) -> dict[str, inspect.Parameter]:
     """Options of an optimizer, or of a function that makes one ready; none of anything else."""
-    kind: Any = import_object(class_path)
-    signature = inspect.signature(kind)
+    try:
+        kind: Any = import_object(class_path)
+        signature = inspect.signature(kind)
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return {}  # jsonargparse says what is wrong with it
     optimizer = inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)
     return dict(signature.parameters) if optimizer or signature.return_annotation == OptimizerCallable else {}
 

@@ -165,6 +165,21 @@ def test_eight_bits_follow_the_plain_optimizer_in_a_quarter_of_the_bytes(eight_b
     assert sizes[1] < 2.3 * start.numel()
 
 
+@pytest.mark.slow
+def test_compiled_steps_are_the_eager_ones(eight_bit):
+    ends = []
+    for stance in ("force_eager", "default"):
+        torch.compiler.set_stance(stance)
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(64, 256))
+        optimizer = eight_bit([weight])
+        for _ in range(3):
+            weight.grad = torch.randn_like(weight)
+            optimizer.step()
+        ends.append(weight.detach())
+    torch.testing.assert_close(*ends, atol=1e-5, rtol=1e-5)
+
+
 def stored_bytes(x: torch.Tensor) -> int:
     """Of a tensor, or of the plain ones that a wrapper is made of."""
     if not hasattr(x, "__tensor_flatten__"):

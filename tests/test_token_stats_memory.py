@@ -72,10 +72,11 @@ def test_equal_to_whole_logits(monkeypatch, tied, pieces, temperature, mixed):
     policy = model(tied)
     tokens, valid, wanted = question()
     monkeypatch.setattr(room, "LOGITS", -(-int(wanted.sum()) // pieces) * VOCABULARY)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+    # without a cache of casts, as Lightning has it: so the pieces of the head's gradient are added in float32
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed, cache_enabled=False):
         expected = whole(policy, tokens, wanted, temperature, top_k=4)
         there = gradients(policy, expected[0])
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed, cache_enabled=False):
         found = room.token_stats(policy, tokens, valid, wanted, temperature=temperature, top_k=4)
         ours = found.logprobs, found.entropy, found.top_logprobs, found.top_ids
         here = gradients(policy, found.logprobs)
@@ -89,8 +90,8 @@ def test_equal_to_whole_logits(monkeypatch, tied, pieces, temperature, mixed):
     for name, gradient in here.items():
         if not mixed:
             torch.testing.assert_close(gradient, there[name], atol=1e-5, rtol=1e-4)
-        else:  # the head's gradient is a sum over pieces that is rounded to bfloat16 (8 bits) at each
-            assert (gradient - there[name]).norm() <= 2**-6 * there[name].norm(), name
+        else:  # one rounding to bfloat16 (8 bits) on either side, however many pieces
+            assert (gradient - there[name]).norm() <= 2**-8 * there[name].norm(), name
 
 
 class Sizes(TorchDispatchMode):
