@@ -34,6 +34,31 @@ def draw_step() -> None:
     figure.savefig(DOCS / "step.png", dpi=130)
 
 
+def draw_memory() -> None:
+    """Peak memory of scoring over vocabulary x tokens, in pieces and with all logits at once."""
+    result = json.loads((HERE / "results" / "memory.json").read_text())
+    sides = {
+        "whole": ("all logits at once, forward and backward", "#8a8d94", "s"),
+        "pieces": ("policy here, forward and backward", "#d97706", "o"),
+        "teacher": ("teacher here", "#1f66b3", "x"),
+    }
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    for side, (name, colour, marker) in sides.items():
+        cases = [c for c in result["found"] if c["side"] == side]
+        points = sorted((c["vocabulary"] * c["tokens"], c["peak_bytes"] / 2**20) for c in cases)
+        axes.plot(*zip(*points, strict=True), marker, color=colour, label=name, markersize=5, fillstyle="none")
+    axes.axvline(result["setting"]["logits_in_a_piece"], color="#c9ccd1", linewidth=1, linestyle="--")
+    axes.text(result["setting"]["logits_in_a_piece"], 2500, " one piece", fontsize=8, color="#8a8d94")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.set_xlabel("vocabulary x tokens of a micro-batch (float32)")
+    axes.set_ylabel("peak, MiB")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(DOCS / "memory.png", dpi=130)
+
+
 def draw_curves() -> None:
     """Success over iterations of the runs in docs/runs."""
     files = sorted((DOCS / "runs").glob("*.csv"))
@@ -54,4 +79,5 @@ def draw_curves() -> None:
 
 if __name__ == "__main__":
     draw_step()
+    draw_memory()
     draw_curves()

@@ -10,14 +10,16 @@ from gear_lightning.batch import RolloutBatch
 
 class Throughput(L.Callback):
     """Logs ``time/rollout_s``, ``time/update_s``, ``perf/rollout_tokens_per_s`` (sampled tokens) and
-    ``perf/update_tokens_per_s`` (all tokens of the policy's forward, padding aside): mean over the processes."""
+    ``perf/update_tokens_per_s`` (all tokens of the policy's forward, padding aside): mean over the processes; and
+    ``perf/padding_fraction``: share of padding in the tokens of the policy's and the teacher's forward passes."""
 
     def __init__(self) -> None:
         self._seconds = self._started = 0.0
-        self._tokens = 0
+        self._tokens = self._places = self._filled = 0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._seconds, self._tokens = 0.0, 0
+        self._seconds = 0.0
+        self._tokens = self._places = self._filled = 0
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -29,6 +31,10 @@ class Throughput(L.Callback):
     ) -> None:
         self._tokens += int(batch.valid.sum())  # waits for the device, so that the clock sees its work
         self._seconds += time.perf_counter() - self._started
+        scored = outputs["teacher"] is not None and not batch.inner_epoch  # later epochs reuse what the teacher said
+        for valid in (batch.valid, batch.teacher_valid) if scored else (batch.valid,):
+            self._places += valid.numel()
+            self._filled += int(valid.sum())
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stats = trainer.datamodule.stats  # pyright: ignore[reportAttributeAccessIssue]
@@ -40,3 +46,5 @@ class Throughput(L.Callback):
         }
         for name, value in values.items():
             pl_module.log(name, value, batch_size=1, sync_dist=True)
+        padding = (self._places - self._filled) / max(self._places, 1)
+        pl_module.log("perf/padding_fraction", padding, batch_size=max(self._places, 1), sync_dist=True)

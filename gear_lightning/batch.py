@@ -41,6 +41,16 @@ class RolloutRow:
     policy_version: int
     index: int
 
+    @property
+    def length(self) -> int:
+        """Tokens of the policy's view."""
+        return len(self.tokens)
+
+    @property
+    def teacher_length(self) -> int:
+        """Tokens of the teacher's view: the privileged prompt, and the rollout after its own prompt."""
+        return len(self.teacher_prompt) + len(self.tokens) - self.prompt_length
+
 
 @dataclass(frozen=True)
 class RolloutBatch:

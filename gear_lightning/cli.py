@@ -1,5 +1,6 @@
 """`gear-lightning fit | validate | test | predict`: LightningCLI with the pieces of this project as options."""
 
+import inspect
 import logging
 import os
 import signal
@@ -12,7 +13,8 @@ from typing import Any
 import jsonargparse._typehints as typehints
 import lightning as L
 import torch
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from jsonargparse._util import import_object
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -45,10 +47,30 @@ class _Parser(LightningArgumentParser):
 
 def _forget_other_class(parser_or_action: Any, prev_val: Any, value: Any) -> None:
     """A class put in place of another starts from its own defaults. jsonargparse carries over every argument of the
-    same name, defaults included (https://github.com/mauvilsa/jsonargparse/issues/460): RLSD would get GEAR's clip."""
+    same name, defaults included (https://github.com/mauvilsa/jsonargparse/issues/460): RLSD would get GEAR's clip.
+
+    An optimizer keeps what the one before it was given and both know: a learning rate is the recipe's."""
     if prev_val and "init_args" in prev_val and prev_val["class_path"] != value["class_path"]:
+        before, after = _optimizer_options(prev_val["class_path"]), _optimizer_options(value["class_path"])
         for key in list(prev_val["init_args"].keys()):
-            prev_val["init_args"].pop(key)
+            known = key in before and key in after
+            if not known or _same(prev_val["init_args"][key], before[key].default):
+                prev_val["init_args"].pop(key)
+
+
+def _optimizer_options(class_path: Any) -> dict[str, inspect.Parameter]:
+    """Options of an optimizer, or of a function that makes one ready; none of anything else."""
+    try:
+        kind: Any = import_object(class_path)
+        signature = inspect.signature(kind)
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return {}  # jsonargparse says what is wrong with it
+    optimizer = inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)
+    return dict(signature.parameters) if optimizer or signature.return_annotation == OptimizerCallable else {}
+
+
+def _same(given: Any, default: Any) -> bool:
+    return list(given) == list(default) if isinstance(default, tuple) and given is not None else given == default
 
 
 typehints.discard_init_args_on_class_path_change = _forget_other_class
@@ -92,6 +114,8 @@ class GearCLI(LightningCLI):
         parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
         parser.set_defaults(
             {
+                # the module's own default, as a class: what is stacked on a recipe without an optimizer keeps its rate
+                "model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-6, "weight_decay": 0.0}},
                 "checkpoint.filename": "iteration={epoch:05d}",
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.enable_version_counter": False,  # an iteration done again after a kill replaces its file

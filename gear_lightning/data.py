@@ -14,6 +14,7 @@ from .advantage import GRPO, GroupAdvantage, has_spread
 from .batch import RolloutBatch, RolloutRow, Sealed, collate
 from .environments.base import Task, TaskSource
 from .errors import UserError
+from .packing import balanced_split
 from .resume import random_state, restore_random_state
 from .rollout import Rollout, RolloutGroup
 from .together import gather
@@ -64,7 +65,9 @@ class RolloutDataModule(L.LightningDataModule):
         val_tasks: what it is evaluated on. Null: no evaluation.
         tasks_per_iteration: tasks rolled out before each update, over all processes.
         group_size: rollouts of one task.
-        micro_batch_size: rollouts in one forward and backward pass on one process.
+        micro_batch_size: rollouts in one forward and backward pass on one process, on average: it sets the number of
+            micro-batches of a step. Each takes fewer long rollouts or more short ones, so that all have about as many
+            tokens.
         inner_epochs: optimizer steps on the same rollouts; old log-probs and credit are those of the first.
         advantage: the group baseline.
         zero_spread: groups whose rewards are all equal: ``keep`` them (no gradient, but their tokens count in the
@@ -219,9 +222,9 @@ class RolloutDataModule(L.LightningDataModule):
         rows = self._rows()
         counts = torch.tensor([sum(map(sum, (r.action_mask for r in rows))), len(rows)], device=self._device)
         tokens, rollouts = self._trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        order = sorted(rows, key=lambda r: (len(r.tokens), r.index))  # alike lengths together: less padding
-        batches = [order[i : i + self.micro_batch_size] for i in range(0, len(order), self.micro_batch_size)]
-        batches += [[]] * (self.micro_batches - len(batches))
+        order = sorted(rows, key=lambda r: (r.length + r.teacher_length, r.length, r.index))  # alike ones together
+        parts = balanced_split([(r.length, r.teacher_length) for r in order], self.micro_batches)
+        batches = [[order[i] for i in part] for part in parts]
         plan = [(inner, batch) for inner in range(self.inner_epochs) for batch in batches]
         for self.position, (inner, batch) in enumerate(plan, 1):
             if self.position > (first or 0):

@@ -14,6 +14,7 @@ EXTRAS = {  # importable module -> the extra of this package that installs it
     "math_verify": "math-verify",
     "peft": "lora",
     "reasoning_gym": "reasoning-gym",
+    "torchao": "torchao",
     "wandb": "wandb",
 }
 

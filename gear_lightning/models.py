@@ -72,6 +72,23 @@ def without_dropout(model: Any) -> Any:
     return model
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Make the model keep only each layer's input in training and compute the layer again in the backward pass.
+
+    Raises:
+        UserError: the model has no such mode.
+    """
+    # its newer name, or that of transformers before 5.23
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except (ValueError, NotImplementedError) as error:
+        name = type(model).__name__
+        raise UserError(
+            f"{name} cannot checkpoint its activations ({error}); leave model.activation_checkpointing out"
+        ) from None
+
+
 def cache_dir() -> Path:
     """Folder for converted weights and warm starts: ``GEAR_LIGHTNING_CACHE``, else ``~/.cache/gear_lightning``."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gear_lightning"

@@ -22,7 +22,8 @@ from .errors import UserError, require_extra
 from .lora import LoRA, add_teacher, without_teacher
 from .loss import ClippedSurrogate, PolicyLoss
 from .metrics import Quantile
-from .models import Float32Buffers, PolicySource, without_dropout
+from .models import Float32Buffers, PolicySource, checkpoint_activations, without_dropout
+from .optimizers import plain_states, states_from_plain
 from .resume import rewind
 from .sharding import full, shape, skeleton
 from .teacher import Teacher, TeacherOptions, privileged_prompt
@@ -47,6 +48,8 @@ class GearModule(Float32Buffers, L.LightningModule):
         optimizer: of the policy's parameters.
         lr_scheduler: stepped after every optimizer step. Null: constant learning rate.
         lora: train low-rank adapters on the starting weights (extra ``lora``). Null: train all weights.
+        activation_checkpointing: keep only the input of each of the policy's layers and compute the layer again in the
+            backward pass: far less memory for about a third more time of the update, with the same gradients.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class GearModule(Float32Buffers, L.LightningModule):
         optimizer: OptimizerCallable = adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
         lora: LoRA | None = None,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         self.source = policy
@@ -71,6 +75,7 @@ class GearModule(Float32Buffers, L.LightningModule):
         self.lora = lora
         if lora is not None:
             require_extra("peft")
+        self.activation_checkpointing = activation_checkpointing
         self.initial_weights: Path | None = None  # a model directory to start from in place of the source's weights
         self.base: str | None = None  # what loads the weights that adapters lie on; None: the checkpoint alone has them
         self.policy: Any = None
@@ -112,6 +117,8 @@ class GearModule(Float32Buffers, L.LightningModule):
             low = self.trainer.precision in ("bf16-true", "16-true")
             duplicate = self._spread_copy if spread else copy.deepcopy
             self.teacher = Teacher(self.policy, self.teacher_options, low_precision=low, duplicate=duplicate)
+        if self.activation_checkpointing and fitting:  # after the teacher's copy, which keeps nothing anyway
+            checkpoint_activations(self.policy)
 
     def _load_policy(self) -> Any:
         policy = without_dropout(self.source.model())
@@ -149,6 +156,10 @@ class GearModule(Float32Buffers, L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        if self.trainer.precision == "bf16-mixed" and hasattr(optimizer, "_step_supports_amp_scaling"):
+            # Lightning will not clip the gradients of a fused optimizer, which might unscale them again; bfloat16 has
+            # no scaler (https://github.com/Lightning-AI/pytorch-lightning/issues/21435)
+            setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010
         if self.lr_scheduler is None:
             return optimizer
         schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
@@ -309,6 +320,8 @@ class GearModule(Float32Buffers, L.LightningModule):
         checkpoint["lora"] = None if self.lora is None else {"options": self.lora.plain(), "base": self.base}
         if self.teacher is not None and (shadow := self.teacher.shadow_state(self.policy)):
             checkpoint["teacher_shadow"] = shadow
+        if "optimizer_states" in checkpoint:  # not in one of weights alone
+            checkpoint["optimizer_states"] = plain_states(checkpoint["optimizer_states"])
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if data is None:
             return
@@ -354,9 +367,12 @@ class GearModule(Float32Buffers, L.LightningModule):
                 raise UserError(f"the checkpoint was made with {name}={before}, and this run has {now}")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._check_identity(checkpoint.get("identity", {}), self.trainer.state.fn == TrainerFn.FITTING)
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        self._check_identity(checkpoint.get("identity", {}), fitting)
         if self.lora is not None:
             self.base = checkpoint["lora"]["base"]
+        if fitting and "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = states_from_plain(checkpoint["optimizer_states"])
         states = checkpoint["state_dict"]
         if self.teacher is None:  # evaluation, or a credit rule without one
             kept = {k: v for k, v in states.items() if not k.startswith("teacher.")}

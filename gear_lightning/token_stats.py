@@ -81,15 +81,17 @@ def _scores(
     hidden = body(input_ids=tokens, use_cache=False).last_hidden_state
     row, column = (wanted[:, 1:] & valid[:, 1:]).nonzero(as_tuple=True)
     states, targets = hidden[row, column], tokens[row, column + 1]
-    listed = None if top_ids is None else top_ids[row, column + 1]
     size = max(1, LOGITS // shape(head.weight)[0])
     chunks = max(1, -(-len(targets) // size))
     if is_zero3(head.weight):  # each pass through the head gathers it on all ranks: they must make equally many
         chunks = most(chunks, tokens.device)
+    counts = [max(0, min(size, len(targets) - i * size)) for i in range(chunks)]
+    # split, and not slices: in backward each slice would fill a tensor as large as all states with zeros
+    pieces, wants = states.split(counts), targets.split(counts)
+    listed = [None] * chunks if top_ids is None else top_ids[row, column + 1].split(counts)
     parts = []
-    for start in range(0, chunks * size, size):
-        cut = slice(start, start + size)
-        args = (states[cut], head, targets[cut], temperature, top_k, None if listed is None else listed[cut])
+    for piece, want, ids in zip(pieces, wants, listed, strict=True):
+        args = (piece, head, want, temperature, top_k, ids)
         if chunks > 1 and torch.is_grad_enabled():  # recompute logits in backward instead of keeping them all
             parts.append(checkpoint(_chunk_stats, *args, use_reentrant=False))
         else:

@@ -15,7 +15,7 @@ from .batch import RolloutRow, collate
 from .chat import Chat
 from .environments.base import Demonstration, Demonstrations
 from .errors import UserError
-from .models import Float32Buffers, build_once, cache_dir, without_dropout
+from .models import Float32Buffers, build_once, cache_dir, checkpoint_activations, without_dropout
 from .module import GearModule
 from .teacher import TeacherOptions, privileged_prompt
 from .token_stats import check_head, token_stats
@@ -109,6 +109,8 @@ class WarmStartModule(Float32Buffers, L.LightningModule):
         super().__init__()
         self.options = options
         self.policy = without_dropout(gear.source.model()).train()
+        if gear.activation_checkpointing:
+            checkpoint_activations(self.policy)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         tokens, valid, learned, total = batch
