@@ -17,6 +17,9 @@ look at a model and a run
   template   check a model's chat template:  gear-lightning template MODEL
   credit     print where the credit went, or write the HTML page:  gear-lightning credit RUN
   export     make a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR [--adapter]
+
+scale
+  parity     compare strategies on a recipe:  gear-lightning parity --config RECIPE --strategies ddp,fsdp,zero3
 """
 LIGHTNING = ("fit", "validate", "test", "predict")
 
@@ -55,10 +58,13 @@ def main() -> None:
             from .export import export_command
 
             sys.exit(export_command(rest))
+        elif command == "parity":
+            from .parity import parity_command
+
+            sys.exit(parity_command(rest))
         else:
-            raise UserError(
-                f"no command {command!r}; there are {', '.join((*LIGHTNING, 'template', 'credit', 'export'))}"
-            )
+            others = ("template", "credit", "export", "parity")
+            raise UserError(f"no command {command!r}; there are {', '.join((*LIGHTNING, *others))}")
     except UserError as error:
         print(f"gear-lightning: error: {error}", file=sys.stderr)
         sys.exit(2)

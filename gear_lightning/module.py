@@ -20,7 +20,7 @@ from .credit import GEAR, CreditAssigner, Evidence
 from .environments.base import Message, Task
 from .errors import UserError, require_extra
 from .lora import LoRA, add_teacher, without_teacher
-from .loss import ClippedSurrogate, PolicyLoss
+from .loss import ClippedSurrogate, LossTerms, PolicyLoss
 from .metrics import Quantile
 from .models import Float32Buffers, PolicySource, checkpoint_activations, without_dropout
 from .optimizers import plain_states, states_from_plain
@@ -186,7 +186,7 @@ class GearModule(Float32Buffers, L.LightningModule):
             step_tokens=batch.step_tokens,
             step_rollouts=batch.step_rollouts,
         )
-        self._log_step(batch, policy, teacher, credit, terms.clipped)
+        self._log_step(batch, policy, teacher, credit, terms)
         # Lightning divides by the micro-batches of a step, and the strategy averages over ranks: undo both
         loss = terms.loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
         return {"loss": loss, "credit": credit, "policy": policy, "teacher": teacher}
@@ -279,7 +279,7 @@ class GearModule(Float32Buffers, L.LightningModule):
     # -- logging --------------------------------------------------------------------------------------------------
 
     def _log_step(
-        self, batch: RolloutBatch, policy: TokenStats, teacher: TokenStats | None, credit: Credit, clipped: Tensor
+        self, batch: RolloutBatch, policy: TokenStats, teacher: TokenStats | None, credit: Credit, terms: LossTerms
     ) -> None:
         mask = batch.action_mask
         tokens = int(mask.sum())
@@ -289,7 +289,10 @@ class GearModule(Float32Buffers, L.LightningModule):
             self._log(name, total.float() / max(tokens, 1), tokens)
 
         per_token("train/entropy", policy.entropy.sum())
-        per_token("train/clip_fraction", clipped)
+        per_token("train/clip_fraction", terms.clipped)
+        steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches  # of an iteration
+        share = terms.loss.detach() / steps
+        self.log("train/loss", share, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1)
         if batch.inner_epoch:
             return
         gap = (policy.logprobs.detach() - batch.sampler_logprobs).abs()[mask]
