@@ -14,6 +14,7 @@ train and evaluate (options: gear-lightning COMMAND --help)
   predict    write rollouts of the validation tasks
 
 look at a model and a run
+  doctor     what a recipe needs per GPU, and what will not work:  gear-lightning doctor --config RECIPE --gpus 8
   template   check a model's chat template:  gear-lightning template MODEL
   credit     print where the credit went, or write the HTML page:  gear-lightning credit RUN
   export     make a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR
@@ -47,6 +48,10 @@ def main() -> None:
             from .credit_page import credit_command
 
             sys.exit(credit_command(rest))
+        elif command == "doctor":
+            from .doctor import doctor_command
+
+            sys.exit(doctor_command(rest))
         elif command == "template":
             from .template_check import template_command
 
@@ -57,7 +62,7 @@ def main() -> None:
             sys.exit(export_command(rest))
         else:
             raise UserError(
-                f"no command {command!r}; there are {', '.join((*LIGHTNING, 'template', 'credit', 'export'))}"
+                f"no command {command!r}; there are {', '.join((*LIGHTNING, 'doctor', 'template', 'credit', 'export'))}"
             )
     except UserError as error:
         print(f"gear-lightning: error: {error}", file=sys.stderr)

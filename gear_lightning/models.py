@@ -25,6 +25,14 @@ class PolicySource(ABC):
     def model(self) -> Any:
         """A causal language model with its starting weights, float32 unless asked otherwise."""
 
+    def skeleton(self) -> Any:
+        """The model on the meta device: its shapes, without memory for weights. To be overridden by sources that read
+        weights from somewhere."""
+        import torch
+
+        with torch.device("meta"):
+            return self.model()
+
     def fingerprint(self) -> str:
         """Tells this policy from others, for caches."""
         return repr(self)
@@ -146,6 +154,17 @@ class Pretrained(PolicySource):
         from transformers import AutoModelForCausalLM
 
         return self._load(AutoModelForCausalLM, dtype=torch.float32, attn_implementation=self.attn_implementation)
+
+    def skeleton(self) -> Any:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = self._load(AutoConfig)
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        except ValueError as error:
+            raise UserError(f"{self.path}: not a causal language model ({str(error).splitlines()[0]})") from None
 
 
 def _convert_gguf(file: Path) -> Path:
