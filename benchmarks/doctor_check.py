@@ -44,7 +44,13 @@ CASES = {
     "gear, bf16-mixed": ["--trainer.precision=bf16-mixed"],
     "gear, bf16-true": ["--trainer.precision=bf16-true"],
     "grpo, sgd": ["--model.credit=Uniform", "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.01"],
-    "gear, many rollouts": ["--data.tasks_per_iteration=4", "--data.group_size=8", "--data.micro_batch_size=1"],
+    "grpo, sgd, many rollouts": [
+        "--model.credit=Uniform",
+        "--model.optimizer=torch.optim.SGD",
+        "--model.optimizer.lr=0.01",
+        "--data.group_size=12",
+        "--data.micro_batch_size=1",
+    ],  # the rollout phase is the larger one
 }
 
 

@@ -29,6 +29,7 @@ ROWS = {  # component -> what the table calls it
     "buckets": "communication buckets",
     "autocast_copy": "update: autocast copy",
     "gathered": "update: gathered layers",
+    "reduce_buckets": "update: reduce buckets",
     "activations": "update: activations",
     "logits": "update: logits chunk",
     "new_gradient": "update: a new gradient",
@@ -101,7 +102,7 @@ def configured_strategy(trainer: Any) -> tuple[Strategy | None, dict[str, Any]]:
     if "deepspeed" in low or "zero" in low:
         digits = [c for c in low.rpartition(".")[2] if c in "123"]
         stage = options.get("stage") or (int(digits[-1]) if digits else 2)
-        offload = "offload" in low or options.get("offload_optimizer") or options.get("offload_parameters")
+        offload = "offload" in low or any(key.startswith("offload") and value is True for key, value in options.items())
         found = "zero3_offload" if stage == 3 and offload else f"zero{stage}"
         return next((s for s in STRATEGIES if s == found), None), options
     if "fsdp" in low or "modelparallel" in low:
@@ -262,6 +263,7 @@ def _show(
 
     plain, place = not sys.stdout.isatty(), _place(recipe)
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=plain, width=200 if plain else None)
+    console.width = max(console.width, 100)  # what the table takes; a narrower terminal wraps it
     some = "" if shape.trainable == shape.parameters else f", {shape.trainable / 1e6:,.1f}M of them trained"
     teacher = recipe.module.teacher_options.weights if recipe.module.credit.needs_teacher else "none"
     plural = "" if gpus == 1 else "es" if place == "process" else "s"
@@ -270,8 +272,8 @@ def _show(
         f"width {shape.hidden}, vocabulary {shape.vocab}\n"
         f"training   {gpus} {place}{plural}, {setup.precision}, optimizer state {setup.state_bytes:g} bytes a "
         f"parameter, teacher {teacher}, activation checkpointing {'on' if setup.activation_checkpointing else 'off'}\n"
-        f"on each    {load.micro_batches} micro-batches of {load.rows} x {load.length} tokens, "
-        f"{load.rollouts} rollouts generated together"
+        f"on each    {load.micro_batches} micro-batch{'es' * (load.micro_batches > 1)} of {load.rows} x "
+        f"{load.length} tokens, {load.rollouts} rollouts generated together"
     )
     console.print("versions   " + ", ".join(f"{name} {v or 'none'}" for name, v in machine.versions.items()))
     console.print("GPUs here  " + (", ".join(machine.gpus) or "none") + "\n")

@@ -224,13 +224,15 @@ def _logits(shape: ModelShape, load: Load, setup: Setup) -> int:
 
 
 def _kv_cache(shape: ModelShape, load: Load, setup: Setup) -> int:
-    """Keys and values of all rows, and one layer once more (the cache grows layer by layer, attention copies).
+    """Keys and values of all rows, and half of them once more: when most conversations are over, `CachedEngine` copies
+    the rows of the others.
 
     Under autocast the keys come out of the rotation in float32, the values in low precision.
     """
     weight, compute = element_bytes(setup.precision)
     columns = -(-load.length // 64) * 64
-    return load.rollouts * columns * shape.kv_heads * shape.head_dim * (weight + compute) * (shape.layers + 1)
+    row = shape.layers * columns * shape.kv_heads * shape.head_dim * (weight + compute)
+    return (load.rollouts + load.rollouts // 2) * row
 
 
 def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup: Setup = Setup()) -> dict[str, int]:
@@ -247,10 +249,10 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
         Kept all the time: ``weights``, ``gradients`` (they live until the next backward), ``fp32_partition``
         (DeepSpeed's own copy of the trainable weights, in the precision of the weights), ``optimizer``, ``teacher``,
         ``teacher_shadow``, ``buckets`` (of the communication). In the update: ``autocast_copy``, ``gathered`` layers,
-        ``activations``, ``logits``, ``new_gradient`` (before it is added to the old), or else ``step_scratch`` in the
-        optimizer's step. In the rollout phase: ``generation`` copy of the weights, ``kv_cache``, ``sampling`` (prefill
-        and the draws). Then ``update`` and ``rollout``, the sums of the two phases, which do not overlap, ``total``,
-        the larger of them, and ``host``, in CPU memory for each GPU and part of no sum.
+        ``reduce_buckets``, ``activations``, ``logits``, ``new_gradient`` (before it is added to the old), or else
+        ``step_scratch`` in the optimizer's step. In the rollout phase: ``generation`` copy of weights, ``kv_cache``,
+        ``sampling`` (prefill and the draws). Then ``update`` and ``rollout``, the sums of the two phases, which do not
+        overlap, ``total``, the larger of them, and ``host``, in CPU memory for each GPU and part of no sum.
 
     Raises:
         UserError: no such strategy, or precision.
@@ -277,8 +279,8 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
         part |= dict.fromkeys(moved, 0)
     if strategy == "ddp" and gpus > 1 and not setup.bucket_view:
         part["buckets"] = trained * weight
-    elif zero:  # ZeRO-1 and 2 fill one bucket while the other is sent
-        part["buckets"] = setup.bucket * weight * (1 if sharded else 2)
+    elif zero and sharded:
+        part["buckets"] = setup.bucket * weight
     kept = sum(part.values())
 
     low = weight > compute  # autocast
@@ -289,6 +291,8 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
     update = {
         "autocast_copy": cast,
         "gathered": _gathered(shape, strategy, weight),
+        # ZeRO-1 and 2 fill one bucket while the other is sent, and drop both after backward
+        "reduce_buckets": 2 * setup.bucket * weight if zero and not sharded else 0,
         "activations": _activations(shape, load, setup),
         "logits": _logits(shape, load, setup),
         "new_gradient": min(shape.largest, trained) * weight if load.micro_batches > 1 or chunks else 0,

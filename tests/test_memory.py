@@ -60,19 +60,24 @@ def test_full_fine_tuning_of_8b_in_float32_by_hand():
     }  # fmt: skip
     assert ddp["buckets"] == 4 * FULL
     fsdp = estimate(shape_8b(), "fsdp", 8, LOAD, setup)
+    assert fsdp["buckets"] == fsdp["reduce_buckets"] == ddp["reduce_buckets"] == 0
     assert {k: fsdp[k] for k in kept} == {k: ddp[k] // 8 for k in kept}
     zero1, zero2, zero3 = (estimate(shape_8b(), f"zero{n}", 8, LOAD, setup) for n in (1, 2, 3))
     assert [z["fp32_partition"] for z in (zero1, zero2, zero3)] == [FULL // 2] * 3
     assert [z["optimizer"] for z in (zero1, zero2, zero3)] == [FULL] * 3
     assert [z["gradients"] for z in (zero1, zero2, zero3)] == [4 * FULL, FULL // 2, FULL // 2]
     assert [z["weights"] for z in (zero1, zero2, zero3)] == [4 * FULL, 4 * FULL, FULL // 2]
+    # DeepSpeed's buckets hold 200 million float32 numbers; stages 1 and 2 take two, and only in the update
+    assert [(z["buckets"], z["reduce_buckets"]) for z in (zero1, zero2, zero3)] == [
+        (0, 1_600_000_000), (0, 1_600_000_000), (800_000_000, 0),
+    ]  # fmt: skip
     assert [z["teacher"] for z in (zero1, zero2, zero3)] == [4 * FULL, 4 * FULL, FULL // 2]
 
 
 def test_parts_of_8b_that_do_not_depend_on_the_strategy_by_hand():
     found = estimate(shape_8b(), "ddp", 1, LOAD, Setup(teacher_parameters=FULL))
-    # 16 rows x 1024 columns x (8 heads x 128) x keys and values x 4 bytes, in 32 layers and one once more
-    assert found["kv_cache"] == 16 * 1024 * 1024 * 2 * 4 * 33
+    # 16 rows and 8 copied ones x 1024 columns x (8 heads x 128) x keys and values x 4 bytes, in 32 layers
+    assert found["kv_cache"] == 24 * 1024 * 1024 * 2 * 4 * 32
     # a chunk is LOGITS // vocabulary = 130 of the 1024 scored tokens; four float32 copies
     assert found["logits"] == 130 * 128256 * 16
     assert found["new_gradient"] == 128256 * 4096 * 4
@@ -100,7 +105,7 @@ def test_the_quickstarts_model_by_hand():
     activations += 64 * 128 * 128 * 12 + 64 * 48 * 128 * 4 + 64 * 128 * 4 * (3 * 128 + 3 * 512)
     logits = 64 * 48 * vocab * 20  # one chunk: the policy's log-probs are kept beside the teacher's
     assert found["update"] == 20 * n + activations + logits
-    cache = 64 * 128 * 128 * 2 * 4 * 5
+    cache = (64 + 32) * 128 * 128 * 2 * 4 * 4
     assert found["rollout"] == 20 * n + cache + 5120 * 4 * (3 * 128 + 3 * 512)
     assert found["total"] == found["update"]
 
@@ -163,7 +168,7 @@ def test_the_phases_do_not_overlap(strategy, precision):
     setup = Setup(precision=precision, teacher_parameters=FULL)
     found = estimate(shape_8b(), strategy, 8, LOAD, setup)
     kept = ("weights", "gradients", "fp32_partition", "optimizer", "teacher", "teacher_shadow", "buckets")
-    update = ("autocast_copy", "gathered", "activations", "logits", "new_gradient")
+    update = ("autocast_copy", "gathered", "reduce_buckets", "activations", "logits", "new_gradient")
     always = sum(found[k] for k in kept)
     assert found["update"] == always + max(sum(found[k] for k in update), found["step_scratch"])
     assert found["rollout"] == always + sum(found[k] for k in ("generation", "kv_cache", "sampling"))
