@@ -19,6 +19,7 @@ look at a model and a run
   export     make a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR [--adapter]
 
 scale
+  doctor     what a recipe needs per GPU, and what will not work:  gear-lightning doctor --config RECIPE --gpus 8
   parity     compare strategies on a recipe:  gear-lightning parity --config RECIPE --strategies ddp,fsdp,zero3
 """
 LIGHTNING = ("fit", "validate", "test", "predict")
@@ -50,6 +51,10 @@ def main() -> None:
             from .credit_page import credit_command
 
             sys.exit(credit_command(rest))
+        elif command == "doctor":
+            from .doctor import doctor_command
+
+            sys.exit(doctor_command(rest))
         elif command == "template":
             from .template_check import template_command
 
@@ -63,7 +68,7 @@ def main() -> None:
 
             sys.exit(parity_command(rest))
         else:
-            others = ("template", "credit", "export", "parity")
+            others = ("doctor", "template", "credit", "export", "parity")
             raise UserError(f"no command {command!r}; there are {', '.join((*LIGHTNING, *others))}")
     except UserError as error:
         print(f"gear-lightning: error: {error}", file=sys.stderr)

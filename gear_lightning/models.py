@@ -186,10 +186,13 @@ class Pretrained(PolicySource):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = self._load(AutoConfig)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, trust_remote_code=False, dtype=torch.float32, attn_implementation=self.attn_implementation
-            )
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=False, dtype=torch.float32, attn_implementation=self.attn_implementation
+                )
+        except ValueError as error:
+            raise UserError(f"{self.path}: not a causal language model ({str(error).splitlines()[0]})") from None
 
 
 def _convert_gguf(file: Path) -> Path:

@@ -1,0 +1,292 @@
+"""``gear-lightning doctor``: what a recipe needs per GPU under each strategy, and what will not work, before it is run.
+
+Nothing is allocated: the model is built on the meta device, and the numbers are those of `memory.py`.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .cli import GearCLI
+from .doctor_checks import Machine, Recipe, look_at_machine, problems
+from .engines import CachedEngine
+from .errors import UserError
+from .memory import STRATEGIES, Load, ModelShape, Setup, Strategy, element_bytes, estimate, model_shape, precision_name
+from .module import GearModule
+
+GIB = 1 << 30
+ROWS = {  # component -> what the table calls it
+    "weights": "weights",
+    "gradients": "gradients",
+    "fp32_partition": "DeepSpeed's partition",
+    "optimizer": "optimizer state",
+    "teacher": "teacher",
+    "teacher_shadow": "teacher's float32 average",
+    "buckets": "communication buckets",
+    "autocast_copy": "update: autocast copy",
+    "gathered": "update: gathered layers",
+    "reduce_buckets": "update: reduce buckets",
+    "activations": "update: activations",
+    "logits": "update: logits chunk",
+    "new_gradient": "update: a new gradient",
+    "step_scratch": "step: optimizer's scratch",
+    "generation": "rollout: copy of the weights",
+    "kv_cache": "rollout: KV cache",
+    "sampling": "rollout: prefill, sampling",
+    "update": "update phase",
+    "rollout": "rollout phase",
+    "total": "PEAK",
+    "host": "in CPU memory besides",
+}
+TIGHT = 0.9  # share of the memory above which the CUDA context and fragmentation decide
+
+
+class _Reader(GearCLI):
+    """Reads a recipe as ``fit`` does, and stops before the Trainer: no device is touched, no directory made."""
+
+    def _set_seed(self) -> None:
+        """No."""
+
+    def instantiate_classes(self) -> None:
+        trainer = self.config["fit"]["trainer"]
+        self.asked = trainer.clone()
+        # what may need a GPU, a package or an account that is not here
+        for name, value in {"strategy": "auto", "logger": False, "callbacks": None, "plugins": None}.items():
+            trainer[name] = value
+        self.config["fit"]["warm_start"] = None
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.model, self.datamodule = self._get(self.config_init, "model"), self._get(self.config_init, "data")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """No."""
+
+
+def read_recipe(args: list[str]) -> Recipe:
+    """What ``fit`` with these options would use.
+
+    Raises:
+        UserError: a class of the recipe cannot be made.
+        SystemExit: an option is unknown or malformed; the parser has said so.
+    """
+    argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns of arguments that come from two places
+    try:
+        cli = _Reader(["fit", *args])
+    finally:
+        sys.argv = argv
+    return Recipe(cli.model, cli.datamodule, cli._get(cli.config_init, "generation"), cli.asked)
+
+
+def configured_gpus(trainer: Any) -> int:
+    """Processes that the recipe asks for; with ``devices: auto``, one for each GPU here."""
+    devices, nodes = trainer["devices"], trainer["num_nodes"] or 1
+    if isinstance(devices, str) and devices.lstrip("-").isdecimal():
+        devices = int(devices)
+    if isinstance(devices, str) and devices != "auto":
+        devices = [part for part in devices.split(",") if part]
+    if isinstance(devices, list | tuple):
+        return max(1, len(devices)) * nodes
+    here = torch.cuda.device_count() if trainer["accelerator"] not in ("cpu",) else 1
+    return (devices if isinstance(devices, int) and devices > 0 else max(1, here)) * nodes
+
+
+def configured_strategy(trainer: Any) -> tuple[Strategy | None, dict[str, Any]]:
+    """Which of `STRATEGIES` the recipe names (None: another one), and the options that it gives to it."""
+    given = trainer["strategy"]
+    name = given if isinstance(given, str) else given["class_path"]
+    options: dict[str, Any] = {} if isinstance(given, str) else dict(given.get("init_args") or {})
+    low = name.lower()
+    if "deepspeed" in low or "zero" in low:
+        digits = [c for c in low.rpartition(".")[2] if c in "123"]
+        stage = options.get("stage") or (int(digits[-1]) if digits else 2)
+        offload = "offload" in low or any(key.startswith("offload") and value is True for key, value in options.items())
+        found = "zero3_offload" if stage == 3 and offload else f"zero{stage}"
+        return next((s for s in STRATEGIES if s == found), None), options
+    if "fsdp" in low or "modelparallel" in low:
+        return "fsdp", options
+    return ("ddp" if low == "auto" or "ddp" in low else None), options
+
+
+@dataclass(frozen=True)
+class OptimizerNeeds:
+    """State in bytes per parameter, and whether a step works on all parameters at once."""
+
+    state_bytes: float
+    foreach: bool
+
+
+def optimizer_needs(module: GearModule, precision: Any, on_gpu: bool) -> OptimizerNeeds:
+    """Try the recipe's optimizer on a small parameter.
+
+    Raises:
+        UserError: it cannot be made, or cannot take a step on the CPU.
+    """
+    dtype = {4: torch.float32, 2: torch.bfloat16}[element_bytes(precision)[0]]
+    parameter = torch.nn.Parameter(torch.zeros(64, 128, dtype=dtype))  # large enough for 8-bit states
+    try:
+        optimizer = module.optimizer([parameter])
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    except Exception as error:
+        raise UserError(f"model.optimizer cannot take a step: {type(error).__name__}: {error}") from error
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    size = sum(t.numel() * t.element_size() for t in tensors if t.numel() > 1)
+    asked = optimizer.defaults.get("foreach"), optimizer.defaults.get("fused")
+    foreach = "foreach" in optimizer.defaults and not asked[1] and (on_gpu if asked[0] is None else bool(asked[0]))
+    return OptimizerNeeds(size / parameter.numel(), foreach)
+
+
+def load_of(recipe: Recipe, gpus: int) -> Load:
+    """What one of so many GPUs works on, at the longest rollouts that the budgets allow."""
+    data, budgets = recipe.data, recipe.generation.budgets
+    mine = math.ceil(data.tasks_per_iteration / gpus) * data.group_size
+    rows = min(data.micro_batch_size, mine)
+    together, prompt = mine, max(1, budgets.context - budgets.tokens)
+    if data.val_tasks is not None:
+        tasks = data.val_limit if data.val_tasks.size is None else min(data.val_limit, data.val_tasks.size)
+        together = max(mine, min(data.eval_batch_size, math.ceil(tasks * data.val_rollouts / gpus)))
+    engine = recipe.generation.engine
+    prefill = engine.prefill_tokens if isinstance(engine, CachedEngine) else together * budgets.context
+    return Load(
+        rows=rows,
+        length=budgets.context,
+        sampled=min(budgets.tokens, budgets.context),
+        # the privileged text is at most as long as the rest, and seldom that
+        teacher_length=2 * budgets.context if recipe.module.credit.needs_teacher else 0,
+        micro_batches=math.ceil(mine / rows),
+        rollouts=together,
+        prefill=min(prefill, together * prompt),
+    )
+
+
+def setup_of(recipe: Recipe, trainable: int, options: dict[str, Any], on_gpu: bool) -> Setup:
+    """How the recipe trains."""
+    module, precision = recipe.module, recipe.trainer["precision"]
+    needs = optimizer_needs(module, precision, on_gpu)
+    weights = module.teacher_options.weights
+    own = 0 if not module.credit.needs_teacher or weights == "live" else trainable  # a frozen base is shared
+    return Setup(
+        precision=precision_name(precision),
+        state_bytes=needs.state_bytes,
+        foreach=needs.foreach,
+        teacher_parameters=own,
+        averaged=weights == "ema",
+        activation_checkpointing=bool(getattr(module, "activation_checkpointing", False)),
+        bucket=int(options.get("reduce_bucket_size") or Setup.bucket),
+        bucket_view=bool(options.get("gradient_as_bucket_view")),
+    )
+
+
+def _place(recipe: Recipe) -> str:
+    return "process" if recipe.trainer["accelerator"] == "cpu" else "GPU"
+
+
+def _gib(size: int) -> str:
+    return "-" if not size else f"{size / GIB:.2f}" if size >= GIB / 100 else "<0.01"
+
+
+def _verdict(total: int, memory: float | None) -> str:
+    if memory is None:
+        return ""
+    return "no" if total > memory * GIB else "tight" if total > TIGHT * memory * GIB else "fits"
+
+
+def table(
+    shape: ModelShape, gpus: int, load: Load, setup: Setup, memory: float | None, chosen: str | None, place: str
+) -> Any:
+    """Strategies side by side, GiB in each place (GPU or process)."""
+    from rich.table import Table
+
+    found = {s: estimate(shape, s, gpus, load, setup) for s in STRATEGIES}
+    other = replace(setup, activation_checkpointing=not setup.activation_checkpointing)
+    switched = {s: estimate(shape, s, gpus, load, other)["total"] for s in STRATEGIES}
+    out = Table(box=None, pad_edge=False, header_style="bold")
+    out.add_column(f"GiB per {place}", no_wrap=True)
+    for strategy in STRATEGIES:
+        out.add_column(strategy + ("*" if strategy == chosen else ""), justify="right", no_wrap=True)
+    for key, name in ROWS.items():
+        values = [found[s][key] for s in STRATEGIES]
+        if any(values):
+            out.add_row(name, *map(_gib, values), style="bold" if key == "total" else None)
+        if key == "total" and memory is not None:
+            out.add_row(f"in {memory:g} GiB", *(_verdict(v, memory) for v in values), style="bold")
+    with_or_without = "without" if setup.activation_checkpointing else "with"
+    out.add_row(f"PEAK {with_or_without} act. checkpointing", *(_gib(v) for v in switched.values()))
+    if memory is not None:
+        out.add_row(f"in {memory:g} GiB", *(_verdict(v, memory) for v in switched.values()))
+    return out
+
+
+def doctor_command(argv: list[str]) -> int:
+    """``gear-lightning doctor --config RECIPE``.
+
+    Raises:
+        UserError: an option or the recipe is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        "gear-lightning doctor",
+        usage="gear-lightning doctor --config RECIPE [--config MORE ...] [--gpus N] [--gpu-memory GIB] [fit's options]",
+        description="What a recipe needs per GPU under each strategy, and what will not work, without running it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int, help="over all nodes; default: what the recipe asks for")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU; default: of the GPU here")
+    options, rest = parser.parse_known_args(argv)
+    if options.gpus is not None and options.gpus < 1:
+        raise UserError(f"--gpus={options.gpus} must be at least 1")
+    if options.gpu_memory is not None and not options.gpu_memory > 0:
+        raise UserError(f"--gpu-memory={options.gpu_memory:g} must be above 0 GiB")
+    if not any(a.split("=")[0] in ("--config", "-c") for a in rest):
+        raise UserError("which recipe? gear-lightning doctor --config configs/quickstart.yaml")
+    machine = look_at_machine()
+    recipe = read_recipe(rest)
+    gpus = options.gpus or configured_gpus(recipe.trainer)
+    model = recipe.module.source.skeleton()
+    shape = model_shape(model)
+    chosen, strategy_options = configured_strategy(recipe.trainer)
+    load = load_of(recipe, gpus)
+    on_gpu = recipe.trainer["accelerator"] != "cpu"
+    setup = setup_of(recipe, shape.trainable, strategy_options, on_gpu)
+    memory = options.gpu_memory or (min(machine.memory_gib) if machine.memory_gib and on_gpu else None)
+    _show(recipe, machine, model, shape, load, setup, gpus, memory, chosen)
+    return 0
+
+
+def _show(
+    recipe: Recipe, machine: Machine, model: Any, shape: ModelShape, load: Load, setup: Setup, gpus: int,
+    memory: float | None, chosen: Strategy | None,
+) -> None:  # fmt: skip
+    from rich.console import Console
+
+    plain, place = not sys.stdout.isatty(), _place(recipe)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=plain, width=200 if plain else None)
+    console.width = max(console.width, 100)  # what the table takes; a narrower terminal wraps it
+    some = "" if shape.trainable == shape.parameters else f", {shape.trainable / 1e6:,.1f}M of them trained"
+    teacher = recipe.module.teacher_options.weights if recipe.module.credit.needs_teacher else "none"
+    plural = "" if gpus == 1 else "es" if place == "process" else "s"
+    console.print(
+        f"model      {type(model).__name__}, {shape.parameters / 1e6:,.1f}M parameters{some}, {shape.layers} layers, "
+        f"width {shape.hidden}, vocabulary {shape.vocab}\n"
+        f"training   {gpus} {place}{plural}, {setup.precision}, optimizer state {setup.state_bytes:g} bytes a "
+        f"parameter, teacher {teacher}, activation checkpointing {'on' if setup.activation_checkpointing else 'off'}\n"
+        f"on each    {load.micro_batches} micro-batch{'es' * (load.micro_batches > 1)} of {load.rows} x "
+        f"{load.length} tokens, {load.rollouts} rollouts generated together"
+    )
+    console.print("versions   " + ", ".join(f"{name} {v or 'none'}" for name, v in machine.versions.items()))
+    console.print("GPUs here  " + (", ".join(machine.gpus) or "none") + "\n")
+    console.print(table(shape, gpus, load, setup, memory, chosen, place))
+    console.print(
+        "\nRollout and update take turns. Lengths are the longest that generation.budgets allows."
+        + ("" if place == "process" else " The CUDA context (about 0.5 GiB)\nand fragmentation come on top.")
+        + (f" *: the recipe's strategy, {chosen}." if chosen else "")
+        + ("" if memory or place == "process" else " Whether it fits: give --gpu-memory GIB.")
+    )
+    found = problems(recipe, machine, model, gpus, chosen)
+    if memory is not None and chosen is not None and estimate(shape, chosen, gpus, load, setup)["total"] > memory * GIB:
+        found.append(f"the recipe's strategy, {chosen}, needs more than {memory:g} GiB per {place}")
+    console.print("\nProblems:" if found else "\nNo problems found.")
+    for problem in found:
+        console.print(f"- {problem}")

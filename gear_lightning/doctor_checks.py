@@ -1,0 +1,162 @@
+"""What ``gear-lightning doctor`` knows of a machine, and what it finds wrong with a recipe on it."""
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from .callbacks.generation import GenerationCallback
+from .data import RolloutDataModule
+from .engines import CachedEngine
+from .memory import Strategy, element_bytes
+from .module import GearModule
+
+PACKAGES = ("torch", "lightning", "pytorch-lightning", "transformers", "deepspeed", "peft")
+MALICIOUS = ("2.6.2", "2.6.3")  # of lightning and pytorch-lightning: GHSA-w37p-236h-pfx3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The parts of a recipe that decide what it needs.
+
+    Args:
+        module: with policy, teacher and optimizer; no weights are loaded.
+        data: batch sizes.
+        generation: budgets and engine.
+        trainer: the ``trainer`` section as given, nothing of it made.
+    """
+
+    module: GearModule
+    data: RolloutDataModule
+    generation: GenerationCallback
+    trainer: Any
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Versions (None: not installed), and the GPUs that torch sees here."""
+
+    versions: dict[str, str | None]
+    gpus: tuple[str, ...] = ()
+    memory_gib: tuple[float, ...] = ()
+    bf16: bool = True
+
+
+def look_at_machine() -> Machine:
+    """This machine."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    versions["CUDA"] = torch.version.cuda
+    versions["NCCL"] = None
+    if not torch.cuda.is_available():
+        return Machine(versions)
+    from torch.cuda import nccl
+
+    versions["NCCL"] = ".".join(map(str, nccl.version()))
+    seen = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    # compute capability 8 brought bfloat16; torch itself would call its emulation on older ones support
+    return Machine(
+        versions,
+        tuple(f"{p.name} ({p.total_memory / 2**30:.0f} GiB)" for p in seen),
+        tuple(p.total_memory / 2**30 for p in seen),
+        all(p.major >= 8 for p in seen) or torch.version.hip is not None,
+    )
+
+
+def package_problems(versions: dict[str, str | None]) -> list[str]:
+    """What is wrong with the installed versions."""
+    found = []
+    one, other, deepspeed = versions["lightning"], versions["pytorch-lightning"], versions["deepspeed"]
+    if one != other:
+        found.append(
+            f"lightning {one} and pytorch-lightning {other} differ: "
+            f"pip install lightning=={one} pytorch-lightning=={one}"
+        )
+    for name in ("lightning", "pytorch-lightning"):
+        if versions[name] in MALICIOUS:
+            found.append(
+                f"{name} {versions[name]} is a malicious upload (GHSA-w37p-236h-pfx3): remove this environment and "
+                "change every credential that it could read"
+            )
+    if deepspeed is None:
+        found.append("deepspeed is not installed: no zero1, zero2, zero3; pip install 'deepspeed>=0.19,<0.20'")
+    elif deepspeed.split(".")[:2] != ["0", "19"]:
+        found.append(f"deepspeed {deepspeed}: zero1 to zero3 are tested with 0.19; pip install 'deepspeed>=0.19,<0.20'")
+    return found
+
+
+def problems(recipe: Recipe, machine: Machine, model: Any, gpus: int, strategy: Strategy | None) -> list[str]:
+    """What will not work, each with what to do.
+
+    Args:
+        recipe: what is to be run.
+        machine: where.
+        model: the policy, on the meta device.
+        gpus: processes.
+        strategy: the recipe's; None for one that this project does not know.
+    """
+    found = package_problems(machine.versions)
+    data, budgets, trainer = recipe.data, recipe.generation.budgets, recipe.trainer
+    on_gpu = trainer["accelerator"] in ("gpu", "cuda")
+    if on_gpu and not machine.gpus:
+        why = "no CUDA device is found" if machine.versions["CUDA"] else "this torch is built for CPUs only"
+        found.append(f"trainer.accelerator={trainer['accelerator']}, and {why}")
+    if machine.gpus and trainer["accelerator"] != "cpu" and not machine.bf16 and "bf16" in str(trainer["precision"]):
+        found.append(f"trainer.precision={trainer['precision']}: a GPU here has no bfloat16; use 32-true")
+    if strategy is None:
+        found.append(f"trainer.strategy={trainer['strategy']}: not one that this project is tested with")
+    if data.tasks_per_iteration % gpus:
+        found.append(
+            f"data.tasks_per_iteration={data.tasks_per_iteration} does not divide over {gpus} processes: all rollouts "
+            f"of a task stay on one; use a multiple of {gpus}"
+        )
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if positions is not None and budgets.context > positions:
+        found.append(
+            f"generation.budgets.context={budgets.context} is more than the {positions} positions of "
+            f"{type(model).__name__}"
+        )
+    if budgets.tokens >= budgets.context:
+        found.append(
+            f"generation.budgets.tokens={budgets.tokens} leaves no room for a prompt in context={budgets.context}"
+        )
+    if not getattr(model, "_no_split_modules", None):
+        found.append(f"{type(model).__name__} names no layers (_no_split_modules): fsdp cannot split it")
+    if (message := _engine_problem(recipe, model)) is not None:
+        found.append(message)
+    if strategy == "zero3_offload":
+        kind = _optimizer_name(recipe.module, trainer["precision"])
+        if kind != "DeepSpeedCPUAdam":
+            found.append(
+                f"zero3_offload keeps the optimizer's state in CPU memory, and {kind} is not made for it: DeepSpeed "
+                "wants deepspeed.ops.adam.DeepSpeedCPUAdam (or zero_force_ds_cpu_optimizer: false, which is slow)"
+            )
+    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        found.append(f"{type(model).__name__} is a mixture of experts: its activations above are too low")
+    return found
+
+
+def _engine_problem(recipe: Recipe, model: Any) -> str | None:
+    """Layers that the engine cannot keep a cache for."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
+        kinds = {"sliding_attention"}
+    if isinstance(recipe.generation.engine, CachedEngine) and kinds != {"full_attention"}:
+        return (
+            f"{type(model).__name__} has {', '.join(sorted(kinds))}: set generation.engine to "
+            "gear_lightning.engines.GenerateEngine"
+        )
+    return None
+
+
+def _optimizer_name(module: GearModule, precision: Any) -> str:
+    dtype = torch.float32 if element_bytes(precision)[0] == 4 else torch.bfloat16
+    return type(module.optimizer([torch.nn.Parameter(torch.zeros(1, dtype=dtype))])).__name__
