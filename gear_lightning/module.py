@@ -16,7 +16,7 @@ from .chat import Chat, ChatOptions
 from .credit import GEAR, CreditAssigner, Evidence
 from .environments.base import Message, Task
 from .errors import UserError
-from .loss import ClippedSurrogate, PolicyLoss
+from .loss import ClippedSurrogate, LossTerms, PolicyLoss
 from .metrics import Quantile
 from .models import Float32Buffers, PolicySource, without_dropout
 from .resume import gather, rewind
@@ -124,10 +124,11 @@ class GearModule(Float32Buffers, L.LightningModule):
             old_logprobs,
             credit.token_advantages,
             batch.action_mask,
+            sampler_logprobs=batch.sampler_logprobs,
             step_tokens=batch.step_tokens,
             step_rollouts=batch.step_rollouts,
         )
-        self._log_step(batch, policy, teacher, credit, terms.clipped)
+        self._log_step(batch, policy, teacher, credit, terms)
         # Lightning divides by the micro-batches of a step, and the strategy averages over ranks: undo both
         loss = terms.loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
         return {"loss": loss, "credit": credit, "policy": policy, "teacher": teacher}
@@ -208,7 +209,7 @@ class GearModule(Float32Buffers, L.LightningModule):
     # -- logging --------------------------------------------------------------------------------------------------
 
     def _log_step(
-        self, batch: RolloutBatch, policy: TokenStats, teacher: TokenStats | None, credit: Credit, clipped: Tensor
+        self, batch: RolloutBatch, policy: TokenStats, teacher: TokenStats | None, credit: Credit, terms: LossTerms
     ) -> None:
         mask = batch.action_mask
         tokens = int(mask.sum())
@@ -218,7 +219,10 @@ class GearModule(Float32Buffers, L.LightningModule):
             self._log(name, total.float() / max(tokens, 1), tokens)
 
         per_token("train/entropy", policy.entropy.sum())
-        per_token("train/clip_fraction", clipped)
+        per_token("train/clip_fraction", terms.clipped)
+        if terms.sampler_ratio is not None and terms.sampler_truncated is not None:
+            per_token("train/sampler_ratio", terms.sampler_ratio)
+            per_token("train/sampler_truncated_fraction", terms.sampler_truncated)
         if batch.inner_epoch:
             return
         gap = (policy.logprobs.detach() - batch.sampler_logprobs).abs()[mask]
