@@ -14,11 +14,13 @@ train and evaluate (options: gear-lightning COMMAND --help)
   predict    write rollouts of the validation tasks
 
 look at a model and a run
+  noise-floor  what rounding does to credit:  gear-lightning noise-floor --config RECIPE
   template   check a model's chat template:  gear-lightning template MODEL
   credit     print where the credit went, or write the HTML page:  gear-lightning credit RUN
   export     make a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR
 """
 LIGHTNING = ("fit", "validate", "test", "predict")
+OTHERS = ("noise-floor", "template", "credit", "export")
 
 
 def main() -> None:
@@ -43,6 +45,11 @@ def main() -> None:
             from .cli import main as run
 
             run(args)
+        elif command == "noise-floor":
+            from .cli import NoiseFloorCLI
+            from .cli import main as run
+
+            run(["fit", *rest], NoiseFloorCLI)
         elif command == "credit":
             from .credit_page import credit_command
 
@@ -56,9 +63,7 @@ def main() -> None:
 
             sys.exit(export_command(rest))
         else:
-            raise UserError(
-                f"no command {command!r}; there are {', '.join((*LIGHTNING, 'template', 'credit', 'export'))}"
-            )
+            raise UserError(f"no command {command!r}; there are {', '.join((*LIGHTNING, *OTHERS))}")
     except UserError as error:
         print(f"gear-lightning: error: {error}", file=sys.stderr)
         sys.exit(2)
