@@ -5,6 +5,9 @@ rows are wider, and its response tokens stand further to the right, by the lengt
 arithmetic would not notice either. Rounded arithmetic does: other matrix shapes add up in another order, and rotary
 embeddings are rounded anew at every position. So, with equal weights and the policy's own prompt on both sides, padded
 to the teacher's width and moved to the teacher's positions, whatever divergence is left is noise.
+
+It is what rounding makes out of nothing. For ``k1`` that is also the error of a real divergence; the unsigned
+divergences are curved, so that the same rounding moves one that is already large by more.
 """
 
 import json
