@@ -288,7 +288,6 @@ class NoiseFloorCLI(GearCLI):
             raise UserError(f"micro_batches={self.config['fit']['micro_batches']} must be at least 1")
         for key, value in MEASURING.items():
             self.config["fit"]["trainer"][key] = value
-        self.config["fit"]["validate_before_fit"] = False
 
     def _lock(self) -> None:
         """A run may go on meanwhile: nothing of it is written."""
@@ -319,6 +318,7 @@ class NoiseFloorCLI(GearCLI):
         wanted = -(-self.probe.micro_batches * data.micro_batch_size // data.group_size)
         data.tasks_per_iteration = min(data.tasks_per_iteration, wanted)
         data.zero_spread = "keep"  # noise needs no spread of rewards
+        data.val_tasks = None  # nothing is evaluated
         super().before_fit()
 
     def after_fit(self) -> None:
