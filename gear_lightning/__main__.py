@@ -21,8 +21,10 @@ look at a model and a run
 scale
   doctor     what a recipe needs per GPU, and what will not work:  gear-lightning doctor --config RECIPE --gpus 8
   parity     compare strategies on a recipe:  gear-lightning parity --config RECIPE --strategies ddp,fsdp,zero3
+  noise-floor  what rounding does to credit:  gear-lightning noise-floor --config RECIPE
 """
 LIGHTNING = ("fit", "validate", "test", "predict")
+OTHERS = ("doctor", "noise-floor", "parity", "template", "credit", "export")
 
 
 def main() -> None:
@@ -47,6 +49,11 @@ def main() -> None:
             from .cli import main as run
 
             run(args)
+        elif command == "noise-floor":
+            from .cli import NoiseFloorCLI
+            from .cli import main as run
+
+            run(["fit", *rest], NoiseFloorCLI)
         elif command == "credit":
             from .credit_page import credit_command
 
@@ -68,8 +75,7 @@ def main() -> None:
 
             sys.exit(parity_command(rest))
         else:
-            others = ("doctor", "template", "credit", "export", "parity")
-            raise UserError(f"no command {command!r}; there are {', '.join((*LIGHTNING, *others))}")
+            raise UserError(f"no command {command!r}; there are {', '.join((*LIGHTNING, *OTHERS))}")
     except UserError as error:
         print(f"gear-lightning: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -65,7 +65,9 @@ class SampledTurn:
     Attributes:
         key: the conversation.
         ids: sampled ids, the stop token included.
-        logprobs: nats, of softmax(logits / temperature) before top-p and top-k.
+        logprobs: nats, of softmax(logits / temperature) before top-p and top-k, and at temperature 0 of
+            softmax(logits). So they are what the trainer computes too, and their difference from it is one of numbers
+            alone: it does not say how much more likely top-p, top-k or greedy sampling made the token.
         stopped: the policy stopped by itself; False where ``max_tokens`` cut it short.
     """
 

@@ -41,12 +41,36 @@ def clipped_surrogate(
     return loss, clipped
 
 
+def sampler_weights(
+    old_logprobs: Float[Tensor, "batch seq"], sampler_logprobs: Float[Tensor, "batch seq"], cap: float
+) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+    """Truncated importance weight of each token, without gradient, and where it was truncated.
+
+    ``min(exp(old_logprob - sampler_logprob), cap)``: corrects for tokens that were drawn with other numbers than those
+    that training computes (Ionides 2008, doi 10.1198/106186008X320456; token by token for RL as in verl,
+    docs/algo/rollout_corr_math.md section 3.3.1). Exactly 1 where both are equal. The log-ratio is limited to plus and
+    minus 20 nats.
+    """
+    log_ratio = (old_logprobs - sampler_logprobs).detach()
+    ratio = torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    return ratio.clamp_max(cap), ratio > cap
+
+
 @dataclass(frozen=True)
 class LossTerms:
-    """A loss and what to log of it. ``clipped`` is the number of tokens without gradient for the clip."""
+    """A loss and what to log of it: sums over the tokens of the micro-batch.
+
+    Attributes:
+        loss: this micro-batch's share of the step's loss.
+        clipped: number of tokens without gradient for the clip.
+        sampler_ratio: sum of the truncated importance weights of the sampler. None: not used.
+        sampler_truncated: number of tokens at which they were truncated. None: not used.
+    """
 
     loss: Float[Tensor, ""]
     clipped: Float[Tensor, ""]
+    sampler_ratio: Float[Tensor, ""] | None = None
+    sampler_truncated: Float[Tensor, ""] | None = None
 
 
 class PolicyLoss(ABC):
@@ -60,10 +84,21 @@ class PolicyLoss(ABC):
         advantages: Float[Tensor, "batch seq"],
         mask: Bool[Tensor, "batch seq"],
         *,
+        sampler_logprobs: Float[Tensor, "batch seq"],
         step_tokens: Tensor,
         step_rollouts: Tensor,
     ) -> LossTerms:
-        """This micro-batch's share of the loss of the optimizer step."""
+        """This micro-batch's share of the loss of the optimizer step.
+
+        Args:
+            logprobs: of the policy that is trained, nats; the only argument with gradient.
+            old_logprobs: the same before the first of the inner epochs, nats.
+            advantages: of each token, with its credit.
+            mask: tokens that count.
+            sampler_logprobs: as the generation engine reported them, nats, before any top-p and top-k.
+            step_tokens: action tokens of the whole optimizer step.
+            step_rollouts: rollouts of the whole optimizer step.
+        """
 
 
 @dataclass(frozen=True)
@@ -77,9 +112,13 @@ class ClippedSurrogate(PolicyLoss):
         aggregation: ``token_mean`` over the action tokens of the whole optimizer step; ``sequence_mean``: mean over
             each rollout's tokens, then over rollouts; ``constant``: sum over tokens / (rollouts x constant_length).
         constant_length: tokens, for ``aggregation=constant`` (Dr.GRPO's maximum response length).
+        sampler_cap: truncated importance sampling: weigh each token by exp(old log-prob - sampler's log-prob), at most
+            this (2.0 is usual), for a sampler whose numbers are not the trainer's: see ``train/sampler_gap_max``. Both
+            log-probs are those before top-p and top-k, so it corrects numbers, not the cut of those. Null: off.
 
     Raises:
-        UserError: bounds out of range; ``constant_length`` missing, or given to another aggregation.
+        UserError: bounds out of range; ``constant_length`` missing, or given to another aggregation; ``sampler_cap``
+            below 1.
     """
 
     clip_low: float = 0.2
@@ -87,6 +126,7 @@ class ClippedSurrogate(PolicyLoss):
     dual_clip: float | None = None
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     constant_length: int | None = None
+    sampler_cap: float | None = None
 
     def __post_init__(self):
         if not (0 < self.clip_low <= 1 and self.clip_high > 0):
@@ -97,8 +137,12 @@ class ClippedSurrogate(PolicyLoss):
             raise UserError("aggregation=constant and constant_length go together: give both or neither")
         if self.constant_length is not None and self.constant_length < 1:
             raise UserError(f"constant_length={self.constant_length} must be at least 1 token")
+        if self.sampler_cap is not None and not self.sampler_cap >= 1:
+            raise UserError(f"sampler_cap={self.sampler_cap} must be at least 1 (2.0 is usual); null for no correction")
 
-    def __call__(self, logprobs, old_logprobs, advantages, mask, *, step_tokens, step_rollouts) -> LossTerms:
+    def __call__(
+        self, logprobs, old_logprobs, advantages, mask, *, sampler_logprobs, step_tokens, step_rollouts
+    ) -> LossTerms:
         loss, clipped = clipped_surrogate(
             logprobs,
             old_logprobs,
@@ -107,6 +151,11 @@ class ClippedSurrogate(PolicyLoss):
             clip_high=self.clip_high,
             dual_clip=self.dual_clip,
         )
+        weight = truncated = None
+        if self.sampler_cap is not None:
+            weight, truncated = sampler_weights(old_logprobs, sampler_logprobs, self.sampler_cap)
+            loss = weight * loss
+            weight, truncated = torch.where(mask, weight, 0).sum(), (truncated & mask).sum().float()
         loss = torch.where(mask, loss, 0)
         if self.aggregation == "token_mean":
             total = loss.sum() / step_tokens.clamp_min(1)
@@ -114,4 +163,4 @@ class ClippedSurrogate(PolicyLoss):
             total = (loss.sum(-1) / mask.sum(-1).clamp_min(1)).sum() / step_rollouts.clamp_min(1)
         else:
             total = loss.sum() / (step_rollouts.clamp_min(1) * (self.constant_length or 1))
-        return LossTerms(total, (clipped & mask).sum().float())
+        return LossTerms(total, (clipped & mask).sum().float(), weight, truncated)

@@ -183,6 +183,7 @@ class GearModule(Float32Buffers, L.LightningModule):
             old_logprobs,
             credit.token_advantages,
             batch.action_mask,
+            sampler_logprobs=batch.sampler_logprobs,
             step_tokens=batch.step_tokens,
             step_rollouts=batch.step_rollouts,
         )
@@ -293,6 +294,9 @@ class GearModule(Float32Buffers, L.LightningModule):
         steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches  # of an iteration
         share = terms.loss.detach() / steps
         self.log("train/loss", share, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1)
+        if terms.sampler_ratio is not None and terms.sampler_truncated is not None:
+            per_token("train/sampler_ratio", terms.sampler_ratio)
+            per_token("train/sampler_truncated_fraction", terms.sampler_truncated)
         if batch.inner_epoch:
             return
         gap = (policy.logprobs.detach() - batch.sampler_logprobs).abs()[mask]

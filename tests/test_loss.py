@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from gear_lightning.credit import GEAR, Uniform
 from gear_lightning.errors import UserError
-from gear_lightning.loss import ClippedSurrogate, LossTerms, clipped_surrogate
+from gear_lightning.loss import ClippedSurrogate, LossTerms, clipped_surrogate, sampler_weights
 
 KINDS = [{}, {"aggregation": "sequence_mean"}, {"aggregation": "constant", "constant_length": 7}]
 
@@ -34,9 +34,19 @@ def surrogate(ratios: list[float], advantages: list[float], **options) -> tuple[
     return loss[0].tolist(), clipped[0].tolist(), gradient[0].tolist()
 
 
-def step(loss: ClippedSurrogate, logprobs: Tensor, old: Tensor, a: Tensor, mask: Tensor, **n: int) -> LossTerms:
+def step(
+    loss: ClippedSurrogate,
+    logprobs: Tensor,
+    old: Tensor,
+    a: Tensor,
+    mask: Tensor,
+    sampler: Tensor | None = None,
+    **n: int,
+) -> LossTerms:
+    """The loss; a sampler that agrees with the trainer unless one is given."""
     counts = {"step_tokens": int(mask.sum()), "step_rollouts": len(mask), **n}
-    return loss(logprobs, old, a, mask, **{k: count(v) for k, v in counts.items()})
+    sampler = old if sampler is None else sampler
+    return loss(logprobs, old, a, mask, sampler_logprobs=sampler, **{k: count(v) for k, v in counts.items()})
 
 
 def random_step(seed: int, rows: int = 6, width: int = 9) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -154,6 +164,124 @@ def test_any_split_into_micro_batches_gives_the_same_loss_and_gradient(seed, opt
     assert sum(p.clipped for p in parts) == whole.clipped
 
 
+def off_sampler(seed: int, old: Tensor, spread: float = 0.6) -> Tensor:
+    """Log-probs of a sampler that does not agree with the trainer."""
+    return old + spread * torch.randn(old.shape, generator=torch.Generator().manual_seed(seed + 1))
+
+
+def test_golden_sampler_weights():
+    # the trainer finds the tokens 0.5, 1, 1.5 and e^30 times as likely as the sampler said; at most 1.25 counts
+    old, sampler = row(math.log(0.5), 0, math.log(1.5), 30), torch.zeros(1, 4)
+    weights, truncated = sampler_weights(old, sampler, 1.25)
+    assert weights[0].tolist() == pytest.approx([0.5, 1, 1.25, 1.25])
+    assert truncated[0].tolist() == [False, False, True, True]
+    # at ratio 1 the loss of a token is -A: 0.5, 1, 1.25 times -2, and a fourth token that does not count
+    mask = torch.tensor([[True, True, True, False]])
+    terms = step(ClippedSurrogate(sampler_cap=1.25), old, old, row(2, 2, 2, 9), mask, sampler)
+    assert terms.loss.item() == pytest.approx(-2 * 2.75 / 3)
+    assert terms.sampler_ratio == pytest.approx(2.75)
+    assert terms.sampler_truncated == 1
+
+
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("cap", [1.0, 1.3, 5.0])
+def test_truncated_importance_sampling_equals_a_slow_loop(options, cap):
+    for seed in range(60):
+        logprobs, old, a, mask = random_step(seed)
+        sampler, dual = off_sampler(seed, old), None if seed % 2 else 1.5
+        per_row, ratios, cut = [], [], 0
+        for i in range(len(mask)):
+            losses = []
+            for t in mask[i].nonzero()[:, 0].tolist():
+                r, adv = math.exp(logprobs[i, t].item() - old[i, t].item()), a[i, t].item()
+                value = -min(r * adv, min(max(r, 0.8), 1.28) * adv)
+                if dual and adv < 0:
+                    value = min(value, -dual * adv)
+                rho = math.exp(old[i, t].item() - sampler[i, t].item())
+                cut += rho > cap
+                ratios.append(min(rho, cap))
+                losses.append(min(rho, cap) * value)
+            per_row.append(losses)
+        means = math.fsum(math.fsum(x) / len(x) for x in per_row if x)
+        total = math.fsum(math.fsum(x) for x in per_row)
+        expected = {"sequence_mean": means / 10, "constant": total / 70}.get(options.get("aggregation"), total / 50)
+        loss = ClippedSurrogate(dual_clip=dual, sampler_cap=cap, **options)
+        terms = step(loss, logprobs, old, a, mask, sampler, step_tokens=50, step_rollouts=10)
+        assert terms.loss.item() == pytest.approx(expected, abs=1e-6, rel=1e-5)
+        assert terms.sampler_ratio.item() == pytest.approx(math.fsum(ratios), rel=1e-5)
+        assert terms.sampler_truncated == cut
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_gradient_under_truncated_importance_sampling_is_the_plain_one_times_the_weight(options):
+    logprobs, old, a, mask = random_step(3)
+    sampler, counts = off_sampler(3, old), {"step_tokens": 50, "step_rollouts": 9}
+    logprobs.requires_grad_()
+    plain = step(ClippedSurrogate(**options), logprobs, old, a, mask, **counts)
+    (expected,) = torch.autograd.grad(plain.loss, logprobs)
+    terms = step(ClippedSurrogate(sampler_cap=1.5, **options), logprobs, old, a, mask, sampler, **counts)
+    (gradient,) = torch.autograd.grad(terms.loss, logprobs)
+    weight = (old - sampler).exp().clamp_max(1.5)
+    assert (weight != 1).any()
+    assert_close(gradient, expected * weight)
+    assert not terms.sampler_ratio.requires_grad
+
+
+def test_gradient_under_truncated_importance_sampling_equals_finite_differences():
+    logprobs, old, a, mask = (x.double() if x.is_floating_point() else x for x in random_step(4))
+    sampler = off_sampler(4, old.float()).double()
+    loss = ClippedSurrogate(sampler_cap=1.5)
+
+    def value(x: Tensor) -> Tensor:
+        return step(loss, x, old, a, mask, sampler).loss
+
+    assert torch.autograd.gradcheck(value, (logprobs.requires_grad_(),))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(KINDS), st.sampled_from([None, 3.0]), st.floats(1, 10))
+def test_a_sampler_that_agrees_changes_no_bit(seed, options, dual_clip, cap):
+    logprobs, old, a, mask = random_step(seed)
+    logprobs.requires_grad_()
+    plain = step(ClippedSurrogate(dual_clip=dual_clip, **options), logprobs, old, a, mask)
+    terms = step(ClippedSurrogate(dual_clip=dual_clip, sampler_cap=cap, **options), logprobs, old, a, mask, old)
+    assert torch.equal(terms.loss, plain.loss)
+    assert torch.equal(*(torch.autograd.grad(x.loss, logprobs)[0] for x in (terms, plain)))
+    assert terms.sampler_ratio == mask.sum()
+    assert terms.sampler_truncated == 0
+    assert plain.sampler_ratio is plain.sampler_truncated is None
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.floats(1, 4), st.floats(0, 40))
+def test_truncated_weights_are_bounded_rise_with_the_cap_and_ignore_masked_tokens(seed, cap, spread):
+    logprobs, old, a, mask = random_step(seed)
+    sampler = off_sampler(seed, old, spread)
+    weights, truncated = sampler_weights(old, sampler, cap)
+    assert (weights > 0).all()
+    assert (weights <= cap).all()
+    assert torch.equal(truncated, weights < (old - sampler).clamp(-20, 20).exp())
+    assert (sampler_weights(old, sampler, cap + 1)[0] >= weights).all()
+    loss = ClippedSurrogate(sampler_cap=cap)
+    junk = torch.where(mask, sampler, -1e30)
+    ours, theirs = step(loss, logprobs, old, a, mask, sampler), step(loss, logprobs, old, a, mask, junk)
+    assert torch.equal(ours.loss, theirs.loss)
+    assert ours.sampler_truncated == theirs.sampler_truncated
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_any_split_gives_the_same_loss_under_truncated_importance_sampling(size):
+    logprobs, old, a, mask = random_step(5)
+    sampler, n = off_sampler(5, old), {"step_tokens": max(int(mask.sum()), 1), "step_rollouts": len(mask)}
+    for options in KINDS:
+        loss = ClippedSurrogate(sampler_cap=1.5, **options)
+        whole = step(loss, logprobs, old, a, mask, sampler, **n)
+        cuts = [slice(i, i + size) for i in range(0, len(mask), size)]
+        parts = [step(loss, *(x[cut] for x in (logprobs, old, a, mask, sampler)), **n) for cut in cuts]
+        assert_close(torch.stack([p.loss for p in parts]).sum(), whole.loss, atol=1e-6, rtol=1e-5)
+        assert sum(p.sampler_truncated for p in parts) == whole.sampler_truncated
+
+
 def test_masked_tokens_have_no_say():
     logprobs, old, a, mask = random_step(2)
     loss = ClippedSurrogate()
@@ -224,6 +352,8 @@ def test_nothing_to_learn_still_has_a_gradient_of_zero(options):
         ({"clip_low": 1.5}, r"clip_low=1.5 must lie in \(0, 1\]"),
         ({"clip_high": 0.0}, "clip_high=0.0 above 0"),
         ({"dual_clip": 1.0}, "dual_clip=1.0 must be above 1"),
+        ({"sampler_cap": 0.9}, "sampler_cap=0.9 must be at least 1"),
+        ({"sampler_cap": math.nan}, "sampler_cap=nan must be at least 1"),
         ({"aggregation": "constant"}, "aggregation=constant and constant_length go together"),
         ({"constant_length": 5}, "aggregation=constant and constant_length go together"),
         ({"aggregation": "constant", "constant_length": 0}, "constant_length=0 must be at least 1 token"),

@@ -1,7 +1,11 @@
 """Sampler and trainer agree on log-probs, and the sampler always has the newest weights."""
 
+import csv
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from laws import Sharp, Talk, TalkTasks, Watch, watched
@@ -11,6 +15,7 @@ from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.credit import GEAR, Uniform
 from gear_lightning.engines import CachedEngine, GenerateEngine, Sampling
 from gear_lightning.errors import UserError
+from gear_lightning.loss import ClippedSurrogate
 from gear_lightning.module import GearModule
 from gear_lightning.rollout import Budgets
 from gear_lightning.teacher import TeacherOptions
@@ -139,6 +144,65 @@ def test_generation_and_optimizer_steps_take_turns(tmp_path, micro_batch_size, i
     for seen in watch.seen:
         real = seen.batch.index >= 0
         assert (seen.batch.policy_version[real] + seen.batch.inner_epoch == seen.steps).all()
+
+
+class Loud(GenerationCallback):
+    """Reports the log-probs of a sampler that is not the trainer."""
+
+    def generate(self, jobs, stage):
+        rollouts = super().generate(jobs, stage)
+        for rollout in rollouts:
+            rollout.sampler_logprobs = [x - 0.25 * (i % 3) for i, x in enumerate(rollout.sampler_logprobs)]
+        return rollouts
+
+
+@dataclass(frozen=True)
+class Noted(ClippedSurrogate):
+    """Keeps what it was called with."""
+
+    calls: list = field(default_factory=list, compare=False)
+
+    def __call__(self, logprobs, old_logprobs, advantages, mask, **options):
+        terms = super().__call__(logprobs, old_logprobs, advantages, mask, **options)
+        self.calls.append((old_logprobs[mask], options["sampler_logprobs"][mask], terms))
+        return terms
+
+
+def test_the_samplers_ratio_is_that_of_the_frozen_old_logprobs_and_is_logged(tmp_path):
+    """Also after the first inner epoch, when the policy has moved on."""
+    loss = Noted(sampler_cap=1.5)
+    model = policy()
+    model.objective = loss
+    watch = watched(tmp_path, model, tasks(inner_epochs=2), talking(Loud), max_epochs=2)
+    assert len(loss.calls) == len(watch.seen)
+    assert {s.batch.inner_epoch for s in watch.seen} == {0, 1}
+    first: dict[tuple[int, ...], torch.Tensor] = {}
+    for seen, (old, sampler, terms) in zip(watch.seen, loss.calls, strict=True):
+        batch, now = seen.batch, seen.outputs["policy"].logprobs.detach()[seen.batch.action_mask]
+        assert torch.equal(sampler, batch.sampler_logprobs[batch.action_mask])
+        key = (*batch.policy_version.tolist(), *batch.index.tolist())
+        if not batch.inner_epoch:
+            first[key] = now
+        else:
+            assert not torch.equal(old, now)
+        assert torch.equal(old, first[key])
+        expected = np.minimum(np.exp((first[key] - sampler).double().numpy()), 1.5)
+        assert terms.sampler_ratio.item() == pytest.approx(expected.sum(), rel=1e-4)
+        assert terms.sampler_truncated == (expected == 1.5).sum()
+        assert 0 < terms.sampler_truncated < len(old), "a third of the ratios is exp(0.5), above the cap"
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert float(row["train/sampler_ratio"]) == pytest.approx((1 + math.exp(0.25) + 1.5) / 3, rel=0.05)
+        assert float(row["train/sampler_truncated_fraction"]) == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_without_a_cap_nothing_is_logged_of_the_samplers_ratio(tmp_path):
+    watched(tmp_path, policy(), tasks(), talking(Loud), max_epochs=1)
+    with (tmp_path / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert "train/sampler_ratio" not in row
+    assert float(row["train/sampler_gap_max"]) == pytest.approx(0.5, abs=1e-4)
 
 
 def test_stale_rollouts_are_refused(tmp_path):
