@@ -34,7 +34,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         success_threshold: reward from which a rollout counts as solved, where the environment does not say.
         weights: under a strategy that spreads the weights: ``gather`` a whole copy on every process for each rollout
             phase, ``stream`` layers through it at every token, or ``auto``: gather where it fits.
-        weights_dtype: of the copy; also makes one where the weights are whole. Null: as the policy.
+        weights_dtype: of the copy; also makes one where the weights are whole. Null: what the policy computes in.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self.success_threshold = success_threshold
         self.weights = weights
         self.weights_dtype = weights_dtype
-        self._weights = SamplingWeights(weights, None if weights_dtype is None else getattr(torch, weights_dtype))
+        self._weights = SamplingWeights(weights)
         self.listeners: list[Callable[[str, int, int, int], None]] = []  # (stage, finished, rollouts, tokens)
         self._checked = False
         self._module: GearModule | None = None
@@ -104,13 +104,11 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         # one context for the whole phase, so that the weights are cast once and not at every token
         mixed = self._trainer.precision == "bf16-mixed"
         version = self._trainer.global_step
-        with (
-            torch.autocast(module.device.type, dtype=torch.bfloat16, enabled=mixed),
-            self._weights.open(module.policy, module.blank, version, self._cache_bytes(len(jobs)), self.engine) as (
-                model,
-                check,
-            ),
-        ):
+        computes_in = getattr(self._trainer.strategy, "computes_in", None)
+        dtype = getattr(torch, self.weights_dtype) if self.weights_dtype else computes_in
+        cache = self._cache_bytes(len(jobs))
+        opened = self._weights.open(module.policy, module.blank, version, cache, self.engine, dtype)
+        with torch.autocast(module.device.type, dtype=torch.bfloat16, enabled=mixed), opened as (model, check):
             if not self._checked:
                 self.check_engine(model)
                 self._checked = True

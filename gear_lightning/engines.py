@@ -207,7 +207,9 @@ class _RowCache:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
-        self.layers = [[store[rows] for store in layer] for layer in self.layers]
+        for layer in self.layers:
+            for i, store in enumerate(layer):  # one at a time: never two caches side by side
+                layer[i] = store[rows]
         self.height = len(rows)
 
 

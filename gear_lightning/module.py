@@ -222,7 +222,12 @@ class GearModule(Float32Buffers, L.LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.log("step", float(self.global_step), batch_size=1)
 
-    on_train_epoch_end = on_validation_epoch_end = on_test_epoch_end = _log_position
+    on_validation_epoch_end = on_test_epoch_end = _log_position
+
+    def on_train_epoch_end(self) -> None:
+        self._log_position()
+        for parameter in self.policy.parameters():  # room for the next rollouts
+            parameter.grad = None
 
     def on_train_start(self) -> None:
         if self.teacher is not None and self.teacher_options.park:

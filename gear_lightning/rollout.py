@@ -341,6 +341,9 @@ class AgentLoop:
         context = self._guard(episode, lambda: self.chat.continuation(step.messages))
         if rollout.error is not None:
             return True
+        if len(rollout.tokens) + len(context) >= self.budgets.context:  # training must not see more than fits either
+            rollout.status = "truncated"
+            return True
         rollout.add_context(context)
         return not self._request(key, episode, "truncated")
 

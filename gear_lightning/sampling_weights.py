@@ -24,18 +24,23 @@ class SamplingWeights:
     Args:
         mode: ``gather`` a whole copy on every process, ``stream`` layers through it at every token, or ``auto``: gather
             where it fits.
-        dtype: of the gathered copy. None: as the policy.
     """
 
-    def __init__(self, mode: WeightsMode, dtype: torch.dtype | None):
+    def __init__(self, mode: WeightsMode):
         self.mode = mode
-        self.dtype = dtype
+        self.dtype: torch.dtype | None = None
         self._copy: Any = None
         self._version: int | None = None
 
     @contextmanager
     def open(
-        self, policy: Any, blank: Any, version: int, cache_bytes: int, engine: GenerationEngine
+        self,
+        policy: Any,
+        blank: Any,
+        version: int,
+        cache_bytes: int,
+        engine: GenerationEngine,
+        dtype: torch.dtype | None,
     ) -> Iterator[tuple[Any, Callable[[], None]]]:
         """A model for the engine, and a check that the engine uses it.
 
@@ -45,7 +50,9 @@ class SamplingWeights:
             version: optimizer steps it has taken.
             cache_bytes: what the engine's keys and values will need.
             engine: what will sample.
+            dtype: of the gathered copy. None: as the policy.
         """
+        self.dtype = dtype
         sharded = is_sharded(policy)
         mode = self._mode(policy, sharded, cache_bytes)
         if mode == "own":

@@ -31,6 +31,11 @@ class WholeCheckpoints(Strategy):
     shards = True  # whether weights are spread over the ranks
 
     @property
+    def computes_in(self) -> torch.dtype | None:
+        """What weights are gathered in; None: in what they are kept in."""
+        return None
+
+    @property
     def restore_checkpoint_after_setup(self) -> bool:
         return True
 
@@ -133,17 +138,26 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):
             size = (self.replicas, world // self.replicas)
             self.mesh = init_device_mesh(kind, size, mesh_dim_names=("replicate", "shard"))
 
+    @property
+    def computes_in(self) -> torch.dtype | None:
+        # gathered in bfloat16, reduced in float32. Under autocast alone the backward pass would keep a bfloat16 copy of
+        # all weights on every device
+        return torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+
     def shard(self, model: Any, like: Any = None) -> Any:
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         blocks = _blocks(model)
+        options: dict[str, Any] = {"mesh": self.mesh}
+        if self.computes_in is not None:
+            options["mp_policy"] = MixedPrecisionPolicy(param_dtype=self.computes_in, reduce_dtype=torch.float32)
         values = [p.detach() for p in model.parameters()]
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         replace_parameters(model, lambda p: nn.Parameter(p.detach().to("meta"), p.requires_grad))
         for block in blocks:
-            fully_shard(block, mesh=self.mesh, reshard_after_forward=self.reshard_after_forward)
+            fully_shard(block, reshard_after_forward=self.reshard_after_forward, **options)
         # a teacher has no backward that would let its root go
-        fully_shard(model, mesh=self.mesh, reshard_after_forward=True if like is not None else None)
+        fully_shard(model, reshard_after_forward=True if like is not None else None, **options)
         model.to_empty(device=self.root_device)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
@@ -225,6 +239,7 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
         stage: 1, 2 or 3.
         offload_optimizer: keep the optimizer's state, and take its steps, in CPU memory.
         offload_parameters: keep the weights in CPU memory between uses. Stage 3.
+        bucket_size: elements that are reduced or gathered in one go; buffers of this size take memory.
         process_group_backend: ``nccl``, ``gloo``, ... Null: what fits the device.
     """
 
@@ -233,6 +248,7 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
         stage: int = 2,
         offload_optimizer: bool = False,
         offload_parameters: bool = False,
+        bucket_size: int = 50_000_000,
         process_group_backend: str | None = None,
     ):
         if stage not in (1, 2, 3):
@@ -247,6 +263,8 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
             stage=stage,
             offload_optimizer=offload_optimizer,
             offload_parameters=offload_parameters,
+            reduce_bucket_size=bucket_size,
+            allgather_bucket_size=bucket_size,
             process_group_backend=process_group_backend,
         )
         assert isinstance(self.config, dict)
