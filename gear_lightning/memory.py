@@ -287,8 +287,7 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
     flow = compute if strategy == "fsdp" and setup.precision == "bf16-mixed" else weight
     kept = {
         "weights": shape.parameters * weight // over,
-        # ZeRO-3's weights are the partition where they are float32 and on the GPU
-        "fp32_partition": trained * 4 // gpus if zero and (not sharded or weight < 4 or offload) else 0,
+        "fp32_partition": trained * 4 // gpus if zero else 0,
         "optimizer": int(trained * (setup.float32_state_bytes if zero else setup.state_bytes)) // states_over,
         "teacher": setup.teacher_parameters * weight // over,
         "teacher_shadow": setup.teacher_parameters * 4 // over if setup.averaged and weight < 4 else 0,
@@ -299,7 +298,11 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
     moved = ["teacher", "teacher_shadow"] if setup.parked else []
     parked = kept["teacher"] if setup.parked else 0
     if offload:
-        moved += ["fp32_partition", "optimizer", *(("weights", "teacher") if strategy == "zero3_offload" else ())]
+        moved += [
+            "fp32_partition",
+            "optimizer",
+            *(("weights", "teacher", "teacher_shadow") if strategy == "zero3_offload" else ()),
+        ]
     host = sum(kept[name] for name in set(moved))
     kept |= dict.fromkeys(moved, 0)
     if offload and strategy != "zero1":
@@ -359,14 +362,17 @@ def _gathered(shape: ModelShape, strategy: Strategy, setup: Setup, weight: int, 
 
     FSDP2 holds embedding and head from forward to backward, a layer and the next one, and as much of their gradients
     (and a layer's in float32, to reduce them); or, while the teacher scores, its embedding and head beside the
-    policy's. ZeRO-3 keeps up to `LIVE_PARAMETERS`.
+    policy's. ZeRO-3 keeps up to `LIVE_PARAMETERS`, and has as many on the way, twice where it fetches the teacher's.
     """
     if strategy == "fsdp":
         share, some = shape.trainable / shape.parameters, shape.root + 2 * shape.layer
         whole = some if setup.reshard else shape.parameters
         reduced = 0 if flow == weight else weight * shape.layer
         return int(flow * whole + max(share * (flow * some + reduced), flow * shape.root))
-    return weight * min(shape.parameters, LIVE_PARAMETERS) if strategy in SHARDED else 0
+    if strategy not in SHARDED:
+        return 0
+    held, teacher = (min(n, LIVE_PARAMETERS) for n in (shape.parameters, setup.teacher_parameters))
+    return weight * (held + max(held, 2 * teacher))
 
 
 def _rollout(shape: ModelShape, strategy: Strategy, load: Load, setup: Setup, flow: int) -> dict[str, int]:
