@@ -68,6 +68,7 @@ CASES = {
     "gear, zero2 x 2": [ZERO % 2],
     "gear, zero2 x 2, bf16-true": [ZERO % 2, "--trainer.precision=bf16-true"],
     "gear, zero3 x 2": [ZERO % 3],
+    "gear, zero3 x 2, bf16-mixed": [ZERO % 3, "--trainer.precision=bf16-mixed"],
     "gear, zero3 x 2, bf16-true": [ZERO % 3, "--trainer.precision=bf16-true"],
 }
 

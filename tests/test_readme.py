@@ -17,6 +17,8 @@ LEFT_OUT = ("make test", "make smollm2", "pip install", "gear-lightning template
 SHORTER = {
     "smollm2_gsm8k.yaml": "--trainer.max_epochs 1 --warm_start.steps 2 --data.tasks_per_iteration 1 --data.val_limit 2",
     "smollm2_arithmetic.yaml": "--trainer.max_epochs 1 --data.tasks_per_iteration 1 --data.val_limit 8",
+    "strategy/fsdp.yaml": "--trainer.accelerator cpu --trainer.max_epochs 2 --trainer.check_val_every_n_epoch 2",
+    "parity": "--trainer.accelerator cpu --devices 2 --iterations 1",
     "grpo.yaml": "--trainer.max_epochs 2 --trainer.check_val_every_n_epoch 2",
 }
 
@@ -62,7 +64,12 @@ def test_the_metrics_that_the_readme_explains_are_logged(tmp_path):
 
     from tiny import data, generation, module, trainer
 
-    trainer(tmp_path, generation(), max_epochs=1, limit_val_batches=None).fit(module(), datamodule=data())
+    from gear_lightning.callbacks.noise_floor import NoiseFloor
+    from gear_lightning.loss import ClippedSurrogate
+
+    corrected = module(objective=ClippedSurrogate(sampler_cap=2.0))
+    callbacks = generation(), NoiseFloor()
+    trainer(tmp_path, *callbacks, max_epochs=1, limit_val_batches=None).fit(corrected, datamodule=data())
     with (tmp_path / "metrics.csv").open() as file:
         logged = set(next(csv.DictReader(file)))
     table = (ROOT / "README.md").read_text().split("## How to read the metrics")[1].split("##")[0]
