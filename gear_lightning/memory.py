@@ -320,7 +320,8 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
     chunks = load.rows * load.sampled * shape.vocab > LOGITS
     update = {
         "parked_teacher": parked,
-        "autocast_copy": _casts(shape, setup, compute) if mixed and flow == weight else 0,
+        # DeepSpeed's own linear layer keeps none
+        "autocast_copy": _casts(shape, setup, compute) if mixed and flow == weight and not (zero and sharded) else 0,
         "gathered": _gathered(shape, strategy, setup, weight, flow),
         "activations": _activations(shape, load, setup, flow, compute),
         "logits": _logits(shape, load, compute),
