@@ -59,6 +59,22 @@ def test_every_file_and_option_that_the_readme_names_exists():
     assert options - named == explained, "an option that the paper leaves open is missing from the table"
 
 
+def test_every_file_that_the_page_on_scaling_names_exists():
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    for path in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / "docs" / path).exists(), path
+    for path in re.findall(r"(?:configs|benchmarks)/[\w/]+\.(?:yaml|py)", text):
+        assert (ROOT / path).exists(), path
+    assert {f"`{p.name}`" for p in (ROOT / "configs" / "strategy").iterdir()} <= set(re.findall(r"`[^`]+`", text))
+
+
+def test_the_memory_table_is_what_doctor_says(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from scaling_table import table  # pyright: ignore[reportMissingImports]
+
+    assert table() in (ROOT / "docs" / "scaling.md").read_text(), "python benchmarks/scaling_table.py --write"
+
+
 def test_the_metrics_that_the_readme_explains_are_logged(tmp_path):
     import csv
 
