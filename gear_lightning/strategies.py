@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from . import zero_state
 from .errors import UserError
-from .sharding import fill, full, local, replace_parameters, shard_like
+from .sharding import fill, full, local, replace_parameters, shard_like, skeleton
 from .together import together
 
 
@@ -102,6 +102,24 @@ class WholeCheckpoints(Strategy):
             like: a sharded model of the same shapes to take the values from.
         """
         raise NotImplementedError
+
+
+def place(strategy: Any, whole: Callable[[], Any], bare: Callable[[], Any]) -> tuple[Any, Any]:
+    """A model where the strategy wants it, and its `skeleton` where its parameters are spread over the ranks.
+
+    Args:
+        strategy: any of Lightning's, or of these.
+        whole: loads the model.
+        bare: makes it with its parameters on the meta device.
+
+    Raises:
+        UserError: on all ranks, where one cannot make it.
+    """
+    if not getattr(strategy, "shards", False):
+        return together(whole), None
+    model = strategy.load(whole, bare)
+    blank = skeleton(model)
+    return strategy.shard(model), blank
 
 
 class FSDP2(WholeCheckpoints, ModelParallelStrategy):
@@ -265,6 +283,7 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
             offload_parameters=offload_parameters,
             reduce_bucket_size=bucket_size,
             allgather_bucket_size=bucket_size,
+            logging_batch_size_per_gpu=1,  # DeepSpeed wants one for its throughput log, which is off
             process_group_backend=process_group_backend,
         )
         assert isinstance(self.config, dict)

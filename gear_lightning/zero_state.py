@@ -115,3 +115,11 @@ def load_whole_state(optimizer: Any, parameters: list[Any], saved: Mapping[str, 
                 state[flat][name][there] = value.flatten()[here].to(flat)
             else:
                 state[flat][name] = value.clone() if isinstance(value, Tensor) else value
+
+
+def piece_bytes(optimizer: Any) -> int:
+    """Bytes of the flat pieces that a ZeRO optimizer holds on this rank; 0 for any other optimizer."""
+    optimizer = getattr(optimizer, "_optimizer", optimizer)
+    if not hasattr(optimizer, "refresh_fp32_params"):
+        return 0
+    return sum(piece.numel() * piece.element_size() for piece in _pieces(optimizer))
