@@ -64,6 +64,7 @@ class SamplingWeights:
                 self._copy, self._version = whole_copy(policy, blank, device, dtype), version
             yield self._copy, lambda: self._check(policy, engine)
             return
+        rank_zero_warn("rollouts stream the policy's layers at every token (generation.weights): slow, see perf/*")
         turns = Turns(policy)
         engine.before_forward = turns.take
         try:
