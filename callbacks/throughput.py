@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import lightning as L
+import torch
 
 from gear_lightning.batch import RolloutBatch
 
@@ -11,19 +12,24 @@ from gear_lightning.batch import RolloutBatch
 class Throughput(L.Callback):
     """Logs ``time/rollout_s``, ``time/update_s``, ``perf/rollout_tokens_per_s`` (sampled tokens) and
     ``perf/update_tokens_per_s`` (all tokens of the policy's forward, padding aside): mean over the processes; and
-    ``perf/padding_fraction``: share of padding in the tokens of the policy's and the teacher's forward passes."""
+    ``perf/padding_fraction``: share of padding in the tokens of the policy's and the teacher's forward passes. On GPUs
+    also ``memory/rollout_gib`` and ``memory/update_gib``: the most that any process had allocated in each phase."""
 
     def __init__(self) -> None:
         self._seconds = self._started = 0.0
         self._tokens = self._places = self._filled = 0
+        self._rollout_peak = 0.0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._seconds = 0.0
+        _peak(pl_module.device)
         self._tokens = self._places = self._filled = 0
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if batch_idx == 0:
+            self._rollout_peak = _peak(pl_module.device)
         self._started = time.perf_counter()
 
     def on_train_batch_end(
@@ -46,5 +52,18 @@ class Throughput(L.Callback):
         }
         for name, value in values.items():
             pl_module.log(name, value, batch_size=1, sync_dist=True)
+        if pl_module.device.type == "cuda":
+            peaks = {"memory/rollout_gib": self._rollout_peak, "memory/update_gib": _peak(pl_module.device)}
+            for name, value in peaks.items():
+                pl_module.log(name, value, batch_size=1, sync_dist=True, reduce_fx="max")
         padding = (self._places - self._filled) / max(self._places, 1)
         pl_module.log("perf/padding_fraction", padding, batch_size=max(self._places, 1), sync_dist=True)
+
+
+def _peak(device: torch.device) -> float:
+    """GiB allocated on a GPU at the most since the last call; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0.0
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak

@@ -28,7 +28,9 @@ from .callbacks.noise_floor import NoiseFloor
 from .callbacks.progress import PhaseProgress
 from .callbacks.rollout_recorder import RolloutRecorder
 from .callbacks.sample_table import SampleTable
+from .callbacks.startup import StartupCheck
 from .callbacks.throughput import Throughput
+from .callbacks.watchdog import Watchdog
 from .data import RolloutDataModule
 from .errors import UserError
 from .loggers import MetricsFile
@@ -113,6 +115,7 @@ class GearCLI(LightningCLI):
         parser.add_lightning_class_args(SampleTable, "samples")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(PhaseProgress, "progress")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(FirstEvaluation, "first_evaluation")  # after the progress bar has opened
         parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
         parser.set_defaults(
@@ -156,6 +159,8 @@ class GearCLI(LightningCLI):
         if path is None and self.subcommand != "fit":
             print(f"No --ckpt_path: this is {self.subcommand} of the policy before any training.", file=sys.stderr)
         super().instantiate_classes()
+        flat = self.config[str(self.subcommand)]
+        self.datamodule.resolved_config = {k: str(v) for k, v in vars(flat.as_flat()).items() if k != "config"}
         if path == "last":  # on the first start of a job that is started again and again there is none yet
             self.config_init[str(self.subcommand)]["ckpt_path"] = None if newest is None else str(newest)
         if self._get(self.config_init, "weights_only") is None:  # Lightning would unpickle a remote checkpoint
@@ -184,7 +189,9 @@ class GearCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         off = [PhaseProgress] if config.get("enable_progress_bar") is False else []
         off += [IterationCheckpoint] if config.get("enable_checkpointing") is False else []
-        return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, tuple(off))])
+        kept = [c for c in callbacks if not isinstance(c, tuple(off))]
+        kept.sort(key=lambda c: not isinstance(c, Watchdog))  # it watches the others' start, too
+        return super()._instantiate_trainer(config, [*kept, StartupCheck()])
 
     def _lock(self) -> None:
         """Keep a second run out of the directory while this process lives."""
@@ -211,7 +218,7 @@ class GearCLI(LightningCLI):
             enable_checkpointing=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
-            callbacks=[PhaseProgress()],
+            callbacks=[Watchdog(self._get(self.config, "watchdog")["seconds"]), PhaseProgress()],
             **kwargs,
         )
 
@@ -378,6 +385,9 @@ def main(args: list[str], kind: type[GearCLI] = GearCLI) -> None:
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*recommended to use `self.log.'step'.*")  # equal on all processes
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated.*_single")  # DeepSpeed's calls
+    warnings.filterwarnings("ignore", message=".*DTensor random operators may not have complete support.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "💡" not in r.getMessage())
     # processes that Lightning starts for other ranks run this same command line
     sys.argv = [sys.argv[0], *args]

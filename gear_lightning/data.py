@@ -17,7 +17,7 @@ from .errors import UserError
 from .packing import balanced_split
 from .resume import random_state, restore_random_state
 from .rollout import Rollout, RolloutGroup
-from .together import gather
+from .together import check_same, gather
 
 ZeroSpread = Literal["keep", "drop", "resample"]
 
@@ -125,6 +125,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.seed = seed
         self.generator: RolloutGenerator | None = None
+        self.resolved_config: dict[str, str] = {}  # of the command line, to be equal on all processes
         self.cursor = 0  # tasks drawn so far, over all processes
         self.groups: list[RolloutGroup] = []  # of the current iteration, on this rank
         self.position = 0  # micro-batches of the current iteration handed out so far
@@ -135,6 +136,7 @@ class RolloutDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         trainer = self._trainer
+        check_same(self.resolved_config)  # here, for this is the first thing that Lightning calls on all processes
         if stage == "fit":
             if self.tasks_per_iteration % trainer.world_size:
                 raise UserError(

@@ -25,9 +25,10 @@ from .metrics import Quantile
 from .models import Float32Buffers, PolicySource, checkpoint_activations, without_dropout
 from .optimizers import plain_states, states_from_plain
 from .resume import rewind
-from .sharding import full, shape, skeleton
+from .sharding import full, shape
+from .strategies import place
 from .teacher import Teacher, TeacherOptions, privileged_prompt
-from .together import gather, together
+from .together import gather
 from .token_stats import check_head, token_stats
 
 
@@ -79,7 +80,7 @@ class GearModule(Float32Buffers, L.LightningModule):
         self.initial_weights: Path | None = None  # a model directory to start from in place of the source's weights
         self.base: str | None = None  # what loads the weights that adapters lie on; None: the checkpoint alone has them
         self.policy: Any = None
-        self._blank: tuple[Any, ...] = ()  # see `blank`; in a tuple, for it is no part of this module
+        self._blank: list[Any] = [None]  # see `blank`; in a list, for it is no part of this module
         self.teacher: Teacher | None = None
         self._chat: Chat | None = None
         self._frozen: dict[tuple[int, ...], tuple[Tensor, TokenStats | None, Credit]] = {}
@@ -98,7 +99,7 @@ class GearModule(Float32Buffers, L.LightningModule):
     @property
     def blank(self) -> Any:
         """The policy's modules without values, where its parameters are spread over the ranks; None elsewhere."""
-        return self._blank[0] if self._blank else None
+        return self._blank[0]
 
     def configure_model(self) -> None:
         strategy: Any = self.trainer.strategy
@@ -106,12 +107,8 @@ class GearModule(Float32Buffers, L.LightningModule):
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         if self.policy is None:  # Lightning calls this for every stage
             whole = partial(self._adapted, self._load_policy, teacher=spread and fitting)
-            if spread:
-                self.policy = strategy.load(whole, partial(self._adapted, self._blank_policy, teacher=fitting))
-                self._blank = (skeleton(self.policy),)
-                strategy.shard(self.policy)
-            else:
-                self.policy = together(whole)
+            bare = partial(self._adapted, self._blank_policy, teacher=fitting)
+            self.policy, *self._blank = place(strategy, whole, bare)
             self.policy.train()
         if self.teacher is None and self.credit.needs_teacher and fitting:
             low = self.trainer.precision in ("bf16-true", "16-true")

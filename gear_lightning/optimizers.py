@@ -5,6 +5,8 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .errors import require_extra
 
@@ -76,3 +78,27 @@ def states_from_plain(states: Any) -> Any:
     if isinstance(states, list | tuple):
         return type(states)(map(states_from_plain, states))
     return states
+
+
+def in_floats(state: Any) -> Any:
+    """A state with its 8-bit average as floats; quantised again, a value moves by less than one of its 256 levels."""
+    return state.dequantize() if type(state).__name__ == "OptimState8bit" else state
+
+
+def as_kept(optimizer: Any, parameter: Any, name: str, value: Tensor) -> Tensor:
+    """Floats as the optimizer keeps the state of that name: in 8 bits where it does.
+
+    Args:
+        optimizer: a torch optimizer.
+        parameter: of this state; whole, this rank's part, or a ``DTensor``.
+        name: of the state.
+        value: laid out as the parameter.
+    """
+    if not hasattr(optimizer, "_new_buffer"):  # torchao's
+        return value
+    kept = optimizer._new_buffer(parameter, name == "exp_avg")
+    if isinstance(kept, DTensor):
+        kept.to_local().copy_(value.to_local() if isinstance(value, DTensor) else value)
+    else:
+        kept.copy_(value)
+    return kept

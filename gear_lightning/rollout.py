@@ -139,12 +139,16 @@ class _Worker:
         threading.Thread(target=self._serve, daemon=True, name="environment").start()
 
     def _serve(self) -> None:
-        while True:
-            function, answer = self._calls.get()
+        while (call := self._calls.get()) is not None:
+            function, answer = call
             try:
                 answer.put((function(), None))
             except BaseException as error:  # even SystemExit of a tool is that tool's failure
                 answer.put((None, error))
+
+    def stop(self) -> None:
+        """End the thread after the calls that it has."""
+        self._calls.put(None)
 
     def start(self, function: Callable[[], Any]) -> "queue.SimpleQueue":
         answer: queue.SimpleQueue = queue.SimpleQueue()
@@ -157,6 +161,10 @@ class DeadlineRunner:
 
     def __init__(self) -> None:
         self._worker = _Worker()
+
+    def close(self) -> None:
+        """Let the thread go."""
+        self._worker.stop()
 
     def __call__(self, function: Callable[[], Any], seconds: float) -> Any:
         """The function's result.
@@ -217,7 +225,6 @@ class AgentLoop:
         self.sampling = sampling
         self.success_threshold = success_threshold
         self.on_progress = on_progress
-        self._call = DeadlineRunner()
 
     def run(
         self,
@@ -238,6 +245,7 @@ class AgentLoop:
         Returns:
             The rollouts in the order of the jobs, and counts of their statuses. Failures are recorded, never raised.
         """
+        self._call = DeadlineRunner()
         training = model.training
         model.eval()
         self.engine.begin(model, self.sampling, self.chat.stop_ids)
@@ -259,6 +267,7 @@ class AgentLoop:
             model.train(training)
             for episode in episodes:
                 self._close(episode)
+            self._call.close()
         return [e.rollout for e in episodes], Counter(e.rollout.status for e in episodes)
 
     def _open(self, key: int, task: Task, seed: tuple[int, ...], version: int) -> _Episode:

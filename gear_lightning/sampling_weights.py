@@ -8,11 +8,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 
 from .engines import GenerationEngine, next_logits
 from .errors import UserError
-from .sharding import fingerprint, full, is_sharded, replace_parameters, rest, shape, skeleton
+from .sharding import fingerprint, is_sharded, rest, shape, whole_copy
 from .together import gather
 
 WeightsMode = Literal["auto", "gather", "stream"]
@@ -61,9 +60,11 @@ class SamplingWeights:
         if mode == "gather":
             if self._version != version:
                 self.close()
-                self._copy, self._version = self._gather(policy, blank), version
+                device = next(policy.parameters()).device
+                self._copy, self._version = whole_copy(policy, blank, device, dtype), version
             yield self._copy, lambda: self._check(policy, engine)
             return
+        rank_zero_warn("rollouts stream the policy's layers at every token (generation.weights): slow, see perf/*")
         turns = Turns(policy)
         engine.before_forward = turns.take
         try:
@@ -94,20 +95,6 @@ class SamplingWeights:
             "generation.weights_dtype=bfloat16 or model.teacher.park=true, or use more devices."
         )
         return "stream"
-
-    @torch.no_grad()
-    def _gather(self, policy: Any, blank: Any) -> Any:
-        rest(policy)
-        model = skeleton(blank or policy)  # the next phase begins from a blank one again
-        device = next(policy.parameters()).device
-        sources = iter(policy.parameters())
-
-        def take(parameter: nn.Parameter) -> nn.Parameter:
-            value = full(next(sources))
-            return nn.Parameter(value.to(device, self.dtype or value.dtype), requires_grad=False)
-
-        replace_parameters(model, take)
-        return model.to(device).eval()
 
     def _check(self, policy: Any, engine: GenerationEngine) -> None:
         """Raise where the engine's weights are not the policy's, or where the ranks' policies differ."""

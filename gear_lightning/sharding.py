@@ -137,6 +137,28 @@ def replace_parameters(model: nn.Module, make: Callable[[nn.Parameter], nn.Param
                 part._parameters[name] = made[id(parameter)]
 
 
+@torch.no_grad()
+def whole_copy(model: Any, blank: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
+    """A whole model with the weights of one that may be sharded, gathered one after another. Collective.
+
+    Args:
+        model: holds the weights.
+        blank: its `skeleton`, made before it was sharded; None for a whole one.
+        device: of the copy.
+        dtype: of the copy's weights. None: as they are.
+    """
+    rest(model)
+    copied = skeleton(blank or model)
+    sources = iter(model.parameters())
+
+    def take(parameter: nn.Parameter) -> nn.Parameter:
+        value = full(next(sources))
+        return nn.Parameter(value.to(device, dtype or value.dtype, copy=True), requires_grad=False)
+
+    replace_parameters(copied, take)
+    return copied.to(device).eval()
+
+
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     """Tells whether two models hold the same weights to the last bit, however they are spread. All ranks must call it.
 

@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 
 from . import zero_state
 from .errors import UserError
-from .sharding import fill, full, local, replace_parameters, shard_like
+from .optimizers import as_kept, in_floats
+from .sharding import fill, full, local, replace_parameters, shard_like, skeleton, whole_of
 from .together import together
 
 
@@ -104,6 +105,24 @@ class WholeCheckpoints(Strategy):
         raise NotImplementedError
 
 
+def place(strategy: Any, whole: Callable[[], Any], bare: Callable[[], Any]) -> tuple[Any, Any]:
+    """A model where the strategy wants it, and its `skeleton` where its parameters are spread over the ranks.
+
+    Args:
+        strategy: any of Lightning's, or of these.
+        whole: loads the model.
+        bare: makes it with its parameters on the meta device.
+
+    Raises:
+        UserError: on all ranks, where one cannot make it.
+    """
+    if not getattr(strategy, "shards", False):
+        return together(whole), None
+    model = strategy.load(whole, bare)
+    blank = skeleton(model)
+    return strategy.shard(model), blank
+
+
 class FSDP2(WholeCheckpoints, ModelParallelStrategy):
     """Fully sharded data parallelism (PyTorch's ``fully_shard``): weights, gradients, optimizer state and teacher are
     spread over the processes, and gathered layer by layer.
@@ -174,7 +193,7 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state = getattr(optimizer, "_optimizer", optimizer).state_dict()
         whole = {
-            i: {key: self._to_rank_zero(full(v)) if isinstance(v, Tensor) else v for key, v in mine.items()}
+            i: {key: self._to_rank_zero(_whole_state(v)) if isinstance(v, Tensor) else v for key, v in mine.items()}
             for i, mine in state["state"].items()
         }
         return {"state": whole, "param_groups": state["param_groups"]} if self.is_global_zero else {}
@@ -183,13 +202,20 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-            def spread(i: int, value: Any, parameters: list = parameters) -> Any:
+            def spread(i: int, name: str, value: Any, optimizer: Any = optimizer, parameters: list = parameters) -> Any:
                 p = parameters[i]
                 whole = isinstance(value, Tensor) and value.shape == p.shape and isinstance(p, DTensor)
-                return shard_like(p, value) if whole else value
+                return as_kept(optimizer, p, name, shard_like(p, value)) if whole else value
 
-            state = {i: {key: spread(i, v) for key, v in mine.items()} for i, mine in saved["state"].items()}
+            state = {i: {key: spread(i, key, v) for key, v in mine.items()} for i, mine in saved["state"].items()}
             optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+
+
+def _whole_state(value: Tensor) -> Tensor:
+    """A whole optimizer state, in floats. All ranks must call it."""
+    if isinstance(value, DTensor) and (floats := in_floats(value.to_local())) is not value.to_local():
+        return whole_of(value, floats)
+    return full(value)
 
 
 @torch.no_grad()
@@ -265,6 +291,7 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
             offload_parameters=offload_parameters,
             reduce_bucket_size=bucket_size,
             allgather_bucket_size=bucket_size,
+            logging_batch_size_per_gpu=1,  # DeepSpeed wants one for its throughput log, which is off
             process_group_backend=process_group_backend,
         )
         assert isinstance(self.config, dict)

@@ -39,3 +39,20 @@ def together(function: Callable[[], T]) -> T:
         rank, text = failed[0]
         raise UserError(f"{text} (rank {rank})")
     return result  # pyright: ignore[reportReturnType]
+
+
+def check_same(what: dict[str, str]) -> None:
+    """Fail on all ranks where one has other values than rank 0. All ranks must call it.
+
+    Raises:
+        UserError: names the first rank and key that differ.
+    """
+    first, *others = gather(what)
+    for rank, theirs in enumerate(others, 1):
+        for key in sorted(first.keys() | theirs.keys()):
+            mine, other = first.get(key, "not given"), theirs.get(key, "not given")
+            if mine != other:
+                raise UserError(
+                    f"rank {rank} has another config than rank 0: {key} is {other} there and {mine} on rank 0; start "
+                    "all processes with the same files and options"
+                )

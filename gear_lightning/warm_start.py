@@ -17,6 +17,8 @@ from .environments.base import Demonstration, Demonstrations
 from .errors import UserError
 from .models import Float32Buffers, build_once, cache_dir, checkpoint_activations, without_dropout
 from .module import GearModule
+from .sharding import whole_copy
+from .strategies import place as put
 from .teacher import TeacherOptions, privileged_prompt
 from .token_stats import check_head, token_stats
 
@@ -105,12 +107,35 @@ class _Batches(torch.utils.data.IterableDataset):
 class WarmStartModule(Float32Buffers, L.LightningModule):
     """Cross-entropy on the learned tokens of demonstrations."""
 
-    def __init__(self, gear: GearModule, options: WarmStart):
+    def __init__(self, gear: GearModule, options: WarmStart, check: Callable[[Any], None]):
         super().__init__()
         self.options = options
-        self.policy = without_dropout(gear.source.model()).train()
-        if gear.activation_checkpointing:
-            checkpoint_activations(self.policy)
+        self.gear = (gear,)  # in a tuple, for it is no part of this module
+        self.check = check
+        self.policy: Any = None
+        self._blank: list[Any] = [None]  # in a list, for it is no part of this module
+
+    def configure_model(self) -> None:
+        if self.policy is None:
+            source = self.gear[0].source
+            bare = lambda: without_dropout(source.skeleton())  # noqa: E731
+            self.policy, *self._blank = put(self.trainer.strategy, self._load, bare)
+            self.policy.train()
+            if self.gear[0].activation_checkpointing:
+                checkpoint_activations(self.policy)
+
+    def _load(self) -> Any:
+        gear = self.gear[0]
+        policy = without_dropout(gear.source.model())
+        check_head(policy)
+        self.check(policy)
+        if gear.lora is not None:
+            gear.lora.layers(policy)
+        return policy
+
+    def whole(self) -> Any:
+        """The policy in float32 in CPU memory. All ranks must call it."""
+        return whole_copy(self.policy, self._blank[0], "cpu", torch.float32)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         tokens, valid, learned, total = batch
@@ -152,18 +177,16 @@ def run_warm_start(
     name = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     folder = cache_dir() / "warm_start" / name
     if not options.reuse or not folder.exists():
-        module = WarmStartModule(gear, options)
-        check_head(module.policy)
-        check(module.policy)
-        if gear.lora is not None:
-            gear.lora.layers(module.policy)
+        module = WarmStartModule(gear, options, check)
         data = _Batches(options, gear.chat_format, gear.teacher_options, trainer)
         trainer.fit(module, train_dataloaders=torch.utils.data.DataLoader(data, batch_size=None))
         if options.steps != trainer.global_step:
             raise KeyboardInterrupt("the warm start was interrupted")
+        if not options.reuse and folder.exists():
+            folder = folder.with_name(f"{name}-{trainer.global_step}-fresh")
+        folder = trainer.strategy.broadcast(folder)
+        whole = module.whole()
         if trainer.is_global_zero:
-            if not options.reuse and folder.exists():
-                folder = folder.with_name(f"{name}-{trainer.global_step}-fresh")
-            build_once(folder, lambda partial: module.policy.float().save_pretrained(partial))
+            build_once(folder, whole.save_pretrained)
         trainer.strategy.barrier("warm start saved")
     return folder

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .optimizers import as_kept, in_floats
 from .sharding import is_zero3, shape
 
 
@@ -58,11 +59,17 @@ def whole_state(optimizer: Any, parameters: list[Any], keep: Callable[[Tensor], 
         keep: what to do with each whole tensor, as soon as it is there.
     """
     names, others = _split(optimizer)
+    floats = {  # (flat piece, name) -> its state
+        (id(flat), name): in_floats(mine[name])
+        for flat in _pieces(optimizer)
+        if (mine := optimizer.optimizer.state.get(flat))
+        for name in names
+    }
     state: dict[int, dict[str, Any]] = {}
     for i, parameter in enumerate(parameters):
         state[i] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in others.items()} if names or others else {}
         for name in names:
-            state[i][name] = keep(_whole(optimizer, parameter, name))
+            state[i][name] = keep(_whole(optimizer, parameter, name, floats))
     groups = []
     for group, members in zip(optimizer.optimizer.param_groups, _members(optimizer, parameters), strict=True):
         groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": members})
@@ -81,13 +88,13 @@ def _members(optimizer: Any, parameters: list[Any]) -> Iterator[list[int]]:
         yield sorted(number[id(p)] for s in mine for p in optimizer.fp16_groups[s])
 
 
-def _whole(optimizer: Any, parameter: Any, name: str) -> Tensor:
+def _whole(optimizer: Any, parameter: Any, name: str, floats: dict[tuple[int, str], Tensor]) -> Tensor:
     place = _place(optimizer, parameter)
     device = parameter.device
     whole = torch.zeros(shape(parameter).numel(), device=device, dtype=torch.float32)
     if place is not None:
         flat, there, here = place
-        whole[here] = optimizer.optimizer.state[flat][name][there].to(device, torch.float32)
+        whole[here] = floats[id(flat), name][there].to(device, torch.float32)
     dist.all_reduce(whole, group=parameter.ds_process_group if is_zero3(parameter) else parameter._dp_group)
     return whole.reshape(shape(parameter))
 
@@ -115,3 +122,15 @@ def load_whole_state(optimizer: Any, parameters: list[Any], saved: Mapping[str, 
                 state[flat][name][there] = value.flatten()[here].to(flat)
             else:
                 state[flat][name] = value.clone() if isinstance(value, Tensor) else value
+    for flat in _pieces(optimizer):
+        mine = state[flat]
+        for name in [k for k, v in mine.items() if isinstance(v, Tensor) and v.shape == flat.shape]:
+            mine[name] = as_kept(optimizer.optimizer, flat, name, mine[name])
+
+
+def piece_bytes(optimizer: Any) -> int:
+    """Bytes of the flat pieces that a ZeRO optimizer holds on this rank; 0 for any other optimizer."""
+    optimizer = getattr(optimizer, "_optimizer", optimizer)
+    if not hasattr(optimizer, "refresh_fp32_params"):
+        return 0
+    return sum(piece.numel() * piece.element_size() for piece in _pieces(optimizer))

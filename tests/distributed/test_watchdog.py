@@ -1,0 +1,120 @@
+"""A job whose processes wait for one another for ever ends, and says where each of them was."""
+
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from distributed.test_ddp import DEADLINE, command_line
+
+TWO = ("--trainer.devices", "2", "--progress.every_seconds", "1000")
+
+
+def alive(word: str) -> list[str]:
+    """Processes that have the word in their command line and are no zombies."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().decode(errors="replace")
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:  # it has ended meanwhile
+            continue
+        if word in command and state != "Z":
+            found.append(command)
+    return found
+
+
+def finish(command, environment, repository, deadline: float = DEADLINE) -> tuple[int, str, float]:
+    """Exit status, what was said on stderr, and seconds."""
+    started = time.monotonic()
+    done = subprocess.run(
+        command, cwd=repository, env=environment, timeout=deadline, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stderr, time.monotonic() - started
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
+def test_a_process_that_holds_the_interpreter_ends_the_job(tmp_path, repository, strategy):
+    options = ["--config", f"configs/strategy/{strategy}.yaml", *TWO, "--watchdog.seconds", "6"]
+    options += ["--generation.environment", "trouble.Endless", "--first_evaluation.enabled", "false"]
+    status, said, _ = finish(*command_line(tmp_path, *options), repository)
+    assert status != 0
+    report = (tmp_path / "stalled" / "rank_0.txt").read_text()
+    assert "no process has made progress for" in report
+    assert "rank 1: " in report
+    assert "in step" in said, "the stack of the process that never lets go"
+    assert "trouble.py" in said
+
+
+def test_one_process_alone_is_watched_too(tmp_path, repository):
+    command, environment = command_line(
+        tmp_path, "--watchdog.seconds", "5", "--generation.environment", "trouble.Endless"
+    )
+    status, said, _ = finish(command, {**environment, "WORLD_SIZE_ONE": "1"}, repository)
+    assert status != 0
+    assert "trouble.py" in said
+
+
+def test_a_slow_process_is_not_stuck(tmp_path, repository):
+    options = [*TWO, "--trainer.strategy", "ddp", "--watchdog.seconds", "3", "--trainer.max_epochs", "1"]
+    options += ["--generation.environment", "trouble.Slow", "--first_evaluation.enabled", "false"]
+    status, said, seconds = finish(
+        *command_line(tmp_path, *options, "--trainer.check_val_every_n_epoch", "9"), repository
+    )
+    assert status == 0, said[-2000:]
+    assert seconds > 6, "too fast to show anything"
+
+
+def ranks(tmp_path, repository, *options: str, second: tuple[str, ...]) -> list[tuple[int, str, float]]:
+    """Start two processes by hand, as a cluster does, the second one with other options."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started, running = time.monotonic(), []
+    for rank in range(2):
+        command, environment = command_line(tmp_path, *options, *(second if rank else ()))
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+        running.append(
+            subprocess.Popen(
+                command, cwd=repository, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+            )
+        )
+    ended = []
+    for process in running:
+        said = process.communicate(timeout=DEADLINE)[1]
+        ended.append((process.returncode, said, time.monotonic() - started))
+    return ended
+
+
+@pytest.mark.parametrize(
+    ("options", "second", "key"),
+    [
+        (("--trainer.strategy", "ddp"), ("--data.micro_batch_size", "4"), "data.micro_batch_size is 4 there and 2"),
+        (("--trainer.strategy", "ddp"), ("--config", "configs/strategy/fsdp.yaml"), "trainer.strategy"),
+        (("--config", "configs/strategy/zero3.yaml"), ("--model.optimizer.lr", "0.5"), "model.optimizer.init_args.lr"),
+    ],
+)
+def test_a_process_with_another_config_is_named_by_all(tmp_path, repository, options, second, key):
+    for status, said, seconds in ranks(tmp_path, repository, *options, *TWO, second=second):
+        assert status == 2, said[-2000:]
+        assert "rank 1 has another config than rank 0" in said
+        assert key in said
+        assert "Traceback" not in said
+        assert seconds < 30
+
+
+def test_a_process_that_dies_takes_the_others_along(tmp_path, repository):
+    options = [*TWO, "--config", "configs/strategy/fsdp.yaml", "--generation.environment", "trouble.Unmakeable"]
+    command, environment = command_line(tmp_path, *options, "--trainer.max_epochs", "1000")
+    process = subprocess.Popen(
+        command,
+        cwd=repository,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.wait(timeout=90) != 0
+    time.sleep(1)
+    assert not alive(str(tmp_path))

@@ -1,0 +1,41 @@
+"""Environments that misbehave on one process, for tests of what the others do then."""
+
+import os
+import re
+import time
+
+from tiny import AnyCall
+
+
+def rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+class Slow(AnyCall):
+    """Rank 1 takes half a second for each step: slow, and never stuck."""
+
+    def step(self, message):
+        if rank() == 1:
+            time.sleep(0.5)
+        return super().step(message)
+
+
+class Endless(AnyCall):
+    """Rank 1 never lets go of the interpreter."""
+
+    def step(self, message):
+        if rank() == 1 or os.environ.get("WORLD_SIZE_ONE"):
+            re.match(r"(a+)+$", "a" * 64 + "b")
+        return super().step(message)
+
+
+class Unmakeable(AnyCall):
+    """Cannot be made on rank 1 once it has been made there for the start-up checks and the first evaluation."""
+
+    made = 0
+
+    def __init__(self):
+        Unmakeable.made += 1
+        if rank() == 1 and Unmakeable.made > 60:
+            os._exit(9)
+        super().__init__()
