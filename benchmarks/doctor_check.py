@@ -3,10 +3,10 @@
     python benchmarks/doctor_check.py               # all cases in turn; writes benchmarks/results/doctor_check.json
     python benchmarks/doctor_check.py --case gear   # one case, in this process
 
-A 50M-parameter Llama is trained in full for two iterations, with rollouts that fill the context that the recipe
-allows, for that is what doctor assumes. Each case runs in its own process. On a GPU the peak is
-torch.cuda.max_memory_allocated; on a CPU it is the peak of the process's resident memory less what was resident before
-training, imports included.
+A 50M-parameter Llama is trained for two iterations, with rollouts that fill the context that the recipe allows, for
+that is what doctor assumes. Each case runs in its own process, or in two (gloo) under a sharding strategy. On a
+GPU the peak is torch.cuda.max_memory_allocated; on a CPU it is the peak of the process's resident memory less what was
+resident before training, imports included; of two processes, that of rank 0.
 """
 
 import argparse
@@ -38,6 +38,12 @@ BASE = [
     "--generation.budgets.context=256", "--generation.budgets.tokens=240", "--generation.budgets.turns=200",
     "--trainer.max_epochs=2",
 ]  # fmt: skip
+LORA = "--model.lora.rank=16"
+FSDP = '--trainer.strategy={"class_path": "gear_lightning.strategies.FSDP2"}'
+ZERO = (
+    '--trainer.strategy={"class_path": "gear_lightning.strategies.ZeRO", '
+    '"init_args": {"stage": %d, "bucket_size": 5000000}}'
+)
 CASES = {
     "gear": [],
     "gear, 2 micro-batches": ["--data.micro_batch_size=4"],
@@ -51,6 +57,19 @@ CASES = {
         "--data.group_size=12",
         "--data.micro_batch_size=1",
     ],  # the rollout phase is the larger one
+    "gear, checkpointing": ["--model.activation_checkpointing=true"],
+    "gear, checkpointing, bf16-mixed": ["--model.activation_checkpointing=true", "--trainer.precision=bf16-mixed"],
+    "gear, lora": [LORA],
+    "gear, lora, bf16-mixed": [LORA, "--trainer.precision=bf16-mixed"],
+    "gear, lora, checkpointing": [LORA, "--model.activation_checkpointing=true"],
+    "gear, fsdp x 2": [FSDP],
+    "gear, fsdp x 2, 2 micro-batches": [FSDP, "--data.micro_batch_size=2"],
+    "gear, fsdp x 2, bf16-mixed": [FSDP, "--trainer.precision=bf16-mixed"],
+    "gear, zero2 x 2": [ZERO % 2],
+    "gear, zero2 x 2, bf16-true": [ZERO % 2, "--trainer.precision=bf16-true"],
+    "gear, zero3 x 2": [ZERO % 3],
+    "gear, zero3 x 2, bf16-mixed": [ZERO % 3, "--trainer.precision=bf16-mixed"],
+    "gear, zero3 x 2, bf16-true": [ZERO % 3, "--trainer.precision=bf16-true"],
 }
 
 
@@ -81,21 +100,27 @@ def one_case(case: str) -> dict:
     import lightning as L
     import torch
 
-    from gear_lightning.doctor import load_of, read_recipe, setup_of
-    from gear_lightning.memory import estimate, model_shape
+    from gear_lightning.doctor import estimate_of, read_recipe
 
     on_gpu = torch.cuda.is_available()
     recipe = read_recipe([*BASE, *CASES[case]])
-    shape = model_shape(recipe.module.source.skeleton())
-    load, setup = load_of(recipe, 1), setup_of(recipe, shape.trainable, {}, on_gpu)
-    estimated = estimate(shape, "ddp", 1, load, setup)
+    world = 2 if " x 2" in case else 1
+    shape, estimated = estimate_of(recipe, world, on_gpu)
+    strategy = recipe.trainer["strategy"]
+    if world > 1:
+        import deepspeed  # noqa: F401  (its import is no part of training)
+
+        from gear_lightning import strategies
+
+        strategy = getattr(strategies, strategy["class_path"].rpartition(".")[2])(**strategy.get("init_args") or {})
     # what the first use of a library loads belongs to the start, not to training
     small = recipe.module.source.__class__(recipe.module.source.words, hidden_size=32, layers=1, heads=1)
     loss = small.model()(input_ids=torch.zeros(1, 8, dtype=torch.long)).logits.sum()
     loss.backward()
     del loss
     trainer = L.Trainer(
-        accelerator="gpu" if on_gpu else "cpu", devices=1, max_epochs=2, precision=recipe.trainer["precision"],
+        accelerator="gpu" if on_gpu else "cpu", devices=world, strategy=strategy, max_epochs=2,
+        precision=recipe.trainer["precision"],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0, gradient_clip_val=1.0,
         check_val_every_n_epoch=1000,  # before it Lightning drops the gradients, which the next forward else finds
@@ -135,7 +160,9 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES)
     options = parser.parse_args()
     if options.case:
-        print("RESULT " + json.dumps(one_case(options.case)))
+        found = one_case(options.case)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("RESULT " + json.dumps(found))
         return
     results = {}
     for case in CASES:

@@ -108,8 +108,7 @@ class Shaped(PolicySource):
 
 def one_case(case: str, accelerator: str) -> dict[str, Any]:
     """Train and return the last iteration's figures, with doctor's estimate of the peaks in GiB."""
-    from gear_lightning.doctor import load_of, read_recipe, setup_of
-    from gear_lightning.memory import estimate, model_shape
+    from gear_lightning.doctor import estimate_of, read_recipe
 
     options = [*BASE, *CASES[case], f"--trainer.accelerator={accelerator}"]
     here = str(Path(__file__).parent)
@@ -123,11 +122,7 @@ def one_case(case: str, accelerator: str) -> dict[str, Any]:
             rows = [row for row in csv.DictReader(file) if row.get("time/update_s")]
     wanted = ("time/", "perf/", "memory/", "train/sampler_gap", "train/response_tokens")
     result: dict[str, Any] = {k: float(v) for k, v in rows[-1].items() if v and k.startswith(wanted)}
-    recipe = read_recipe(options)
-    shape = model_shape(recipe.module.source.skeleton())
-    name = next((n for n in ("fsdp", "zero2", "zero3") if case.endswith(n)), "ddp")
-    trainable = shape.trainable
-    estimated = estimate(shape, name, 1, load_of(recipe, 1), setup_of(recipe, trainable, {}, accelerator == "gpu"))
+    _, estimated = estimate_of(read_recipe(options), 1, accelerator == "gpu")
     result["estimated"] = {k: v / 2**30 for k, v in estimated.items() if k in ("update", "rollout", "total")}
     if "memory/update_gib" in result:
         peak = max(result["memory/update_gib"], result["memory/rollout_gib"])

@@ -21,15 +21,15 @@ from .module import GearModule
 GIB = 1 << 30
 ROWS = {  # component -> what the table calls it
     "weights": "weights",
-    "gradients": "gradients",
-    "fp32_partition": "DeepSpeed's partition",
+    "fp32_partition": "DeepSpeed's float32 weights",
     "optimizer": "optimizer state",
     "teacher": "teacher",
     "teacher_shadow": "teacher's float32 average",
+    "gradients": "gradients",
     "buckets": "communication buckets",
+    "parked_teacher": "update: parked teacher",
     "autocast_copy": "update: autocast copy",
     "gathered": "update: gathered layers",
-    "reduce_buckets": "update: reduce buckets",
     "activations": "update: activations",
     "logits": "update: logits chunk",
     "new_gradient": "update: a new gradient",
@@ -40,7 +40,9 @@ ROWS = {  # component -> what the table calls it
     "update": "update phase",
     "rollout": "rollout phase",
     "total": "PEAK",
-    "host": "in CPU memory besides",
+    "host": "CPU memory: offloaded, parked",
+    "loading": "CPU memory: loading",
+    "saving": "CPU memory: saving",
 }
 TIGHT = 0.9  # share of the memory above which the CUDA context and fragmentation decide
 
@@ -102,12 +104,20 @@ def configured_strategy(trainer: Any) -> tuple[Strategy | None, dict[str, Any]]:
     if "deepspeed" in low or "zero" in low:
         digits = [c for c in low.rpartition(".")[2] if c in "123"]
         stage = options.get("stage") or (int(digits[-1]) if digits else 2)
-        offload = "offload" in low or any(key.startswith("offload") and value is True for key, value in options.items())
+        offload = "offload" in low or options.get("offload_parameters")
         found = "zero3_offload" if stage == 3 and offload else f"zero{stage}"
         return next((s for s in STRATEGIES if s == found), None), options
     if "fsdp" in low or "modelparallel" in low:
         return "fsdp", options
     return ("ddp" if low == "auto" or "ddp" in low else None), options
+
+
+def skeleton_of(recipe: Recipe) -> Any:
+    """The policy as it is trained, with its adapters, on the meta device."""
+    model = recipe.module.source.skeleton()
+    if recipe.module.lora is not None:
+        recipe.module.lora.adapt(model)
+    return model
 
 
 @dataclass(frozen=True)
@@ -118,13 +128,12 @@ class OptimizerNeeds:
     foreach: bool
 
 
-def optimizer_needs(module: GearModule, precision: Any, on_gpu: bool) -> OptimizerNeeds:
+def optimizer_needs(module: GearModule, dtype: torch.dtype, on_gpu: bool) -> OptimizerNeeds:
     """Try the recipe's optimizer on a small parameter.
 
     Raises:
         UserError: it cannot be made, or cannot take a step on the CPU.
     """
-    dtype = {4: torch.float32, 2: torch.bfloat16}[element_bytes(precision)[0]]
     parameter = torch.nn.Parameter(torch.zeros(64, 128, dtype=dtype))  # large enough for 8-bit states
     try:
         optimizer = module.optimizer([parameter])
@@ -156,28 +165,84 @@ def load_of(recipe: Recipe, gpus: int) -> Load:
         sampled=min(budgets.tokens, budgets.context),
         # the privileged text is at most as long as the rest, and seldom that
         teacher_length=2 * budgets.context if recipe.module.credit.needs_teacher else 0,
-        micro_batches=math.ceil(mine / rows),
+        micro_batches=math.ceil(mine / rows) * data.inner_epochs,
         rollouts=together,
         prefill=min(prefill, together * prompt),
     )
 
 
 def setup_of(recipe: Recipe, trainable: int, options: dict[str, Any], on_gpu: bool) -> Setup:
-    """How the recipe trains."""
-    module, precision = recipe.module, recipe.trainer["precision"]
-    needs = optimizer_needs(module, precision, on_gpu)
-    weights = module.teacher_options.weights
-    own = 0 if not module.credit.needs_teacher or weights == "live" else trainable  # a frozen base is shared
+    """How the recipe trains.
+
+    Args:
+        recipe: the recipe.
+        trainable: parameters that the optimizer sees.
+        options: of the strategy, see `configured_strategy`.
+        on_gpu: whether training is on a GPU.
+    """
+    module, precision, generation = recipe.module, recipe.trainer["precision"], recipe.generation
+    stored = {4: torch.float32, 2: torch.bfloat16}[element_bytes(precision)[0]]
+    needs = optimizer_needs(module, stored, on_gpu)
+    teacher = module.teacher_options
+    # of adapters the frozen teacher is the base without them
+    shared = teacher.weights == "live" or (module.lora is not None and teacher.weights == "frozen")
     return Setup(
         precision=precision_name(precision),
         state_bytes=needs.state_bytes,
+        float32_state_bytes=optimizer_needs(module, torch.float32, on_gpu).state_bytes,
         foreach=needs.foreach,
-        teacher_parameters=own,
-        averaged=weights == "ema",
-        activation_checkpointing=bool(getattr(module, "activation_checkpointing", False)),
-        bucket=int(options.get("reduce_bucket_size") or Setup.bucket),
+        teacher_parameters=0 if shared or not module.credit.needs_teacher else trainable,
+        averaged=teacher.weights == "ema",
+        parked=teacher.park,
+        activation_checkpointing=module.activation_checkpointing,
+        generation="stream" if generation.weights == "stream" else "gather",
+        generation_bytes=getattr(torch, generation.weights_dtype).itemsize if generation.weights_dtype else None,
+        replicas=int(options.get("replicas") or 1),
+        reshard=options.get("reshard_after_forward") is not False,
+        bucket=int(options.get("bucket_size") or options.get("reduce_bucket_size") or Setup.bucket),
         bucket_view=bool(options.get("gradient_as_bucket_view")),
+        offload_optimizer=bool(options.get("offload_optimizer")),
     )
+
+
+def columns(
+    shape: ModelShape, gpus: int, load: Load, setup: Setup, chosen: str | None, room: float | None
+) -> dict[Strategy, dict[str, int]]:
+    """Every strategy's estimate: the recipe's own with the options given to it, the others as configs/strategy has
+    them.
+
+    Args:
+        shape: the model.
+        gpus: processes.
+        load: what each works on.
+        setup: how training is done.
+        chosen: the recipe's strategy.
+        room: GiB of a GPU; where a gathered copy of the weights does not fit, they are streamed. None: they fit.
+    """
+    plain = Setup()
+    theirs = {"replicas": plain.replicas, "reshard": plain.reshard, "bucket": plain.bucket}
+    theirs |= {"bucket_view": plain.bucket_view, "offload_optimizer": plain.offload_optimizer}
+    found = {}
+    for strategy in STRATEGIES:
+        mine = setup if strategy == chosen else replace(setup, **theirs)
+        found[strategy] = estimate(shape, strategy, gpus, load, mine)
+        if room is not None and found[strategy]["rollout"] > TIGHT * room * GIB:
+            found[strategy] = estimate(shape, strategy, gpus, load, replace(mine, generation="stream"))
+    return found
+
+
+def estimate_of(recipe: Recipe, gpus: int, on_gpu: bool) -> tuple[ModelShape, dict[str, int]]:
+    """Sizes of the recipe's model, and what it needs under its own strategy.
+
+    Raises:
+        UserError: its strategy is unknown.
+    """
+    shape = model_shape(skeleton_of(recipe))
+    chosen, options = configured_strategy(recipe.trainer)
+    if chosen is None:
+        raise UserError(f"trainer.strategy={recipe.trainer['strategy']}: not one of {', '.join(STRATEGIES)}")
+    setup = setup_of(recipe, shape.trainable, options, on_gpu)
+    return shape, estimate(shape, chosen, gpus, load_of(recipe, gpus), setup)
 
 
 def _place(recipe: Recipe) -> str:
@@ -195,14 +260,27 @@ def _verdict(total: int, memory: float | None) -> str:
 
 
 def table(
-    shape: ModelShape, gpus: int, load: Load, setup: Setup, memory: float | None, chosen: str | None, place: str
-) -> Any:
-    """Strategies side by side, GiB in each place (GPU or process)."""
+    shape: ModelShape, gpus: int, load: Load, setup: Setup, memory: float | None, chosen: str | None, place: str,
+    auto: bool,
+) -> Any:  # fmt: skip
+    """Strategies side by side, GiB in each place (GPU or process).
+
+    Args:
+        shape: the model.
+        gpus: processes.
+        load: what each works on.
+        setup: how training is done.
+        memory: GiB of a GPU, where it is known.
+        chosen: the recipe's strategy.
+        place: GPU or process.
+        auto: weights that do not fit are streamed (``generation.weights=auto``).
+    """
     from rich.table import Table
 
-    found = {s: estimate(shape, s, gpus, load, setup) for s in STRATEGIES}
+    room = memory if auto else None
+    found = columns(shape, gpus, load, setup, chosen, room)
     other = replace(setup, activation_checkpointing=not setup.activation_checkpointing)
-    switched = {s: estimate(shape, s, gpus, load, other)["total"] for s in STRATEGIES}
+    switched = {s: n["total"] for s, n in columns(shape, gpus, load, other, chosen, room).items()}
     out = Table(box=None, pad_edge=False, header_style="bold")
     out.add_column(f"GiB per {place}", no_wrap=True)
     for strategy in STRATEGIES:
@@ -244,7 +322,7 @@ def doctor_command(argv: list[str]) -> int:
     machine = look_at_machine()
     recipe = read_recipe(rest)
     gpus = options.gpus or configured_gpus(recipe.trainer)
-    model = recipe.module.source.skeleton()
+    model = skeleton_of(recipe)
     shape = model_shape(model)
     chosen, strategy_options = configured_strategy(recipe.trainer)
     load = load_of(recipe, gpus)
@@ -264,6 +342,7 @@ def _show(
     plain, place = not sys.stdout.isatty(), _place(recipe)
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=plain, width=200 if plain else None)
     console.width = max(console.width, 100)  # what the table takes; a narrower terminal wraps it
+    auto = recipe.generation.weights == "auto"
     some = "" if shape.trainable == shape.parameters else f", {shape.trainable / 1e6:,.1f}M of them trained"
     teacher = recipe.module.teacher_options.weights if recipe.module.credit.needs_teacher else "none"
     plural = "" if gpus == 1 else "es" if place == "process" else "s"
@@ -277,15 +356,24 @@ def _show(
     )
     console.print("versions   " + ", ".join(f"{name} {v or 'none'}" for name, v in machine.versions.items()))
     console.print("GPUs here  " + (", ".join(machine.gpus) or "none") + "\n")
-    console.print(table(shape, gpus, load, setup, memory, chosen, place))
+    console.print(table(shape, gpus, load, setup, memory, chosen, place, auto))
+    streamed = memory is not None and auto
     console.print(
         "\nRollout and update take turns. Lengths are the longest that generation.budgets allows."
         + ("" if place == "process" else " The CUDA context (about 0.5 GiB)\nand fragmentation come on top.")
-        + (f" *: the recipe's strategy, {chosen}." if chosen else "")
+        + (
+            f" *: the recipe's strategy, {chosen}, with its options; the others as in configs/strategy."
+            if chosen
+            else ""
+        )
+        + "\nCPU memory: what is offloaded or parked, for each GPU; loading the model, on rank 0 (ddp, zero1, zero2: on"
+        "\nevery process); saving a checkpoint, on rank 0."
+        + (" Where a whole copy of sharded weights does not fit, rollouts stream them." if streamed else "")
         + ("" if memory or place == "process" else " Whether it fits: give --gpu-memory GIB.")
     )
     found = problems(recipe, machine, model, gpus, chosen)
-    if memory is not None and chosen is not None and estimate(shape, chosen, gpus, load, setup)["total"] > memory * GIB:
+    own = None if chosen is None else columns(shape, gpus, load, setup, chosen, memory if auto else None)[chosen]
+    if memory is not None and own is not None and own["total"] > memory * GIB:
         found.append(f"the recipe's strategy, {chosen}, needs more than {memory:g} GiB per {place}")
     console.print("\nProblems:" if found else "\nNo problems found.")
     for problem in found:

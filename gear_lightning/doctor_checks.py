@@ -10,10 +10,11 @@ import torch
 from .callbacks.generation import GenerationCallback
 from .data import RolloutDataModule
 from .engines import CachedEngine
-from .memory import Strategy, element_bytes
+from .memory import Strategy
 from .module import GearModule
 
 PACKAGES = ("torch", "lightning", "pytorch-lightning", "transformers", "deepspeed", "peft")
+OWN = "gear_lightning.strategies."  # strategies that shard the teacher too, and save whole checkpoints
 MALICIOUS = ("2.6.2", "2.6.3")  # of lightning and pytorch-lightning: GHSA-w37p-236h-pfx3
 
 
@@ -131,13 +132,15 @@ def problems(recipe: Recipe, machine: Machine, model: Any, gpus: int, strategy: 
         found.append(f"{type(model).__name__} names no layers (_no_split_modules): fsdp cannot split it")
     if (message := _engine_problem(recipe, model)) is not None:
         found.append(message)
-    if strategy == "zero3_offload":
-        kind = _optimizer_name(recipe.module, trainer["precision"])
-        if kind != "DeepSpeedCPUAdam":
-            found.append(
-                f"zero3_offload keeps the optimizer's state in CPU memory, and {kind} is not made for it: DeepSpeed "
-                "wants deepspeed.ops.adam.DeepSpeedCPUAdam (or zero_force_ds_cpu_optimizer: false, which is slow)"
-            )
+    given = trainer["strategy"]
+    name = given if isinstance(given, str) else given["class_path"]
+    options = {} if isinstance(given, str) else given.get("init_args") or {}
+    if strategy not in (None, "ddp") and not name.startswith(OWN):
+        found.append(f"trainer.strategy={name} is Lightning's own: use --config configs/strategy/{strategy}.yaml")
+    if gpus % (options.get("replicas") or 1):
+        found.append(f"trainer.strategy.replicas={options['replicas']} does not divide {gpus} processes")
+    if strategy == "ddp" and gpus > 1 and not options.get("gradient_as_bucket_view"):
+        found.append(f"trainer.strategy={name} keeps gradients twice: use --config configs/strategy/ddp.yaml")
     if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
         found.append(f"{type(model).__name__} is a mixture of experts: its activations above are too low")
     return found
@@ -155,8 +158,3 @@ def _engine_problem(recipe: Recipe, model: Any) -> str | None:
             "gear_lightning.engines.GenerateEngine"
         )
     return None
-
-
-def _optimizer_name(module: GearModule, precision: Any) -> str:
-    dtype = torch.float32 if element_bytes(precision)[0] == 4 else torch.bfloat16
-    return type(module.optimizer([torch.nn.Parameter(torch.zeros(1, dtype=dtype))])).__name__

@@ -101,24 +101,36 @@ class Setup:
     Args:
         precision: as ``trainer.precision``.
         state_bytes: optimizer state per trainable parameter: 8 for Adam on float32.
+        float32_state_bytes: the same on float32 parameters, which are what DeepSpeed's optimizer always works on.
         foreach: the optimizer works on all parameters at once and needs a copy of them for it (on GPUs, unless fused).
         teacher_parameters: parameters that the teacher keeps for itself; 0 for a live one or none.
         averaged: the teacher is a moving average, which is kept in float32 beside low-precision weights.
+        parked: the teacher lies in CPU memory while it does not score.
         activation_checkpointing: layers are computed again in backward.
         generation: how sharded weights are sampled from: ``gather`` a whole copy, or ``stream`` layer by layer.
-        bucket: elements of a DeepSpeed reduce bucket (``reduce_bucket_size``).
+        generation_bytes: of a weight of the copy that is sampled from. None: as the strategy gathers them.
+        replicas: copies of the weights over all GPUs (FSDP2's hybrid sharding).
+        reshard: FSDP2 frees a layer's gathered weights after its forward.
+        bucket: elements of a DeepSpeed reduce bucket (``bucket_size``).
         bucket_view: DDP's gradients are views of its buckets (``gradient_as_bucket_view``); else they are kept twice.
+        offload_optimizer: DeepSpeed keeps gradients, its partition and the optimizer's state in CPU memory.
     """
 
     precision: str = "32-true"
     state_bytes: float = 8.0
+    float32_state_bytes: float = 8.0
     foreach: bool = True
     teacher_parameters: int = 0
     averaged: bool = True
+    parked: bool = False
     activation_checkpointing: bool = False
     generation: Literal["gather", "stream"] = "gather"
-    bucket: int = 200_000_000
-    bucket_view: bool = False
+    generation_bytes: int | None = None
+    replicas: int = 1
+    reshard: bool = True
+    bucket: int = 50_000_000
+    bucket_view: bool = True
+    offload_optimizer: bool = False
 
 
 def precision_name(precision: Any) -> str:
@@ -175,12 +187,16 @@ def model_shape(model: Any) -> ModelShape:
 
 
 def layer_activations(shape: ModelShape, precision: Any) -> int:
-    """Bytes that autograd keeps of one layer for one token.
+    """Bytes that autograd keeps of one layer for one token, where all its weights are trained.
 
     Two norms (input in float32, normalised, output; under autocast the output is cast anew for each of five
     matrices), queries, keys, values and output of the attention with its log-sum-exp, and the MLP's inner numbers.
+    With adapters on all layers it is a few percent less.
     """
-    weight, compute = element_bytes(precision)
+    return _layer(shape, *element_bytes(precision))
+
+
+def _layer(shape: ModelShape, weight: int, compute: int) -> int:
     outputs = 2 if weight == compute else 5
     norms = shape.hidden * (2 * 4 + 2 * weight + outputs * compute) + 2 * 4
     inner, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -190,18 +206,16 @@ def layer_activations(shape: ModelShape, precision: Any) -> int:
     return norms + attention + (4 if shape.gated else 2) * shape.intermediate * compute
 
 
-def _passing(shape: ModelShape, precision: Any) -> int:
+def _passing(shape: ModelShape, weight: int, compute: int) -> int:
     """Bytes for one token that a layer holds while it works and nobody keeps: residual, norm and MLP."""
-    weight, compute = element_bytes(precision)
     return shape.hidden * (2 * weight + compute) + 3 * shape.intermediate * compute
 
 
-def _activations(shape: ModelShape, load: Load, setup: Setup) -> int:
+def _activations(shape: ModelShape, load: Load, setup: Setup, weight: int, compute: int) -> int:
     """What autograd keeps of the policy's forward, and the larger of what comes on top of it for a while: the teacher's
     forward, and the first layer of a backward that finds gradients there."""
-    weight, _ = element_bytes(setup.precision)
     tokens = load.rows * load.length
-    per_layer = layer_activations(shape, setup.precision)
+    per_layer = _layer(shape, weight, compute)
     if setup.activation_checkpointing:
         kept = tokens * (shape.layers * shape.hidden * weight + per_layer)
     else:
@@ -209,12 +223,11 @@ def _activations(shape: ModelShape, load: Load, setup: Setup) -> int:
     kept += tokens * shape.hidden * (4 + 2 * weight)  # the last norm
     kept += load.rows * load.sampled * shape.hidden * weight  # what the head sees
     passing = max(load.rows * load.teacher_length, tokens if load.micro_batches > 1 else 0)
-    return kept + passing * _passing(shape, setup.precision)
+    return kept + passing * _passing(shape, weight, compute)
 
 
-def _logits(shape: ModelShape, load: Load, setup: Setup) -> int:
+def _logits(shape: ModelShape, load: Load, compute: int) -> int:
     """The chunk of logits in `token_stats`: float32 logits, log-probs, probabilities and their product."""
-    _, compute = element_bytes(setup.precision)
     wanted = load.rows * load.sampled
     chunk = min(wanted, max(1, LOGITS // shape.vocab))
     copies = 4 * 4 + (compute if compute < 4 else 0)
@@ -223,16 +236,16 @@ def _logits(shape: ModelShape, load: Load, setup: Setup) -> int:
     return chunk * shape.vocab * copies
 
 
-def _kv_cache(shape: ModelShape, load: Load, setup: Setup) -> int:
-    """Keys and values of all rows, and half of them once more: when most conversations are over, `CachedEngine` copies
-    the rows of the others.
+def _kv_cache(shape: ModelShape, load: Load, weight: int, compute: int) -> int:
+    """Keys and values of all rows; of one layer once more, picked for the rows that still go on and repeated for all
+    heads.
 
     Under autocast the keys come out of the rotation in float32, the values in low precision.
     """
-    weight, compute = element_bytes(setup.precision)
     columns = -(-load.length // 64) * 64
-    row = shape.layers * columns * shape.kv_heads * shape.head_dim * (weight + compute)
-    return (load.rollouts + load.rollouts // 2) * row
+    layer = load.rollouts * columns * shape.head_dim * (weight + compute)
+    repeated = shape.heads if shape.heads > shape.kv_heads else 0
+    return layer * (shape.layers * shape.kv_heads + shape.kv_heads + repeated)
 
 
 def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup: Setup = Setup()) -> dict[str, int]:
@@ -246,98 +259,141 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
         setup: how training is done.
 
     Returns:
-        Kept all the time: ``weights``, ``gradients`` (they live until the next backward), ``fp32_partition``
-        (DeepSpeed's own copy of the trainable weights, in the precision of the weights), ``optimizer``, ``teacher``,
-        ``teacher_shadow``, ``buckets`` (of the communication). In the update: ``autocast_copy``, ``gathered`` layers,
-        ``reduce_buckets``, ``activations``, ``logits``, ``new_gradient`` (before it is added to the old), or else
-        ``step_scratch`` in the optimizer's step. In the rollout phase: ``generation`` copy of weights, ``kv_cache``,
-        ``sampling`` (prefill and the draws). Then ``update`` and ``rollout``, the sums of the two phases, which do not
-        overlap, ``total``, the larger of them, and ``host``, in CPU memory for each GPU and part of no sum.
+        Kept all the time: ``weights``, ``fp32_partition`` (DeepSpeed's own float32 copy of the trainable weights),
+        ``optimizer``, ``teacher``, ``teacher_shadow``, ``buckets`` (of the communication). In the update:
+        ``gradients`` (ZeRO-3 keeps room for them all the time), ``parked_teacher`` while it scores, ``autocast_copy``,
+        ``gathered`` layers, ``reduce_buckets``, ``activations``, ``logits``, ``new_gradient`` (before it is added to
+        the old), or else ``step_scratch`` in the optimizer's step. In the rollout phase: ``generation`` copy of
+        weights, ``kv_cache``, ``sampling`` (prefill and the draws). Then ``update`` and ``rollout``, the sums of the
+        two phases, which do not overlap, and ``total``, the larger of them. In CPU memory, and part of no sum:
+        ``host``, kept for each GPU; ``loading``, of a process that loads the model; ``saving``, of rank 0 while it
+        gathers a checkpoint.
 
     Raises:
-        UserError: no such strategy, or precision.
+        UserError: no such strategy, or precision, or replicas that do not divide the GPUs.
     """
     if strategy not in STRATEGIES:
         raise UserError(f"strategy={strategy}: there are {', '.join(STRATEGIES)}")
+    if gpus % setup.replicas:
+        raise UserError(f"replicas={setup.replicas} does not divide {gpus} processes")
     weight, compute = element_bytes(setup.precision)
+    mixed = weight > compute  # autocast
     zero, sharded = strategy.startswith("zero"), strategy in SHARDED
-    over = gpus if sharded else 1
+    offload = zero and (setup.offload_optimizer or strategy == "zero3_offload")
+    over = (gpus // setup.replicas if strategy == "fsdp" else gpus) if sharded else 1
+    states_over = 1 if strategy == "ddp" else over if sharded else gpus
     trained = shape.trainable
-    part = {
+    # FSDP2 gathers in bfloat16, and all of a layer is in it; autocast alone leaves what is between matrices float32
+    flow = compute if strategy == "fsdp" and setup.precision == "bf16-mixed" else weight
+    kept = {
         "weights": shape.parameters * weight // over,
-        "gradients": trained * weight // (gpus if sharded or strategy == "zero2" else 1),
-        "fp32_partition": trained * weight // gpus if zero else 0,
-        "optimizer": int(trained * setup.state_bytes) // (1 if strategy == "ddp" else gpus),
+        "fp32_partition": trained * 4 // gpus if zero else 0,
+        "optimizer": int(trained * (setup.float32_state_bytes if zero else setup.state_bytes)) // states_over,
         "teacher": setup.teacher_parameters * weight // over,
         "teacher_shadow": setup.teacher_parameters * 4 // over if setup.averaged and weight < 4 else 0,
-        "buckets": 0,
     }
-    host = 0
-    if strategy == "zero3_offload":
-        moved = ("weights", "gradients", "fp32_partition", "optimizer", "teacher")
-        host = sum(part[name] for name in moved)
-        part |= dict.fromkeys(moved, 0)
+    gradients = trained * weight // (gpus if strategy == "zero2" else over)
+    saved = shape.parameters * weight + setup.teacher_parameters * weight + kept["optimizer"] * states_over
+    saved += kept["teacher_shadow"] * over
+    moved = ["teacher", "teacher_shadow"] if setup.parked else []
+    parked = kept["teacher"] if setup.parked else 0
+    if offload:
+        moved += [
+            "fp32_partition",
+            "optimizer",
+            *(("weights", "teacher", "teacher_shadow") if strategy == "zero3_offload" else ()),
+        ]
+    host = sum(kept[name] for name in set(moved))
+    kept |= dict.fromkeys(moved, 0)
+    if offload and strategy != "zero1":
+        host, gradients = host + gradients, 0
+    buckets = 0
     if strategy == "ddp" and gpus > 1 and not setup.bucket_view:
-        part["buckets"] = trained * weight
-    elif zero and sharded:
-        part["buckets"] = setup.bucket * weight
-    kept = sum(part.values())
+        buckets = trained * weight
+    elif zero:  # ZeRO-1 and 2 fill one while the other is sent
+        buckets = setup.bucket * weight * (1 if sharded else 2)
+    # what is there in rollouts too: DDP's gradients lie in its buckets, ZeRO-3 has a place for them
+    standing = sum(kept.values()) + (gradients + buckets if zero and sharded else 0)
+    standing += gradients if strategy == "ddp" and gpus > 1 else 0
+    growing = sum(kept.values()) + gradients + buckets - standing
 
-    low = weight > compute  # autocast
-    # the cast copy of a weight lives until the end of the pass, so that sharding does not make it smaller
-    cast = compute * (shape.parameters - (0 if shape.tied else shape.embedding)) if low else 0
     chunks = load.rows * load.sampled * shape.vocab > LOGITS
-    added = setup.foreach and setup.state_bytes > 0
     update = {
-        "autocast_copy": cast,
-        "gathered": _gathered(shape, strategy, weight),
-        # ZeRO-1 and 2 fill one bucket while the other is sent, and drop both after backward
-        "reduce_buckets": 2 * setup.bucket * weight if zero and not sharded else 0,
-        "activations": _activations(shape, load, setup),
-        "logits": _logits(shape, load, setup),
+        "parked_teacher": parked,
+        # DeepSpeed's own linear layer keeps none
+        "autocast_copy": _casts(shape, setup, compute) if mixed and flow == weight and not (zero and sharded) else 0,
+        "gathered": _gathered(shape, strategy, setup, weight, flow),
+        "activations": _activations(shape, load, setup, flow, compute),
+        "logits": _logits(shape, load, compute),
         "new_gradient": min(shape.largest, trained) * weight if load.micro_batches > 1 or chunks else 0,
     }
-    flat = trained * weight // gpus if zero and strategy != "zero3_offload" else 0  # DeepSpeed joins the gradients
-    if strategy == "zero3_offload":
+    size = 4 if zero else weight
+    scratch = trained * 4 // gpus if zero else 0  # DeepSpeed joins the gradients
+    if offload:
         scratch = 0
-    elif added:
-        scratch = flat + trained * weight // (1 if strategy == "ddp" else gpus)
-    else:
-        scratch = flat + 2 * min(shape.largest, trained) * weight
-    rollout = {
-        "generation": _generation(shape, strategy, setup, cast),
-        "kv_cache": _kv_cache(shape, load, setup),
-        "sampling": max(
-            min(load.prefill, load.rollouts * load.length) * _passing(shape, setup.precision),
-            load.rollouts * shape.vocab * DRAW_BYTES,
-        ),
+    elif setup.foreach and setup.state_bytes:
+        scratch += trained * size // states_over
+    else:  # DeepSpeed's optimizer sees one parameter
+        scratch += 2 * (trained * size // gpus if zero else min(shape.largest, trained) * weight // over)
+    # the first forward of an iteration finds no gradients; they come while the activations go
+    first = sum(update.values()) + (growing if load.micro_batches > 1 else 0)
+    last_layer = load.rows * load.length * _layer(shape, flow, compute) + update["gathered"]
+    rollout = _rollout(shape, strategy, load, setup, flow)
+    sums = {
+        "update": standing + max(first, growing + max(scratch, last_layer)),
+        "rollout": standing + sum(rollout.values()),
     }
-    sums = {"update": kept + max(sum(update.values()), scratch), "rollout": kept + sum(rollout.values())}
     return {
-        **part, **update, "step_scratch": scratch, **rollout, **sums, "total": max(sums.values()), "host": host,
+        **kept, "gradients": gradients, "buckets": buckets, **update, "step_scratch": scratch, **rollout, **sums,
+        "total": max(sums.values()), "host": host, "loading": 4 * shape.parameters,
+        "saving": saved * (1 if strategy == "ddp" else 2),
     }  # fmt: skip
 
 
-def _gathered(shape: ModelShape, strategy: Strategy, weight: int) -> int:
+def _casts(shape: ModelShape, setup: Setup, compute: int) -> int:
+    """Low-precision copies of weights under autocast. That of a trained weight lives until the end of the pass, so that
+    sharding does not make it smaller; that of a frozen one as long as backward needs it."""
+    if setup.activation_checkpointing and shape.trainable < shape.parameters:
+        return compute * shape.trainable
+    return compute * (shape.parameters - (0 if shape.tied else shape.embedding))
+
+
+def _gathered(shape: ModelShape, strategy: Strategy, setup: Setup, weight: int, flow: int) -> int:
     """Whole weights of sharded layers in the update.
 
-    FSDP2 holds embedding and head from forward to backward, a layer and the next one, and as much of their gradients;
-    or, while the teacher scores, its embedding and head beside the policy's. ZeRO-3 keeps up to `LIVE_PARAMETERS`.
+    FSDP2 holds embedding and head from forward to backward, a layer and the next one, and as much of their gradients
+    (and a layer's in float32, to reduce them); or, while the teacher scores, its embedding and head beside the
+    policy's. ZeRO-3 keeps up to `LIVE_PARAMETERS`, and has as many on the way, twice where it fetches the teacher's.
     """
     if strategy == "fsdp":
-        pair = 2 * shape.layer
-        share = shape.trainable / shape.parameters
-        return int(weight * (shape.root + pair + max(share * (shape.root + pair), shape.root)))
-    if strategy in SHARDED:
-        return weight * min(shape.parameters, LIVE_PARAMETERS)
-    return 0
-
-
-def _generation(shape: ModelShape, strategy: Strategy, setup: Setup, cast: int) -> int:
-    """What sampling needs beside the policy: nothing, its autocast copy, a gathered copy, or a few layers of it."""
-    weight, compute = element_bytes(setup.precision)
+        share, some = shape.trainable / shape.parameters, shape.root + 2 * shape.layer
+        whole = some if setup.reshard else shape.parameters
+        reduced = 0 if flow == weight else weight * shape.layer
+        return int(flow * whole + max(share * (flow * some + reduced), flow * shape.root))
     if strategy not in SHARDED:
-        return cast
-    if setup.generation == "gather":
-        return shape.parameters * compute
-    return weight * (shape.root + 2 * shape.layer)
+        return 0
+    held, teacher = (min(n, LIVE_PARAMETERS) for n in (shape.parameters, setup.teacher_parameters))
+    return weight * (held + max(held, 2 * teacher))
+
+
+def _rollout(shape: ModelShape, strategy: Strategy, load: Load, setup: Setup, flow: int) -> dict[str, int]:
+    """What sampling needs: a copy of the weights (none, the autocast copy of the policy's own, a gathered one, or a few
+    layers of it), its cache, and its forwards."""
+    weight, compute = element_bytes(setup.precision)
+    sharded, wanted = strategy in SHARDED, setup.generation_bytes or flow
+    frozen = sharded or shape.trainable < shape.parameters  # then no cast of a weight outlives its use
+    if sharded and setup.generation == "stream":
+        wanted, copy = flow, flow * (shape.root + 2 * shape.layer)
+    else:
+        copy = shape.parameters * wanted if sharded or wanted != weight else 0
+    if wanted > compute and weight > compute:
+        copy += compute * shape.largest if frozen or copy else _casts(shape, setup, compute)
+    values = min(wanted, compute) if weight > compute else wanted
+    return {
+        "generation": copy,
+        "kv_cache": _kv_cache(shape, load, wanted, values),
+        "sampling": max(
+            min(load.prefill, load.rollouts * load.length) * _passing(shape, wanted, values),
+            load.rollouts * shape.vocab * DRAW_BYTES,
+        ),
+    }

@@ -12,10 +12,19 @@ from templates import CHATML, byte_tokenizer
 from tiny import source
 from transformers import LlamaConfig
 
-from gear_lightning.doctor import configured_gpus, configured_strategy, doctor_command, load_of, read_recipe, setup_of
+from gear_lightning.doctor import (
+    columns,
+    configured_gpus,
+    configured_strategy,
+    doctor_command,
+    load_of,
+    read_recipe,
+    setup_of,
+    skeleton_of,
+)
 from gear_lightning.doctor_checks import Machine, look_at_machine, package_problems, problems
 from gear_lightning.errors import UserError
-from gear_lightning.memory import Load, estimate, model_shape
+from gear_lightning.memory import Load, model_shape
 
 GOOD = {
     "python": "3.11", "torch": "2.13.0", "lightning": "2.6.6", "pytorch-lightning": "2.6.6", "transformers": "5.23.0",
@@ -37,7 +46,7 @@ def recipe(*args: str):
 def found(machine: Machine = GPU, gpus: int = 2, *args: str) -> list[str]:
     """What is wrong with the quickstart under these options."""
     mine = recipe(*args)
-    return problems(mine, machine, mine.module.source.skeleton(), gpus, configured_strategy(mine.trainer)[0])
+    return problems(mine, machine, skeleton_of(mine), gpus, configured_strategy(mine.trainer)[0])
 
 
 def column(text: str, strategy: str) -> dict[str, str]:
@@ -82,6 +91,8 @@ def test_the_optimizers_state_is_measured(args, state, foreach):
     setup = setup_of(recipe(*args), 1000, {}, True)
     assert (setup.state_bytes, setup.foreach) == (state, foreach)
     assert not setup_of(recipe(*args), 1000, {}, False).foreach, "on a CPU parameters go one by one"
+    # a step of DeepSpeed's optimizer is on float32 weights
+    assert setup.float32_state_bytes == (8 if "bf16-true" in str(args) else state)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +102,8 @@ def test_the_optimizers_state_is_measured(args, state, foreach):
         (["--model.teacher.weights=frozen"], 1000, False),
         (["--model.teacher.weights=live"], 0, False),
         (["--model.credit=Uniform"], 0, True),
+        (["--config=configs/model/lora.yaml"], 1000, True),
+        (["--config=configs/model/lora.yaml", "--model.teacher.weights=frozen"], 0, False),
     ],
 )
 def test_a_teacher_that_holds_no_weights_costs_none(args, teacher, averaged):
@@ -105,7 +118,10 @@ def test_a_teacher_that_holds_no_weights_costs_none(args, teacher, averaged):
         ("deepspeed", "zero2"), ("deepspeed_stage_1", "zero1"), ("deepspeed_stage_3", "zero3"),
         ("deepspeed_stage_3_offload", "zero3_offload"),
         ({"class_path": "x.DeepSpeedStrategy", "init_args": {"stage": 3}}, "zero3"),
-        ({"class_path": "x.Zero", "init_args": {"stage": 3, "offload_optimizer": True}}, "zero3_offload"),
+        ({"class_path": "x.ZeRO", "init_args": {"stage": 3, "offload_optimizer": True}}, "zero3"),
+        ({"class_path": "x.ZeRO", "init_args": {"stage": 3, "offload_parameters": True}}, "zero3_offload"),
+        ({"class_path": "x.ZeRO", "init_args": {"stage": 1}}, "zero1"),
+        ({"class_path": "gear_lightning.strategies.FSDP2", "init_args": {"replicas": 2}}, "fsdp"),
         ({"class_path": "x.ModelParallelStrategy", "init_args": None}, "fsdp"),
         ({"class_path": "x.Other", "init_args": {}}, None),
     ],
@@ -125,18 +141,18 @@ def test_the_recipes_gpus(devices, nodes, expected):
 
 
 def test_the_table_holds_the_estimates(capsys):
-    assert doctor_command(["--config", RECIPE, "--gpus", "4", "--gpu-memory", "1", "--trainer.accelerator=gpu"]) == 0
+    assert doctor_command(["--config", RECIPE, "--gpus", "4", "--gpu-memory", "0.4", "--trainer.accelerator=gpu"]) == 0
     said = capsys.readouterr().out
     mine = recipe()
     shape = model_shape(mine.module.source.skeleton())
     setup = setup_of(mine, shape.trainable, {}, True)
     for strategy in ("ddp", "fsdp", "zero1", "zero3"):
-        numbers = estimate(shape, strategy, 4, load_of(mine, 4), setup)
+        numbers = columns(shape, 4, load_of(mine, 4), setup, "ddp", None)[strategy]
         cells = column(said, strategy)
         assert cells["PEAK"] == f"{numbers['total'] / 2**30:.2f}"
         assert cells["update: activations"] == f"{numbers['activations'] / 2**30:.2f}"
-        assert cells["in 1 GiB"] == ("fits" if numbers["total"] < 0.9 * 2**30 else "no")
-    assert {column(said, s)["in 1 GiB"] for s in ("ddp", "zero1")} == {"fits", "no"}, "both verdicts are seen"
+        assert cells["in 0.4 GiB"] == ("fits" if numbers["total"] < 0.36 * 2**30 else "no")
+    assert {column(said, s)["in 0.4 GiB"] for s in ("ddp", "zero1")} == {"fits", "no"}, "both verdicts are seen"
     assert "ddp*" in said
     assert re.search(r"lightning \d.*pytorch-lightning \d.*transformers \d", said)
 
@@ -148,6 +164,39 @@ def test_options_work_as_in_fit_and_later_ones_win(capsys):
     assert "teacher none" in said
     assert "3 layers" in said
     assert "teacher  " not in said
+
+
+def test_options_of_a_strategy_hold_for_it_alone():
+    mine = recipe(*FSDP, "--trainer.strategy.init_args.replicas=2", "--generation.weights_dtype=bfloat16")
+    shape = model_shape(skeleton_of(mine))
+    chosen, options = configured_strategy(mine.trainer)
+    setup, load = setup_of(mine, shape.trainable, options, True), load_of(mine, 4)
+    assert (setup.replicas, setup.generation_bytes, setup.bucket_view) == (2, 2, False)
+    found = columns(shape, 4, load, setup, chosen, None)
+    assert found["fsdp"]["weights"] == 2 * found["zero3"]["weights"] == 2 * shape.parameters
+    assert found["ddp"]["buckets"] == 0, "as in configs/strategy/ddp.yaml"
+    zero = recipe("--config=configs/strategy/zero2.yaml", "--trainer.strategy.init_args.bucket_size=1000")
+    assert setup_of(zero, 1, configured_strategy(zero.trainer)[1], True).bucket == 1000
+
+
+def test_weights_are_streamed_where_a_whole_copy_does_not_fit():
+    mine = recipe(*FSDP)
+    shape = model_shape(skeleton_of(mine))
+    setup, load = setup_of(mine, shape.trainable, {}, True), load_of(mine, 2)
+    whole, streamed = (columns(shape, 2, load, setup, "fsdp", room)["fsdp"]["generation"] for room in (None, 0.001))
+    assert whole == 4 * shape.parameters
+    assert streamed == 4 * (shape.root + 2 * shape.layer)
+
+
+def test_adapters_and_a_parked_teacher_in_the_table(capsys):
+    lora = ["--config", RECIPE, "--config", "configs/model/lora.yaml", "--gpus=1"]
+    assert doctor_command(lora) == 0
+    assert re.search(r"1\.3M parameters, 0\.2M of them trained", capsys.readouterr().out)
+    assert doctor_command(["--config", RECIPE, "--gpus=1", "--model.teacher.park=true"]) == 0
+    said = capsys.readouterr().out
+    assert column(said, "ddp")["update: parked teacher"] == "<0.01"
+    assert "\nteacher  " not in said
+    assert column(said, "ddp")["CPU memory: offloaded, parked"] == "<0.01"
 
 
 def test_nothing_is_written(tmp_path, capsys):
@@ -180,8 +229,14 @@ def test_doctor_of_an_8b_model_allocates_nothing_big(tmp_path):
 # -- what is wrong ---------------------------------------------------------------------------------------------------
 
 
-def test_a_recipe_that_works_has_no_problems():
-    assert found() == []
+FSDP = ["--config=configs/strategy/fsdp.yaml"]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"])
+def test_recipes_with_the_shipped_strategies_have_no_problems(name):
+    args = [f"--config=configs/strategy/{name}.yaml"]
+    assert found(GPU, 2, *args) == []
+    assert configured_strategy(recipe(*args).trainer)[0] == name
 
 
 @pytest.mark.parametrize(
@@ -212,7 +267,10 @@ CPU_ONLY = Machine({**GOOD, "CUDA": None})
         (GPU, 3, [], "tasks_per_iteration=8 does not divide over 3 processes"),
         (GPU, 2, ["--generation.budgets.context=512"], "context=512 is more than the 256 positions"),
         (GPU, 2, ["--generation.budgets.tokens=128"], "tokens=128 leaves no room for a prompt in context=128"),
-        (GPU, 2, ["--trainer.strategy=deepspeed_stage_3_offload"], "AdamW is not made for it"),
+        (GPU, 2, ["--trainer.strategy=deepspeed_stage_3_offload"], "use --config configs/strategy/zero3_offload.yaml"),
+        (GPU, 2, ["--trainer.strategy=fsdp"], "fsdp is Lightning's own: use --config configs/strategy/fsdp.yaml"),
+        (GPU, 2, [], "strategy=auto keeps gradients twice: use --config configs/strategy/ddp.yaml"),
+        (GPU, 4, [*FSDP, "--trainer.strategy.init_args.replicas=3"], "replicas=3 does not divide 4 processes"),
     ],
 )
 def test_recipes_that_do_not_work(machine, gpus, args, message):

@@ -9,6 +9,7 @@ from tiny import source
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from gear_lightning.errors import UserError
+from gear_lightning.lora import LoRA
 from gear_lightning.memory import (
     SHARDED,
     STRATEGIES,
@@ -58,26 +59,27 @@ def test_full_fine_tuning_of_8b_in_float32_by_hand():
     assert {k: ddp[k] for k in kept} == {
         "weights": 4 * FULL, "gradients": 4 * FULL, "optimizer": 8 * FULL, "teacher": 4 * FULL,
     }  # fmt: skip
-    assert ddp["buckets"] == 4 * FULL
+    assert ddp["buckets"] == 0
+    assert estimate(shape_8b(), "ddp", 8, LOAD, replace(setup, bucket_view=False))["buckets"] == 4 * FULL
     fsdp = estimate(shape_8b(), "fsdp", 8, LOAD, setup)
-    assert fsdp["buckets"] == fsdp["reduce_buckets"] == ddp["reduce_buckets"] == 0
+    assert fsdp["buckets"] == 0
     assert {k: fsdp[k] for k in kept} == {k: ddp[k] // 8 for k in kept}
     zero1, zero2, zero3 = (estimate(shape_8b(), f"zero{n}", 8, LOAD, setup) for n in (1, 2, 3))
     assert [z["fp32_partition"] for z in (zero1, zero2, zero3)] == [FULL // 2] * 3
+    assert zero3["gathered"] == 4 * 3 * 10**9, "a billion, and the teacher's on the way"
     assert [z["optimizer"] for z in (zero1, zero2, zero3)] == [FULL] * 3
     assert [z["gradients"] for z in (zero1, zero2, zero3)] == [4 * FULL, FULL // 2, FULL // 2]
     assert [z["weights"] for z in (zero1, zero2, zero3)] == [4 * FULL, 4 * FULL, FULL // 2]
-    # DeepSpeed's buckets hold 200 million float32 numbers; stages 1 and 2 take two, and only in the update
-    assert [(z["buckets"], z["reduce_buckets"]) for z in (zero1, zero2, zero3)] == [
-        (0, 1_600_000_000), (0, 1_600_000_000), (800_000_000, 0),
-    ]  # fmt: skip
+    # a bucket holds 50 million float32 numbers; stages 1 and 2 take two, and only in the update
+    assert [z["buckets"] for z in (zero1, zero2, zero3)] == [400_000_000, 400_000_000, 200_000_000]
     assert [z["teacher"] for z in (zero1, zero2, zero3)] == [4 * FULL, 4 * FULL, FULL // 2]
 
 
 def test_parts_of_8b_that_do_not_depend_on_the_strategy_by_hand():
     found = estimate(shape_8b(), "ddp", 1, LOAD, Setup(teacher_parameters=FULL))
-    # 16 rows and 8 copied ones x 1024 columns x (8 heads x 128) x keys and values x 4 bytes, in 32 layers
-    assert found["kv_cache"] == 24 * 1024 * 1024 * 2 * 4 * 32
+    # 16 rows x 1024 columns x (8 heads x 128) x keys and values x 4 bytes, in 32 layers and once more for the rows that
+    # go on, and there repeated for 32 heads
+    assert found["kv_cache"] == 16 * 1024 * 1024 * 2 * 4 * (32 + 1 + 4)
     # a chunk is LOGITS // vocabulary = 130 of the 1024 scored tokens; four float32 copies
     assert found["logits"] == 130 * 128256 * 16
     assert found["new_gradient"] == 128256 * 4096 * 4
@@ -104,29 +106,97 @@ def test_the_quickstarts_model_by_hand():
     activations = 64 * 128 * 4 * 4 * (6 * 128 + 4 * 128 + 4 * 512 + 4 + 2)
     activations += 64 * 128 * 128 * 12 + 64 * 48 * 128 * 4 + 64 * 128 * 4 * (3 * 128 + 3 * 512)
     logits = 64 * 48 * vocab * 20  # one chunk: the policy's log-probs are kept beside the teacher's
-    assert found["update"] == 20 * n + activations + logits
-    cache = (64 + 32) * 128 * 128 * 2 * 4 * 4
-    assert found["rollout"] == 20 * n + cache + 5120 * 4 * (3 * 128 + 3 * 512)
+    assert found["update"] == 16 * n + activations + logits, "the only forward finds no gradients"
+    cache = 64 * 128 * 128 * 2 * 4 * (4 + 1)
+    assert found["rollout"] == 16 * n + cache + 5120 * 4 * (3 * 128 + 3 * 512)
     assert found["total"] == found["update"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bytes_of_each_precision(strategy):
-    """bf16-mixed keeps everything in float32 and a cast copy; bf16-true halves all but the teacher's average."""
+    """bf16-mixed keeps everything in float32 and a cast copy; bf16-true halves all but averages and DeepSpeed's own."""
     shape, setup = shape_8b(), Setup(teacher_parameters=FULL)
     full, mixed, low = (
         estimate(shape, strategy, 4, LOAD, replace(setup, precision=p, state_bytes=b))
         for p, b in (("32-true", 8.0), ("bf16-mixed", 8.0), ("bf16-true", 4.0))
     )
-    for part in ("weights", "gradients", "fp32_partition", "optimizer", "teacher"):
+    for part in ("weights", "gradients", "teacher"):
         assert mixed[part] == full[part]
         assert low[part] == full[part] // 2
+    for part in ("fp32_partition", "optimizer"):
+        assert mixed[part] == full[part]
+    if strategy in ("ddp", "fsdp"):
+        assert low["optimizer"] == full["optimizer"] // 2
+        assert low["fp32_partition"] == 0
+    else:  # DeepSpeed's optimizer works on float32 weights
+        assert low["optimizer"] == full["optimizer"]
+        assert low["fp32_partition"] == (0 if strategy == "zero3_offload" else FULL)
     assert full["autocast_copy"] == low["autocast_copy"] == 0
-    assert mixed["autocast_copy"] == 2 * (FULL - 128256 * 4096), "linear layers are cast, the embedding is not"
+    # linear layers are cast, the embedding is not; FSDP2 gathers in bfloat16, ZeRO-3's layers keep no cast
+    assert mixed["autocast_copy"] == (0 if strategy in SHARDED else 2 * (FULL - 128256 * 4096))
     share = 4 if strategy in SHARDED else 1
-    assert (full["teacher_shadow"], low["teacher_shadow"]) == (0, 4 * FULL // share)
+    assert (full["teacher_shadow"], low["teacher_shadow"]) == (
+        0,
+        0 if strategy == "zero3_offload" else 4 * FULL // share,
+    )
     assert low["kv_cache"] == full["kv_cache"] // 2
-    assert mixed["kv_cache"] == full["kv_cache"] * 3 // 4, "rotated keys are float32, values are not"
+    # rotated keys are float32 under autocast, values are not
+    assert mixed["kv_cache"] == (low["kv_cache"] if strategy == "fsdp" else full["kv_cache"] * 3 // 4)
+
+
+def test_fsdp_computes_in_bfloat16_throughout_under_bf16_mixed():
+    shape, setup = shape_8b(), Setup(teacher_parameters=FULL)
+    mixed, low = (estimate(shape, "fsdp", 8, LOAD, replace(setup, precision=p)) for p in ("bf16-mixed", "bf16-true"))
+    for part in ("activations", "logits", "kv_cache", "sampling", "generation"):
+        assert mixed[part] == low[part]
+    assert mixed["gathered"] == low["gathered"] + 4 * shape.layer, "a layer's gradients are reduced in float32"
+
+
+def test_gradients_are_there_from_the_second_forward_on():
+    setup = Setup(teacher_parameters=FULL, foreach=False)
+    two, one = (estimate(shape_8b(), "fsdp", 8, replace(LOAD, micro_batches=n), setup) for n in (2, 1))
+    assert two["gradients"] == one["gradients"] == FULL // 2
+    late = two["activations"] - one["activations"], two["new_gradient"] - one["new_gradient"]
+    assert two["update"] - one["update"] == FULL // 2 + sum(late)
+    kept = sum(one[k] for k in ("weights", "optimizer", "teacher"))
+    assert one["rollout"] == kept + one["generation"] + one["kv_cache"] + one["sampling"], "none in rollouts"
+    zero3 = estimate(shape_8b(), "zero3", 8, replace(LOAD, micro_batches=1), setup)
+    assert (
+        zero3["rollout"] - zero3["generation"] - zero3["kv_cache"] - zero3["sampling"]
+        == kept + 2 * (FULL // 2) + 200_000_000
+    )
+    ddp = estimate(shape_8b(), "ddp", 8, replace(LOAD, micro_batches=1), setup)
+    assert ddp["rollout"] - ddp["kv_cache"] - ddp["sampling"] == 20 * FULL, "DDP's lie in its buckets"
+
+
+def test_hybrid_sharding_spreads_over_the_gpus_of_one_replica():
+    setup = Setup(teacher_parameters=FULL)
+    four, hybrid = (
+        estimate(shape_8b(), "fsdp", 4, LOAD, setup),
+        estimate(shape_8b(), "fsdp", 16, LOAD, replace(setup, replicas=4)),
+    )
+    assert hybrid == four
+    with pytest.raises(UserError, match="replicas=3 does not divide 8"):
+        estimate(shape_8b(), "fsdp", 8, LOAD, replace(setup, replicas=3))
+
+
+def test_a_parked_teacher_is_on_the_gpu_while_it_scores():
+    here = estimate(shape_8b(), "fsdp", 8, LOAD, Setup(precision="bf16-true", teacher_parameters=FULL))
+    there = estimate(shape_8b(), "fsdp", 8, LOAD, Setup(precision="bf16-true", teacher_parameters=FULL, parked=True))
+    assert there["teacher"] == there["teacher_shadow"] == 0
+    assert there["parked_teacher"] == here["teacher"] == FULL // 4
+    assert there["host"] == FULL // 4 + FULL // 2
+    assert here["update"] - there["update"] == FULL // 2, "only the float32 average is away"
+    assert here["rollout"] - there["rollout"] == FULL // 4 + FULL // 2
+
+
+def test_cpu_memory_of_loading_and_of_saving():
+    setup = Setup(teacher_parameters=FULL)
+    for strategy in STRATEGIES:
+        found = estimate(shape_8b(), strategy, 8, LOAD, setup)
+        assert found["loading"] == 4 * FULL
+        # weights, teacher and Adam's averages; gathered, and as the file's bytes
+        assert found["saving"] == pytest.approx(16 * FULL * (1 if strategy == "ddp" else 2), abs=1000)
 
 
 def test_a_small_trained_part_needs_little():
@@ -134,9 +204,43 @@ def test_a_small_trained_part_needs_little():
     small = replace(shape_8b(), trainable=20_000_000)
     found = estimate(small, "ddp", 2, LOAD, Setup(teacher_parameters=20_000_000))
     assert found["weights"] == 4 * FULL
-    parts = ("gradients", "optimizer", "teacher", "buckets", "step_scratch")
-    assert [found[k] for k in parts] == [80_000_000, 160_000_000, 80_000_000, 80_000_000, 80_000_000]
-    assert estimate(small, "ddp", 2, LOAD, Setup(bucket_view=True))["buckets"] == 0
+    parts = ("gradients", "optimizer", "teacher", "step_scratch")
+    assert [found[k] for k in parts] == [80_000_000, 160_000_000, 80_000_000, 80_000_000]
+    # a frozen weight is cast anew at each use, and its cast kept for backward unless the layer is computed again
+    mixed = Setup(precision="bf16-mixed")
+    casts = [
+        estimate(small, "ddp", 2, LOAD, replace(mixed, activation_checkpointing=on))["autocast_copy"] for on in (0, 1)
+    ]
+    assert casts == [2 * (FULL - 128256 * 4096), 40_000_000]
+    assert estimate(small, "ddp", 2, LOAD, mixed)["generation"] == 2 * small.largest
+    assert estimate(shape_8b(), "ddp", 2, LOAD, mixed)["generation"] == 2 * (FULL - 128256 * 4096)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_activations_with_adapters_are_not_above_those_of_full_training(targets, precision):
+    sizes = {
+        "vocab_size": 50, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "max_position_embeddings": 64,
+    }  # fmt: skip
+    kept = []
+    for layers in (1, 3):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **sizes))
+        shape = model_shape(model)
+        LoRA(rank=2, targets=targets).adapt(model)
+        kept.append(kept_by_autograd(model, precision))
+    share = (kept[1] - kept[0]) / 2 / (2 * 24) / layer_activations(shape, precision)
+    assert share < 1.02
+    assert share > 0.85 or targets != "all-linear"
+
+
+def test_adapters_count_on_the_meta_device_as_in_the_model():
+    skeleton, real = source().skeleton(), source().model()
+    for model in (skeleton, real):
+        LoRA(rank=3).adapt(model)
+    assert all(p.is_meta for p in skeleton.parameters())
+    assert model_shape(skeleton) == model_shape(real)
+    assert 0 < model_shape(real).trainable < model_shape(real).parameters / 2
 
 
 def test_sampling_from_sharded_weights_gathers_a_copy_or_a_few_layers():
@@ -149,17 +253,28 @@ def test_sampling_from_sharded_weights_gathers_a_copy_or_a_few_layers():
             assert (whole, layers) == (4 * FULL, 4 * (2 * 128256 * 4096 + 2 * shape.layer))
         else:
             assert (whole, layers) == (0, 0)
-    assert estimate(shape, "fsdp", 8, LOAD, Setup(precision="bf16-mixed"))["generation"] == 2 * FULL
+    mixed = Setup(precision="bf16-mixed")
+    assert estimate(shape, "fsdp", 8, LOAD, mixed)["generation"] == 2 * FULL
+    # ZeRO-3 keeps float32, and casts a weight at its use
+    assert estimate(shape, "zero3", 8, LOAD, mixed)["generation"] == 4 * FULL + 2 * shape.largest
+    small = replace(mixed, generation_bytes=2)
+    assert [estimate(shape, s, 8, LOAD, small)["generation"] for s in ("ddp", "zero3")] == [2 * FULL] * 2
+    assert estimate(shape, "ddp", 8, LOAD, small)["kv_cache"] == estimate(shape, "fsdp", 8, LOAD, mixed)["kv_cache"]
 
 
 def test_offload_moves_what_is_kept_into_cpu_memory():
     setup = Setup(teacher_parameters=FULL)
     here, there = (estimate(shape_8b(), s, 8, LOAD, setup) for s in ("zero3", "zero3_offload"))
-    moved = ("weights", "gradients", "fp32_partition", "optimizer", "teacher")
+    moved = ("weights", "fp32_partition", "gradients", "optimizer", "teacher")
     assert [there[k] for k in moved] == [0] * 5
     assert there["host"] == sum(here[k] for k in moved) == 3 * FULL
     assert here["host"] == 0
     assert there["total"] < here["total"]
+    state = estimate(shape_8b(), "zero3", 8, LOAD, replace(setup, offload_optimizer=True))
+    assert (state["optimizer"], state["gradients"], state["weights"]) == (0, 0, here["weights"])
+    assert state["host"] == here["optimizer"] + here["gradients"] + FULL // 2
+    one = estimate(shape_8b(), "zero1", 8, LOAD, replace(setup, offload_optimizer=True))
+    assert (one["optimizer"], one["gradients"]) == (0, 4 * FULL)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -167,11 +282,16 @@ def test_offload_moves_what_is_kept_into_cpu_memory():
 def test_the_phases_do_not_overlap(strategy, precision):
     setup = Setup(precision=precision, teacher_parameters=FULL)
     found = estimate(shape_8b(), strategy, 8, LOAD, setup)
-    kept = ("weights", "gradients", "fp32_partition", "optimizer", "teacher", "teacher_shadow", "buckets")
-    update = ("autocast_copy", "gathered", "reduce_buckets", "activations", "logits", "new_gradient")
-    always = sum(found[k] for k in kept)
-    assert found["update"] == always + max(sum(found[k] for k in update), found["step_scratch"])
-    assert found["rollout"] == always + sum(found[k] for k in ("generation", "kv_cache", "sampling"))
+    always = sum(found[k] for k in ("weights", "fp32_partition", "optimizer", "teacher", "teacher_shadow"))
+    update = ("autocast_copy", "gathered", "activations", "logits", "new_gradient")
+    trained = always + found["gradients"] + found["buckets"]
+    assert found["update"] >= trained + max(sum(found[k] for k in update), found["step_scratch"])
+    rest = found["rollout"] - sum(found[k] for k in ("generation", "kv_cache", "sampling")) - always
+    assert rest == {
+        "ddp": found["gradients"],
+        "zero3": found["gradients"] + found["buckets"],
+        "zero3_offload": found["buckets"],
+    }.get(strategy, 0)
     assert found["total"] == max(found["update"], found["rollout"])
 
 

@@ -17,6 +17,8 @@ LEFT_OUT = ("make test", "make smollm2", "pip install", "gear-lightning template
 SHORTER = {
     "smollm2_gsm8k.yaml": "--trainer.max_epochs 1 --warm_start.steps 2 --data.tasks_per_iteration 1 --data.val_limit 2",
     "smollm2_arithmetic.yaml": "--trainer.max_epochs 1 --data.tasks_per_iteration 1 --data.val_limit 8",
+    "strategy/fsdp.yaml": "--trainer.accelerator cpu --trainer.max_epochs 2 --trainer.check_val_every_n_epoch 2",
+    "parity": "--trainer.accelerator cpu --devices 2 --iterations 1",
     "grpo.yaml": "--trainer.max_epochs 2 --trainer.check_val_every_n_epoch 2",
 }
 
@@ -57,12 +59,34 @@ def test_every_file_and_option_that_the_readme_names_exists():
     assert options - named == explained, "an option that the paper leaves open is missing from the table"
 
 
+def test_every_file_that_the_page_on_scaling_names_exists():
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    for path in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / "docs" / path).exists(), path
+    for path in re.findall(r"(?:configs|benchmarks)/[\w/]+\.(?:yaml|py)", text):
+        assert (ROOT / path).exists(), path
+    assert {f"`{p.name}`" for p in (ROOT / "configs" / "strategy").iterdir()} <= set(re.findall(r"`[^`]+`", text))
+
+
+def test_the_memory_table_is_what_doctor_says(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from scaling_table import table  # pyright: ignore[reportMissingImports]
+
+    assert table() in (ROOT / "docs" / "scaling.md").read_text(), "python benchmarks/scaling_table.py --write"
+
+
 def test_the_metrics_that_the_readme_explains_are_logged(tmp_path):
     import csv
 
     from tiny import data, generation, module, trainer
 
-    trainer(tmp_path, generation(), max_epochs=1, limit_val_batches=None).fit(module(), datamodule=data())
+    from gear_lightning.callbacks.noise_floor import NoiseFloor
+    from gear_lightning.credit import GEAR
+    from gear_lightning.loss import ClippedSurrogate
+
+    corrected = module(GEAR(anchor_floor=0.0), objective=ClippedSurrogate(sampler_cap=2.0))
+    callbacks = generation(), NoiseFloor()
+    trainer(tmp_path, *callbacks, max_epochs=1, limit_val_batches=None).fit(corrected, datamodule=data())
     with (tmp_path / "metrics.csv").open() as file:
         logged = set(next(csv.DictReader(file)))
     table = (ROOT / "README.md").read_text().split("## How to read the metrics")[1].split("##")[0]
