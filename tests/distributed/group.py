@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-DEADLINE = 60  # seconds of one function
+DEADLINE = 120  # seconds of one function
 
 
 class Group:
@@ -77,7 +77,6 @@ class Group:
 
 def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
     place = {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "NODE_RANK": 0}
-    os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     import torch
 
@@ -88,6 +87,7 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
             function, args = pipe.recv()
         except EOFError:
             return
+        os.environ.update({name: str(value) for name, value in place.items()})  # a Trainer drops some at its end
         try:
             answer = (True, function(*args))
         except BaseException:
@@ -95,14 +95,27 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
         pipe.send(answer)
 
 
-def connect(name: str, **options: Any) -> Any:
-    """The strategy of that name (`strategies`), with its process group, in a process of a `Group`."""
+def connect(name: str, precision: Any = "32-true", **options: Any) -> Any:
+    """The strategy of that name, with its process group, in a process of a `Group`."""
     import lightning as L
+
+    class Unused(L.LightningModule):
+        def configure_model(self) -> None:
+            """Lightning asks whether there is one."""
 
     strategy = make_strategy(name, **options)
     world = int(os.environ["WORLD_SIZE"])
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False}
-    L.Trainer(accelerator="cpu", devices=world, strategy=strategy, enable_model_summary=False, **quiet)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = L.Trainer(accelerator="cpu", devices=world, strategy=strategy, precision=precision, **quiet)
+    strategy._lightning_module = unused = Unused()
+    unused.trainer = trainer
+    if isinstance(getattr(strategy, "config", None), dict):
+        strategy.config["train_micro_batch_size_per_gpu"] = 1  # else it is asked of the data
     strategy.setup_environment()
     return strategy
 

@@ -203,7 +203,7 @@ def averaged(kind: str, low: bool, park: bool) -> dict[str, Any]:
     """Fifty small steps of a policy and its teacher; the same of whole tensors, in float64."""
     rate, dtype = 0.05, torch.bfloat16 if low else torch.float32
     blank = skeleton(llama())
-    strategy = connect(kind) if kind != "whole" else connect("ddp")
+    strategy = connect("ddp" if kind == "whole" else kind, precision="bf16-true" if low else "32-true")
     whole = llama().to(dtype)
 
     def duplicate(policy: Any) -> Any:
