@@ -30,7 +30,7 @@ from .callbacks.rollout_recorder import RolloutRecorder
 from .callbacks.sample_table import SampleTable
 from .callbacks.throughput import Throughput
 from .data import RolloutDataModule
-from .errors import UserError
+from .errors import UserError, let_through_unions
 from .loggers import MetricsFile
 from .module import GearModule
 from .noise_floor import FILE, MeasureNoise, recorded_batches, table, write_floor
@@ -76,6 +76,7 @@ def _same(given: Any, default: Any) -> bool:
 
 
 typehints.discard_init_args_on_class_path_change = _forget_other_class
+let_through_unions()
 
 
 class GearCLI(LightningCLI):
