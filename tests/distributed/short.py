@@ -38,9 +38,10 @@ def train(
     generation = GenerationCallback(
         environment, engine or CachedEngine(), weights=weights, budgets=Budgets(turns=3, tokens=40, context=128)
     )
+    strategy = "auto" if name == "one" else make_strategy(name, **options)
     trainer = L.Trainer(
-        accelerator="cpu", devices=int(os.environ.get("WORLD_SIZE", "1")), strategy="auto" if name == "one" else make_strategy(name, **options),
-        callbacks=[generation, FirstEvaluation(), *callbacks], default_root_dir=run, max_epochs=2, gradient_clip_val=0.1,
+        accelerator="cpu", devices=int(os.environ.get("WORLD_SIZE", "1")), strategy=strategy, default_root_dir=run,
+        callbacks=[generation, FirstEvaluation(), *callbacks], max_epochs=2, gradient_clip_val=0.1,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1,
     )  # fmt: skip

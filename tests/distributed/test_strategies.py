@@ -134,6 +134,19 @@ def test_a_strategy_trains_as_one_process_does(runs, name):
     assert sorted({rank for _, rank, _ in records(runs[name])}) == [0, 1], "one process had all the rollouts"
 
 
+MEANS = [
+    "train/reward", "train/turns", "train/response_tokens", "train/entropy", "teacher/student_gap",
+    "credit/weight_deviation", "credit/segments_per_rollout", "rollouts/empty_response", "rollouts/truncated",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_means_over_uneven_ranks_are_those_of_one_process(runs, name):
+    for metric in MEANS:
+        one, other = column(runs["one"], metric), column(runs[name], metric)
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-6), metric
+
+
 def records(run: Path):
     from gear_lightning.records import record_files
 
