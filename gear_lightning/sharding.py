@@ -177,7 +177,7 @@ def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
         sums.append(total.to(parameter.device))  # from CPU memory, where the parts are offloaded
         groups.append(_groups(parameter))
     total = torch.stack(sums)
-    for group in set().union(*map(set, groups)):
+    for group in dict.fromkeys(group for mine in groups for group in mine):  # in the same order on all ranks
         inside = torch.tensor([group in mine for mine in groups], device=total.device)
         part = torch.where(inside, total, 0)
         dist.all_reduce(part, group=group)
