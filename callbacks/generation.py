@@ -218,6 +218,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         def log(name: str, values: list | float, weight: int | None = None) -> None:
             mean = sum(values) / max(len(values), 1) if isinstance(values, list) else values
             weight = len(values) if isinstance(values, list) else weight or 1
+            weight *= trainer.world_size  # see GearModule._log
             pl_module.log(name, float(mean), batch_size=weight, sync_dist=True, prog_bar=name == "train/reward")
 
         log("train/reward", stats.rewards)

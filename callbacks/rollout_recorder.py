@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gear_lightning.batch import RolloutBatch
 from gear_lightning.errors import UserError
-from gear_lightning.records import FORMAT, TENSOR_KEYS, write_record
+from gear_lightning.records import FORMAT, TENSOR_KEYS, record_files, write_record
 from gear_lightning.rollout import Rollout
 
 
@@ -71,6 +71,11 @@ class RolloutRecorder(L.Callback):
         ]
         folder = Path(trainer.default_root_dir) / "rollouts"
         write_record(folder, trainer.current_epoch, trainer.global_rank, rollouts, tensors)
+        if trainer.is_global_zero:  # a run that goes on with fewer processes does this iteration again
+            for iteration, rank, path in record_files(Path(trainer.default_root_dir)):
+                if iteration == trainer.current_epoch and rank >= trainer.world_size:
+                    path.unlink()
+                    path.with_suffix(".safetensors").unlink(missing_ok=True)
         if self.keep_last is not None:
             old = trainer.current_epoch - self.keep_last * self.every_n_iterations
             for path in folder.glob(f"iter_{old:06d}.rank_{trainer.global_rank}.*"):

@@ -57,7 +57,8 @@ class Throughput(L.Callback):
             for name, value in peaks.items():
                 pl_module.log(name, value, batch_size=1, sync_dist=True, reduce_fx="max")
         padding = (self._places - self._filled) / max(self._places, 1)
-        pl_module.log("perf/padding_fraction", padding, batch_size=max(self._places, 1), sync_dist=True)
+        weight = max(self._places, 1) * trainer.world_size  # see GearModule._log
+        pl_module.log("perf/padding_fraction", padding, batch_size=weight, sync_dist=True)
 
 
 def _peak(device: torch.device) -> float:

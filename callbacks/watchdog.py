@@ -17,6 +17,7 @@ from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.errors import UserError
 
 GRACE = 10.0  # seconds for a process to end by itself after another has failed
+PAUSE = 1.0  # seconds between two looks
 STATUS = 124  # as timeout(1) gives
 
 
@@ -42,7 +43,6 @@ class Watchdog(L.Callback):
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._store: Any = None
-        self._ending: float | None = None  # when this process raised
 
     # -- what progress is ---------------------------------------------------------------------------------------------
 
@@ -108,6 +108,9 @@ class Watchdog(L.Callback):
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._rest()
+
+    def _rest(self) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
@@ -116,18 +119,19 @@ class Watchdog(L.Callback):
         self._stop = threading.Event()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._ending = time.monotonic()
         if self._store is not None:
             text = (str(exception).strip().splitlines() or [""])[0]
             try:
                 self._store.set("failed", f"rank {self._rank} failed: {type(exception).__name__}: {text}")
             except Exception:  # the process that keeps the store is gone
                 self._store = None
+            time.sleep(2 * PAUSE)  # the others read it before the store goes with this process
+        self._rest()  # what catches the exception may live on
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        pause = min(1.0, self.seconds / 4)
+        pause = min(PAUSE, self.seconds / 4)
         moved, failed = time.monotonic(), None
         while not self._stop.wait(pause):
             moved = max(moved, self._last, self._look())
@@ -136,10 +140,7 @@ class Watchdog(L.Callback):
             self._arm(self.seconds - idle + GRACE)
             if self._store is not None and failed is None:
                 failed = self._failure(now)
-            if self._ending is not None:
-                if now - self._ending > 3 * GRACE:
-                    self._end("it raised, and its process did not end")
-            elif failed is not None and now - failed[1] > GRACE:
+            if failed is not None and now - failed[1] > GRACE:
                 self._end(failed[0])
             elif idle > self.seconds:
                 self._end(f"no process has made progress for {idle:.0f} s")
@@ -187,5 +188,5 @@ class Watchdog(L.Callback):
             faulthandler.dump_traceback(file=file, all_threads=True)
         print(f"gear-lightning: error: rank {self._rank} stopped in: {self._phase}; {why}; see {path}", file=sys.stderr)
         sys.stderr.flush()
-        time.sleep(3 * min(1.0, self.seconds / 4))  # the others write theirs
+        time.sleep(3 * PAUSE)  # the others write theirs
         os._exit(STATUS)

@@ -32,7 +32,7 @@ from .callbacks.startup import StartupCheck
 from .callbacks.throughput import Throughput
 from .callbacks.watchdog import Watchdog
 from .data import RolloutDataModule
-from .errors import UserError
+from .errors import UserError, let_through_unions
 from .loggers import MetricsFile
 from .module import GearModule
 from .noise_floor import FILE, MeasureNoise, recorded_batches, table, write_floor
@@ -78,6 +78,7 @@ def _same(given: Any, default: Any) -> bool:
 
 
 typehints.discard_init_args_on_class_path_change = _forget_other_class
+let_through_unions()
 
 
 class GearCLI(LightningCLI):

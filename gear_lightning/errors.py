@@ -1,5 +1,7 @@
 """The one exception type that the command line turns into a single readable line."""
 
+from typing import Any
+
 
 class UserError(ValueError):
     """Something the user can mend: a bad file, key, path or combination of settings.
@@ -54,3 +56,19 @@ def require_extra(module: str) -> None:
 
     if importlib.util.find_spec(module) is None:
         raise UserError(f"'{module}' is not installed: pip install 'gear_lightning[{EXTRAS[module]}]'")
+
+
+def let_through_unions() -> None:
+    """Make jsonargparse raise the `UserError` of a class that stands where several kinds of values may (a strategy: its
+    name or an object). It would tell of every kind in turn, and keep only the text of the error."""
+    import jsonargparse._typehints as typehints
+
+    refuse = typehints.raise_union_unexpected_value
+
+    def raise_ours(subtypes: Any, val: Any, exceptions: list[Exception]) -> None:
+        for error in exceptions:
+            if isinstance(error, UserError):
+                raise error
+        refuse(subtypes, val, exceptions)
+
+    typehints.raise_union_unexpected_value = raise_ours  # pyright: ignore[reportAttributeAccessIssue]

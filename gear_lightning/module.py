@@ -319,6 +319,8 @@ class GearModule(Float32Buffers, L.LightningModule):
         self.log("credit/divergence_p95", self.divergence_p95, on_step=False, on_epoch=True)
 
     def _log(self, name: str, value: Tensor, weight: int) -> None:
+        # Lightning averages the weights over the ranks as integers, rounded down: make the average one
+        weight *= self.trainer.world_size
         self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------

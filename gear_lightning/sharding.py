@@ -173,10 +173,11 @@ def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
             values = values[: _zero3_length(parameter)]
         values = values.to(dtype or values.dtype).contiguous()
         integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-        sums.append(values.view(integer).sum(dtype=torch.int64))  # integers: the order of the sum does not matter
+        total = values.view(integer).sum(dtype=torch.int64)  # of integers: the order does not matter
+        sums.append(total.to(parameter.device))  # from CPU memory, where the parts are offloaded
         groups.append(_groups(parameter))
     total = torch.stack(sums)
-    for group in set().union(*map(set, groups)):
+    for group in dict.fromkeys(group for mine in groups for group in mine):  # in the same order on all ranks
         inside = torch.tensor([group in mine for mine in groups], device=total.device)
         part = torch.where(inside, total, 0)
         dist.all_reduce(part, group=group)

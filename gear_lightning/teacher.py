@@ -17,7 +17,7 @@ from .chat import Chat
 from .environments.base import Message, Task
 from .errors import UserError
 from .lora import POLICY, TEACHER, active, adapter_parameters, add_teacher, has_teacher, is_adapted
-from .sharding import local, part_of, rest, stored, whole_of
+from .sharding import is_sharded, local, part_of, rest, stored, whole_of
 from .token_stats import token_stats
 
 
@@ -148,6 +148,8 @@ class Teacher(nn.Module):
         if self.adapted and options.park:
             raise UserError("model.teacher.park does nothing with model.lora: the teacher shares the policy's weights")
         if self.adapted and options.weights == "ema" and not has_teacher(policy):
+            if is_sharded(policy):
+                raise UserError("with model.lora and a strategy that spreads the weights, fit before you validate")
             add_teacher(policy)
         elif not self.adapted and options.weights != "live":
             self.model = duplicate(policy).requires_grad_(False).eval()

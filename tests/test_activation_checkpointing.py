@@ -92,9 +92,12 @@ def test_the_teachers_copy_has_none_of_it(tmp_path):
     assert not model.teacher.model.is_gradient_checkpointing
 
 
-def test_the_warm_start_uses_it_too():
+def test_the_warm_start_uses_it_too(tmp_path):
     gear = GearModule(source(), activation_checkpointing=True)
-    assert WarmStartModule(gear, WarmStart.__new__(WarmStart)).policy.is_gradient_checkpointing
+    module = WarmStartModule(gear, WarmStart.__new__(WarmStart), lambda policy: None)
+    module.trainer = trainer(tmp_path)
+    module.configure_model()
+    assert module.policy.is_gradient_checkpointing
 
 
 @dataclass(frozen=True)

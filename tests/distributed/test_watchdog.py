@@ -2,6 +2,7 @@
 
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -118,3 +119,29 @@ def test_a_process_that_dies_takes_the_others_along(tmp_path, repository):
     assert process.wait(timeout=90) != 0
     time.sleep(1)
     assert not alive(str(tmp_path))
+
+
+def test_a_run_that_raised_leaves_its_process_alone(tmp_path):
+    """Whoever catches the error, a notebook say, goes on."""
+    script = """
+import sys, threading, time
+sys.path.insert(0, "tests")
+from pathlib import Path
+from tiny import data, generation, module, trainer
+from gear_lightning.callbacks import watchdog
+
+class Broken(watchdog.L.Callback):
+    def on_train_start(self, trainer, pl_module):
+        raise RuntimeError("broken")
+
+watchdog.GRACE = 1.0
+try:
+    trainer(Path(sys.argv[1]), generation(), watchdog.Watchdog(2.0), Broken()).fit(module(), datamodule=data())
+except RuntimeError:
+    time.sleep(8)
+    assert "watchdog" not in [thread.name for thread in threading.enumerate()]
+    print("still here")
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, timeout=DEADLINE, capture_output=True, text=True, check=False)
+    assert done.stdout.strip().endswith("still here"), done.stderr[-2000:]

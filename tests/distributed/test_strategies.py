@@ -1,0 +1,220 @@
+"""Every strategy trains as one process does, goes on as if it had not stopped, and writes the same checkpoints."""
+
+import csv
+import os
+import shutil
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from distributed.pieces import DEADLINE, ROOT, environment, finish, fit, fit_command, side_by_side, start, strategy
+
+from gear_lightning import parity
+from gear_lightning.export import export_command
+
+SPREAD = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
+STRATEGIES = [*SPREAD, "zero3_offload"]
+TOLERANCE = 1e-5  # as a share of the largest value
+ITERATIONS, STOP = 5, 2
+RESUMED = [  # under which strategy the first iterations were done -> under which the others
+    *((name, name) for name in SPREAD),
+    ("one", "fsdp"), ("one", "zero1"), ("zero3", "one"), ("fsdp", "zero3"), ("zero2", "fsdp"), ("zero1", "ddp"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        yield tmp_path_factory.mktemp("strategies")
+
+
+def train(run: Path, *options: str) -> Path:
+    failed = parity.train(["--config", "tests/distributed/run.yaml", *options], run, DEADLINE)
+    assert failed is None, (failed, (run / "log.txt").read_text()[-3000:])
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """Name of a strategy -> its run."""
+    return side_by_side({name: partial(train, folder / name, *strategy(name)) for name in ["one", *STRATEGIES]})
+
+
+@pytest.fixture(scope="module")
+def resumed(folder, runs):
+    """(before, after) -> the run that was stopped under one strategy and went on under another."""
+
+    def go_on(before: str, after: str) -> Path:
+        run = folder / f"{before}-{after}"
+        cut(runs[before], run)
+        return train(run, *strategy(after), "--ckpt_path=last")
+
+    return side_by_side({pair: partial(go_on, *pair) for pair in RESUMED})
+
+
+def cut(whole: Path, run: Path) -> None:
+    """Copy a run as it was after `STOP` iterations."""
+    for name in (f"iteration={STOP - 1:05d}.ckpt",):
+        (run / "checkpoints").mkdir(parents=True)
+        shutil.copy(whole / "checkpoints" / name, run / "checkpoints" / name)
+    (run / "rollouts").mkdir()
+    for path in (whole / "rollouts").glob("iter_*"):
+        if int(path.name[5:11]) < STOP:
+            shutil.copy(path, run / "rollouts")
+    lines = (whole / "metrics.csv").read_text().splitlines(keepends=True)
+    (run / "metrics.csv").write_text("".join(lines[: STOP + 1]))
+
+
+def checkpoint(run: Path) -> dict:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def column(run: Path, name: str) -> list[float]:
+    with (run / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file)]
+
+
+def share(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest difference as a share of the largest value."""
+    assert one.shape == other.shape
+    assert one.dtype == other.dtype
+    scale = float(one.abs().max()) if one.numel() else 0.0
+    return float((one.double() - other.double()).abs().max()) / (scale or 1.0) if one.numel() else 0.0
+
+
+def assert_same(one, other, where: str = "") -> None:
+    """Nested data is equal, tensors within the tolerance."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert share(one, other) <= TOLERANCE, where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}.{i}")
+    elif isinstance(one, float):
+        assert other == pytest.approx(one, rel=TOLERANCE), where
+    else:
+        assert one == other, where
+
+
+def test_the_reference_is_worth_comparing_with(runs):
+    """Turns of very different lengths, gradients that are clipped, many micro-batches, credit that weighs."""
+    rollouts = parity.read_rollouts(runs["one"])
+    lengths = [int(tensors["action_mask"].sum()) for tensors in rollouts.values() if tensors]
+    assert len(rollouts) == ITERATIONS * 16
+    assert min(lengths) < 10 < 40 < max(lengths)
+    assert min(column(runs["one"], "train/grad_norm")) > 10 * 0.1
+    assert min(column(runs["one"], "credit/weight_deviation")) > 0.05
+    assert min(column(runs["one"], "credit/segments_per_rollout")) > 0.3
+    start, end = (
+        torch.load(runs["one"] / "checkpoints" / f"iteration={i:05d}.ckpt", weights_only=True)["state_dict"]
+        for i in (0, ITERATIONS - 1)
+    )
+    for whose in ("policy.", "teacher."):
+        moved = [share(v, end[n]) for n, v in start.items() if n.startswith(whose) and v.is_floating_point()]
+        assert min(moved) > 50 * TOLERANCE, "nothing was learned"
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_trains_as_one_process_does(runs, name):
+    found = parity.compare(runs["one"], runs[name])
+    assert found.same_ids
+    assert {"policy", "teacher", "divergence", "weights", "train/loss", "train/grad_norm"} < found.worst.keys()
+    assert found.within(TOLERANCE), found.worst
+    assert sorted({rank for _, rank, _ in records(runs[name])}) == [0, 1], "one process had all the rollouts"
+
+
+MEANS = [
+    "train/reward", "train/turns", "train/response_tokens", "train/entropy", "teacher/student_gap",
+    "credit/weight_deviation", "credit/segments_per_rollout", "rollouts/empty_response", "rollouts/truncated",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_means_over_uneven_ranks_are_those_of_one_process(runs, name):
+    for metric in MEANS:
+        one, other = column(runs["one"], metric), column(runs[name], metric)
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-6), metric
+
+
+def records(run: Path):
+    from gear_lightning.records import record_files
+
+    return record_files(run)
+
+
+@pytest.mark.parametrize("pair", RESUMED, ids="-".join)
+def test_a_run_goes_on_under_the_same_and_under_another_strategy(runs, resumed, pair):
+    found = parity.compare(runs["one"], resumed[pair])
+    assert found.within(TOLERANCE), found
+    assert column(resumed[pair], "step") == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_optimizer_and_its_schedule_are_saved_as_plain_torch_does(runs, name):
+    one, other = checkpoint(runs["one"]), checkpoint(runs[name])
+    assert_same(one["optimizer_states"], other["optimizer_states"])
+    assert_same(one["lr_schedulers"], other["lr_schedulers"])
+    assert other["lr_schedulers"][0]["_last_lr"] == [pytest.approx(1e-3 * 0.3**2)]
+    assert other["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(1e-3 * 0.3**2)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_checkpoint_exports_to_the_same_model_directory(runs, tmp_path, name):
+    from safetensors.torch import load_file
+
+    for which in ("one", name):
+        assert export_command([str(runs[which] / "checkpoints" / "last.ckpt"), str(tmp_path / which)]) == 0
+    one, other = (tmp_path / which for which in ("one", name))
+    files = {path.name for path in one.iterdir()}
+    assert files == {path.name for path in other.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
+    for file in files - {"model.safetensors"}:
+        assert (one / file).read_bytes() == (other / file).read_bytes(), file
+    assert_same(load_file(one / "model.safetensors"), load_file(other / "model.safetensors"))
+
+
+def test_a_checkpoint_of_a_sharded_run_is_one_of_a_single_process(runs):
+    one = checkpoint(runs["one"])
+    for name in STRATEGIES:
+        other = checkpoint(runs[name])
+        assert one["state_dict"].keys() == other["state_dict"].keys(), name
+        assert one.keys() == other.keys(), name
+        assert one["identity"] == other["identity"], name
+
+
+def test_a_killed_run_goes_on(runs, folder):
+    """SIGKILL of all processes while the third iteration or a later one is made."""
+    run = folder / "killed"
+    command = fit_command(run, *strategy("zero3"), "--ckpt_path=last")
+    process = start(command, run / "log.txt")
+    end = time.monotonic() + DEADLINE
+    while not (run / "metrics.csv").exists() or len(column(run, "step")) < STOP:
+        assert process.poll() is None, (run / "log.txt").read_text()[-3000:]
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = len(column(run, "step"))
+    assert done < ITERATIONS, "it was over before it was killed"
+    assert finish(start(command, run / "log.txt"), run / "log.txt") == 0
+    found = parity.compare(runs["one"], run)
+    assert found.within(TOLERANCE), found
+    assert column(run, "step") == [1, 2, 3, 4, 5]
+
+
+def test_one_strategy_on_one_process_is_the_run_without(runs, folder):
+    """FSDP2 on a single device, as on a single GPU."""
+    run = folder / "alone"
+    fit(run, *strategy("fsdp", processes=1))
+    assert parity.compare(runs["one"], run).within(TOLERANCE)

@@ -1,0 +1,188 @@
+"""Options of the strategies, engines with old weights, and what stops a run before it begins."""
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from distributed.group import Group
+from distributed.pieces import Opinions, finish, fit_command, members, side_by_side, start, strategy
+from distributed.short import train
+
+from gear_lightning.engines import CachedEngine, Sampling
+from gear_lightning.errors import UserError
+from gear_lightning.parity import compare_weights
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def pair():
+    group = Group(2)
+    yield group
+    group.stop()
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The run of a single process."""
+    run = tmp_path_factory.mktemp("one")
+    return {**train(run, "one"), "run": run}
+
+
+def equal_to_one(one: dict[str, Any], results: list[dict[str, Any]], run: Path) -> None:
+    states = [torch.load(r / "end.ckpt", weights_only=True)["state_dict"] for r in (one["run"], run)]
+    found = compare_weights(*states)
+    assert max(found.values()) <= TOLERANCE, found
+    for mine in results:
+        assert mine["metrics"] == pytest.approx(one["metrics"], rel=1e-4, abs=1e-5)
+
+
+def with_options(run: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    return train(run, name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fsdp", {"reshard_after_forward": False}),
+        ("fsdp", {"teacher": {"park": True}}),
+        ("zero3", {"teacher": {"park": True}}),
+        ("zero3_offload", {"teacher": {"park": True}}),
+        ("zero2", {"offload_optimizer": True}),
+        ("zero3", {"bucket_size": 1000, "weights": "stream"}),
+        ("fsdp", {"logits": 1000, "weights": "stream"}),
+    ],
+    ids=str,
+)
+def test_options_change_nothing_but_memory_and_time(pair, one, tmp_path, name, options):
+    equal_to_one(one, pair.run(with_options, tmp_path, name, options), tmp_path)
+
+
+def test_replicas_of_shards_train_as_one_process_does(one, tmp_path):
+    four = Group(4)
+    try:
+        results = four.run(with_options, tmp_path, "fsdp", {"replicas": 2}, deadline=240)
+    finally:
+        four.stop()
+    equal_to_one(one, results, tmp_path)
+
+
+# -- wrong weights ----------------------------------------------------------------------------------------------------
+
+
+class Stale(CachedEngine):
+    """Keeps the first model that it was given after the first look at it."""
+
+    kept: Any = None
+    looks = 0
+
+    def begin(self, model: Any, sampling: Sampling, stop_ids: set[int]) -> None:
+        self.looks += 1
+        if self.kept is None and self.looks > 1:
+            self.kept = model
+        super().begin(self.kept or model, sampling, stop_ids)
+
+
+def stale(run: Path, name: str) -> str:
+    return told(partial(train, run, name, engine=Stale(), weights="gather"))
+
+
+class Drift(L.Callback):
+    """Moves one weight of rank 1 after the first step."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.global_rank == 1:
+            with torch.no_grad():
+                next(pl_module.policy.parameters())[3, 3] += 1e-6
+
+
+def drifting(run: Path, name: str) -> str:
+    return told(partial(train, run, name, callbacks=[Drift()]))
+
+
+def told(function: Any) -> str:
+    try:
+        function()
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero3"])
+def test_an_engine_with_old_weights_is_an_error_on_all_ranks(pair, tmp_path, name):
+    for message in pair.run(stale, tmp_path, name):
+        assert "stale engine: Stale samples with weights" in message
+    pair.stop()  # the strategy was left in the middle
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero2"])
+def test_ranks_with_different_weights_are_an_error(pair, tmp_path, name):
+    for message in pair.run(drifting, tmp_path, name):
+        assert "the processes hold different weights of the policy" in message
+    pair.stop()
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+class Unsplit(Opinions):
+    """A model that does not name its layers."""
+
+    def model(self) -> Any:
+        model = super().model()
+        model._no_split_modules = None
+        return model
+
+    def skeleton(self) -> Any:
+        model = super().skeleton()
+        model._no_split_modules = None
+        return model
+
+
+BAD = {
+    "stage": ("zero2", ["--trainer.strategy.stage=4"], "trainer.strategy.stage=4: ZeRO has stages 1, 2 and 3"),
+    "offload": (
+        "zero2",
+        ["--trainer.strategy.offload_parameters=true"],
+        "trainer.strategy.offload_parameters needs stage 3, not 2",
+    ),
+    "none": ("fsdp", ["--trainer.strategy.replicas=0"], "trainer.strategy.replicas=0 must be at least 1"),
+    "replicas": ("fsdp", ["--trainer.strategy.replicas=3"], "trainer.strategy.replicas=3 does not divide 2 processes"),
+    "layers": (
+        "fsdp",
+        ["--model.policy=distributed.test_strategy_options.Unsplit"],
+        "LlamaForCausalLM does not say which of its layers belong together",
+    ),
+    "tasks": ("zero1", ["--data.tasks_per_iteration=3"], "data.tasks_per_iteration=3 does not divide over 2 processes"),
+}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """Name of a mistake -> (status, what was printed, processes left behind)."""
+    folder = tmp_path_factory.mktemp("bad")
+
+    def play(name: str) -> tuple[int, str, list[int]]:
+        which, options, _ = BAD[name]
+        log = folder / name / "log.txt"
+        process = start(fit_command(folder / name, *strategy(which), *options), log)
+        status = finish(process, log, deadline=60)
+        end = time.monotonic() + 20  # the others find the same mistake by themselves
+        while members(process.pid) and time.monotonic() < end:
+            time.sleep(0.1)
+        return status, log.read_text(), members(process.pid)
+
+    return side_by_side({name: partial(play, name) for name in BAD})
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_is_one_clear_message_and_no_process_stays(refused, name):
+    status, text, left = refused[name]
+    assert status == 2, text
+    assert f"gear-lightning: error: {BAD[name][2]}" in text
+    assert "Traceback" not in text
+    assert left == []
