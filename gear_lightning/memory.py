@@ -346,7 +346,7 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
     return {
         **kept, "gradients": gradients, "buckets": buckets, **update, "step_scratch": scratch, **rollout, **sums,
         "total": max(sums.values()), "host": host, "loading": 4 * shape.parameters,
-        "saving": saved * (1 if strategy == "ddp" else 2),
+        "saving": saved,
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ number of processes.
 """
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +69,14 @@ class WholeCheckpoints(Strategy):
                     fill(value, saved[name])
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+        if storage_options is not None:
+            raise TypeError("storage_options are not supported: checkpoints are files")
+        if self.is_global_zero:  # straight to the file: Lightning's way would hold it in memory once more
+            path = Path(filepath)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".partial")
+            torch.save(checkpoint, partial)
+            os.replace(partial, path)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         if not Path(checkpoint_path).is_file():

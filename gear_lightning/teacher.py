@@ -176,7 +176,8 @@ class Teacher(nn.Module):
         scoring, newest = self._pair(policy)
         if not self.low_precision:
             average = get_ema_multi_avg_fn(1 - self.options.rate)
-            average([local(t) for t in scoring], [local(p) for p in newest], 0)
+            parts = [local(t) for t in scoring]
+            average(parts, [local(p).to(t.device) for p, t in zip(newest, parts, strict=True)], 0)
             return
         if self.shadow is None:
             self.shadow = [local(t).float() for t in scoring]
