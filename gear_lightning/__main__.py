@@ -1,5 +1,6 @@
 """The command line. Heavy imports wait until the command that needs them is known."""
 
+import logging
 import os
 import sys
 
@@ -40,6 +41,8 @@ def main() -> None:
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a busy CPU tens of times slower
+    for name in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it, with a noise
+        logging.getLogger(name).setLevel(logging.ERROR)
     sys.path.append(os.getcwd())  # where a user's own environments and rewards are, as with `python -m`
     from .errors import UserError, one_line
 
