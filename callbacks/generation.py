@@ -1,11 +1,13 @@
 """The generation callback: engine, environments and agent loop, tied to the policy and the data module."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from gear_lightning.data import RolloutDataModule, RolloutGenerator
 from gear_lightning.engines import CachedEngine, GenerationEngine, Sampling
@@ -60,7 +62,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self.weights_dtype = weights_dtype
         self._weights = SamplingWeights(weights)
         self.listeners: list[Callable[[str, int, int, int], None]] = []  # (stage, finished, rollouts, tokens)
-        self._checked = False
+        self._checked = self._told = False
         self._module: GearModule | None = None
         self._trainer: L.Trainer | None = None
 
@@ -112,7 +114,15 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             if not self._checked:
                 self.check_engine(model)
                 self._checked = True
+            started = time.monotonic()
             rollouts, _ = loop.run(model, jobs, policy_version=version, check=check)
+        if self._weights.streamed and not self._told:
+            self._told = True
+            rate = sum(sum(r.action_mask) for r in rollouts) / max(time.monotonic() - started, 1e-9)
+            rank_zero_warn(
+                f"Rollouts stream the policy's layers at every token: {rate:,.0f} tokens/s on each process. "
+                "generation.weights=gather is faster where a whole copy fits."
+            )
         return rollouts
 
     def _cache_bytes(self, rollouts: int) -> int:

@@ -185,7 +185,21 @@ class GearCLI(LightningCLI):
         self._get(self.config_init, "checkpoint").dirpath = str(self._checkpoint_dir)
         if self.subcommand == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
             self._lock()
-        return super().instantiate_trainer(**kwargs)
+        strategy = config.get("strategy")
+        if isinstance(strategy, str) and strategy.startswith(("fsdp", "deepspeed", "model_parallel")):
+            raise UserError(
+                f"trainer.strategy={strategy} is Lightning's own, under which policy and teacher do not agree with one "
+                "process; use --config configs/strategy/fsdp.yaml, zero1.yaml, zero2.yaml or zero3.yaml"
+            )
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            if isinstance(error, UserError) or "precision=" not in str(error):
+                raise
+            raise UserError(
+                f"trainer.precision={config.get('precision')} does not go with trainer.strategy; use 32-true, "
+                "bf16-mixed or bf16-true"
+            ) from None
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         off = [PhaseProgress] if config.get("enable_progress_bar") is False else []
@@ -315,6 +329,13 @@ class NoiseFloorCLI(GearCLI):
         self.save_config_callback = None
         if self.config["fit"]["micro_batches"] < 1:
             raise UserError(f"micro_batches={self.config['fit']['micro_batches']} must be at least 1")
+        strategy = self.config["fit"]["trainer"]["strategy"]
+        if not isinstance(strategy, str) and self.config["fit"]["trainer"]["precision"] not in (None, "32-true"):
+            print(
+                "This measures in one process without the recipe's strategy. A run under FSDP2 with bf16-mixed rounds "
+                "more, and measures its own floor (callback noise_floor).",
+                file=sys.stderr,
+            )
         for key, value in MEASURING.items():
             self.config["fit"]["trainer"][key] = value
 

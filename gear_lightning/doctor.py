@@ -375,6 +375,6 @@ def _show(
     own = None if chosen is None else columns(shape, gpus, load, setup, chosen, memory if auto else None)[chosen]
     if memory is not None and own is not None and own["total"] > memory * GIB:
         found.append(f"the recipe's strategy, {chosen}, needs more than {memory:g} GiB per {place}")
-    console.print("\nProblems:" if found else "\nNo problems found.")
+    console.print("\nProblems and advice:" if found else "\nNo problems found.")
     for problem in found:
         console.print(f"- {problem}")

@@ -363,7 +363,8 @@ class GearModule(Float32Buffers, L.LightningModule):
         sizes = "/".join(str(tuple(shape(p))) for p in states.values())
         return {
             "model.lora": "null" if self.lora is None else f"({self.lora})",
-            "model.policy (its shapes)": hashlib.sha256(sizes.encode()).hexdigest()[:12],
+            "model.policy": f"{sum(shape(p).numel() for p in states.values()):,} weights in {len(states)} tensors "
+            f"(shapes {hashlib.sha256(sizes.encode()).hexdigest()[:8]})",
             "trainer.precision": str(self.trainer.precision),
             "model.teacher.weights": self.teacher_options.weights if self.credit.needs_teacher else "none",
             "model.optimizer": type(self.optimizer([torch.nn.Parameter(torch.zeros(1))])).__name__,

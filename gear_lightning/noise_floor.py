@@ -183,8 +183,9 @@ def summary(parts: list[Noise]) -> dict[str, Any]:
 
 def conditions(trainer: L.Trainer, rule: CreditAssigner) -> dict[str, Any]:
     """What a floor holds for: another precision or divergence has another one."""
+    gathered = getattr(trainer.strategy, "computes_in", None)
     return {
-        "precision": str(trainer.precision),
+        "precision": str(trainer.precision) + ("" if gathered is None else f", gathered in {gathered}"),
         "rule": type(rule).__name__,
         "divergence_kind": getattr(rule, "divergence", None),
     }

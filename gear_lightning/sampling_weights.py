@@ -30,6 +30,7 @@ class SamplingWeights:
         self.dtype: torch.dtype | None = None
         self._copy: Any = None
         self._version: int | None = None
+        self.streamed = False  # whether the newest rollouts were sampled so
 
     @contextmanager
     def open(
@@ -64,7 +65,7 @@ class SamplingWeights:
                 self._copy, self._version = whole_copy(policy, blank, device, dtype), version
             yield self._copy, lambda: self._check(policy, engine)
             return
-        rank_zero_warn("rollouts stream the policy's layers at every token (generation.weights): slow, see perf/*")
+        self.streamed = True
         turns = Turns(policy)
         engine.before_forward = turns.take
         try:

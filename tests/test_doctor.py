@@ -288,7 +288,7 @@ def test_a_model_without_named_layers_cannot_be_sharded():
 def test_problems_do_not_change_the_exit_status(capsys):
     assert doctor_command(["--config", RECIPE, "--gpus", "3", "--gpu-memory", "0.01"]) == 0
     said = capsys.readouterr().out
-    assert "Problems:" in said
+    assert "Problems and advice:" in said
     assert "does not divide over 3 processes" in said
     assert "the recipe's strategy, ddp, needs more than 0.01 GiB" in said
 
