@@ -122,7 +122,7 @@ def test_the_reference_is_worth_comparing_with(runs):
     )
     for whose in ("policy.", "teacher."):
         moved = [share(v, end[n]) for n, v in start.items() if n.startswith(whose) and v.is_floating_point()]
-        assert min(moved) > 50 * TOLERANCE, "nothing was learned"
+        assert min(moved) > 10 * TOLERANCE, "nothing was learned"
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
