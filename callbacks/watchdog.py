@@ -63,6 +63,7 @@ class Watchdog(L.Callback):
             self._connect(trainer)
         self._beat("start-up")
         self._arm(self.seconds + GRACE)
+        self._look()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
 
@@ -182,7 +183,8 @@ class Watchdog(L.Callback):
             print(f"{why}\n", file=file)
             print(f"rank {self._rank} of {self._world}, process {os.getpid()} on {socket.gethostname()}", file=file)
             print(f"was here: {self._phase} ({now - self._last:.0f} s ago)\n", file=file)
-            for rank, (text, when) in sorted(self._others.items()):
+            for rank in range(self._world):
+                text, when = self._others.get(rank, (" not heard of", self._last))
                 print(f"rank {rank}: {text.partition(' ')[2]} ({now - when:.0f} s ago)", file=file)
             print("\nstacks, innermost call first:", file=file, flush=True)
             faulthandler.dump_traceback(file=file, all_threads=True)
