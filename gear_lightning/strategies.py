@@ -46,7 +46,7 @@ class WholeCheckpoints(Strategy):
         return True
 
     def _to_rank_zero(self, whole: Tensor) -> Tensor | None:
-        return whole.detach().cpu().clone() if self.is_global_zero else None
+        return whole.detach().to("cpu", copy=True) if self.is_global_zero else None
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
