@@ -106,10 +106,11 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         # one context for the whole phase, so that the weights are cast once and not at every token
         mixed = self._trainer.precision == "bf16-mixed"
         version = self._trainer.global_step
-        computes_in = getattr(self._trainer.strategy, "computes_in", None)
+        strategy = self._trainer.strategy
+        computes_in, streams = getattr(strategy, "computes_in", None), getattr(strategy, "streams", True)
         dtype = getattr(torch, self.weights_dtype) if self.weights_dtype else computes_in
         cache = self._cache_bytes(len(jobs))
-        opened = self._weights.open(module.policy, module.blank, version, cache, self.engine, dtype)
+        opened = self._weights.open(module.policy, module.blank, version, cache, self.engine, dtype, streams)
         with torch.autocast(module.device.type, dtype=torch.bfloat16, enabled=mixed), opened as (model, check):
             if not self._checked:
                 self.check_engine(model)

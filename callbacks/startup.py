@@ -1,5 +1,6 @@
 """Looks at what the processes hold before the first update, and says it."""
 
+import math
 from typing import Any
 
 import lightning as L
@@ -32,8 +33,7 @@ class StartupCheck(L.Callback):
             parameters = list(model.parameters())
             whole = sum(shape(p).numel() * p.element_size() for p in parameters)
             told.append(f"{name} {_size(max(held))} of {_size(whole)}")
-            room = parts * len(parameters) * 4096  # parts are padded
-            if max(held) > 1.1 * whole / parts + room:
+            if max(held) > sum(_largest_part(p, parts) for p in parameters):
                 raise UserError(
                     f"{type(strategy).__name__} should spread the {name} over {parts} processes, and one holds "
                     f"{_size(max(held))} of {_size(whole)}"
@@ -63,6 +63,13 @@ class StartupCheck(L.Callback):
                         "told its own rank?"
                     )
                 seen[group] = rank
+
+
+def _largest_part(parameter: Any, parts: int) -> int:
+    """Bytes of the largest part of a parameter that is cut between its rows."""
+    size = shape(parameter)
+    rows = size[0] if size else 1
+    return math.ceil(rows / parts) * (size.numel() // max(rows, 1)) * parameter.element_size()
 
 
 def _size(count: float) -> str:

@@ -57,7 +57,7 @@ class Watchdog(L.Callback):
         self._rank, self._world = trainer.global_rank, trainer.world_size
         self._folder = Path(trainer.default_root_dir) / "stalled"
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            if isinstance(callback, GenerationCallback):
+            if isinstance(callback, GenerationCallback) and self._rolling not in callback.listeners:
                 callback.listeners.append(self._rolling)
         if self._world > 1:
             self._connect(trainer)

@@ -41,6 +41,7 @@ class SamplingWeights:
         cache_bytes: int,
         engine: GenerationEngine,
         dtype: torch.dtype | None,
+        streams: bool,
     ) -> Iterator[tuple[Any, Callable[[], None]]]:
         """A model for the engine, and a check that the engine uses it.
 
@@ -51,10 +52,14 @@ class SamplingWeights:
             cache_bytes: what the engine's keys and values will need.
             engine: what will sample.
             dtype: of the gathered copy. None: as the policy.
+            streams: whether a forward of the sharded policy gathers its layers by itself.
+
+        Raises:
+            UserError: ``stream`` was asked for where nothing gathers the layers.
         """
         self.dtype = dtype
         sharded = is_sharded(policy)
-        mode = self._mode(policy, sharded, cache_bytes)
+        mode = self._mode(policy, sharded, cache_bytes, streams)
         if mode == "own":
             yield policy, lambda: self._check(policy, engine)
             return
@@ -79,11 +84,16 @@ class SamplingWeights:
         """Free the copy."""
         self._copy = self._version = None
 
-    def _mode(self, policy: Any, sharded: bool, cache_bytes: int) -> str:
+    def _mode(self, policy: Any, sharded: bool, cache_bytes: int, streams: bool) -> str:
         if not sharded:
             return "own" if self.dtype in (None, next(policy.parameters()).dtype) else "gather"
-        if self.mode != "auto":
-            return self.mode
+        if self.mode == "stream" and not streams:
+            raise UserError(
+                "generation.weights=stream works under ZeRO-3 in training alone; evaluate with gather, or under "
+                "configs/strategy/fsdp.yaml"
+            )
+        if self.mode != "auto" or not streams:
+            return "gather" if self.mode == "auto" else self.mode
         size = (self.dtype or next(policy.parameters()).dtype).itemsize
         need = sum(shape(p).numel() for p in policy.parameters()) * size + cache_bytes
         free = 0 if self._copy is not None else _free_bytes(next(policy.parameters()).device)

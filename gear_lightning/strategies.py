@@ -38,6 +38,11 @@ class WholeCheckpoints(Strategy):
         return None
 
     @property
+    def streams(self) -> bool:
+        """Whether a forward of the sharded policy gathers its layers by itself."""
+        return True
+
+    @property
     def restore_checkpoint_after_setup(self) -> bool:
         return True
 
@@ -181,10 +186,11 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):
         values = [p.detach() for p in model.parameters()]
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         replace_parameters(model, lambda p: nn.Parameter(p.detach().to("meta"), p.requires_grad))
+        # a teacher has no backward that would let go of what its forward has gathered
+        teacher = like is not None
         for block in blocks:
-            fully_shard(block, reshard_after_forward=self.reshard_after_forward, **options)
-        # a teacher has no backward that would let its root go
-        fully_shard(model, reshard_after_forward=True if like is not None else None, **options)
+            fully_shard(block, reshard_after_forward=teacher or self.reshard_after_forward, **options)
+        fully_shard(model, reshard_after_forward=True if teacher else None, **options)
         model.to_empty(device=self.root_device)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
@@ -395,8 +401,12 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
         )
         return engine, wrapped
 
+    @property
+    def streams(self) -> bool:
+        return self.model is not self.lightning_module  # else DeepSpeed has not put its hooks in: see below
+
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
-        """Nothing: evaluation samples with weights that are gathered for it, or streams through DeepSpeed's hooks."""
+        """Nothing: evaluation samples with a whole copy of the weights, and runs no forward of the sharded policy."""
         model.to(self.root_device)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

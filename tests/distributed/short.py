@@ -21,9 +21,13 @@ from gear_lightning.teacher import TeacherOptions
 
 
 def train(
-    run: Path, name: str, *, engine: Any = None, weights: str = "auto", logits: int | None = None, **options: Any
+    run: Path, name: Any, *, engine: Any = None, weights: str = "auto", logits: int | None = None, **options: Any
 ):
-    """Two iterations with an evaluation before, between and after. Returns what this rank had to do and all metrics."""
+    """Two iterations with an evaluation before, between and after. Returns what this rank had to do and all metrics.
+
+    ``name`` is that of a strategy, or the strategy; with ``only_evaluate`` the metrics of an evaluation come back.
+    """
+    only_evaluate = options.pop("only_evaluate", False)
     environment, callbacks = options.pop("environment", Chatter), options.pop("callbacks", ())
     torch.manual_seed(0)
     model = GearModule(
@@ -31,20 +35,22 @@ def train(
         teacher=TeacherOptions(template=" <ref> {reference}", **options.pop("teacher", {})),
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3),
     )
-    data = RolloutDataModule(
+    data = options.pop("data", RolloutDataModule)(
         TalkTasks(), TalkTasks(seed=1), tasks_per_iteration=4, group_size=2, micro_batch_size=2, val_limit=3,
         zero_spread=options.pop("zero_spread", "keep"),
     )  # fmt: skip
     generation = GenerationCallback(
         environment, engine or CachedEngine(), weights=weights, budgets=Budgets(turns=3, tokens=40, context=128)
     )
-    strategy = "auto" if name == "one" else make_strategy(name, **options)
+    strategy = name if not isinstance(name, str) else "auto" if name == "one" else make_strategy(name, **options)
     trainer = L.Trainer(
         accelerator="cpu", devices=int(os.environ.get("WORLD_SIZE", "1")), strategy=strategy, default_root_dir=run,
         callbacks=[generation, FirstEvaluation(), *callbacks], max_epochs=2, gradient_clip_val=0.1,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1,
     )  # fmt: skip
+    if only_evaluate:
+        return trainer.validate(model, datamodule=data, verbose=False)
     before, token_stats.LOGITS = token_stats.LOGITS, logits or token_stats.LOGITS
     try:
         trainer.fit(model, datamodule=data)

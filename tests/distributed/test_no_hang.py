@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.group import Group
 from distributed.pieces import Chatter
 from distributed.short import train
 
@@ -15,13 +14,6 @@ STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
 MODES = [(name, "auto") for name in STRATEGIES[:1] + STRATEGIES[2:4]] + [
     (name, mode) for name in ("fsdp", "zero3", "zero3_offload") for mode in ("gather", "stream")
 ]
-
-
-@pytest.fixture(scope="module")
-def pair():
-    group = Group(2)
-    yield group
-    group.stop()
 
 
 def rank() -> int:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from distributed.group import Group, connect
+from torch.distributed.tensor import DTensor
 
 from gear_lightning.errors import UserError
 from gear_lightning.sharding import (
@@ -23,13 +24,6 @@ from gear_lightning.sharding import (
 )
 from gear_lightning.teacher import Teacher, TeacherOptions
 from gear_lightning.together import gather, together
-
-
-@pytest.fixture(scope="module")
-def pair():
-    group = Group(2)
-    yield group
-    group.stop()
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +190,22 @@ def test_a_skeleton_is_the_model_without_its_values(pair, kind):
 
 
 # -- the teacher ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def let_go() -> bool:
+    """Whether a teacher holds its own parts alone after a forward, though the policy keeps what it has gathered."""
+    strategy = connect("fsdp", reshard_after_forward=False)
+    blank, policy = skeleton(llama()), strategy.shard(llama())
+    teacher = strategy.shard(blank, like=policy)
+    for model in (policy, teacher):
+        model(input_ids=torch.zeros(1, 3, dtype=torch.long))
+    assert not all(isinstance(p, DTensor) for p in policy.parameters())
+    return all(isinstance(p, DTensor) for p in teacher.parameters())
+
+
+def test_a_teacher_lets_go_of_what_it_gathered_whatever_the_policy_does(pair):
+    assert pair.run(let_go) == [True, True]
 
 
 @torch.no_grad()
