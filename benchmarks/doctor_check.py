@@ -20,6 +20,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from hardware import cpu_name
+
 from gear_lightning.environments.base import Environment, Step, Task, TaskSource
 
 RESULTS = Path(__file__).parent / "results"
@@ -148,10 +150,7 @@ def machine() -> dict:
     import torch
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    found = Path("/proc/cpuinfo")
-    lines = found.read_text().splitlines() if found.exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"gpu": gpu, "cpu": cpu, "threads": int(ENVIRONMENT["OMP_NUM_THREADS"]), "system": platform.system()}
+    return {"gpu": gpu, "cpu": cpu_name(), "threads": int(ENVIRONMENT["OMP_NUM_THREADS"]), "system": platform.system()}
 
 
 def main() -> None:

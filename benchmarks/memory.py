@@ -16,7 +16,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hardware import cpu_name
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -121,14 +121,6 @@ def one_case(side: str, vocabulary: int, tokens: int) -> dict[str, float]:
             run()
         peak = live.peak
     return {"peak_bytes": peak, "seconds": time.perf_counter() - start}
-
-
-def cpu_name() -> str:
-    """The processor's model, where the system tells it."""
-    found = Path("/proc/cpuinfo")
-    lines = found.read_text().splitlines() if found.exists() else []
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return named or platform.processor() or platform.machine()
 
 
 def main() -> None:

@@ -22,6 +22,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from hardware import cpu_name
+
 PROMPTS = ["3+4=", "5+6=", "7+8=", "9+2="]
 GROUP, LENGTH, STEPS, WARMUP = 8, 64, 14, 4
 CHARS = "0123456789+-*/= abcdefghijklmnopqrstuvwxyzABCDEFGH"  # 50 characters
@@ -182,14 +184,6 @@ def one_side(side: str) -> dict[str, float]:
     found = run_trl() if side == "trl" else run_ours(side)
     median = {name: statistics.median(seconds[WARMUP:]) for name, seconds in found.items()}
     return {**median, "update": 2 * median["step"] - sum(median.values())}
-
-
-def cpu_name() -> str:
-    """The processor's model, where the system tells it."""
-    found = Path("/proc/cpuinfo")
-    lines = found.read_text().splitlines() if found.exists() else []
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return named or platform.processor() or platform.machine()
 
 
 def main() -> None:

@@ -180,7 +180,9 @@ def live_bytes():
     path = Path(__file__).resolve().parent.parent / "benchmarks" / "memory.py"
     spec = importlib.util.spec_from_file_location("benchmarks_memory", path)
     room = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(room)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)  # for what the benchmarks share
+        spec.loader.exec_module(room)
     return room.LiveBytes
 
 
