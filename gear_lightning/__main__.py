@@ -53,8 +53,8 @@ def main() -> None:
 
             run(args)
         elif command == "noise-floor":
-            from .cli import NoiseFloorCLI
             from .cli import main as run
+            from .noise_floor_command import NoiseFloorCLI
 
             run(["fit", *rest], NoiseFloorCLI)
         elif command == "credit":
