@@ -50,7 +50,7 @@ class GearModule(Float32Buffers, L.LightningModule):
         lr_scheduler: stepped after every optimizer step. Null: constant learning rate.
         lora: train low-rank adapters on the starting weights (extra ``lora``). Null: train all weights.
         activation_checkpointing: keep only the input of each of the policy's layers and compute the layer again in the
-            backward pass: far less memory for about a third more time of the update, with the same gradients.
+            backward pass: far less memory for a slower update, with the same gradients.
     """
 
     def __init__(

@@ -15,18 +15,20 @@ from torch import Tensor
 
 from .errors import UserError
 
-
-def _zero(**options: Any) -> list[str]:
-    return ["--trainer.strategy=" + json.dumps({"class_path": "gear_lightning.strategies.ZeRO", "init_args": options})]
-
-
-STRATEGIES = {  # name -> options of fit; configs/strategy holds the same as files
-    "ddp": ["--trainer.strategy=ddp"],
-    "fsdp": ['--trainer.strategy={"class_path": "gear_lightning.strategies.FSDP2"}'],
-    "zero1": _zero(stage=1),
-    "zero2": _zero(stage=2),
-    "zero3": _zero(stage=3),
-    "zero3_offload": _zero(stage=3, offload_optimizer=True, offload_parameters=True),
+ZERO = "gear_lightning.strategies.ZeRO"
+STRATEGIES = {  # name -> value of trainer.strategy; configs/strategy holds the same as files, which no wheel has
+    "ddp": {
+        "class_path": "lightning.pytorch.strategies.DDPStrategy",
+        "init_args": {"gradient_as_bucket_view": True},
+    },
+    "fsdp": {"class_path": "gear_lightning.strategies.FSDP2"},
+    "zero1": {"class_path": ZERO, "init_args": {"stage": 1}},
+    "zero2": {"class_path": ZERO, "init_args": {"stage": 2}},
+    "zero3": {"class_path": ZERO, "init_args": {"stage": 3}},
+    "zero3_offload": {
+        "class_path": ZERO,
+        "init_args": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+    },
 }
 COMPARED = ("policy_logprobs", "divergence", "weights", "token_advantages")
 TOLERANCE = {"32-true": 1e-5, "64-true": 1e-5}
@@ -168,7 +170,7 @@ def parity_command(argv: list[str]) -> int:
     parser.add_argument("--deadline", type=float, default=3600, help="seconds for each run (default %(default)s)")
     options, rest = parser.parse_known_args(argv)
     names = options.strategies.split(",")
-    known = {"one": [], **STRATEGIES}
+    known = {"one": []} | {n: [f"--trainer.strategy={json.dumps(value)}"] for n, value in STRATEGIES.items()}
     for name in [*names, options.reference]:
         if name not in known:
             raise UserError(f"no strategy {name!r}; there are {', '.join(STRATEGIES)}")

@@ -18,7 +18,7 @@ from .errors import UserError
 from .models import Float32Buffers, build_once, cache_dir, checkpoint_activations, without_dropout
 from .module import GearModule
 from .sharding import whole_copy
-from .strategies import place as put
+from .strategies import place
 from .teacher import TeacherOptions, privileged_prompt
 from .token_stats import check_head, token_stats
 
@@ -65,7 +65,7 @@ def encode(item: Demonstration, chat: Chat, teacher: TeacherOptions) -> tuple[li
         ids = chat.prompt(item.task.messages, item.task.tools)
     ids, learned = list(ids), [False] * len(ids)
     between: list[Any] = []
-    for place, message in enumerate(item.messages):
+    for number, message in enumerate(item.messages):
         if message["role"] != "assistant":
             between.append(message)
             continue
@@ -73,7 +73,7 @@ def encode(item: Demonstration, chat: Chat, teacher: TeacherOptions) -> tuple[li
             context = chat.continuation(between)
             ids, learned, between = ids + context, learned + [False] * len(context), []
         turn = chat.write(message)
-        ids, learned = ids + turn, learned + [place not in item.unlearned] * len(turn)
+        ids, learned = ids + turn, learned + [number not in item.unlearned] * len(turn)
     return ids, learned
 
 
@@ -119,7 +119,7 @@ class WarmStartModule(Float32Buffers, L.LightningModule):
         if self.policy is None:
             source = self.gear[0].source
             bare = lambda: without_dropout(source.skeleton())  # noqa: E731
-            self.policy, *self._blank = put(self.trainer.strategy, self._load, bare)
+            self.policy, *self._blank = place(self.trainer.strategy, self._load, bare)
             self.policy.train()
             if self.gear[0].activation_checkpointing:
                 checkpoint_activations(self.policy)

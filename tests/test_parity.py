@@ -2,9 +2,10 @@
 
 import csv
 
+import yaml
 from tiny import data, generation, module, trainer
 
-from gear_lightning.parity import compare
+from gear_lightning.parity import STRATEGIES, compare
 
 
 def played(run, **options):
@@ -31,3 +32,10 @@ def test_a_loss_that_cancels_is_compared_on_the_scale_of_its_terms(tmp_path):
     other = compare(one, played(tmp_path / "other", group_size=3))
     assert not other.same_ids
     assert not other.within(1e-5)
+
+
+def test_a_strategy_is_the_same_here_and_as_a_config(repository):
+    files = {path.stem: path for path in (repository / "configs" / "strategy").glob("*.yaml")}
+    assert files.keys() == STRATEGIES.keys()
+    for name, path in files.items():
+        assert yaml.safe_load(path.read_text()) == {"trainer": {"strategy": STRATEGIES[name]}}

@@ -29,13 +29,13 @@ class Endless(AnyCall):
         return super().step(message)
 
 
-class Unmakeable(AnyCall):
-    """Cannot be made on rank 1 once it has been made there for the start-up checks and the first evaluation."""
+class Fatal(AnyCall):
+    """Takes the process of rank 1 with it, some time after the start-up checks and the first evaluation."""
 
     made = 0
 
     def __init__(self):
-        Unmakeable.made += 1
-        if rank() == 1 and Unmakeable.made > 60:
+        Fatal.made += 1
+        if rank() == 1 and Fatal.made > 60:
             os._exit(9)
         super().__init__()

@@ -106,7 +106,7 @@ def test_a_process_with_another_config_is_named_by_all(tmp_path, repository, opt
 
 
 def test_a_process_that_dies_takes_the_others_along(tmp_path, repository):
-    options = [*TWO, "--config", "configs/strategy/fsdp.yaml", "--generation.environment", "trouble.Unmakeable"]
+    options = [*TWO, "--config", "configs/strategy/fsdp.yaml", "--generation.environment", "trouble.Fatal"]
     command, environment = command_line(tmp_path, *options, "--trainer.max_epochs", "1000")
     process = subprocess.Popen(
         command,
