@@ -187,8 +187,8 @@ class GearCLI(LightningCLI):
         strategy = config.get("strategy")
         if isinstance(strategy, str) and strategy.startswith(("fsdp", "deepspeed", "model_parallel")):
             raise UserError(
-                f"trainer.strategy={strategy} is Lightning's own, which knows nothing of the teacher and is not supported; "
-                "use --config configs/strategy/fsdp.yaml, zero1.yaml, zero2.yaml or zero3.yaml"
+                f"trainer.strategy={strategy} is Lightning's own, which knows nothing of the teacher and is not "
+                "supported; use --config configs/strategy/fsdp.yaml, zero1.yaml, zero2.yaml or zero3.yaml"
             )
         try:
             return super().instantiate_trainer(**kwargs)
