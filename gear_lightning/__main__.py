@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 
 HELP = """usage: gear-lightning COMMAND [OPTIONS]
@@ -47,6 +48,10 @@ def main() -> None:
     from .errors import UserError, one_line
 
     command, rest = args[0], args[1:]
+    if command == "fit":  # asked to stop before there is anything to stop: noted, and heard when the training begins
+        from .signals import NOTES
+
+        NOTES.watch(signal.SIGUSR1, signal.SIGUSR2)
     try:
         if command in LIGHTNING:
             from .cli import main as run
