@@ -115,7 +115,7 @@ class Preemption(L.Callback):
         if isinstance(exception, Stopped) and not self._left:
             path = self._path(trainer)
             if path is not None:
-                trainer.save_checkpoint(path)
+                trainer.save_checkpoint(path, weights_only=False)
             self._leave(trainer, saved=path is not None)
 
     def _path(self, trainer: L.Trainer) -> Path | None:

@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import signal
 import socket
 import sys
 import threading
@@ -58,8 +59,9 @@ class Watchdog(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._trainer, self._rank, self._world = trainer, trainer.global_rank, trainer.world_size
         self._report = Path(trainer.default_root_dir) / "crash" / f"rank_{self._rank}.txt"
-        if stage == "fit":
-            self._report.unlink(missing_ok=True)  # of an earlier attempt
+        if stage == "fit" and self._report.exists():  # of an earlier attempt
+            when = time.strftime("%Y%m%d-%H%M%S", time.localtime(self._report.stat().st_mtime))
+            self._report.rename(self._report.with_name(f"{when}_{self._report.name}"))
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(callback, GenerationCallback) and self._rolling not in callback.listeners:
                 callback.listeners.append(self._rolling)
@@ -136,6 +138,8 @@ class Watchdog(L.Callback):
             if failed is None and (said := self._peers and self._peers.hear("failed")):
                 failed = (said["failed"], now)
             self._look_for_a_kill(now)
+            if lost := self._lost_child():
+                self._end(lost)
             if failed is not None and now - failed[1] > GRACE:
                 self._end(failed[0])
             elif idle > self.seconds:
@@ -154,6 +158,15 @@ class Watchdog(L.Callback):
             if self._others.get(rank, ("",))[0] != text:
                 self._others[rank] = (text, time.monotonic())
         return max(when for _, when in self._others.values())
+
+    def _lost_child(self) -> str | None:
+        """A process that Lightning has started on this node and that a signal has killed. Lightning kills this one,
+        too, when it sees it."""
+        children = getattr(self._trainer.strategy.launcher, "procs", ())
+        for rank, child in enumerate(children, self._rank + 1):
+            if (status := child.poll()) is not None and status < 0:
+                return f"rank {rank} (process {child.pid}) was killed by {signal.Signals(-status).name}"
+        return None
 
     def _look_for_a_kill(self, now: float) -> None:
         """A launcher that has lost one process terminates the others, and kills them soon after: those that wait for

@@ -17,6 +17,7 @@ train and evaluate (options: gear-lightning COMMAND --help)
 
 look at a model and a run
   template   check a model's chat template:  gear-lightning template MODEL
+  status     where a run is, and what has failed:  gear-lightning status RUN
   credit     print where the credit went, or write the HTML page:  gear-lightning credit RUN
   export     make a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR [--adapter]
 
@@ -26,7 +27,7 @@ scale
   noise-floor  what rounding does to credit:  gear-lightning noise-floor --config RECIPE
 """
 LIGHTNING = ("fit", "validate", "test", "predict")
-OTHERS = ("doctor", "noise-floor", "parity", "template", "credit", "export")
+OTHERS = ("doctor", "noise-floor", "parity", "template", "status", "credit", "export")
 
 
 def main() -> None:
@@ -66,6 +67,10 @@ def main() -> None:
             from .credit_page import credit_command
 
             sys.exit(credit_command(rest))
+        elif command == "status":
+            from .status import status_command
+
+            sys.exit(status_command(rest))
         elif command == "doctor":
             from .doctor import doctor_command
 

@@ -26,6 +26,7 @@ from .callbacks.noise_floor import NoiseFloor
 from .callbacks.preemption import Preemption
 from .callbacks.progress import PhaseProgress
 from .callbacks.rollout_recorder import RolloutRecorder
+from .callbacks.run_status import RunStatus
 from .callbacks.sample_table import SampleTable
 from .callbacks.startup import StartupCheck
 from .callbacks.throughput import Throughput
@@ -206,7 +207,7 @@ class GearCLI(LightningCLI):
         kept = [c for c in callbacks if not isinstance(c, tuple(off))]
         # the one watches the others' start, too; the other saves while it is watched
         kept.sort(key=lambda c: 0 if isinstance(c, Preemption) else 1 if isinstance(c, Watchdog) else 2)
-        return super()._instantiate_trainer(config, [*kept, StartupCheck()])
+        return super()._instantiate_trainer(config, [*kept, StartupCheck(), RunStatus()])
 
     def _lock(self) -> None:
         """Keep a second run out of the directory while this process lives."""

@@ -23,15 +23,16 @@ class Strike(L.Callback):
         place: where.
         count: at the how-manieth time.
         number: the signal.
+        name: of the mark that it leaves behind.
         rank: which process does it; -1 for all.
     """
 
     here: "Strike | None" = None
 
-    def __init__(self, place: str, count: int = 1, number: str = "SIGKILL", rank: int = 0):
+    def __init__(self, place: str, count: int = 1, number: str = "SIGKILL", rank: int = 0, name: str = "struck"):
         assert place in PLACES, place
         self.place, self.count, self.number, self.rank = place, count, number, rank
-        self.left = count
+        self.left, self.name = count, name
         Strike.here = self
 
     def reach(self, place: str) -> None:
@@ -45,8 +46,7 @@ class Strike(L.Callback):
             time.sleep(0.05)  # the thread that notes it gets its turn
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        folder = Path(trainer.default_root_dir)
-        self.marker = folder / f"struck-{self.place.replace(' ', '-')}-{self.count}-{self.number}"
+        self.marker = Path(trainer.default_root_dir) / self.name
         replace = os.replace
 
         def replaced(source: Any, target: Any) -> None:
