@@ -76,9 +76,10 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         }
         replace_text(manifest_path(path), json.dumps(manifest, indent=1) + "\n", durable=True)
     except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
-        if isinstance(error, RuntimeError) and not isinstance(error.__context__, OSError):
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
             raise
-        reason = error.strerror if isinstance(error, OSError) else str(error.__context__)
+        reason = cause.strerror or str(cause)
         before = [p.name for p, _ in _known(path.parent) if p != path]
         kept = f"; {before[0]} is there to go on from" if before else ""
         raise UserError(f"the checkpoint {path} cannot be written: {reason}{kept}") from error
