@@ -4,7 +4,7 @@ from io import StringIO
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -12,6 +12,7 @@ from rich.text import Text
 from gear_lightning.credit_trace import visible
 from gear_lightning.environments.base import Message
 from gear_lightning.errors import UserError
+from gear_lightning.loggers import Board
 from gear_lightning.rollout import Rollout
 
 COLUMNS = ["task", "reward", "status", "tokens", "question", "what the policy said"]
@@ -48,10 +49,10 @@ class SampleTable(L.Callback):
             bar = trainer.progress_bar_callback
             (print if bar is None else bar.print)(_render(title, rows))
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
+            if isinstance(logger, Board):
                 lines = [" | ".join(COLUMNS), " | ".join(["---"] * len(COLUMNS))]
                 lines += [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows]
-                logger.experiment.add_text("samples", "\n".join(lines), trainer.global_step)
+                logger.log_text("samples", "\n".join(lines), trainer.global_step)
             elif isinstance(logger, WandbLogger):
                 logger.log_table("samples", columns=COLUMNS, data=rows)
 

@@ -15,7 +15,6 @@ import torch
 from jsonargparse._util import import_object
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, OptimizerCallable
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from .callbacks.checkpoint import IterationCheckpoint
@@ -35,7 +34,7 @@ from .callbacks.watchdog import Watchdog
 from .checkpoints import CompleteCheckpoints
 from .data import RolloutDataModule
 from .errors import Stopped, UserError, let_through_unions
-from .loggers import MetricsFile
+from .loggers import Board, MetricsFile
 from .module import GearModule
 from .warm_start import WarmStart, run_warm_start
 
@@ -184,7 +183,7 @@ class GearCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, CompleteCheckpoints()]
         logger, file = config.get("logger"), MetricsFile(str(run), self._own_file("metrics.csv"))
         if logger in (None, True):
-            board = [TensorBoardLogger(run, name="", version="tensorboard")] if self.subcommand == "fit" else []
+            board = [Board(run, name="", version="tensorboard")] if self.subcommand == "fit" else []
             kwargs["logger"] = [file, *board]
         elif logger:
             kwargs["logger"] = [file, *(logger if isinstance(logger, list) else [logger])]

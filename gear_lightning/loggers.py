@@ -3,9 +3,11 @@
 import csv
 import io
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -73,3 +75,23 @@ class MetricsFile(Logger):
         writer.writeheader()
         writer.writerows(self._rows)
         replace_text(self._path, text.getvalue())
+
+
+class Board(TensorBoardLogger):
+    """Lightning's TensorBoardLogger, which a full disk stops with a warning, and not the run with it."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        try_to_write("TensorBoard events", lambda: TensorBoardLogger.log_metrics(self, metrics, step))
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """A text under a name."""
+        try_to_write("TensorBoard events", lambda: self.experiment.add_text(name, text, step))
+
+    @rank_zero_only
+    def save(self) -> None:
+        try_to_write("TensorBoard events", lambda: TensorBoardLogger.save(self))
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        try_to_write("TensorBoard events", lambda: TensorBoardLogger.finalize(self, status))

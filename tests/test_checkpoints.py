@@ -1,8 +1,10 @@
 """Checkpoints that are not whole are found, told and passed over; a full disk leaves none behind."""
 
+import contextlib
 import os
 import random
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from gear_lightning.checkpoints import (
 )
 from gear_lightning.errors import UserError
 from gear_lightning.files import replace_file, try_to_write
-from gear_lightning.loggers import MetricsFile
+from gear_lightning.loggers import Board, MetricsFile
 
 
 def write(folder: Path, steps: int, name: str | None = None) -> Path:
@@ -129,6 +131,13 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def fill(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("wb") as file:
+        while True:
+            file.write(bytes(1024))
+            file.flush()
+
+
 def test_a_checkpoint_that_does_not_fit_leaves_nothing_and_harms_nothing(small_disk):
     before = write(small_disk, 1)
     (small_disk / "filler").write_bytes(bytes(300_000))
@@ -137,32 +146,26 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing_and_harms_nothing(small_d
         write_checkpoint(big, small_disk / "2.ckpt")
     assert sorted(p.name for p in small_disk.iterdir()) == ["1.ckpt", "1.ckpt.json", "filler"]
     assert newest_complete(small_disk) == before
-    (small_disk / "filler").write_bytes(bytes(595_000))
+    fill(small_disk / "filler")
     with pytest.raises(UserError, match="GiB are needed"):  # told before it is tried
         write_checkpoint({**big, "values": torch.zeros(1)}, small_disk / "3.ckpt")
 
 
 def test_training_outlives_a_full_disk_and_records_again_when_there_is_room(small_disk, tmp_path):
-    filler, rows = small_disk / "filler", []
+    filler = small_disk / "filler"
 
     class Fill(IterationCheckpoint):
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 1:
-                filler.write_bytes(bytes(1))
-                try:
-                    with filler.open("wb") as file:
-                        while True:
-                            file.write(bytes(4096))
-                            file.flush()
-                except OSError:
-                    rows.append(len(list((small_disk / "rollouts").glob("*.jsonl"))))
+                fill(filler)
             if trainer.current_epoch == 3:
                 filler.unlink()
 
-    run = trainer(
-        small_disk, generation(), Fill(dirpath=tmp_path / "elsewhere"), max_epochs=5, enable_checkpointing=True
-    )
-    with pytest.warns(UserWarning) as warned:
+    kept = Fill(dirpath=tmp_path / "elsewhere")
+    run = trainer(small_disk, generation(), kept, max_epochs=5, enable_checkpointing=True)
+    run.loggers = [*run.loggers, Board(small_disk, name="", version="tensorboard")]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         run.fit(module(), datamodule=data())
     said = [str(w.message) for w in warned]
     assert sum("rollout records cannot be written" in text for text in said) == 1
@@ -190,9 +193,8 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
 
 def fit(folder: Path, epochs: int, resume: bool = False) -> None:
     kept = IterationCheckpoint(dirpath=folder / "checkpoints", filename="{epoch}", save_on_train_epoch_end=True)
-    run = trainer(
-        folder, generation(), kept, max_epochs=epochs, enable_checkpointing=True, plugins=[CompleteCheckpoints()]
-    )
+    options = {"enable_checkpointing": True, "plugins": [CompleteCheckpoints()]}
+    run = trainer(folder, generation(), kept, max_epochs=epochs, **options)
     run.fit(module(), datamodule=data(), ckpt_path=folder / "checkpoints" if resume else None, weights_only=True)
 
 
@@ -204,9 +206,8 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tm
     flip(folder / "epoch=3.ckpt", 5000)
     fit(tmp_path / "hurt", 5, resume=True)
     assert "epoch=3.ckpt is passed over" in capsys.readouterr().err
-    ends = [
-        torch.load(tmp_path / name / "checkpoints" / "epoch=4.ckpt", weights_only=True) for name in ("whole", "hurt")
-    ]
+    paths = [tmp_path / name / "checkpoints" / "epoch=4.ckpt" for name in ("whole", "hurt")]
+    ends = [torch.load(path, weights_only=True) for path in paths]
     for name, value in ends[0]["state_dict"].items():
         assert torch.equal(value, ends[1]["state_dict"][name]), name
 
