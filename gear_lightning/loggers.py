@@ -3,7 +3,7 @@
 import csv
 import io
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +80,27 @@ class MetricsFile(Logger):
 class Board(TensorBoardLogger):
     """Lightning's TensorBoardLogger, which a full disk stops with a warning, and not the run with it."""
 
+    def _try(self, write: Callable[[], None]) -> None:
+        def unwrapped() -> None:
+            try:
+                write()
+            except ValueError as error:  # what Lightning makes of any error
+                raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from None
+
+        try_to_write("TensorBoard events", unwrapped)
+
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        try_to_write("TensorBoard events", lambda: TensorBoardLogger.log_metrics(self, metrics, step))
+        self._try(lambda: TensorBoardLogger.log_metrics(self, metrics, step))
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """A text under a name."""
-        try_to_write("TensorBoard events", lambda: self.experiment.add_text(name, text, step))
+        self._try(lambda: self.experiment.add_text(name, text, step))
 
     @rank_zero_only
     def save(self) -> None:
-        try_to_write("TensorBoard events", lambda: TensorBoardLogger.save(self))
+        self._try(lambda: TensorBoardLogger.save(self))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        try_to_write("TensorBoard events", lambda: TensorBoardLogger.finalize(self, status))
+        self._try(lambda: TensorBoardLogger.finalize(self, status))
