@@ -84,11 +84,12 @@ def test_damaged_ones_are_told_and_passed_over(tmp_path, capsys):
     manifest_path(write(tmp_path, 4)).unlink()
     (tmp_path / "5.ckpt").write_bytes(b"no checkpoint at all")
     (tmp_path / "6.ckpt.partial").write_bytes(b"half")
+    (tmp_path / "last.ckpt").symlink_to("7.ckpt")  # gone
     assert newest_complete(tmp_path) == kept
     said = capsys.readouterr().err
     for name, why in (("2", "has changed"), ("3", "500 bytes of"), ("4", "no 4.ckpt.json"), ("5", "no 5.ckpt.json")):
         assert any(f"/{name}.ckpt is passed over" in line and why in line for line in said.splitlines()), said
-    assert len(list(tmp_path.iterdir())) == 9, "nothing was removed"
+    assert len(list(tmp_path.iterdir())) == 10, "nothing was removed"
 
 
 def test_no_complete_one_is_an_error_that_says_what_to_do(tmp_path):

@@ -41,7 +41,7 @@ def test_a_process_that_holds_the_interpreter_ends_the_job(tmp_path, repository,
     options += ["--generation.environment", "trouble.Endless", "--first_evaluation.enabled", "false"]
     status, said, _ = finish(*command_line(tmp_path, *options), repository)
     assert status != 0
-    report = (tmp_path / "stalled" / "rank_0.txt").read_text()
+    report = (tmp_path / "crash" / "rank_0.txt").read_text()
     assert "no process has made progress for" in report
     assert "rank 1: " in report
     assert "in step" in said, "the stack of the process that never lets go"
