@@ -111,7 +111,7 @@ class Namespaces:
         """Hold this process to limits, for good.
 
         Args:
-            limits: fields of `gear_lightning.environments.sandbox.Limits`.
+            limits: see `gear_lightning.environments.sandbox.Limits`.
         """
         if os.getsid(0) != os.getpid():
             os.setsid()

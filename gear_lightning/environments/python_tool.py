@@ -5,7 +5,6 @@ import selectors
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,7 +51,7 @@ def run_python(
             raise ToolError("the program holds half a character") from None
         environ = plain_variables() | {"HOME": folder, "TMPDIR": folder}
         command = [sys.executable, "-I", "-B", "-X", "utf8", "main.py"]
-        told = {"network": network == "allow", "limits": asdict(limits), "command": command}
+        told = {"network": network == "allow", "limits": limits.told(), "command": command}
         keeper, line = start(told, environ, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
             printed, note = _read(keeper, seconds, output_bytes)

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import UserError
@@ -43,9 +43,18 @@ class Limits:
     processes: int = 16
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
+        for name, value in self.told().items():
             if value <= 0:
                 raise UserError(f"limits.{name}={value} must be above 0")
+
+    def told(self) -> dict[str, float]:
+        """As `confine` takes them."""
+        return {
+            "cpu_seconds": self.cpu_seconds,
+            "memory_mb": self.memory_mb,
+            "file_mb": self.file_mb,
+            "processes": self.processes,
+        }
 
 
 class Isolated(Environment):
@@ -113,7 +122,7 @@ class Isolated(Environment):
 
     def _server(self) -> "_Server":
         try:
-            factory = pickle.dumps(self.environment)
+            factory = pickle.dumps(_bare(self.environment))
         except Exception as error:
             raise UserError(
                 f"Isolated cannot send its environment to another process ({error}); give a class of an importable "
@@ -139,6 +148,14 @@ class Isolated(Environment):
         if "error" in answer:
             raise _ERRORS[answer["error"]](answer["text"])
         return answer
+
+
+def _bare(factory: Any) -> Any:
+    """A factory as the command line makes it, out of the parser's wrapping, which cannot be pickled."""
+    wrapped = isinstance(factory, functools.partial) and factory.func.__module__.startswith("jsonargparse")
+    if not wrapped or not factory.args or not isinstance(factory.args[-1], type):
+        return factory
+    return functools.partial(factory.args[-1], **{name: _bare(value) for name, value in factory.keywords.items()})
 
 
 _ERRORS = {
@@ -203,7 +220,7 @@ def require_confinement(network: Network) -> None:
         raise UserError("processes with limits need Linux")
     told = {
         "network": network == "allow",
-        "limits": asdict(Limits()),
+        "limits": Limits().told(),
         "command": [sys.executable, "-I", "-S", "-c", ""],
     }
     keeper, line = start(told, plain_variables(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -223,7 +240,7 @@ class _Server:
 
     def __init__(self, factory: bytes, limits: Limits, network: Network, variables: tuple[str, ...]):
         require_confinement(network)
-        told = {"network": network == "allow", "limits": asdict(limits), "serve": sys.path}
+        told = {"network": network == "allow", "limits": limits.told(), "serve": sys.path}
         nothing = subprocess.DEVNULL
         self.keeper, self.line = start(told, plain_variables(variables), stdout=nothing, stderr=nothing)
         self.owner = os.getpid()
@@ -251,13 +268,16 @@ class _Server:
         return mine
 
     def close(self) -> None:
+        """End it, and with it all that it plays."""
+        if self.owner != os.getpid():
+            self.line.close()  # a fork of the trainer holds a copy of the line, no more
+            return
         hang_up(self.line)
-        if self.owner == os.getpid():
-            try:
-                self.keeper.wait(CLOSE_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.keeper.kill()
-                self.keeper.wait()
+        try:
+            self.keeper.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.keeper.kill()
+            self.keeper.wait()
 
 
 _servers: dict[tuple, _Server] = {}
