@@ -114,11 +114,12 @@ class Budgets:
         tokens: sampled tokens, over all turns.
         turn_tokens: sampled tokens in one turn. Null: only ``tokens`` counts.
         context: prompt and response together, tokens.
-        step_seconds: one call of the environment (reset, step), wall clock. A call that takes longer is given up.
+        step_seconds: one call of the environment (reset, step, close), wall clock. A call that takes longer is given
+            up. Environments are called one after another: each call that hangs holds all rollouts up for so long.
         seconds: the whole rollout, wall clock, looked at between turns: it may go over by one turn and one call. Null:
             no limit. Wall clock makes runs differ.
-        output_bytes: text of the environment over all turns (opening messages, tool results), UTF-8. The call that
-            gives more ends the rollout; nothing of what it gave is kept.
+        output_bytes: the environment's messages over all turns (opening, tool results), as UTF-8, their keys included.
+            The call that gives more ends the rollout; nothing of what it gave is kept.
         retries: further tries of a rollout whose reset raises an ``OSError`` (a connection, say) or takes too long.
             Each is a new environment, after the other rollouts have been opened. Once a token is sampled nothing is
             tried again, for that would change what the policy saw.

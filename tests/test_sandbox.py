@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from gear_lightning.rollout import AgentLoop, Budgets
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes with limits need Linux")
 
-LIMITS = Limits(cpu_seconds=1, memory_mb=512, file_mb=8, processes=8)
+LIMITS = Limits(cpu_seconds=1, memory_mb=512, file_mb=8, processes=16)
 BUDGETS = Budgets(tokens=2000, context=16_000, step_seconds=30, retries=0)
 
 
@@ -93,8 +95,8 @@ def eventually(condition, seconds: float = 20) -> bool:
         ("memory", "environment_error", "MemoryError"),
         ("file", "environment_error", "OSError: [Errno 27] File too large"),
         ("network", "environment_error", "OSError: [Errno 101] Network is unreachable"),
-        ("flood", "environment_flood", "gave more than the 67,108,864 bytes"),
-        ("long", "environment_flood", "step gave more than the 1,000,000 bytes"),
+        ("flood", "environment_flood", "gave more than 67,108,864 bytes of text"),
+        ("long", "environment_flood", "step gave more than 1,000,000 bytes of text"),
         ("no step", "invalid_reward", "step gave int in place of a Step"),
         ("bytes", "environment_error", "in place of a message with role and content"),
         ("nan", "invalid_reward", "the environment gave reward nan"),
@@ -171,19 +173,25 @@ environment.step({"role": "assistant", "content": ""})
 """
 
 
-def test_no_process_outlives_a_trainer_that_is_killed():
-    paths = os.pathsep.join(p for p in sys.path if p)
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", TRAINER], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}
-    )
+@contextmanager
+def running(program: str, before: Sequence[str] = ()):
+    """A trainer in a process of its own, killed at the end."""
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [*before, sys.executable, "-c", program]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables)
     try:
+        yield trainer
+    finally:
+        trainer.kill()
+        trainer.wait()
+
+
+def test_no_process_outlives_a_trainer_that_is_killed():
+    with running(TRAINER) as trainer:
         assert trainer.stdout.readline() == "ready\n"
         # the keeper, the server, the rollout's process, and three grandchildren that left its session
         assert eventually(lambda: len(descendants(trainer.pid)) >= 6)
         family = descendants(trainer.pid)
-    finally:
-        trainer.kill()
-        trainer.wait()
     assert eventually(lambda: not any(alive(p) for p in family)), "an orphan was left"
 
 
@@ -194,7 +202,7 @@ def alive(process: int) -> bool:
         return False
 
 
-def test_settings_that_cannot_work_are_told_at_the_start(monkeypatch):
+def test_settings_that_cannot_work_are_told_at_the_start():
     with pytest.raises(UserError, match=r"limits\.processes=0 must be above 0"):
         Limits(processes=0)
     with pytest.raises(UserError, match="give a class of an importable module"):
@@ -203,14 +211,36 @@ def test_settings_that_cannot_work_are_told_at_the_start(monkeypatch):
         Isolated(Unruly).check(task(extra=lambda: 0))
     with pytest.raises(UserError, match="task t1: nothing says how it is scored"):
         Isolated(partial(FunctionTools, ["os.getcwd"])).check(task())
-    monkeypatch.setattr(sandbox.confine, "REFUSED", 1)
-    monkeypatch.setattr(sandbox.sys, "executable", "/bin/false")  # as a kernel without namespaces answers
-    sandbox.require_confinement.cache_clear()
-    try:
-        with pytest.raises(UserError, match=r"permits no namespaces .* or set network: allow"):
-            Isolated(Unruly).check(task())
-    finally:
-        sandbox.require_confinement.cache_clear()
+
+
+WITHOUT_NAMESPACES = """
+from gear_lightning.environments.base import Task
+from gear_lightning.environments.sandbox import Isolated
+from gear_lightning.errors import UserError
+from unruly import Unruly
+
+task = Task("t", [], meta={"deed": "hang"})
+try:
+    Isolated(Unruly).check(task)
+except UserError as error:
+    print(error, flush=True)
+environment = Isolated(Unruly, network="allow")
+environment.check(task)
+environment.reset(task, seed=0)
+print("ready", flush=True)
+environment.step({"role": "assistant", "content": ""})
+"""
+
+
+def test_where_the_kernel_gives_no_namespaces_the_network_must_be_allowed():
+    none_left = "echo 0 > /proc/sys/user/max_user_namespaces && echo 0 > /proc/sys/user/max_pid_namespaces"
+    with running(WITHOUT_NAMESPACES, ["unshare", "-Ur", "sh", "-c", none_left + ' && exec "$@"', "sh"]) as trainer:
+        assert "permits no namespaces" in (said := trainer.stdout.readline())
+        assert "set network: allow" in said
+        assert trainer.stdout.readline() == "ready\n"
+        family = descendants(trainer.pid)
+        assert len(family) == 3, "keeper, server, the rollout's process"
+    assert eventually(lambda: not any(alive(p) for p in family)), "an orphan was left"
 
 
 def test_isolation_is_one_line_of_the_config(repository):

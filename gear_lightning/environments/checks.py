@@ -28,7 +28,7 @@ def checked_messages(messages: Any, what: str, room: int) -> list[Message]:
     if not isinstance(messages, list):
         raise TypeError(f"{what} gave {type(messages).__name__} in place of a list of messages")
     if text_bytes(messages, room) > room:  # before anything is made of it
-        raise FloodError(f"{what} gave more than the {room:,} bytes that are left of budgets.output_bytes")
+        raise FloodError(f"{what} gave more than {room:,} bytes of text, all that is left to it")
     for message in messages:
         plain = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not plain or not isinstance(message.get("content") or "", str):

@@ -97,15 +97,15 @@ class Namespaces:
         self.made += 1
         if not self.given:
             return os.fork()
-        mine = os.open("/proc/self/ns/pid", os.O_RDONLY)
+        mine, child = os.open("/proc/self/ns/pid", os.O_RDONLY), -1
         try:
             _system("unshare", _PID)
             child = os.fork()
-            if child:
-                _system("setns", mine, _PID)
-            return child
         finally:
+            if child:  # the parent's next children are to live in its own again
+                _system("setns", mine, _PID)
             os.close(mine)
+        return child
 
     def confine(self, limits: dict[str, float]) -> None:
         """Hold this process to limits, for good.
@@ -146,6 +146,8 @@ class Namespaces:
 
 def keep(child: int, line: int, trainer: int) -> int:
     """Wait for a child, and end it when the trainer hangs up or is no more. Returns its exit status, as a shell's."""
+    for notice in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(notice, signal.SIG_IGN)  # the job's signals are the trainer's to answer
     ended, poll = os.pidfd_open(child), select.poll()
     poll.register(ended, select.POLLIN)
     poll.register(line, 0)  # hang-up alone

@@ -68,8 +68,9 @@ class DeadlineRunner:
 
         Raises:
             TimeoutError: no result in time; the call is left behind on a daemon thread, which ends when it comes back.
-            Exception: what the function raised; of `BaseException`s, errors with too long or no text, and others that
-                are better not kept, an `EnvironmentFailure` that tells of it.
+            RewardError: the function raised one.
+            EnvironmentFailure: it raised something else, which the text names; a `FloodError` or `TransientError`
+                where it was one, or an `OSError`.
         """
         answer = self._worker.start(function)
         try:

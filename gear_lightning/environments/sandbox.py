@@ -60,10 +60,10 @@ class Limits:
 class Isolated(Environment):
     """Plays another environment in processes apart from the trainer, one for each rollout.
 
-    What it does there ends with its rollout: a process that hangs, floods, forks, crashes or breaks a limit costs that
-    rollout, and every process that it started ends with it, also when the trainer is killed. It sees neither the
-    network nor the trainer's environment variables, and gains no privileges. It does see the files of the user. What it
-    prints is thrown away. Linux only.
+    What it does there, its reward included, ends with its rollout: a process that hangs, floods, forks, crashes or
+    breaks a limit costs that rollout, and every process that it started ends with it, also when the trainer is killed.
+    It sees neither the network nor the trainer's environment variables, and gains no privileges. It does see the files
+    of the user: this is no wall against an attacker. What it prints is thrown away. Linux only.
 
     The environment's module is imported once, in a process that each rollout's is forked from; nothing that an episode
     leaves in it reaches the next one. The trainer imports it too, for the check of the tasks before training. Only
@@ -94,7 +94,13 @@ class Isolated(Environment):
 
     def check(self, task: Task) -> None:
         require_confinement(self.network)
-        self.environment().check(task)
+        try:
+            inner = self.environment()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"Isolated's environment cannot be made: {type(error).__name__}: {error}") from error
+        inner.check(task)
         try:
             pickle.dumps(task)
         except Exception as error:

@@ -6,6 +6,7 @@ The trainer pickles what it asks; what comes back is JSON, of which the trainer 
 import json
 import os
 import pickle
+import resource
 import select
 import signal
 import socket
@@ -90,6 +91,8 @@ class _Server:
         self.poll = select.poll()
 
     def run(self) -> None:
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for each rollout that is played at the time
         woken, wake = os.pipe()
         os.set_blocking(woken, False)
         os.set_blocking(wake, False)
@@ -118,6 +121,8 @@ class _Server:
         data, places, _, _ = socket.recv_fds(self.control, 1, 1)
         if not data:
             return False
+        if not places:  # no room for another descriptor; the trainer finds nobody there
+            return True
         line = socket.socket(fileno=places[0])
         try:
             process = self.namespaces.fork_apart()
