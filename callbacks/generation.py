@@ -252,5 +252,6 @@ STATUSES = (
     "prompt_too_long",
     "environment_error",
     "environment_timeout",
+    "environment_flood",
     "invalid_reward",
 )

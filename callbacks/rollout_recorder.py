@@ -129,6 +129,7 @@ def rollout_json(trainer: L.Trainer, rollout: Rollout, group_id: int, number: in
         "success": rollout.success,
         "status": rollout.status,
         "error": rollout.error,
+        "retries": rollout.retries,
         "turns": rollout.turns,
         "policy_version": rollout.policy_version,
     }

@@ -52,6 +52,7 @@ ROLLOUT_KEYS = {
     "success": "whether the task counts as solved",
     "status": "see gear_lightning.rollout.Status",
     "error": "what went wrong, or null",
+    "retries": "tries before this one whose reset failed",
     "turns": "assistant turns",
     "policy_version": "optimizer steps taken before sampling",
 }

@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Any
 
 from .environments.base import Message, RewardError, Task
+from .environments.checks import as_text
 from .errors import UserError, require_extra
 
 Reward = Callable[[Task, list[Message]], "float | Mapping[str, float]"]
@@ -181,8 +182,8 @@ def evaluate(reward: Reward, task: Task, transcript: list[Message]) -> tuple[flo
         found = reward(task, transcript)
     except RewardError:
         raise
-    except Exception as error:
-        raise RewardError(f"task {task.id}: the reward raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit, GeneratorExit) as error:  # a reward may not end the process either
+        raise RewardError(f"task {task.id}: the reward raised {type(error).__name__}: {as_text(error)}") from error
     if isinstance(found, Mapping):
         parts = {str(name): _finite(value, task, f"{name} = ") for name, value in found.items()}
         return _finite(sum(parts.values()), task, "the sum "), parts

@@ -1,8 +1,6 @@
 """Rollouts and the agent loop that makes them: sampling turns, calling environments, keeping masks and budgets."""
 
 import copy
-import queue
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -11,8 +9,9 @@ from typing import Any, Literal
 
 from .chat import Chat, ToolCallError
 from .engines import GenerationEngine, SampledTurn, Sampling, TurnRequest
-from .environments.base import Environment, Message, RewardError, Step, Task
-from .environments.checks import as_text, checked_messages, checked_step
+from .environments.base import Environment, FloodError, Message, RewardError, Step, Task, TransientError
+from .environments.checks import checked_messages, checked_step, text_bytes
+from .environments.deadline import DeadlineRunner
 from .errors import UserError
 
 Status = Literal[
@@ -23,6 +22,7 @@ Status = Literal[
     "prompt_too_long",  # the prompt leaves no room for an answer
     "environment_error",  # reset, step or a tool raised
     "environment_timeout",  # reset, step or a tool took too long
+    "environment_flood",  # reset, step or a tool gave more text than the budget holds
     "invalid_reward",  # the reward is not a finite number, or raised
 ]
 # these say something about the policy; the others say something about the environment, and are left out of learning
@@ -55,6 +55,7 @@ class Rollout:
     success: bool = False
     status: Status = "done"
     error: str | None = None
+    retries: int = 0
     policy_version: int = 0
 
     @property
@@ -113,8 +114,15 @@ class Budgets:
         tokens: sampled tokens, over all turns.
         turn_tokens: sampled tokens in one turn. Null: only ``tokens`` counts.
         context: prompt and response together, tokens.
-        step_seconds: one call of the environment (reset, step), wall clock. A call that takes longer is given up.
-        seconds: the whole rollout, wall clock, looked at between turns. Null: no limit. Wall clock makes runs differ.
+        step_seconds: one call of the environment (reset, step, close), wall clock. A call that takes longer is given
+            up. Environments are called one after another: each call that hangs holds all rollouts up for so long.
+        seconds: the whole rollout, wall clock, looked at between turns: it may go over by one turn and one call. Null:
+            no limit. Wall clock makes runs differ.
+        output_bytes: the environment's messages over all turns (opening, tool results), as UTF-8, their keys included.
+            The call that gives more ends the rollout; nothing of what it gave is kept.
+        retries: further tries of a rollout whose reset raises an ``OSError`` (a connection, say) or takes too long.
+            Each is a new environment, after the other rollouts have been opened. Once a token is sampled nothing is
+            tried again, for that would change what the policy saw.
     """
 
     turns: int = 8
@@ -123,67 +131,16 @@ class Budgets:
     context: int = 2048
     step_seconds: float = 30.0
     seconds: float | None = None
+    output_bytes: int = 1_000_000
+    retries: int = 1
 
     def __post_init__(self):
-        for name in ("turns", "tokens", "turn_tokens", "context", "step_seconds", "seconds"):
+        if self.retries < 0:
+            raise UserError(f"budgets.retries={self.retries} must be at least 0")
+        for name in ("turns", "tokens", "turn_tokens", "context", "step_seconds", "seconds", "output_bytes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"budgets.{name}={value} must be above 0")
-
-
-class _Worker:
-    """A thread that runs calls one after another; given up for good when one hangs."""
-
-    def __init__(self) -> None:
-        self._calls: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=self._serve, daemon=True, name="environment").start()
-
-    def _serve(self) -> None:
-        while (call := self._calls.get()) is not None:
-            function, answer = call
-            try:
-                answer.put((function(), None))
-            except BaseException as error:  # even SystemExit of a tool is that tool's failure
-                answer.put((None, error))
-
-    def stop(self) -> None:
-        """End the thread after the calls that it has."""
-        self._calls.put(None)
-
-    def start(self, function: Callable[[], Any]) -> "queue.SimpleQueue":
-        answer: queue.SimpleQueue = queue.SimpleQueue()
-        self._calls.put((function, answer))
-        return answer
-
-
-class DeadlineRunner:
-    """Runs functions with a deadline, on a thread that is replaced when a function does not come back in time."""
-
-    def __init__(self) -> None:
-        self._worker = _Worker()
-
-    def close(self) -> None:
-        """Let the thread go."""
-        self._worker.stop()
-
-    def __call__(self, function: Callable[[], Any], seconds: float) -> Any:
-        """The function's result.
-
-        Raises:
-            TimeoutError: no result in time; the call is left behind on a daemon thread.
-            Exception: what the function raised.
-        """
-        answer = self._worker.start(function)
-        try:
-            result, error = answer.get(timeout=seconds)
-        except queue.Empty:
-            self._worker = _Worker()
-            raise TimeoutError(f"no answer within {seconds:g} s") from None
-        if error is None:
-            return result
-        if isinstance(error, Exception):
-            raise error
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error  # a tool may not end the process
 
 
 @dataclass
@@ -193,6 +150,8 @@ class _Episode:
     seed: tuple[int, ...]
     started: float
     sampled: int = 0
+    heard: int = 0  # bytes of the environment's text
+    transient: bool = False  # its failure may pass
 
 
 class AgentLoop:
@@ -206,7 +165,8 @@ class AgentLoop:
         sampling: how tokens are drawn.
         success_threshold: reward from which a rollout counts as solved, where the environment does not say.
         on_progress: called with (finished rollouts, all rollouts, sampled tokens) now and then.
-        stop: asked between turns; where it says yes, the rollouts that are not over stay as they are.
+        stop: asked before every call of an environment; where it says yes, the rollouts that are not over stay as
+            they are, and those that have not begun are left out.
     """
 
     def __init__(
@@ -249,41 +209,59 @@ class AgentLoop:
             The rollouts in the order of the jobs, and counts of their statuses. Failures are recorded, never raised.
         """
         self._call = DeadlineRunner()
+        self._progress = (0, len(jobs), 0)
         training = model.training
         model.eval()
         self.engine.begin(model, self.sampling, self.chat.stop_ids)
-        episodes = []
+        episodes: dict[int, _Episode] = {}
         try:
             check()
-            for key, (task, seed) in enumerate(jobs):
-                episodes.append(self._open(key, task, seed, policy_version))
-            tokens, finished = 0, sum(e.rollout.status != "done" for e in episodes)
+            self._open_all(episodes, jobs, policy_version)
+            tokens, finished = 0, sum(e.rollout.status != "done" for e in episodes.values())
             while not self.stop() and (turns := self.engine.poll()):
                 for turn in turns:
+                    if self.stop():
+                        break
                     tokens += len(turn.ids)
                     if self._advance(turn.key, episodes[turn.key], turn):
                         finished += 1
                         self.engine.release(turn.key)
-                self.on_progress(finished, len(jobs), tokens)
+                self._progress = (finished, len(jobs), tokens)
+                self.on_progress(*self._progress)
         finally:
             self.engine.end()
             model.train(training)
-            for episode in episodes:
+            for episode in episodes.values():
                 self._close(episode)
             self._call.close()
-        return [e.rollout for e in episodes], Counter(e.rollout.status for e in episodes)
+        rollouts = [episodes[key].rollout for key in sorted(episodes)]
+        return rollouts, Counter(r.status for r in rollouts)
 
-    def _open(self, key: int, task: Task, seed: tuple[int, ...], version: int) -> _Episode:
-        rollout = Rollout(task, list(task.messages), policy_version=version)
+    def _open_all(self, episodes: dict[int, _Episode], jobs: list[tuple[Task, tuple[int, ...]]], version: int) -> None:
+        """Open an episode for each job; those whose failure may pass again, after all others."""
+        waiting = list(range(len(jobs)))
+        for attempt in range(self.budgets.retries + 1):
+            for key in waiting:
+                if self.stop():
+                    return
+                if attempt:
+                    self._close(episodes[key])
+                episodes[key] = self._open(key, *jobs[key], version, attempt)
+            waiting = [key for key in waiting if episodes[key].transient]
+
+    def _open(self, key: int, task: Task, seed: tuple[int, ...], version: int, attempt: int) -> _Episode:
+        rollout = Rollout(task, list(task.messages), policy_version=version, retries=attempt)
         episode = _Episode(rollout, _Unmade(), seed, time.monotonic())
 
         def make() -> list[Message]:
             episode.environment = self.environment()
             mine = copy.deepcopy(task)  # what an environment does to its task stays there
-            return checked_messages(episode.environment.reset(mine, seed=hash(seed) & 0x7FFFFFFF), "reset")
+            opening = episode.environment.reset(mine, seed=hash(seed) & 0x7FFFFFFF)
+            return checked_messages(opening, "reset", self.budgets.output_bytes)
 
         opening = self._guard(episode, make)
         if rollout.error is None:
+            episode.heard = text_bytes(opening, self.budgets.output_bytes)
             rollout.messages += opening
             rollout.opening_messages = len(rollout.messages)
             prompt = self._guard(episode, lambda: self.chat.prompt(rollout.messages, task.tools))
@@ -298,12 +276,12 @@ class AgentLoop:
         rollout = episode.rollout
         try:
             return self._call(function, self.budgets.step_seconds)
-        except TimeoutError as error:
-            rollout.status, rollout.error = "environment_timeout", str(error)
-        except RewardError as error:
-            rollout.status, rollout.error = "invalid_reward", as_text(error)
         except Exception as error:
-            rollout.status, rollout.error = "environment_error", f"{type(error).__name__}: {as_text(error)}"
+            rollout.status = _status_of(error)
+            rollout.error = str(error)
+            episode.transient = isinstance(error, TransientError | TimeoutError)
+            if isinstance(error, TimeoutError):
+                self.on_progress(*self._progress)  # however many of them take their time, this is no standstill
         return None
 
     def _request(self, key: int, episode: _Episode, otherwise: Status) -> bool:
@@ -342,9 +320,12 @@ class AgentLoop:
         if not turn.stopped and message.get("tool_calls"):
             rollout.status = "truncated"  # half a call is not carried out
             return True
-        step = self._guard(episode, lambda: checked_step(episode.environment.step(message)))
+        room = self.budgets.output_bytes - episode.heard
+        mine = copy.deepcopy(message)  # what an environment does to it, now or later, stays there
+        step = self._guard(episode, lambda: checked_step(episode.environment.step(mine), room))
         if rollout.error is not None:
             return True
+        episode.heard += text_bytes(step.messages, room)
         self._score(rollout, step)
         rollout.messages += step.messages
         if step.done or step.truncated or not turn.stopped or not step.messages:
@@ -372,6 +353,14 @@ class AgentLoop:
             self._guard(episode, episode.environment.close)
             if error is not None:  # the first failure is the one to tell
                 episode.rollout.status, episode.rollout.error = status, error
+
+
+def _status_of(error: Exception) -> Status:
+    if isinstance(error, TimeoutError):
+        return "environment_timeout"
+    if isinstance(error, FloodError):
+        return "environment_flood"
+    return "invalid_reward" if isinstance(error, RewardError) else "environment_error"
 
 
 class _Unmade(Environment):

@@ -12,6 +12,18 @@ class RewardError(RuntimeError):
     """A rollout that cannot be scored. It is left out of learning; the message is recorded."""
 
 
+class EnvironmentFailure(RuntimeError):
+    """A failure of an environment, told in full by its text."""
+
+
+class TransientError(EnvironmentFailure):
+    """A failure that may pass: an `OSError`, such as a refused connection."""
+
+
+class FloodError(EnvironmentFailure):
+    """An environment said more than the rollout's budget of ``output_bytes`` holds."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One problem for the policy.

@@ -5,20 +5,30 @@ from typing import Any
 
 import numpy as np
 
-from .base import Message, RewardError, Step
+from .base import FloodError, Message, RewardError, Step
 
 MAX_REWARD = 1e15  # its square, in a variance, must fit into float32
+MAX_PARTS = 10_000  # bytes of the names of a reward's parts
+MAX_ERROR = 2000  # characters of an error's text that are kept
 
 
-def checked_messages(messages: Any, what: str) -> list[Message]:
+def checked_messages(messages: Any, what: str, room: int) -> list[Message]:
     """Messages of an environment as plain data that can be shown, recorded and kept.
+
+    Args:
+        messages: what the environment gave.
+        what: the method that gave it.
+        room: bytes that they may have (`text_bytes`).
 
     Raises:
         TypeError: not a list of messages with a role and text.
         ValueError: holds what JSON has no word for.
+        FloodError: more than ``room``.
     """
     if not isinstance(messages, list):
         raise TypeError(f"{what} gave {type(messages).__name__} in place of a list of messages")
+    if text_bytes(messages, room) > room:  # before anything is made of it
+        raise FloodError(f"{what} gave more than {room:,} bytes of text, all that is left to it")
     for message in messages:
         plain = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not plain or not isinstance(message.get("content") or "", str):
@@ -26,26 +36,56 @@ def checked_messages(messages: Any, what: str) -> list[Message]:
     return json.loads(json.dumps(messages, allow_nan=False))
 
 
-def checked_step(step: Any) -> Step:
+def text_bytes(value: Any, room: int) -> int:
+    """Bytes of all text in messages, as UTF-8, and one for anything else; stops counting above ``room``.
+
+    Nothing large is copied. What holds itself is counted once, and left to whoever writes it as JSON.
+    """
+    total, inside = -1, set()  # the list of messages itself is none of them
+
+    def count(value: Any) -> None:
+        nonlocal total
+        if isinstance(value, str):
+            # text without other characters has as many bytes; longer text than fits need not be encoded
+            plain = value.isascii() or len(value) > room
+            total += len(value) if plain else len(value.encode("utf-8", "surrogatepass"))
+        elif isinstance(value, dict | list | tuple) and id(value) not in inside:
+            inside.add(id(value))
+            parts = (part for pair in value.items() for part in pair) if isinstance(value, dict) else value
+            for part in parts:
+                if total > room:
+                    break
+                count(part)
+            inside.discard(id(value))
+        total += not isinstance(value, str)
+
+    count(value)
+    return total
+
+
+def checked_step(step: Any, room: int) -> Step:
     """A step of an environment as plain data; ``info`` keeps ``success`` and ``reward_parts``.
 
     Raises:
         RewardError: not a Step; the reward or a part of it is not a finite number below `MAX_REWARD`.
         TypeError: messages that are none.
         ValueError: as `checked_messages`; an array in place of a truth value.
+        FloodError: as `checked_messages`.
     """
     if not isinstance(step, Step):
         raise RewardError(f"step gave {type(step).__name__} in place of a Step")
     info = step.info if isinstance(step.info, dict) else {}
     parts = info.get("reward_parts") or {}
     try:
+        if text_bytes(list(parts), MAX_PARTS) > MAX_PARTS:
+            raise ValueError("too many parts")
         reward, parts = _number(step.reward), {str(name): _number(value) for name, value in parts.items()}
     except Exception as error:
         raise RewardError(f"the environment gave reward {as_text(step.reward)}, parts {as_text(parts)}") from error
     if not isinstance(found := info.get("success", False), bool | np.bool_):
         raise TypeError(f"step gave success {as_text(found)} in place of true or false")
     told = {"success": bool(found)} if "success" in info else {}
-    messages = checked_messages(step.messages, "step")
+    messages = checked_messages(step.messages, "step", room)
     return Step(messages, reward, bool(step.done), bool(step.truncated), {**told, "reward_parts": parts})
 
 
@@ -58,6 +98,6 @@ def _number(value: Any) -> float:
 def as_text(value: Any) -> str:
     """An error's message or a value as written, short; whatever it does when asked."""
     try:
-        return str(value) if isinstance(value, BaseException) else repr(value)[:80]
-    except Exception:
+        return str(value)[:MAX_ERROR] if isinstance(value, BaseException) else repr(value)[:80]
+    except BaseException:
         return "(its text cannot be made)"

@@ -60,14 +60,17 @@ class ToolEnvironment(Environment):
 
     def _answer(self, name: str, arguments: dict[str, Any]) -> str:
         try:
-            return encodable(self.call(name, arguments))
+            answer = self.call(name, arguments)
+            if not isinstance(answer, str):
+                raise TypeError(f"the tool {str(name)[:40]!r} gave {type(answer).__name__} in place of text")
+            return encodable(answer)
         except ToolError as error:
             return encodable(f"error: {error}")
 
 
 def encodable(text: str) -> str:
     """Text without lone surrogates, which a tool can give and no tokenizer takes."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def unknown_tool(name: str, known: list[str]) -> ToolError:

@@ -1,0 +1,198 @@
+"""Starts a process that is cut off and held to limits. Run as a script, by its path: standard library only, Linux.
+
+Three processes: the trainer, a keeper that runs no foreign code, and the confined one. The keeper ends the confined
+one, and all that descends from it, when the trainer lets go of the line to it or is no more, however it ended.
+"""
+
+import ctypes
+import errno
+import json
+import os
+import resource
+import select
+import signal
+import sys
+from typing import Any
+
+REFUSED = 97  # exit status: the kernel gives no namespaces
+_USER, _PID, _NET = 0x10000000, 0x20000000, 0x40000000  # CLONE_NEW...
+_DEATH_SIGNAL, _NO_NEW_PRIVS, _SECUREBITS = 1, 38, 28  # PR_SET_...
+_NO_ROOT = 0b1111  # securebits: being root gives no capability, and so it stays
+_OTHERS, _MANY = 1_000_000_000, 5000  # user ids that nobody has, each for one process of root's
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _system(name: str, *arguments: Any) -> None:
+    if getattr(_libc, name)(*arguments) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{name}: {os.strerror(code)}")
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def _is_real_root() -> bool:
+    with open("/proc/self/uid_map") as file:
+        return os.getuid() == 0 and file.read().split() == ["0", "0", "4294967295"]
+
+
+def _unshare_user(others: int) -> None:
+    """Move into new namespaces, the user's among them, where this user is the one it was."""
+    user, group = os.getuid(), os.getgid()
+    if not _is_real_root():
+        _system("unshare", _USER | others)
+        _write("/proc/self/setgroups", "deny")
+        _write("/proc/self/uid_map", f"{user} {user} 1")
+        _write("/proc/self/gid_map", f"{group} {group} 1")
+        return
+    # the kernel counts no processes of root's: the confined ones get real user ids of their own, and only a process
+    # that stays outside can allow that
+    reader, writer = os.pipe()
+    outside, me = os.fork(), os.getpid()
+    if outside == 0:
+        try:
+            os.close(writer)
+            os.read(reader, 1)
+            me = os.getppid()
+            _write(f"/proc/{me}/uid_map", f"0 0 1\n{_OTHERS} {_OTHERS} {_MANY}\n")
+            _write(f"/proc/{me}/gid_map", "0 0 1\n")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(reader)
+    try:
+        _system("unshare", _USER | others)
+    finally:
+        os.close(writer)
+        _, status = os.waitpid(outside, 0)
+    if status:
+        raise OSError(errno.EPERM, "uid_map cannot be written")
+
+
+class Namespaces:
+    """Namespaces of user, processes and network for the children of this process.
+
+    Args:
+        network: leave the network as it is, and go on without any of this where the kernel refuses.
+
+    Raises:
+        OSError: the kernel refuses, and the network was to be cut off.
+    """
+
+    def __init__(self, network: bool):
+        self.root = _is_real_root()
+        try:
+            _unshare_user(_PID | (0 if network else _NET))
+            self.given = True
+        except OSError:
+            if not network:
+                raise
+            self.given = False
+        self.made = 0
+
+    def fork_apart(self) -> int:
+        """Fork a child that is alone in a process namespace within this one: with it, all that descend from it end."""
+        self.made += 1
+        if not self.given:
+            return os.fork()
+        mine, child = os.open("/proc/self/ns/pid", os.O_RDONLY), -1
+        try:
+            _system("unshare", _PID)
+            child = os.fork()
+        finally:
+            if child:  # the parent's next children are to live in its own again
+                _system("setns", mine, _PID)
+            os.close(mine)
+        return child
+
+    def confine(self, limits: dict[str, float]) -> None:
+        """Hold this process to limits, for good.
+
+        Args:
+            limits: see `gear_lightning.environments.sandbox.Limits`.
+        """
+        if os.getsid(0) != os.getpid():
+            os.setsid()
+        with open("/proc/self/statm") as file:
+            held = int(file.read().split()[0]) * resource.getpagesize()
+        mega, cpu = 1 << 20, resource.getrusage(resource.RUSAGE_SELF)
+        seconds = int(limits["cpu_seconds"] + cpu.ru_utime + cpu.ru_stime) + 1
+        wanted = {
+            resource.RLIMIT_CPU: seconds,
+            resource.RLIMIT_AS: held + int(limits["memory_mb"] * mega),
+            resource.RLIMIT_FSIZE: int(limits["file_mb"] * mega),
+            resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_NOFILE: 256,
+        }
+        if self.given:
+            wanted[resource.RLIMIT_NPROC] = int(limits["processes"])
+            if self.root:
+                os.setresuid(_OTHERS + self.made % _MANY, 0, 0)
+            else:
+                _unshare_user(0)  # so that its processes are counted apart from the user's others
+        for limit, value in wanted.items():
+            hard = resource.getrlimit(limit)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(limit, (value, value))
+        _system("prctl", _NO_NEW_PRIVS, 1, 0, 0, 0)
+        if self.given:
+            _system("prctl", _SECUREBITS, _NO_ROOT, 0, 0, 0)
+            header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+            _system("capset", header, (ctypes.c_uint32 * 6)())
+        _system("prctl", _DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # last: a change of user takes it back
+
+
+def keep(child: int, line: int, trainer: int) -> int:
+    """Wait for a child, and end it when the trainer hangs up or is no more. Returns its exit status, as a shell's."""
+    for notice in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(notice, signal.SIG_IGN)  # the job's signals are the trainer's to answer
+    ended, poll = os.pidfd_open(child), select.poll()
+    poll.register(ended, select.POLLIN)
+    poll.register(line, 0)  # hang-up alone
+    while not poll.poll(1000) and os.getppid() == trainer:
+        pass
+    end(child)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status if status >= 0 else 128 - status
+
+
+def end(child: int) -> None:
+    """End a process and its session, as long as it has not been waited for."""
+    for kill in (os.killpg, os.kill):
+        try:
+            kill(child, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # not a leader yet
+            continue
+
+
+def main() -> None:
+    """Run a command, or serve environments on a line with a given ``sys.path``.
+
+    The one argument is JSON: ``trainer`` (its process), ``line`` (a file descriptor), ``network`` (bool), ``limits``,
+    and either ``command`` or ``serve`` (the path).
+    """
+    told = json.loads(sys.argv[1])
+    try:
+        namespaces = Namespaces(told["network"])
+    except OSError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(REFUSED) from None
+    child = os.fork()
+    if child:
+        os._exit(keep(child, told["line"], told["trainer"]))
+    if "command" in told:
+        os.close(told["line"])
+        namespaces.confine(told["limits"])
+        os.execv(told["command"][0], told["command"])
+    _system("prctl", _DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    os.setsid()
+    sys.path[:] = told["serve"]
+    from gear_lightning.environments.served import serve
+
+    serve(told["line"], namespaces, told["limits"])
+
+
+if __name__ == "__main__":
+    main()

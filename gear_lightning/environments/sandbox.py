@@ -1,0 +1,308 @@
+"""Environments in processes of their own, with limits and without network."""
+
+import atexit
+import functools
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import UserError
+from . import confine
+from .base import Environment, EnvironmentFailure, FloodError, Message, RewardError, Step, Task, TransientError
+from .served import LARGEST, receive, send
+
+Network = Literal["none", "allow"]
+
+START_SECONDS = 300  # for the import of an environment's modules
+CLOSE_SECONDS = 5  # for an environment's own close
+_PLAIN = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH")  # variables that hold no secrets
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a confined process may take. All but ``processes`` are of each process by itself.
+
+    Args:
+        cpu_seconds: processor time.
+        memory_mb: address space beyond what the interpreter and the environment's modules take at the start.
+        file_mb: size of a file that it writes. Nothing limits the number of files.
+        processes: processes and threads of one rollout or call together.
+    """
+
+    cpu_seconds: float = 60.0
+    memory_mb: float = 1024.0
+    file_mb: float = 64.0
+    processes: int = 16
+
+    def __post_init__(self):
+        for name, value in self.told().items():
+            if value <= 0:
+                raise UserError(f"limits.{name}={value} must be above 0")
+
+    def told(self) -> dict[str, float]:
+        """As `confine` takes them."""
+        return {
+            "cpu_seconds": self.cpu_seconds,
+            "memory_mb": self.memory_mb,
+            "file_mb": self.file_mb,
+            "processes": self.processes,
+        }
+
+
+class Isolated(Environment):
+    """Plays another environment in processes apart from the trainer, one for each rollout.
+
+    What it does there, its reward included, ends with its rollout: a process that hangs, floods, forks, crashes or
+    breaks a limit costs that rollout, and every process that it started ends with it, also when the trainer is killed.
+    It sees neither the network nor the trainer's environment variables, and gains no privileges. It does see the files
+    of the user: this is no wall against an attacker. What it prints is thrown away. Linux only.
+
+    The environment's module is imported once, in a process that each rollout's is forked from; nothing that an episode
+    leaves in it reaches the next one. The trainer imports it too, for the check of the tasks before training. Only
+    messages and numbers come back.
+
+    Args:
+        environment: makes the environment: a class in an importable module, with its options.
+        limits: of each rollout.
+        network: ``none``, or ``allow`` it. Where the kernel permits no namespaces, ``none`` is refused; under
+            ``allow``, the processes are then ended by their session, and ``limits.processes`` does not hold.
+        variables: names of the trainer's environment variables that the environment sees, besides ``PATH``, the
+            language, the time zone, ``TMPDIR`` and ``LD_LIBRARY_PATH``.
+    """
+
+    def __init__(
+        self,
+        environment: Callable[[], Environment],
+        limits: Limits = Limits(),
+        network: Network = "none",
+        variables: Sequence[str] = (),
+    ):
+        self.environment = environment
+        self.limits = limits
+        self.network: Network = network
+        self.variables = tuple(variables)
+        self._line: socket.socket | None = None
+        self._asking = False
+
+    def check(self, task: Task) -> None:
+        require_confinement(self.network)
+        try:
+            inner = self.environment()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"Isolated's environment cannot be made: {type(error).__name__}: {error}") from error
+        inner.check(task)
+        try:
+            pickle.dumps(task)
+        except Exception as error:
+            raise UserError(f"task {task.id} cannot be sent to another process: {error}") from error
+        self._server()
+
+    def reset(self, task: Task, *, seed: int) -> list[Message]:
+        super().reset(task, seed=seed)
+        self._line = self._server().open()
+        return self._ask("reset", task, seed)["messages"]
+
+    def step(self, message: Message) -> Step:
+        return Step(**self._ask("step", message))
+
+    def close(self) -> None:
+        line, self._line = self._line, None
+        if line is None:
+            return
+        try:
+            if not self._asking:
+                line.settimeout(CLOSE_SECONDS)
+                self._ask_on(line, "close")
+        finally:
+            hang_up(line)  # with it ends the process, and a thread that still waits for it
+
+    def _server(self) -> "_Server":
+        try:
+            factory = pickle.dumps(_bare(self.environment))
+        except Exception as error:
+            raise UserError(
+                f"Isolated cannot send its environment to another process ({error}); give a class of an importable "
+                "module, or functools.partial of one"
+            ) from error
+        return server(factory, self.limits, self.network, self.variables)
+
+    def _ask(self, name: str, *arguments: Any) -> dict[str, Any]:
+        assert self._line is not None
+        return self._ask_on(self._line, name, *arguments)
+
+    def _ask_on(self, line: socket.socket, name: str, *arguments: Any) -> dict[str, Any]:
+        self._asking = True  # until it has answered
+        with suppress(ConnectionError):  # it has died; the cause is there to be read
+            send(line, pickle.dumps((name, *arguments)))
+        data = receive(line, LARGEST)
+        if data is None:
+            raise EnvironmentFailure("the environment's process is gone")
+        answer = json.loads(data)
+        if "died" in answer:
+            raise EnvironmentFailure(f"the environment's process is gone: {answer['died']}")
+        self._asking = False
+        if "error" in answer:
+            raise _ERRORS[answer["error"]](answer["text"])
+        return answer
+
+
+def _bare(factory: Any) -> Any:
+    """A factory as the command line makes it, out of the parser's wrapping, which cannot be pickled."""
+    wrapped = isinstance(factory, functools.partial) and factory.func.__module__.startswith("jsonargparse")
+    if not wrapped or not factory.args or not isinstance(factory.args[-1], type):
+        return factory
+    return functools.partial(factory.args[-1], **{name: _bare(value) for name, value in factory.keywords.items()})
+
+
+_ERRORS = {
+    "reward": RewardError,
+    "flood": FloodError,
+    "timeout": TimeoutError,
+    "transient": TransientError,
+    "failure": EnvironmentFailure,
+}
+
+
+def hang_up(line: socket.socket) -> None:
+    """Close a socket, also for those who wait for it."""
+    with suppress(OSError):
+        line.shutdown(socket.SHUT_RDWR)
+    line.close()
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+def start(told: dict[str, Any], environ: dict[str, str], **options: Any) -> tuple[subprocess.Popen, socket.socket]:
+    """Start a confined process.
+
+    Args:
+        told: see `confine.main`.
+        environ: its environment variables.
+        options: of `subprocess.Popen`.
+
+    Returns:
+        Its keeper, and the line that it listens to: when that is closed, it ends.
+    """
+    mine, theirs = socket.socketpair()
+    with theirs:
+        told = {"trainer": os.getpid(), "line": theirs.fileno(), **told}
+        site = [] if "serve" in told else ["-S"]
+        keeper = subprocess.Popen(
+            [sys.executable, "-I", *site, confine.__file__, json.dumps(told)],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=environ,
+            start_new_session=True,  # the terminal's interrupts are for the trainer
+            **options,
+        )
+    return keeper, mine
+
+
+def plain_variables(names: Sequence[str] = ()) -> dict[str, str]:
+    """Environment variables for a confined process: the plain ones and those named."""
+    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # each thread counts in limits.processes
+    return one_thread | {name: os.environ[name] for name in (*_PLAIN, *names) if name in os.environ}
+
+
+@functools.cache
+def require_confinement(network: Network) -> None:
+    """Look at whether the kernel lets processes be confined.
+
+    Raises:
+        UserError: it does not, or this is not Linux.
+    """
+    if not sys.platform.startswith("linux"):
+        raise UserError("processes with limits need Linux")
+    told = {
+        "network": network == "allow",
+        "limits": Limits().told(),
+        "command": [sys.executable, "-I", "-S", "-c", ""],
+    }
+    keeper, line = start(told, plain_variables(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with line:
+        said = keeper.communicate()[0].decode(errors="replace").strip()
+    if keeper.returncode == confine.REFUSED:
+        raise UserError(
+            f"this kernel or container permits no namespaces ({said}), so that the network cannot be cut off; permit "
+            "unprivileged user namespaces, or set network: allow"
+        )
+    if keeper.returncode:
+        raise UserError(f"no process with limits can be started: {said}")
+
+
+class _Server:
+    """The process that a rollout's processes are forked from."""
+
+    def __init__(self, factory: bytes, limits: Limits, network: Network, variables: tuple[str, ...]):
+        require_confinement(network)
+        told = {"network": network == "allow", "limits": limits.told(), "serve": sys.path}
+        nothing = subprocess.DEVNULL
+        self.keeper, self.line = start(told, plain_variables(variables), stdout=nothing, stderr=nothing)
+        self.owner = os.getpid()
+        self.line.settimeout(START_SECONDS)
+        try:
+            send(self.line, factory)
+            wrong = receive(self.line)
+        except TimeoutError:
+            wrong = b"no answer within %d s" % START_SECONDS
+        if wrong != b"":
+            self.close()
+            said = "it ended at once" if wrong is None else wrong.decode(errors="replace")
+            raise UserError(f"the environment cannot be loaded in a process of its own: {said}")
+        self.line.settimeout(None)
+
+    def alive(self) -> bool:
+        """Whether it can be asked; not from a fork of the process that started it."""
+        return self.owner == os.getpid() and self.keeper.poll() is None
+
+    def open(self) -> socket.socket:
+        """Start a process for one rollout. Returns the line to it; when that is closed, it ends."""
+        mine, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self.line, [b"+"], [theirs.fileno()])
+        return mine
+
+    def close(self) -> None:
+        """End it, and with it all that it plays."""
+        if self.owner != os.getpid():
+            self.line.close()  # a fork of the trainer holds a copy of the line, no more
+            return
+        hang_up(self.line)
+        try:
+            self.keeper.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.keeper.kill()
+            self.keeper.wait()
+
+
+_servers: dict[tuple, _Server] = {}
+_lock = threading.Lock()
+
+
+def server(factory: bytes, limits: Limits, network: Network, variables: tuple[str, ...]) -> _Server:
+    """The server of an environment; a new one where there is none, or it is gone."""
+    key = factory, limits, network, variables
+    with _lock:
+        if key not in _servers or not _servers[key].alive():
+            if key in _servers:
+                _servers.pop(key).close()
+            _servers[key] = _Server(*key)
+        return _servers[key]
+
+
+@atexit.register
+def _close_servers() -> None:
+    for one in _servers.values():
+        one.close()
+    _servers.clear()
