@@ -243,7 +243,7 @@ def _table(places: list[tuple[Record, int]], colour: bool, width: int) -> str:
         cells = [record.rank, rollout["rollout"]]
         cells += ["-" if rollout["reward"] is None else f"{rollout['reward']:.3g}"]
         cells += ["-" if one.advantage is None else f"{one.advantage:+.2f}"]
-        cells += [one.sampled, len(one.anchors), spread, rollout["status"], visible(str(rollout["task_id"]))]
+        cells += [one.sampled, len(one.anchors), spread, visible(rollout["status"]), visible(rollout["task_id"])]
         table.add_row(*(Text(str(cell)) for cell in cells), style="green" if rollout["success"] else "")
     out = StringIO()
     Console(file=out, width=width, force_terminal=colour, no_color=not colour).print(table)

@@ -11,6 +11,11 @@ class UserError(ValueError):
     """
 
 
+def printable(text: str) -> str:
+    """Text for a terminal, its control characters shown: what a file or a policy wrote must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"⟨U+{ord(c):04X}⟩" for c in text)
+
+
 EXTRAS = {  # importable module -> the extra of this package that installs it
     "gguf": "gguf",
     "math_verify": "math-verify",
