@@ -20,6 +20,20 @@ class IterationCheckpoint(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up which checkpoints there are. Lightning deletes those that newer ones replace, by the paths in the
+        checkpoint: a checkpoint that someone else wrote must not name other files."""
+        super().load_state_dict(state_dict)
+        self.best_model_path, self.kth_best_model_path, self.last_model_path = (
+            path if self._ours(path) else ""
+            for path in (self.best_model_path, self.kth_best_model_path, self.last_model_path)
+        )
+        self.best_k_models = {path: score for path, score in self.best_k_models.items() if self._ours(path)}
+
+    def _ours(self, path: str) -> bool:
+        place = Path(path)
+        return self.dirpath is not None and place.suffix == ".ckpt" and place.parent.resolve() == Path(self.dirpath).resolve()
+
     @staticmethod
     def _link_checkpoint(trainer: Any, filepath: str, linkpath: str) -> None:
         if trainer.is_global_zero:
