@@ -9,7 +9,9 @@ import json
 import os
 import shutil
 import sys
+from base64 import b64encode
 from collections.abc import Iterable
+from hashlib import sha256
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
@@ -91,7 +93,10 @@ def render_credit_page(
     packed = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     head, tail = files("gear_lightning").joinpath("credit_page.html").read_text(encoding="utf-8").split("@DATA@")
     safe = title.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return head.replace("@TITLE@", safe) + packed + tail
+    # The browser runs the script of this digest and no other, wherever in the page it might stand.
+    script = tail.partition("<script>")[2].partition("</script>")[0]
+    digest = "sha256-" + b64encode(sha256(script.encode()).digest()).decode()
+    return head.replace("@SCRIPT@", digest).replace("@TITLE@", safe) + packed + tail
 
 
 def write_credit_page(
