@@ -32,7 +32,11 @@ class IterationCheckpoint(ModelCheckpoint):
 
     def _ours(self, path: str) -> bool:
         place = Path(path)
-        return self.dirpath is not None and place.suffix == ".ckpt" and place.parent.resolve() == Path(self.dirpath).resolve()
+        return (
+            self.dirpath is not None
+            and place.suffix == ".ckpt"
+            and place.parent.resolve() == Path(self.dirpath).resolve()
+        )
 
     @staticmethod
     def _link_checkpoint(trainer: Any, filepath: str, linkpath: str) -> None:

@@ -37,7 +37,16 @@ SEEDS = {
         "look r1 e5",
         "submit e5 look r1",
     ],
-    "calculator": ["(3 + 4.5) * 2", "20% * 50", "7 % 4", "2 ^ -3", "1,234,567.5 // 3", "−2 × 3 ÷ 4", "((((1))))", "2**3**2"],
+    "calculator": [
+        "(3 + 4.5) * 2",
+        "20% * 50",
+        "7 % 4",
+        "2 ^ -3",
+        "1,234,567.5 // 3",
+        "−2 × 3 ÷ 4",
+        "((((1))))",
+        "2**3**2",
+    ],
 }
 DICTIONARY = {
     "tool_calls": ["<tool_call>", "</tool_call>", '"name"', '"arguments"', "\\u", "null", "Infinity", "look", "submit"],

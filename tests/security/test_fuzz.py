@@ -37,7 +37,7 @@ STATUSES = {"done", "truncated", "invalid_tool_call", "empty_response", "environ
 # -- the policy's text ------------------------------------------------------------------------------------------------
 
 
-@cases(0.2)
+@cases(0.28)
 @given(st.sampled_from(CHATS), hostile)
 @example(CHATS[0], "<tool_call>" + "[" * 100_000)
 @example(CHATS[0], '<tool_call>{"name": "f", "arguments": ' + '{"x": ' * 90 + "1" + "}" * 91)
@@ -90,7 +90,7 @@ def play(*turns: str, **budgets: int):
         yield answered(task, environment, *turns, budgets=limits)
 
 
-@cases(0.1)
+@cases(0.06)
 @given(st.lists(hostile, min_size=1, max_size=3), st.integers(1, 200))
 def test_whatever_the_policy_says_is_a_rollout_that_is_counted(turns: list[str], tokens: int):
     for rollout in play(*turns, tokens=tokens):
@@ -100,7 +100,7 @@ def test_whatever_the_policy_says_is_a_rollout_that_is_counted(turns: list[str],
         assert rollout.reward in (0.0, 1.0)
 
 
-@cases(0.05)
+@cases(0.006)
 @given(hostile, JSON, JSON)
 def test_any_tool_name_and_arguments_are_answered_or_end_one_rollout(name: str, value: Any, other: Any):
     call = {"name": name, "arguments": {"text": value, "expression": other}}
@@ -158,7 +158,7 @@ def test_any_chat_template_works_or_is_refused_at_the_start(template: str, whole
 # -- rewards ----------------------------------------------------------------------------------------------------------
 
 
-@cases(0.1)
+@cases(0.13)
 @given(hostile, hostile)
 @example("1", "1," * 50_000 + "1")
 @example("1", "1,111" * 50_000)
@@ -176,8 +176,8 @@ def test_rewards_of_any_text_are_numbers_or_reward_errors(answer: str, text: str
                 assert reward in (0.0, 1.0)
 
 
-@cases(0.002)
-@given(hostile, st.sampled_from([r"9^{9^{9^9}}", r"\boxed{__import__('os').system('true')}", r"\frac{1}{", "2+2", ""]))
+@cases(0.001)
+@given(hostile, st.sampled_from([r"\boxed{__import__('os').system('true')}", r"\frac{1}{", "2+2", ""]))
 def test_the_judge_of_mathematics_comes_back(text: str, formula: str):
     pytest.importorskip("math_verify")
     task = Task("t", [], meta={"answer": "42"})
@@ -215,11 +215,13 @@ def test_any_task_file_is_tasks_or_a_user_error(tmp_path_factory, changes: dict,
             assert JsonlTasks(str(path)).size >= 1
 
 
-@cases(0.06)
+@cases(0.05)
 @given(
     st.dictionaries(st.sampled_from([*fake_rollout()]), JSON | st.none(), max_size=2),
     st.just({})
-    | st.dictionaries(st.sampled_from([*fake_tensors()]), st.sampled_from(["gone", "flat", "long", "negative", "huge"])),
+    | st.dictionaries(
+        st.sampled_from([*fake_tensors()]), st.sampled_from(["gone", "flat", "long", "negative", "huge"])
+    ),
     st.just(b"") | st.binary(max_size=4),
     st.integers(0),
 )
@@ -252,7 +254,7 @@ def show(records: list[Record], decode=lambda token: PIECES[token % len(PIECES)]
             assert printable(plain) == plain
 
 
-@cases(0.05)
+@cases(0.03)
 @given(st.dictionaries(st.sampled_from(["task_id", "status", "error"]), hostile), hostile, JSON)
 def test_the_page_and_the_terminal_show_any_text_as_text(changes: dict, text: str, extra: Any):
     extra = json.loads(json.dumps(extra).replace("NaN", "0").replace("-Infinity", "0").replace("Infinity", "0"))

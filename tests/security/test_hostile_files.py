@@ -223,9 +223,16 @@ def test_a_model_directory_runs_nothing(model_folder, tmp_path, monkeypatch):
                  Pretrained(str(model_folder)).skeleton, lambda: load_decoder(run)):  # fmt: skip
         load()  # transformers' own classes in place of the named ones
     for folder in (model_folder, run / "tokenizer"):  # and where transformers has none, an error
-        for file, key in ((folder / "config.json", "model_type"), (folder / "tokenizer_config.json", "tokenizer_class")):
+        for file, key in (
+            (folder / "config.json", "model_type"),
+            (folder / "tokenizer_config.json", "tokenizer_class"),
+        ):
             file.write_text(json.dumps({**json.loads(file.read_text()), key: "evil"}))
-    for load in (Pretrained(str(model_folder)).model, Pretrained(str(model_folder)).skeleton, lambda: load_decoder(run)):
+    for load in (
+        Pretrained(str(model_folder)).model,
+        Pretrained(str(model_folder)).skeleton,
+        lambda: load_decoder(run),
+    ):
         with pytest.raises(UserError):
             load()
     assert not mark.exists()
@@ -311,7 +318,9 @@ def test_a_task_file_has_nothing_imported(tmp_path, monkeypatch):
     assert JsonlTasks(str(file), rewards=["evil_reward.good"])[0].meta["reward"] == "evil_reward.good"
 
 
-@pytest.mark.parametrize("tag", ["object/apply:os.system [touch {}]", "object/new:os.system [touch {}]", "name:os.system"])
+@pytest.mark.parametrize(
+    "tag", ["object/apply:os.system [touch {}]", "object/new:os.system [touch {}]", "name:os.system"]
+)
 def test_a_recipes_yaml_makes_no_objects(tag, tmp_path, command):  # noqa: F811
     (tmp_path / "bad.yaml").write_text(f"seed_everything: !!python/{tag.format(tmp_path / 'mark')}\n")
     assert command("fit", "--config", tmp_path / "bad.yaml")[0] == 2
@@ -330,7 +339,8 @@ def run(tmp_path) -> Path:
     "line",
     ["[]", "null", '"format"', '{"format": 1}', "{" * 100_000, '{"format": 1, "row": ' + "9" * 5000 + "}", "\udcff",
      json.dumps(fake_rollout(reward=float("nan"))), json.dumps(fake_rollout(status=["\x1b[2J"])),
-     json.dumps(fake_rollout(row=True)), json.dumps(fake_rollout(messages=["x"])), json.dumps(fake_rollout(reward="1"))],
+     json.dumps(fake_rollout(row=True)), json.dumps(fake_rollout(messages=["x"])),
+     json.dumps(fake_rollout(reward="1"))],
 )  # fmt: skip
 def test_a_record_that_is_none_is_an_error_of_one_line(run, line):
     file = run / "rollouts" / "iter_000000.rank_0.jsonl"
