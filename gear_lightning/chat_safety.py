@@ -81,7 +81,7 @@ class ControlTokens:
         self._marked = re.compile(f"{_OPEN}({self._any.pattern}){_CLOSE}|[{_OPEN}{_CLOSE}]")
 
     def mark(self, value: Any) -> Any:
-        """Messages or tools in which every control token that is spelled out is marked; others come back as they are."""
+        """Messages or tools in which every control token that is spelled out is marked."""
         if isinstance(value, str):
             if not self._any.search(value):
                 return value
@@ -92,7 +92,7 @@ class ControlTokens:
         return [self.mark(item) for item in value] if isinstance(value, list | tuple) else value
 
     def encode(self, text: str) -> list[int]:
-        """Ids of rendered text: control tokens that the template wrote are control tokens, marked ones their letters."""
+        """Ids of rendered text: control tokens that the template wrote as such, marked ones as their letters."""
         first, *rest = self._marked.split(text)
         ids = self._tokenizer.encode(first, add_special_tokens=False)
         for token, behind in zip(rest[::2], rest[1::2], strict=True):

@@ -6,8 +6,8 @@ Not a part of the test suite, and atheris is no dependency of the project (it ha
     PYTHONPATH=. fuzz/bin/python tests/security/fuzz_parsers.py tool_calls -max_total_time=180
     PYTHONPATH=. fuzz/bin/python tests/security/fuzz_parsers.py calculator -max_total_time=180
 
-Options after the target are libFuzzer's. A finding ends the run and leaves its input in ``crash-...``; give that file as
-the last argument to see it again.
+Options after the target are libFuzzer's. A finding ends the run and leaves its input in ``crash-...``; give that file
+as the last argument to see it again.
 """
 
 import ast

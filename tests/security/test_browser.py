@@ -38,7 +38,7 @@ def browse(page: str, folder: Path) -> str:
 
 
 def attacked() -> str:
-    """A page in which every text is an attack: tokens, ids, statuses, errors, roles, messages, tool names, the title."""
+    """A page in which every text is an attack: tokens, ids, errors, roles, messages, tool names, the title."""
     call = [{"function": {"name": attack, "arguments": {attack: attack}}} for attack in ATTACKS]
     messages = [{"role": a, "content": a, "tool_calls": call, a: a} for a in ATTACKS]
     text = {name: " ".join(ATTACKS) for name in ("task_id", "status", "error")}

@@ -64,11 +64,10 @@ def test_the_calculator_gives_a_number_or_an_error(text: str):
     with soon():
         try:
             value = calculate(text)
-        except CalculatorError as error:
-            assert len(str(error)) < 200
-        else:
-            assert calculate(value) == value
-            assert set(value) <= set("-0123456789.")
+        except CalculatorError:
+            return
+        assert calculate(value) == value
+        assert set(value) <= set("-0123456789.")
 
 
 def shout(text: str) -> str:

@@ -86,7 +86,7 @@ def test_no_pickle_in_a_checkpoint_runs(checkpoint, tmp_path, name, place):
     with pytest.raises(UserError, match=r"bad\.ckpt: not a checkpoint"):
         export_checkpoint(bad, tmp_path / "out")
     for options in ({}, {"weights_only": True}):
-        with pytest.raises(Exception, match="[Ww]eights.only|Unsupported|not a checkpoint"):
+        with pytest.raises(Exception, match=r"[Ww]eights.only|Unsupported|not a checkpoint"):
             resume(bad, tmp_path / "again", **options)
     assert not mark.exists()
     assert not (tmp_path / "out").exists()
@@ -242,7 +242,7 @@ def test_pickled_weights_run_nothing(model_folder, tmp_path):
     mark = tmp_path / "mark"
     (model_folder / "model.safetensors").unlink()
     torch.save({"lm_head.weight": attacks(mark)["exec"]}, model_folder / "pytorch_model.bin")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
         Pretrained(str(model_folder)).model()
     assert not mark.exists()
 
