@@ -51,9 +51,25 @@ class IterationCheckpoint(ModelCheckpoint):
         return {**super().state_dict(), "spare": self._spare, "row": self._row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up which checkpoints there are. Those that newer ones replace are deleted, by the paths in the
+        checkpoint: a checkpoint that someone else wrote must not name other files."""
         mine = dict(state_dict)
-        self._spare, self._row = mine.pop("spare", None), mine.pop("row", None)
+        spare, self._row = mine.pop("spare", None), mine.pop("row", None)
         super().load_state_dict(mine)
+        self._spare = spare if spare and self._ours(spare) else None
+        self.best_model_path, self.kth_best_model_path, self.last_model_path = (
+            path if self._ours(path) else ""
+            for path in (self.best_model_path, self.kth_best_model_path, self.last_model_path)
+        )
+        self.best_k_models = {path: score for path, score in self.best_k_models.items() if self._ours(path)}
+
+    def _ours(self, path: str) -> bool:
+        place = Path(path)
+        return (
+            self.dirpath is not None
+            and place.suffix == ".ckpt"
+            and place.parent.resolve() == Path(self.dirpath).resolve()
+        )
 
     @staticmethod
     def _link_checkpoint(trainer: Any, filepath: str, linkpath: str) -> None:

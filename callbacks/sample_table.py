@@ -68,7 +68,7 @@ def _spread(rollouts: list[Rollout], wanted: int) -> list[Rollout]:
 def _row(rollout: Rollout) -> list[str]:
     said = "  ".join(filter(None, map(_said, rollout.messages[rollout.opening_messages :])))
     asked = next((m["content"] for m in reversed(rollout.task.messages) if m["role"] == "user"), "")
-    cells = [rollout.task.id, f"{rollout.reward:.3g}", rollout.status, str(sum(rollout.action_mask))]
+    cells = [visible(rollout.task.id), f"{rollout.reward:.3g}", rollout.status, str(sum(rollout.action_mask))]
     return [*cells, _short(asked, 160), _short(rollout.error or said, 400)]
 
 

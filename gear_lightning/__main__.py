@@ -46,7 +46,7 @@ def main() -> None:
     for name in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it, with a noise
         logging.getLogger(name).setLevel(logging.ERROR)
     sys.path.append(os.getcwd())  # where a user's own environments and rewards are, as with `python -m`
-    from .errors import UserError, one_line
+    from .errors import UserError, one_line, printable
 
     command, rest = args[0], args[1:]
     if command == "fit":  # asked to stop before there is anything to stop: noted, and heard when the training begins
@@ -90,13 +90,13 @@ def main() -> None:
         else:
             raise UserError(f"no command {command!r}; there are {', '.join((*LIGHTNING, *OTHERS))}")
     except UserError as error:
-        print(f"gear-lightning: error: {error}", file=sys.stderr)
+        print(f"gear-lightning: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         line = one_line(error)
         if line is None:
             raise
-        print(f"gear-lightning: error: {line}", file=sys.stderr)
+        print(f"gear-lightning: error: {printable(line)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -2,6 +2,9 @@
 
 Sampled ids are final. A conversation grows by appending ids: the prompt, the ids the policy sampled (its stop token
 included), then the ids of the messages that follow up to the next assistant turn. Nothing is decoded and encoded again.
+
+Control tokens come from the chat template and from the policy alone. Spelled out in a task or in a tool's answer
+(``<|im_end|>``) they are text: no observation can end its turn and speak for another.
 """
 
 import json
@@ -9,7 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .environments.base import Message
+from .chat_safety import ControlTokens, TemplateLimit, check_template, rendered
+from .environments.base import Message, deeper_than
 from .errors import UserError
 
 Syntax = Literal["json", "json_list", "words"]
@@ -17,6 +21,7 @@ Syntax = Literal["json", "json_list", "words"]
 _MARK = "\u2318answer\u2318"  # stands for an assistant turn; no real text contains it
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 REMEMBERED = 256  # prompts whose ids are kept
+MAX_DEPTH = 64  # lists and objects within each other in a tool call
 TOOL_PROMPT = """You can call functions. Here are their signatures:
 <tools>
 {tools}
@@ -49,9 +54,11 @@ def _json(text: str) -> Any:
         value = json.loads(text, parse_constant=_reject)  # NaN and Infinity are not JSON
         # 1e999 is read as infinity, and half a surrogate pair is no text: no tokenizer takes it
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        return value
     except (ValueError, RecursionError) as error:
         raise ToolCallError(f"not JSON: {error}") from None
+    if deeper_than(MAX_DEPTH, value):  # else whoever walks through it later might be out of stack
+        raise ToolCallError(f"nested more than {MAX_DEPTH} deep")
+    return value
 
 
 def parse_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
@@ -115,12 +122,18 @@ class Chat:
     def __init__(self, tokenizer: Any, options: ChatOptions = ChatOptions()):
         self.tokenizer = tokenizer
         self.options = options
+        self._control = ControlTokens(tokenizer)
         template = tokenizer.chat_template
         if not template:
             raise UserError(
                 f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; use an instruct one "
                 "or put a chat_template.jinja into the model directory"
             )
+        for source in template.values() if isinstance(template, dict) else [template]:
+            try:
+                check_template(source)
+            except TemplateLimit as error:
+                raise UserError(f"the chat template: {error}") from None
         if options.tool_syntax != "auto":
             self.syntax: Syntax = options.tool_syntax
         elif "<act>" in template:  # the from-scratch models' own
@@ -166,14 +179,16 @@ class Chat:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=list(tools) if tools else None,
-                add_generation_prompt=generate,
-                tokenize=False,
-                **(self.options.template_arguments or {}),
+            return rendered(
+                lambda: self.tokenizer.apply_chat_template(
+                    self._control.mark(messages),
+                    tools=self._control.mark(list(tools)) if tools else None,
+                    add_generation_prompt=generate,
+                    tokenize=False,
+                    **(self.options.template_arguments or {}),
+                )
             )
-        except (TemplateError, TypeError, KeyError, AttributeError) as error:
+        except (TemplateError, TypeError, LookupError, AttributeError, ValueError, ArithmeticError) as error:
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise UserError(f"the chat template cannot render messages of roles {roles}: {error}") from None
 
@@ -201,7 +216,7 @@ class Chat:
             system = messages[0]["content"] + "\n\n" if messages and messages[0]["role"] == "system" else ""
             rest = messages[1:] if system else messages
             messages, tools = [{"role": "system", "content": system + listed}, *rest], ()
-        return self.encode(self._render(self._plain(messages), generate=True, tools=tools))
+        return self._encode(self._render(self._plain(messages), generate=True, tools=tools))
 
     def continuation(self, messages: list[Message]) -> list[int]:
         """Ids between an assistant turn's stop token and the next assistant turn: the messages in between.
@@ -212,7 +227,11 @@ class Chat:
         text = self._render(self._closed + self._plain(messages), generate=True).partition(_MARK)[2]
         if not text.startswith(self._end_text) or len(text) == len(self._end_text):
             raise UserError("the chat template cannot be continued after an assistant turn")
-        return self.encode(text[len(self._end_text) :])
+        return self._encode(text[len(self._end_text) :])
+
+    def _encode(self, rendered_text: str) -> list[int]:
+        rendered_text.encode()  # as in `encode`
+        return self._control.encode(rendered_text)
 
     @staticmethod
     def _plain(messages: list[Message]) -> list[Message]:

@@ -145,6 +145,10 @@ class GearCLI(LightningCLI):
         """Evaluation of a run must not replace what its training wrote."""
         return name if self.subcommand == "fit" else f"{self.subcommand}_{name}"
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let the checkpoint's ``hyper_parameters`` change the recipe, the classes that it
+        names included. A recipe comes from the command line alone."""
+
     def before_instantiate_classes(self) -> None:
         self.save_config_kwargs["config_filename"] = self._own_file("config.yaml")
 

@@ -9,7 +9,9 @@ import json
 import os
 import shutil
 import sys
+from base64 import b64encode
 from collections.abc import Iterable
+from hashlib import sha256
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
@@ -92,7 +94,10 @@ def render_credit_page(
     packed = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     head, tail = files("gear_lightning").joinpath("credit_page.html").read_text(encoding="utf-8").split("@DATA@")
     safe = title.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return head.replace("@TITLE@", safe) + packed + tail
+    # The browser runs the script of this digest and no other, wherever in the page it might stand.
+    script = tail.partition("<script>")[2].partition("</script>")[0]
+    digest = "sha256-" + b64encode(sha256(script.encode()).digest()).decode()
+    return head.replace("@SCRIPT@", digest).replace("@TITLE@", safe) + packed + tail
 
 
 def write_credit_page(
@@ -242,7 +247,7 @@ def _table(places: list[tuple[Record, int]], colour: bool, width: int) -> str:
         cells = [record.rank, rollout["rollout"]]
         cells += ["-" if rollout["reward"] is None else f"{rollout['reward']:.3g}"]
         cells += ["-" if one.advantage is None else f"{one.advantage:+.2f}"]
-        cells += [one.sampled, len(one.anchors), spread, rollout["status"], visible(str(rollout["task_id"]))]
+        cells += [one.sampled, len(one.anchors), spread, visible(rollout["status"]), visible(rollout["task_id"])]
         table.add_row(*(Text(str(cell)) for cell in cells), style="green" if rollout["success"] else "")
     out = StringIO()
     Console(file=out, width=width, force_terminal=colour, no_color=not colour).print(table)

@@ -68,7 +68,7 @@ def _summary(record: Record, one: Trace) -> Text:
     reward = "unknown" if rollout["reward"] is None else f"{rollout['reward']:.3g}"
     facts = [
         f"reward {reward} ({'solved' if rollout.get('success') else 'not solved'})",
-        f"status {rollout.get('status')}",
+        f"status {visible(rollout['status'])}",
         f"policy version {rollout.get('policy_version')}",
     ]
     if one.tokens:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, printable
 from .records import Record
 
 Decode = Callable[[int], str]
@@ -108,8 +108,9 @@ def visible(piece: str) -> str:
     """A token's text with its whitespace and control characters shown; a line break is shown and kept."""
     if piece.isspace():
         piece = piece.replace(" ", "·")
-    shown = {"\n": "⏎\n", "\t": "⇥", "\r": "␍"}
-    return "".join(shown.get(c) or (c if c.isprintable() else f"⟨U+{ord(c):04X}⟩") for c in piece) or "∅"
+    for character, shown in (("\n", "⏎\n"), ("\t", "⇥"), ("\r", "␍")):
+        piece = piece.replace(character, shown)
+    return printable(piece) or "∅"
 
 
 def load_decoder(run: Path) -> Decode:
@@ -128,7 +129,7 @@ def load_decoder(run: Path) -> Decode:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{folder}: cannot be loaded as a tokenizer ({error})") from None
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the byte alphabet of byte-level tokenizers

@@ -17,6 +17,11 @@ class Stopped(Exception):
     status = 128 + 15  # of the process
 
 
+def printable(text: str) -> str:
+    """Text for a terminal, its control characters shown: what a file or a policy wrote must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"⟨U+{ord(c):04X}⟩" for c in text)
+
+
 EXTRAS = {  # importable module -> the extra of this package that installs it
     "gguf": "gguf",
     "math_verify": "math-verify",

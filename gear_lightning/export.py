@@ -1,6 +1,7 @@
 """From a Lightning checkpoint to a Hugging Face model directory, or to one of adapters."""
 
 import argparse
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -46,7 +47,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, adapter: bool = False) 
     try:
         try:
             for name, data in files.items():
-                (partial / Path(name).name).write_bytes(data.numpy().tobytes())
+                (partial / _file_name(name)).write_bytes(data.numpy().tobytes())
             model = _policy(partial, weights, lora, merge=not adapter)
             base = lora["base"] if adapter else None
         except UserError:
@@ -68,6 +69,32 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, adapter: bool = False) 
     return f"AutoModelForCausalLM.from_pretrained({str(folder)!r})"
 
 
+def _file_name(name: Any) -> str:
+    """The name of a file beside the weights: configuration or tokenizer, never code, weights or another folder."""
+    plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(json|txt|jinja|model)", name)
+    if not plain or name.startswith("adapter_"):
+        raise ValueError(f"it holds a file {name!r}, which is no part of a tokenizer or a configuration")
+    return name
+
+
+def _check_size(config: Any, policy: dict[str, Any]) -> None:
+    """Look at whether a configuration fits the weights, before a model of its size is made.
+
+    Raises:
+        ValueError: it asks for a larger model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if (config.get_text_config().num_hidden_layers or 0) > len(policy):
+        raise ValueError(f"its configuration has more layers than its weights have tensors, {len(policy)}")
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    wanted, there = (sum(x.numel() for x in xs) for xs in (bare.parameters(), policy.values()))
+    if wanted > there:
+        raise ValueError(f"its configuration is of {wanted:,} weights, and it holds {there:,}")
+
+
 def _policy(folder: Path, weights: dict[str, Any], lora: dict[str, Any] | None, *, merge: bool) -> Any:
     """The policy of a checkpoint.
 
@@ -85,6 +112,7 @@ def _policy(folder: Path, weights: dict[str, Any], lora: dict[str, Any] | None, 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     prefix = "policy."
     policy = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    _check_size(config, policy)
     dtype = next((value.dtype for value in policy.values() if value.is_floating_point()), torch.float32)
     dtype = torch.float32 if lora and merge else dtype
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)

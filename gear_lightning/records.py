@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .environments.base import deeper_than
 from .errors import UserError
 from .files import replace_file, replace_text
 
@@ -56,6 +57,21 @@ ROLLOUT_KEYS = {
     "turns": "assistant turns",
     "policy_version": "optimizer steps taken before sampling",
 }
+_KINDS: dict[str, tuple[type, ...]] = {  # what readers rely on
+    "row": (int, type(None)),
+    "task_id": (str,),
+    "group_id": (int,),
+    "rollout": (int,),
+    "messages": (list,),
+    "reward": (float, int, type(None)),
+    "reward_parts": (dict,),
+    "success": (bool,),
+    "status": (str,),
+    "error": (str, type(None)),
+    "turns": (int,),
+    "policy_version": (int,),
+}
+MAX_DEPTH = 200  # lists and objects within each other
 _NAME = re.compile(r"iter_(\d{6,})\.rank_(\d+)\.jsonl$")
 
 
@@ -107,21 +123,15 @@ def read_records(run: Path, iterations: list[int] | None = None) -> Iterator[Rec
     for iteration, rank, path in files:
         if iterations is not None and iteration not in iterations:
             continue
-        rollouts = []
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                rollouts.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not a JSON object ({error.msg})") from None
-            if rollouts[-1].get("format") != FORMAT:
-                raise UserError(
-                    f"{path}:{number}: record format {rollouts[-1].get('format')!r}; this version reads {FORMAT}"
-                )
+        with path.open("rb") as lines:
+            rollouts = [_rollout(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
         tensor_file = path.with_suffix(".safetensors")
         try:
             tensors = load_file(tensor_file)
         except Exception as error:
             raise UserError(f"{tensor_file}: cannot be read ({error})") from None
+        if any(rollout["row"] is not None for rollout in rollouts):
+            _check_tensors(tensors, tensor_file)
         yield Record(iteration, rank, rollouts, tensors)
 
 
@@ -132,3 +142,54 @@ def ledger(run: Path) -> list[tuple[int, int, str]]:
         UserError: as `read_records`.
     """
     return sorted({(r["iteration"], r["group_id"], r["task_id"]) for x in read_records(run) for r in x.rollouts})
+
+
+def _rollout(line: bytes, where: str) -> dict[str, Any]:
+    """One line of a record, which someone else may have written.
+
+    Raises:
+        UserError: not one that `write_record` could have written.
+    """
+    try:
+        rollout = json.loads(line.decode(), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", None) or f"{type(error).__name__}: {error}"
+        raise UserError(f"{where}: not a JSON object ({reason})") from None
+    if not isinstance(rollout, dict):
+        raise UserError(f"{where}: not a JSON object")
+    if rollout.get("format") != FORMAT:
+        raise UserError(f"{where}: record format {rollout.get('format')!r}; this version reads {FORMAT}")
+    for name, kinds in _KINDS.items():
+        value = rollout.get(name)
+        if type(value) not in kinds:
+            raise UserError(f"{where}: {name} is {type(value).__name__}, expected {kinds[0].__name__}")
+    if not all(isinstance(message, dict) for message in rollout["messages"]):
+        raise UserError(f"{where}: messages are no objects")
+    if deeper_than(MAX_DEPTH, rollout):
+        raise UserError(f"{where}: nested more than {MAX_DEPTH} deep")
+    return rollout
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check_tensors(tensors: dict[str, Tensor], where: Path) -> None:
+    """Look at whether the tensors are as `TENSOR_KEYS` says.
+
+    Raises:
+        UserError: names the tensor.
+    """
+    import torch
+
+    size = tuple(tensors["tokens"].shape) if "tokens" in tensors else ()
+    if len(size) != 2:
+        raise UserError(f"{where}: tokens is no matrix")
+    for name, text in TENSOR_KEYS.items():
+        kind, wanted = getattr(torch, text.split()[0]), size if "[B, T]" in text else size[:1]
+        found = tensors.get(name)
+        if found is None or found.dtype != kind or tuple(found.shape) != wanted:
+            what = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise UserError(f"{where}: {name} is {what}, expected {kind} {list(wanted)}")
+    if bool((tensors["tokens"] < 0).any()):
+        raise UserError(f"{where}: tokens holds negative ids")

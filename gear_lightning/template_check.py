@@ -48,7 +48,7 @@ def template_command(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     chat = Chat(Pretrained(options.model).tokenizer(), ChatOptions(options.tool_syntax, options.template_arguments))
     chat.check_tools()
-    stops = ", ".join(f"{chat.tokenizer.decode([i])} ({i})" for i in sorted(chat.stop_ids))
+    stops = ", ".join(f"{visible(chat.tokenizer.decode([i]))} ({i})" for i in sorted(chat.stop_ids))
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
     console.print(f"tool calls: {chat.syntax}; the policy stops at: {stops}")
     for who, ids in spans(chat):

@@ -56,6 +56,7 @@ def fake_tensors(layout: str = LAYOUT, padding: int = 2) -> dict[str, torch.Tens
         "anchor": anchor,
         "rewards": torch.zeros(1),
         "advantages": torch.tensor([-0.5]),
+        "privileged": torch.ones(1, dtype=torch.bool),
         "group_ids": torch.zeros(1, dtype=torch.long),
         "policy_version": torch.zeros(1, dtype=torch.long),
     }

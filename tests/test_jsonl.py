@@ -91,7 +91,8 @@ def test_a_shared_reward_is_that_of_tasks_that_name_none(write):
     path = write({"prompt": "a"}, {"prompt": "b", "reward": "exact"})
     source = JsonlTasks(path, reward="number")
     assert [source[i].meta["reward"] for i in (0, 1)] == ["number", "exact"]
-    own = JsonlTasks(write({"prompt": "a", "reward": "gear_lightning.rewards.number"}))
+    path_of_number = "gear_lightning.rewards.number"
+    own = JsonlTasks(write({"prompt": "a", "reward": path_of_number}), rewards=[path_of_number])
     assert own[0].meta["reward"] == f"{number.__module__}.number"
     with pytest.raises(UserError, match="reward 'numbr' is neither built in"):
         JsonlTasks(path, reward="numbr")
@@ -164,7 +165,7 @@ def assistant(**keys):
         ({"prompt": "a", "answer": {"x": 1}}, "answer = an object", "text or a number"),
         ({"prompt": "a", "reward": 1}, "reward = 1", "a name or an import path"),
         ({"prompt": "a", "reward": "numbr"}, "", "reward 'numbr' is neither built in"),
-        ({"prompt": "a", "reward": "..x"}, "", "reward '..x' cannot be imported"),
+        ({"prompt": "a", "reward": "..x"}, "", "one that the recipe lists under rewards"),
         ({"prompt": "a", "tools": 0}, "tools = 0", "a list of JSON schemas"),
         ({"prompt": "a", "tools": {}}, "tools = an empty object", "a list of JSON schemas"),
         ({"prompt": "a", "tools": ["add"]}, 'a tool that is "add"', '{"type": "function", "function"'),

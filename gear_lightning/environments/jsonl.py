@@ -4,16 +4,17 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..rewards import resolve_reward
-from .base import Message, Task, TaskSource
+from ..rewards import BUILT_IN, resolve_reward
+from .base import Message, Task, TaskSource, deeper_than
 
 ROLES = ("system", "user", "assistant", "tool")
+MAX_DEPTH = 64  # lists and objects within each other in a line
 _OWN = {"prompt", "messages", "id", "tools", "reference"}  # keys that become fields of the task; others go to its meta
 
 
@@ -51,6 +52,8 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: found broken JSON ({error}), expected one JSON object") from None
     if not isinstance(found, dict):
         raise UserError(f"{where}: found {_kind(found)}, expected one JSON object")
+    if deeper_than(MAX_DEPTH, found):  # whoever copies or renders it later must not run out of stack
+        raise UserError(f"{where}: found JSON that is nested too deeply")
     return found
 
 
@@ -116,13 +119,14 @@ def _check_tools(tools: Any, where: str) -> list[dict[str, Any]]:
     return tools
 
 
-def parse_task(line: dict[str, Any], where: str, default_id: str) -> Task:
+def parse_task(line: dict[str, Any], where: str, default_id: str, rewards: Sequence[str] = ()) -> Task:
     """One line as a task.
 
     Args:
         line: see `JsonlTasks`.
         where: ``file:line``, for errors.
         default_id: the id of a task that names none.
+        rewards: import paths that the line may name as its reward.
 
     Raises:
         UserError: says what was found and what was expected.
@@ -153,6 +157,8 @@ def parse_task(line: dict[str, Any], where: str, default_id: str) -> Task:
     if "reward" in line:
         reward = line["reward"]
         _expect(isinstance(reward, str) and reward, where, f"reward = {_kind(reward)}", "a name or an import path")
+        known = reward in BUILT_IN or reward in rewards or "." not in reward
+        _expect(known, where, f"reward = {_kind(reward)}", "a built-in one or one that the recipe lists under rewards")
         try:
             resolve_reward(reward)
         except UserError as error:
@@ -168,20 +174,22 @@ class JsonlTasks(TaskSource):
 
     A line has ``prompt`` (text) or ``messages`` (chat messages), and may have ``id`` (default: file name and line
     number), ``tools`` (JSON schemas), ``reference`` (text or messages; only the teacher sees it), ``answer`` (for the
-    built-in rewards) and ``reward`` (a name or an import path). All other keys go to the task's ``meta``. The whole
-    file is checked before training.
+    built-in rewards) and ``reward`` (a built-in one, or one of ``rewards``). All other keys go to the task's ``meta``.
+    The whole file is checked before training. A file is data: no line of it has anything imported.
 
     Args:
         path: the file.
         limit: use the first so many tasks. Null: all.
         reward: of the tasks that name none; a built-in reward or an import path. Null: the environment's.
         tools: import paths of functions whose schemas are added to every task, for `FunctionTools`.
+        rewards: import paths of rewards that tasks of the file may name.
     """
 
     path: str
     limit: int | None = None
     reward: str | None = None
     tools: list[str] = field(default_factory=list)
+    rewards: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         from .functions import tool_schemas
@@ -192,12 +200,14 @@ class JsonlTasks(TaskSource):
         if self.reward is not None:
             resolve_reward(self.reward)
             meta["reward"] = self.reward
+        for reward in self.rewards:
+            resolve_reward(reward)
         shared = tool_schemas(self.tools)
         tasks, lines = [], {}
         stem = Path(self.path).name.removesuffix(".gz").removesuffix(".jsonl")
         for number, line in read_lines(self.path):
             where = f"{self.path}:{number}"
-            task = parse_task(line, where, f"{stem}-{number}")
+            task = parse_task(line, where, f"{stem}-{number}", self.rewards)
             if task.id in lines:
                 raise UserError(f"{where}: found id {task.id!r} again (line {lines[task.id]}), expected a new one")
             lines[task.id] = number

@@ -1,0 +1,76 @@
+"""The credit page of rollouts that attack it, in a real browser."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_credit_page import fake_rollout, fake_tensors
+
+from gear_lightning.credit_page import render_credit_page
+from gear_lightning.records import Record
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PWN = "document.documentElement.setAttribute('data-pwned', 'yes')"
+ATTACKS = [
+    f"</script><script>{PWN}</script>",
+    f"<!--<script>{PWN}//",
+    f'<img src=x onerror="{PWN}">',
+    f'<svg onload="{PWN}"></svg>',
+    f'<iframe srcdoc="<script>parent.{PWN}</script>"></iframe>',
+    f'<a href="javascript:{PWN}" autofocus onfocus="{PWN}">x</a>',
+    f'" onmouseover="{PWN}" autofocus onfocus="{PWN}" x="',
+    f"';{PWN};'",
+    f"\u2028{PWN}\u2029",
+    "<style>*{display:none}</style><base href=//evil.example><meta http-equiv=refresh content=0;url=//evil.example>",
+    "@DATA@@TITLE@@SCRIPT@",
+]
+
+
+def browse(page: str, folder: Path) -> str:
+    """The document as it is after its scripts have run."""
+    file = folder / "page.html"
+    file.write_text(page)
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --virtual-time-budget=3000 --dump-dom"
+    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={folder / 'profile'}", file.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def attacked() -> str:
+    """A page in which every text is an attack: tokens, ids, errors, roles, messages, tool names, the title."""
+    call = [{"function": {"name": attack, "arguments": {attack: attack}}} for attack in ATTACKS]
+    messages = [{"role": a, "content": a, "tool_calls": call, a: a} for a in ATTACKS]
+    text = {name: " ".join(ATTACKS) for name in ("task_id", "status", "error")}
+    shown = [fake_rollout(**text, messages=messages, reward_parts=dict.fromkeys(ATTACKS, 1.0), row=row)
+             for row in (0, None)]  # fmt: skip
+    tensors = fake_tensors()
+    return render_credit_page([Record(0, 0, shown, tensors)], lambda t: ATTACKS[t % len(ATTACKS)], title=ATTACKS[0])
+
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on the path")
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_no_script_of_a_rollout_runs_and_all_of_it_is_shown(tmp_path, traced):
+    page = attacked()
+    if not traced:
+        record = Record(0, 0, [fake_rollout(row=None, messages=[{"role": a, "content": a} for a in ATTACKS])], {})
+        page = render_credit_page([record], str, title=ATTACKS[0])
+    dom = browse(page, tmp_path)
+    assert 'data-pwned="yes"' not in dom
+    body = dom.partition("<body>")[2].replace(page.partition('id="data">')[2].partition("</script>")[0], "")
+    assert "<img" not in body
+    assert "<iframe" not in body
+    assert "javascript:" not in "".join(part.partition(">")[0] for part in body.split("<a ")[1:])
+    assert "2 rollouts" in body if traced else "1 rollout" in body  # the page's own script did its work
+    assert "&lt;img src=x onerror=" in body
+
+
+def test_the_policy_of_the_page_stops_what_escapes(tmp_path):
+    """Markup put into the page by force does not run either; without the policy it does."""
+    page = render_credit_page([Record(0, 0, [fake_rollout()], fake_tensors())], lambda token: f" {token}")
+    forced = page.replace("<body>", f'<body><script>{PWN}</script><img src=x onerror="{PWN}">')
+    assert 'data-pwned="yes"' not in browse(forced, tmp_path)
+    without = forced.replace("Content-Security-Policy", "X")
+    assert 'data-pwned="yes"' in browse(without, tmp_path)
