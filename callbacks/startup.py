@@ -115,8 +115,8 @@ def check_shared(folder: Path) -> None:
     blind = [f"rank {rank} on {host}" for rank, (host, saw) in enumerate(told) if not saw]
     if blind:
         raise UserError(
-            f"trainer.default_root_dir={folder}: {', '.join(blind)} cannot see there what rank 0 on {told[0][0]} wrote; "
-            "give a directory on a file system that all nodes share"
+            f"trainer.default_root_dir={folder}: {', '.join(blind)} cannot see there what rank 0 on {told[0][0]} "
+            "wrote; give a directory on a file system that all nodes share"
         )
 
 
@@ -163,7 +163,9 @@ def check_launch(trainer: Any) -> None:
             "sbatch's --nodes, and --trainer.devices as its --ntasks-per-node (gear-lightning slurm writes both)"
         )
     if started > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-        raise UserError(f"Slurm was asked for {started} tasks by --ntasks: give --ntasks-per-node={devices} in its place")
+        raise UserError(
+            f"Slurm was asked for {started} tasks by --ntasks: give --ntasks-per-node={devices} in its place"
+        )
     if started > 1 and "SLURM_STEP_ID" not in os.environ:
         raise UserError(f"this is the job's only process, and {asked}: put srun before the command")
 

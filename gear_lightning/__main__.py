@@ -23,7 +23,7 @@ scale
   doctor     what a recipe needs per GPU, and what will not work:  gear-lightning doctor --config RECIPE --gpus 8
   parity     compare strategies on a recipe:  gear-lightning parity --config RECIPE --strategies ddp,fsdp,zero3
   noise-floor  what rounding does to credit:  gear-lightning noise-floor --config RECIPE
-  slurm      write or send a batch script:  gear-lightning slurm --config RECIPE --nodes 4 --gpus-per-node 8 --time 24:00:00
+  slurm      write or send a batch script:  gear-lightning slurm --config RECIPE --nodes 4 --gpus-per-node 8 --time 2-0
 """
 LIGHTNING = ("fit", "validate", "test", "predict")
 OTHERS = ("doctor", "noise-floor", "parity", "slurm", "template", "credit", "export")

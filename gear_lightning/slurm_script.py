@@ -8,7 +8,7 @@ from shlex import quote
 from .errors import UserError
 
 SWITCHES_OFF = ("bash", "interactive")  # job names that Lightning takes for a shell: it would not look at Slurm's ranks
-LINGER = 300  # seconds for the other processes of a job to end after the first has ended by itself
+LINGER = 30  # seconds for the other processes of a job to end, and to write reports, after the first has ended
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Job:
         if self.seeds:
             run, seed = f"{run}/seed_$SLURM_ARRAY_TASK_ID", ["--seed_everything=$SLURM_ARRAY_TASK_ID"]
         srun = [
-            "--kill-on-bad-exit=1",
+            "--kill-on-bad-exit=0",
             f"--wait={LINGER}",
             f"--cpus-per-task={self.cpus_per_task}",
             "--open-mode=append",
@@ -134,7 +134,8 @@ class Job:
             "--ckpt_path=last",
         ]
         lines = [
-            "# exec: a signal for the batch script reaches the processes, too. One that fails takes the others along.",
+            "# exec: a signal for the batch script reaches the processes, too. Where one has ended, the others have",
+            f"# {LINGER} s to write their reports; kill-on-bad-exit would leave them none.",
             f"exec srun {' '.join(srun[:4])} \\",
             *(f"  {option} \\" for option in srun[4:]),
             f"  {quote(self.python)} -m gear_lightning fit \\",
@@ -197,9 +198,7 @@ def seconds(limit: str) -> int:
     if match:
         days, *parts = match.groups()
         given = [int(part) for part in parts if part is not None]
-        if days is not None:
-            scale = (3600, 60, 1)
-        elif len(given) == 3:
+        if days is not None or len(given) == 3:
             scale = (3600, 60, 1)
         else:
             scale = (60, 1)

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGES = ("slurm-wlm", "slurm-client", "munge")
@@ -46,6 +46,7 @@ SchedulerParameters=sched_interval=2,sched_min_interval=0,bf_interval=2,batch_sc
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
+{nodes}
 PartitionName=ci Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """  # cred_expire: a job that was requeued waits for one second more than that (121 by default)
 
@@ -82,7 +83,6 @@ class Cluster:
 
     folder: Path
     nodes: int = 2
-    pids: list[int] = field(default_factory=list)
 
     @property
     def private(self) -> Path:
@@ -104,7 +104,9 @@ class Cluster:
             for name, p in zip(self.names, ports, strict=True)
         ]
         conf = self.folder / "slurm.conf"
-        conf.write_text(CONF.format(folder=self.folder, port=port).replace("Partition", "\n".join([*lines, "Partition"])))
+        conf.write_text(
+            CONF.format(folder=self.folder, port=port).replace("Partition", "\n".join([*lines, "Partition"]))
+        )
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # no look for one; none is ever touched
         hosts = [f"127.0.1.{i} {name}" for i, name in enumerate(self.names, 1)]
         (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))

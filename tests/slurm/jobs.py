@@ -68,12 +68,13 @@ class Sent:
 
     def until(self, what: Callable[[], bool], why: str, deadline: float = DEADLINE, pause: float = 0.05) -> float:
         """Wait for something. Returns the seconds that it took; fails past the deadline, or where the job has ended."""
-        begun = time.monotonic()
+        begun = asked = time.monotonic()
         while not what():
-            waited = time.monotonic() - begun
-            assert waited < deadline, f"no {why} within {deadline} s ({self.state}):\n{self.output()}"
-            state = self.state
-            assert state not in OVER or what(), f"{state} before {why}:\n{self.output()}"
+            now = time.monotonic()
+            assert now - begun < deadline, f"no {why} within {deadline} s ({self.state}):\n{self.output()}"
+            if now - asked > 1:
+                asked, state = now, self.state
+                assert state not in OVER or what(), f"{state} before {why}:\n{self.output()}"
             time.sleep(pause)
         return time.monotonic() - begun
 
@@ -98,19 +99,30 @@ class Sent:
     def restarts(self) -> int:
         return int(self.show()["Restarts"])
 
+    def comes_back(self, restarts: int) -> None:
+        """Wait until it has been started again so many times, and runs."""
+        self.until(lambda: self.restarts == restarts, f"restart {restarts}", pause=0.2)
+        self.until(lambda: self.state == "RUNNING", f"start after restart {restarts}", pause=0.2)
+
     def signal(self, name: str, *options: str) -> None:
         """Send a signal to its processes, as Slurm does before the limit."""
         run("scancel", f"--signal={name}", *options, self.number)
 
 
 def send(
-    folder: Path, *options: str, recipe: str = RECIPE, nodes: int = 2, tasks: int = 1, minutes: int = 10, before: int = 30
+    folder: Path,
+    *options: str,
+    recipe: str = RECIPE,
+    nodes: int = 2,
+    tasks: int = 1,
+    minutes: int = 10,
+    before: int = 30,
 ) -> Sent:
     """Send a job by ``gear-lightning slurm --submit``."""
     size = [f"--nodes={nodes}", "--gpus-per-node=0", f"--tasks-per-node={tasks}", "--cpus-per-task=1"]
     limits = [f"--time={minutes}", f"--signal={before}"]
     said = io.StringIO()
-    command = ["--config", recipe, *size, *limits, "--submit", f"--trainer.default_root_dir={folder}", *options]
+    command = ["--config", RECIPE, *size, *limits, "--submit", f"--trainer.default_root_dir={folder}", *options]
     with redirect_stdout(said), redirect_stderr(said):
         assert slurm_command(command) == 0
     return Sent(said.getvalue().split()[-1], folder)
