@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def job_of(options: argparse.Namespace, rest: list[str], command: str) -> Job:
         UserError: an option does not fit the others, or the recipe is wrong.
         SystemExit: an option of fit is unknown or malformed; the parser has said so.
     """
-    configs = [b for a, b in zip(rest, [*rest[1:], ""], strict=True) if a in ("--config", "-c")]
+    configs = [b for a, b in pairwise([*rest, ""]) if a in ("--config", "-c")]
     configs += [arg.partition("=")[2] for arg in rest if arg.startswith("--config=")]
     if not configs:
         raise UserError("which recipe? gear-lightning slurm --config configs/quickstart.yaml ...")
@@ -147,7 +148,7 @@ def job_of(options: argparse.Namespace, rest: list[str], command: str) -> Job:
     job = Job(
         run=run,
         directory=Path.cwd(),
-        fit=tuple(rest),
+        fit=tuple(_without_run(rest)),
         nodes=options.nodes,
         tasks_per_node=tasks,
         gpus_per_node=options.gpus_per_node,
@@ -167,6 +168,16 @@ def job_of(options: argparse.Namespace, rest: list[str], command: str) -> Job:
     )
     check_job(job)
     return job
+
+
+def _without_run(rest: list[str]) -> list[str]:
+    """Options of fit without the run directory, which the job names by itself, and absolute."""
+    name, out, skip = "--trainer.default_root_dir", [], False
+    for arg in rest:
+        if not skip and not arg.startswith(f"{name}=") and arg != name:
+            out.append(arg)
+        skip = arg == name
+    return out
 
 
 def _tasks(options: argparse.Namespace) -> int:
@@ -213,7 +224,8 @@ def slurm_command(argv: list[str]) -> int:
     options, rest = read_options(argv)
     if options.submit and shutil.which("sbatch") is None:
         raise UserError("--submit: there is no sbatch on PATH; run this on a login node, or use --dry-run")
-    job = job_of(options, rest, shlex.join(["gear-lightning", "slurm", *argv]))
+    said = [arg for arg in argv if arg not in ("--dry-run", "--submit")]
+    job = job_of(options, rest, shlex.join(["gear-lightning", "slurm", *said]))
     if options.dry_run:
         print(job.script(), end="")
         return 0

@@ -104,9 +104,7 @@ class Cluster:
             for name, p in zip(self.names, ports, strict=True)
         ]
         conf = self.folder / "slurm.conf"
-        conf.write_text(
-            CONF.format(folder=self.folder, port=port).replace("Partition", "\n".join([*lines, "Partition"]))
-        )
+        conf.write_text(CONF.format(folder=self.folder, port=port, nodes="\n".join(lines)))
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # no look for one; none is ever touched
         hosts = [f"127.0.1.{i} {name}" for i, name in enumerate(self.names, 1)]
         (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
