@@ -62,6 +62,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self.weights_dtype = weights_dtype
         self._weights = SamplingWeights(weights)
         self.listeners: list[Callable[[str, int, int, int], None]] = []  # (stage, finished, rollouts, tokens)
+        self.stop: Callable[[], bool] = lambda: False  # whether this process's rollouts are to end now
         self._checked = self._told = False
         self._module: GearModule | None = None
         self._trainer: L.Trainer | None = None
@@ -99,6 +100,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             self.sampling if stage == "fit" else self.val_sampling,
             self.success_threshold,
             partial(self._report, stage),
+            self.stop,
         )
         module = self._module
         if not self._checked:

@@ -151,8 +151,9 @@ class PhaseProgress(ProgressBar):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         total = self._total(trainer)
-        success = float(trainer.callback_metrics["val/success"])  # computed by now, on every rank
-        self._show("evaluation", trainer.current_epoch, total, self._numbers(success=success), force=True)
+        if "val/success" in trainer.callback_metrics:  # computed by now, on every rank
+            self._numbers(success=float(trainer.callback_metrics["val/success"]))
+        self._show("evaluation", trainer.current_epoch, total, self._numbers(), force=True)
         if trainer.state.fn != TrainerFn.FITTING:
             self._close()
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 
 HELP = """usage: gear-lightning COMMAND [OPTIONS]
@@ -16,6 +17,7 @@ train and evaluate (options: gear-lightning COMMAND --help)
 
 look at a model and a run
   template   check a model's chat template:  gear-lightning template MODEL
+  status     where a run is, and what has failed:  gear-lightning status RUN
   credit     print where the credit went, or write the HTML page:  gear-lightning credit RUN
   export     make a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR [--adapter]
 
@@ -26,7 +28,7 @@ scale
   slurm      write or send a batch script:  gear-lightning slurm --config RECIPE --nodes 4 --gpus-per-node 8 --time 2-0
 """
 LIGHTNING = ("fit", "validate", "test", "predict")
-OTHERS = ("doctor", "noise-floor", "parity", "slurm", "template", "credit", "export")
+OTHERS = ("doctor", "noise-floor", "parity", "slurm", "template", "status", "credit", "export")
 
 
 def main() -> None:
@@ -48,6 +50,10 @@ def main() -> None:
     from .errors import UserError, one_line
 
     command, rest = args[0], args[1:]
+    if command == "fit":  # asked to stop before there is anything to stop: noted, and heard when the training begins
+        from .signals import NOTES
+
+        NOTES.watch(signal.SIGUSR1, signal.SIGUSR2)
     try:
         if command in LIGHTNING:
             from .cli import main as run
@@ -62,6 +68,10 @@ def main() -> None:
             from .credit_page import credit_command
 
             sys.exit(credit_command(rest))
+        elif command == "status":
+            from .status import status_command
+
+            sys.exit(status_command(rest))
         elif command == "doctor":
             from .doctor import doctor_command
 

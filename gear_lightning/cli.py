@@ -3,7 +3,6 @@
 import inspect
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +16,6 @@ from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from .callbacks.checkpoint import IterationCheckpoint, newest_checkpoint
 from .callbacks.credit_map import CreditMap
@@ -25,21 +23,23 @@ from .callbacks.first_evaluation import FirstEvaluation
 from .callbacks.generation import GenerationCallback
 from .callbacks.health import Health
 from .callbacks.noise_floor import NoiseFloor
+from .callbacks.preemption import Preemption
 from .callbacks.progress import PhaseProgress
 from .callbacks.rollout_recorder import RolloutRecorder
+from .callbacks.run_status import RunStatus
 from .callbacks.sample_table import SampleTable
 from .callbacks.startup import StartupCheck, check_launch
 from .callbacks.throughput import Throughput
 from .callbacks.watchdog import Watchdog
 from .data import RolloutDataModule
-from .errors import UserError, let_through_unions
+from .errors import Stopped, UserError, let_through_unions
 from .loggers import MetricsFile
 from .module import GearModule
 from .warm_start import WarmStart, run_warm_start
 
 RUN_FILES = (
     "*config.yaml", "*metrics.csv", "tensorboard", "checkpoints", "rollouts", "predictions", "tokenizer",
-    "credit_map.html",
+    "credit_map.html", "status.json", "attempts.jsonl", "crash",
 )  # fmt: skip
 
 
@@ -115,6 +115,7 @@ class GearCLI(LightningCLI):
         parser.add_lightning_class_args(SampleTable, "samples")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(PhaseProgress, "progress")
+        parser.add_lightning_class_args(Preemption, "preemption")
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(FirstEvaluation, "first_evaluation")  # after the progress bar has opened
         parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
@@ -205,8 +206,9 @@ class GearCLI(LightningCLI):
         off = [PhaseProgress] if config.get("enable_progress_bar") is False else []
         off += [IterationCheckpoint] if config.get("enable_checkpointing") is False else []
         kept = [c for c in callbacks if not isinstance(c, tuple(off))]
-        kept.sort(key=lambda c: not isinstance(c, Watchdog))  # it watches the others' start, too
-        return super()._instantiate_trainer(config, [*kept, StartupCheck()])
+        # the one watches the others' start, too; the other saves while it is watched
+        kept.sort(key=lambda c: 0 if isinstance(c, Preemption) else 1 if isinstance(c, Watchdog) else 2)
+        return super()._instantiate_trainer(config, [*kept, StartupCheck(), RunStatus()])
 
     def _lock(self) -> None:
         """Keep a second run out of the directory while this process lives."""
@@ -233,7 +235,7 @@ class GearCLI(LightningCLI):
             enable_checkpointing=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
-            callbacks=[Watchdog(self._get(self.config, "watchdog")["seconds"]), PhaseProgress()],
+            callbacks=[Preemption(), Watchdog(self._get(self.config, "watchdog")["seconds"]), PhaseProgress()],
             **kwargs,
         )
 
@@ -335,9 +337,8 @@ def main(args: list[str], kind: type[GearCLI] = GearCLI) -> None:
     sys.argv = [sys.argv[0], *args]
     try:
         kind()
-    except SIGTERMException:  # Lightning's own exit status, 0, would tell a job script that the run is over
-        print("stopped by SIGTERM; to go on: the same command with --ckpt_path last", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+    except Stopped as stopped:
+        sys.exit(stopped.status)
     finally:
         if GearCLI.lock is not None:
             GearCLI.lock.close()

@@ -3,7 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from .advantage import GRPO, GroupAdvantage, has_spread
 from .batch import RolloutBatch, RolloutRow, Sealed, collate
 from .environments.base import Task, TaskSource
-from .errors import UserError
+from .errors import Stopped, UserError
 from .packing import balanced_split
 from .resume import random_state, restore_random_state
 from .rollout import Rollout, RolloutGroup
@@ -129,6 +129,9 @@ class RolloutDataModule(L.LightningDataModule):
         self.cursor = 0  # tasks drawn so far, over all processes
         self.groups: list[RolloutGroup] = []  # of the current iteration, on this rank
         self.position = 0  # micro-batches of the current iteration handed out so far
+        self.stop: Callable[[], bool] = lambda: False  # whether the run is to stop here; called on all ranks
+        self.evaluation_due = False  # whether the newest evaluation has not come to its end
+        self._before_rollouts: dict[str, Any] | None = None  # random state, while rollouts are made
         self._restored: dict[str, Any] | None = None  # this rank's state from a checkpoint, until it is taken up
         self.stats = IterationStats()
 
@@ -228,15 +231,16 @@ class RolloutDataModule(L.LightningDataModule):
         parts = balanced_split([(r.length, r.teacher_length) for r in order], self.micro_batches)
         batches = [[order[i] for i in part] for part in parts]
         plan = [(inner, batch) for inner in range(self.inner_epochs) for batch in batches]
-        for self.position, (inner, batch) in enumerate(plan, 1):
-            if self.position > (first or 0):
-                yield collate(
-                    batch,
-                    step_tokens=tokens,
-                    step_rollouts=rollouts,
-                    temperature=self.generator.temperature,
-                    inner_epoch=inner,
-                )
+        for self.position, (inner, batch) in list(enumerate(plan, 1))[first or 0 :]:
+            yield collate(
+                batch,
+                step_tokens=tokens,
+                step_rollouts=rollouts,
+                temperature=self.generator.temperature,
+                inner_epoch=inner,
+            )
+            if self.position < len(plan) and self.stop():
+                raise Stopped
 
     def _generate(self) -> None:
         """Fill `groups` with this rank's rollouts of the iteration."""
@@ -244,12 +248,16 @@ class RolloutDataModule(L.LightningDataModule):
         started = time.perf_counter()
         world, rank = self._trainer.world_size, self._trainer.global_rank
         share = self.tasks_per_iteration // world
-        self.groups, self.stats = [], IterationStats()
+        self.groups, self.stats, self.position = [], IterationStats(), 0
+        begun, self._before_rollouts = self.cursor, random_state()
         for _ in range(self.resample_rounds if self.zero_spread == "resample" else 1):
             first = self.cursor + rank * share
             tasks = [(position, self.train_task(position)) for position in range(first, first + share)]
             jobs = [(task, (self.seed, 0, position, r)) for position, task in tasks for r in range(self.group_size)]
             rollouts = self.generator.generate(jobs, "fit")
+            if self.stop():  # some were not played to their end; all are played again after the resume, the same ones
+                self.groups, self.cursor = [], begun
+                raise Stopped
             for i, (position, task) in enumerate(tasks):
                 mine = rollouts[i * self.group_size : (i + 1) * self.group_size]
                 self.groups.append(RolloutGroup(task, position, mine))
@@ -257,6 +265,7 @@ class RolloutDataModule(L.LightningDataModule):
             lacking = torch.tensor(max(0, share - sum(map(_spread, self.groups))), device=self._device)
             if not self._trainer.strategy.reduce(lacking, reduce_op="sum").item():
                 break
+        self._before_rollouts = None
         self._count(time.perf_counter() - started)
         if self.zero_spread == "resample":  # keep the newest signal first, and never more than the micro-batches hold
             self.groups = sorted(self.groups, key=lambda g: not _spread(g))[:share]
@@ -295,13 +304,19 @@ class RolloutDataModule(L.LightningDataModule):
     def _evaluate(self, stage: str) -> Iterator[RolloutBatch]:
         assert self.generator is not None
         assert self.val_tasks is not None
+        self.evaluation_due = True
         jobs = self._eval_jobs()[self._trainer.global_rank :: self._trainer.world_size]
         batches = self._eval_stream(stage)
         for start in range(0, len(batches) * self.eval_batch_size, self.eval_batch_size):
             wanted = jobs[start : start + self.eval_batch_size]
+            if self.stop():
+                return
             rollouts = self.generator.generate([(self.val_tasks[t], seed) for t, seed in wanted], stage)
+            if self.stop():
+                return
             if stage == "predict":
                 self.groups = [RolloutGroup(r.task, job[0], [r]) for job, r in zip(wanted, rollouts, strict=True)]
+            self.evaluation_due = start + self.eval_batch_size < len(batches) * self.eval_batch_size
             rows = [
                 make_row(rollout, rollout.tokens[: rollout.prompt_length] or [0], 0.0, job[0], start + i)
                 for i, (job, rollout) in enumerate(zip(wanted, rollouts, strict=True))
@@ -320,18 +335,24 @@ class RolloutDataModule(L.LightningDataModule):
         over = self.position >= self.micro_batches * self.inner_epochs
         return 0 if over else self.position % self.micro_batches
 
+    @property
+    def in_rollouts(self) -> bool:
+        """Whether an iteration has begun whose rollouts are not all there."""
+        return self._before_rollouts is not None
+
     def state_dict(self) -> dict[str, Any]:
-        mine: dict[str, Any] = {"random": random_state(), "position": 0, "groups": None}
+        mine: dict[str, Any] = {"random": self._before_rollouts or random_state(), "position": 0, "groups": None}
         if 0 < self.position < self.micro_batches * self.inner_epochs:
             mine["position"] = self.position - self.unfinished
             mine["groups"] = [
                 {"group_id": group.group_id, "rollouts": [r.state_dict() for r in group.rollouts]}
                 for group in self.groups
             ]
-        return {"cursor": self.cursor, "ranks": gather(mine)}
+        return {"cursor": self.cursor, "ranks": gather(mine), "evaluation_due": self.evaluation_due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.cursor = state_dict["cursor"]
+        self.evaluation_due = state_dict.get("evaluation_due", False)
         ranks, trainer = state_dict["ranks"], self._trainer
         if len(ranks) == trainer.world_size:
             self._restored = ranks[trainer.global_rank]

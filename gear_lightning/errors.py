@@ -11,6 +11,12 @@ class UserError(ValueError):
     """
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and all processes have agreed on where. Not a failure."""
+
+    status = 128 + 15  # of the process
+
+
 EXTRAS = {  # importable module -> the extra of this package that installs it
     "gguf": "gguf",
     "math_verify": "math-verify",

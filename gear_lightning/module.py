@@ -24,7 +24,7 @@ from .loss import ClippedSurrogate, LossTerms, PolicyLoss
 from .metrics import Quantile
 from .models import Float32Buffers, PolicySource, checkpoint_activations, without_dropout
 from .optimizers import plain_states, states_from_plain
-from .resume import rewind
+from .resume import rewind, undo_iteration_start
 from .sharding import full, shape
 from .strategies import place
 from .teacher import Teacher, TeacherOptions, privileged_prompt
@@ -219,8 +219,6 @@ class GearModule(Float32Buffers, L.LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.log("step", float(self.global_step), batch_size=1)
 
-    on_validation_epoch_end = on_test_epoch_end = _log_position
-
     def on_train_epoch_end(self) -> None:
         self._log_position()
         for parameter in self.policy.parameters():  # room for the next rollouts
@@ -257,27 +255,32 @@ class GearModule(Float32Buffers, L.LightningModule):
 
     on_validation_epoch_start = on_test_epoch_start = _fresh_metrics
 
-    def validation_step(self, batch: RolloutBatch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
 
-    def test_step(self, batch: RolloutBatch, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
 
     def predict_step(self, batch: RolloutBatch, batch_idx: int) -> RolloutBatch:
         return batch
 
-    def _evaluate(self, batch: RolloutBatch, stage: str) -> None:
+    def validation_step(self, batch: RolloutBatch, batch_idx: int) -> None:
         real = batch.index >= 0
-        values = {
-            "success": (self.val_success, batch.success.float()),
-            "reward": (self.val_reward, batch.rewards),
-            "turns": (self.val_turns, (batch.turn_ids.amax(-1) + 1).float()),
-            "response_tokens": (self.val_tokens, batch.action_mask.sum(-1).float()),
-        }
-        for name, (metric, value) in values.items():
-            if real.any():
-                metric.update(value[real])
-            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "success")
+        if real.any():
+            self.val_success.update(batch.success.float()[real])
+            self.val_reward.update(batch.rewards[real])
+            self.val_turns.update((batch.turn_ids.amax(-1) + 1).float()[real])
+            self.val_tokens.update(batch.action_mask.sum(-1).float()[real])
+
+    test_step = validation_step
+
+    def _log_evaluation(self, stage: str) -> None:
+        if self.trainer.datamodule.evaluation_due:  # pyright: ignore[reportAttributeAccessIssue]
+            return  # it was cut short, and its mean would be one of other tasks
+        self._log_position()
+        names = {"success": self.val_success, "reward": self.val_reward, "turns": self.val_turns}
+        for name, metric in {**names, "response_tokens": self.val_tokens}.items():
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "success")
 
     # -- logging --------------------------------------------------------------------------------------------------
 
@@ -338,6 +341,8 @@ class GearModule(Float32Buffers, L.LightningModule):
             return
         if data.unfinished:
             rewind(checkpoint, data.unfinished)
+        if data.in_rollouts or (data.unfinished and data.unfinished == data.position):
+            undo_iteration_start(checkpoint)
         if data.inner_epochs > 1 and data.position:
             checkpoint["frozen"] = gather([_plain(key, *values) for key, values in self._frozen.items()])
 

@@ -47,3 +47,12 @@ def rewind(checkpoint: dict[str, Any], batches: int) -> None:
         start = counts["ready"] - batches
         counts.update(ready=start, started=start, processed=start, completed=start)
     progress["is_last_batch"] = False
+
+
+def undo_iteration_start(checkpoint: dict[str, Any]) -> None:
+    """Make a checkpoint that was written before an iteration's first step was complete one of before the iteration, so
+    that everything that is set up at its start is set up again."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+    for scope in ("current", "total"):
+        counts = progress[scope]
+        counts.update(ready=counts["processed"], started=counts["processed"], completed=counts["processed"])

@@ -206,6 +206,7 @@ class AgentLoop:
         sampling: how tokens are drawn.
         success_threshold: reward from which a rollout counts as solved, where the environment does not say.
         on_progress: called with (finished rollouts, all rollouts, sampled tokens) now and then.
+        stop: asked between turns; where it says yes, the rollouts that are not over stay as they are.
     """
 
     def __init__(
@@ -217,6 +218,7 @@ class AgentLoop:
         sampling: Sampling,
         success_threshold: float = 1.0,
         on_progress: Callable[[int, int, int], None] = lambda *_: None,
+        stop: Callable[[], bool] = lambda: False,
     ):
         self.chat = chat
         self.engine = engine
@@ -225,6 +227,7 @@ class AgentLoop:
         self.sampling = sampling
         self.success_threshold = success_threshold
         self.on_progress = on_progress
+        self.stop = stop
 
     def run(
         self,
@@ -255,7 +258,7 @@ class AgentLoop:
             for key, (task, seed) in enumerate(jobs):
                 episodes.append(self._open(key, task, seed, policy_version))
             tokens, finished = 0, sum(e.rollout.status != "done" for e in episodes)
-            while turns := self.engine.poll():
+            while not self.stop() and (turns := self.engine.poll()):
                 for turn in turns:
                     tokens += len(turn.ids)
                     if self._advance(turn.key, episodes[turn.key], turn):

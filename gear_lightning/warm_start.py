@@ -14,7 +14,7 @@ from torch import Tensor
 from .batch import RolloutRow, collate
 from .chat import Chat
 from .environments.base import Demonstration, Demonstrations
-from .errors import UserError
+from .errors import Stopped, UserError
 from .models import Float32Buffers, build_once, cache_dir, checkpoint_activations, without_dropout
 from .module import GearModule
 from .sharding import whole_copy
@@ -181,7 +181,7 @@ def run_warm_start(
         data = _Batches(options, gear.chat_format, gear.teacher_options, trainer)
         trainer.fit(module, train_dataloaders=torch.utils.data.DataLoader(data, batch_size=None))
         if options.steps != trainer.global_step:
-            raise KeyboardInterrupt("the warm start was interrupted")
+            raise Stopped
         if not options.reuse and folder.exists():
             folder = folder.with_name(f"{name}-{trainer.global_step}-fresh")
         folder = trainer.strategy.broadcast(folder)

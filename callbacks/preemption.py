@@ -1,0 +1,166 @@
+"""Ends a run that is asked to stop, with one whole checkpoint."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from gear_lightning.callbacks.generation import GenerationCallback
+from gear_lightning.data import RolloutDataModule
+from gear_lightning.errors import Stopped
+from gear_lightning.peers import Peers, peers_of
+from gear_lightning.signals import MEANING, NOTES, REQUEUE
+
+NAME = "stopped.ckpt"
+LOOK = 0.5  # seconds between two looks at what the other processes were asked
+
+
+class Preemption(L.Callback):
+    """Stops where all processes can when the job is asked to: between two turns of a rollout phase, two micro-batches
+    or two batches of an evaluation. What is done is saved, and the same command with ``--ckpt_path last`` goes on.
+
+    SIGUSR1 and SIGUSR2 (a SLURM job's word before its time limit or pre-emption): save, and put the job back into the
+    queue. SIGTERM and Ctrl-C: save and stop; a second Ctrl-C stops at once. A signal to one process is enough. The exit
+    status is 75 with a checkpoint, 143 without one.
+
+    Args:
+        requeue: ask SLURM to run the job again after SIGUSR1 or SIGUSR2.
+    """
+
+    def __init__(self, requeue: bool = True):
+        self.requeue = requeue
+        self._agreed = 0
+        self._looked = 0.0
+        self._group: Any = None
+        self._peers: Peers | None = None
+        self._left = False
+        self._watched: list[signal.Signals] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        # Lightning's handlers save, and wait for the others, wherever the signal finds the process: a deadlock inside
+        # a collective (https://github.com/Lightning-AI/pytorch-lightning/issues/21406)
+        trainer._signal_connector.register_signal_handlers = lambda: None
+        self._trainer, self._agreed, self._left = trainer, 0, False
+        self._peers = peers_of(trainer)
+        if self._peers is not None and trainer.strategy.root_device.type != "cpu":
+            self._group = dist.new_group(backend="gloo")  # asks no device to wait
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(data, RolloutDataModule):
+            data.stop = self.agreed
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, GenerationCallback):
+                callback.stop = self.wanted
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._watched = NOTES.watch(*MEANING)
+
+    # -- the decision -------------------------------------------------------------------------------------------------
+
+    def wanted(self) -> bool:
+        """Whether this process or, as far as is known here, another has been asked. Any thread may call it."""
+        if NOTES.wanted or self._agreed:
+            if self._peers is not None:
+                self._peers.tell("stop", str(NOTES.wanted))
+            return True
+        if self._peers is None or time.monotonic() - self._looked < LOOK:
+            return False
+        self._looked = time.monotonic()
+        return bool(self._peers.hear("stop"))
+
+    def agreed(self) -> bool:
+        """Whether any process has been asked. All ranks must call it."""
+        if not self._agreed:
+            level = torch.tensor(NOTES.wanted)
+            if self._peers is not None:
+                dist.all_reduce(level, dist.ReduceOp.MAX, group=self._group)
+            self._agreed = int(level)
+        return bool(self._agreed)
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not isinstance(trainer.datamodule, RolloutDataModule) and self.agreed():  # pyright: ignore
+            raise Stopped  # a warm start: nothing to save
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        path = self._path(trainer)
+        if trainer.is_global_zero and path is not None and path.exists() and _overtaken(path):
+            trainer.strategy.remove_checkpoint(path)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.agreed():
+            trainer.should_stop = True  # the checkpoint callback, which comes later, then saves
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if self._agreed and isinstance(data, RolloutDataModule):
+            if trainer.current_epoch == trainer.max_epochs and not data.evaluation_due:
+                return  # the run is over
+            self._leave(trainer, saved=bool(trainer.checkpoint_callbacks))
+            raise Stopped
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Stopped) and not self._left:
+            path = self._path(trainer)
+            if path is not None:
+                trainer.save_checkpoint(path, weights_only=False)
+            self._leave(trainer, saved=path is not None)
+
+    def _path(self, trainer: L.Trainer) -> Path | None:
+        kept = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        return Path(str(kept[0].dirpath)) / NAME if kept else None
+
+    def _leave(self, trainer: L.Trainer, saved: bool) -> None:
+        self._left = True
+        self.teardown(trainer, trainer.lightning_module, "fit")  # Lightning does not call it after an exception
+        NOTES.forget()
+        trainer.strategy.barrier("stopped")
+        Stopped.status = 75 if saved else 128 + signal.SIGTERM
+        if trainer.is_global_zero:
+            done = f"after {trainer.global_step} optimizer steps"
+            if not saved:
+                print(f"stopped {done}; nothing was saved, for there are no checkpoints in this run", file=sys.stderr)
+            elif not (self._agreed == REQUEUE and self.requeue and _requeue()):
+                print(f"stopped {done}; to go on: the same command with --ckpt_path last", file=sys.stderr)
+        trainer.strategy.barrier("requeued")  # a launcher may end the others when the first one has ended
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        NOTES.release(self._watched)
+        self._watched = []
+
+
+def _overtaken(path: Path) -> bool:
+    """Whether a newer checkpoint stands beside the one that a stop has left."""
+    written = path.stat().st_mtime_ns
+    return any(p.stat().st_mtime_ns > written for p in path.parent.glob("*.ckpt") if p.is_file() and p != path)
+
+
+def _requeue() -> bool:
+    """Ask SLURM to run this job again. Returns whether there is such a job and SLURM has agreed."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return False
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        asked = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
+        said, refused = asked.stderr.strip(), asked.returncode != 0
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said, refused = str(error), True
+    if refused:
+        print(f"SLURM does not put job {job} back into the queue: {said}", file=sys.stderr)
+        return False
+    print(f"job {job} is in the queue again and goes on from the checkpoint", file=sys.stderr, flush=True)
+    return True

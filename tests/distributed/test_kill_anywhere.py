@@ -1,0 +1,92 @@
+"""A run killed at random places again and again, and started with the same command, equals the run that was not."""
+
+import random
+from pathlib import Path
+
+import pytest
+from distributed.test_ddp import checkpoint, command_line, metrics
+from nursery import play, said
+from strike import PLACES
+
+from gear_lightning.records import read_records
+
+ITERATIONS = 20
+# how often a place is reached within some iterations, to draw from
+OFTEN = {"rollout": 12, "tool call": 20, "teacher pass": 6, "update": 6, "update end": 6}
+
+
+def lives(run: Path, strikes: list[tuple[str, int, str, int]], processes: int, *options: str) -> list[list[list[str]]]:
+    """Commands of one life per strike, and one that nothing befalls."""
+    command, _ = command_line(
+        run, "--ckpt_path", "last", "--trainer.max_epochs", str(ITERATIONS), "--generation.environment",
+        "strike.Struck", "--trainer.devices", str(processes), *options,
+    )  # fmt: skip
+    arguments = [command[3:]] * processes
+    made = []
+    for number, (place, count, signal, rank) in enumerate(strikes):
+        strike = ["--trainer.callbacks+=strike.Strike", "--trainer.callbacks.place", place]
+        strike += ["--trainer.callbacks.count", str(count), "--trainer.callbacks.number", signal]
+        strike += ["--trainer.callbacks.rank", str(rank), "--trainer.callbacks.name", f"struck-{number}"]
+        made.append([[*one, *strike] for one in arguments])
+    return [*made, arguments]
+
+
+def ledger(run: Path) -> list[tuple[int, int, int, str, str]]:
+    return sorted(
+        (r["iteration"], r["group_id"], r["rollout"], r["task_id"], str(r["messages"]))
+        for record in read_records(run)
+        for r in record.rollouts
+    )
+
+
+def strikes(seed: int, number: int, processes: int) -> list[tuple[str, int, str, int]]:
+    """Every place once, then places at random."""
+    rng = random.Random(seed)
+    places = [*PLACES, *rng.choices(PLACES, k=max(0, number - len(PLACES)))]
+    rng.shuffle(places)
+    signals = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGUSR1")
+    return [
+        (place, rng.randint(1, OFTEN.get(place, 1)), rng.choice(signals), rng.randrange(processes))
+        for place in places[:number]
+    ]
+
+
+def check(folder: Path, seed: int, number: int, processes: int, *options: str) -> None:
+    assert play(folder / "one", lives(folder / "whole", [], processes, *options))[-1] == [0] * processes
+    drawn = strikes(seed, number, processes)
+    ended = play(folder / "many", lives(folder / "struck", drawn, processes, *options))
+    told = list(zip(drawn, ended, strict=False))
+    assert ended[-1] == [0] * processes, (told, said(folder / "many", len(ended) - 1)[-2000:])
+    assert len(ended) > number / 2, f"the run was over before it was struck often enough: {told}"
+    whole, struck = folder / "whole", folder / "struck"
+    assert ledger(struck) == ledger(whole), told
+    left, right = metrics(whole), metrics(struck)
+    assert [row["step"] for row in right] == [row["step"] for row in left] == list(range(ITERATIONS + 1)), told
+    # DDP lays its gradient buckets out anew after a process's first step: equal but for rounding
+    tolerance = {"rel": 0, "abs": 0} if processes == 1 else {"rel": 1e-3, "abs": 1e-5}
+    for a, b in zip(left, right, strict=True):
+        assert b == pytest.approx(a, **tolerance), told
+    mine, theirs = checkpoint(whole)["state_dict"], checkpoint(struck)["state_dict"]
+    for name, value in mine.items():
+        if value.is_floating_point():
+            assert (value - theirs[name]).abs().max() <= (0 if processes == 1 else 1e-5), name
+
+
+def test_one_process_killed_at_twenty_four_places(tmp_path):
+    check(tmp_path, 1, 24, 1)
+
+
+def test_one_of_two_processes_killed_at_twelve_places(tmp_path):
+    check(tmp_path, 2, 12, 2, "--trainer.strategy", "ddp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3, 9))
+def test_many_more_places(tmp_path, seed):
+    check(tmp_path, seed, 40, 1 + seed % 2, *(["--trainer.strategy", "ddp"] if seed % 2 else []))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2"])
+def test_sharded_processes(tmp_path, strategy):
+    check(tmp_path, 10, 12, 2, "--config", f"configs/strategy/{strategy}.yaml")
