@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .slurm_script import Job, check_job
+from .slurm_script import SEEDS, Job, check_job
 
 OURS = {  # options of fit that a job sets by itself -> what to give instead
     "--trainer.num_nodes": "--nodes",
@@ -132,8 +132,8 @@ def job_of(options: argparse.Namespace, rest: list[str], command: str) -> Job:
                 "--ckpt_path: a job that comes back from the queue goes on from the newest checkpoint of its run "
                 "directory; to begin with another one, copy it to RUN/checkpoints"
             )
-        if name == "--seed_everything" and options.seeds is not None:
-            raise UserError("--seed_everything and --seeds: give one of them")
+        if name.removeprefix("--") in SEEDS and options.seeds is not None:
+            raise UserError(f"{name} is what --seeds sets in each run: give one of them")
     if options.time is None:
         raise UserError("--time is missing: the job's limit, as --time 24:00:00")
     tasks = _tasks(options)

@@ -9,6 +9,7 @@ from .errors import UserError
 
 SWITCHES_OFF = ("bash", "interactive")  # job names that Lightning takes for a shell: it would not look at Slurm's ranks
 LINGER = 30  # seconds for the other processes of a job to end, and to write reports, after the first has ended
+SEEDS = ("seed_everything", "data.seed")  # what torch draws; the order of the tasks and all sampling
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Job:
         job = "%A_%a" if self.seeds else "%j"
         run, seed = quote(str(self.run)), []
         if self.seeds:
-            run, seed = f"{run}/seed_$SLURM_ARRAY_TASK_ID", ["--seed_everything=$SLURM_ARRAY_TASK_ID"]
+            run, seed = f"{run}/seed_$SLURM_ARRAY_TASK_ID", [f"--{option}=$SLURM_ARRAY_TASK_ID" for option in SEEDS]
         srun = [
             "--kill-on-bad-exit=0",
             f"--wait={LINGER}",

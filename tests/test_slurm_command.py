@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from distributed.test_ddp import DEADLINE, command_line, metrics
 
+from gear_lightning.callbacks.startup import check_launch
 from gear_lightning.errors import UserError
 from gear_lightning.slurm import slurm_command
 from gear_lightning.slurm_script import seconds
@@ -78,7 +80,7 @@ def test_the_script_is_one_that_bash_can_read(script, tmp_path):
     stub = 'srun() { printf \'%s\\n\' "$@"; }\nexec() { "$@"; }\nSLURM_ARRAY_TASK_ID=3\n' + text
     words = subprocess.run(["bash"], input=stub, text=True, capture_output=True, check=True).stdout.splitlines()
     assert f"--trainer.default_root_dir={odd}/seed_3" in words
-    assert "--seed_everything=3" in words
+    assert {"--seed_everything=3", "--data.seed=3"} <= set(words)
     assert "--container-image=a b#c" in words
     assert f"--container-mounts={Path.cwd()}:{Path.cwd()},{odd}:{odd},/data:/data" in words
     assert words[words.index("-m") - 1] == "python", "the interpreter of the container"
@@ -143,6 +145,7 @@ WRONG = {
     ("--name", "bash"): "Lightning takes a job of that name for a shell",
     ("--trainer.default_root_dir", "runs/interactive"): "--name interactive",
     ("--trainer.default_root_dir", "runs/50%"): "'%' and ',' in a path",
+    ("--seeds", "0-3", "--data.seed", "1"): "--data.seed is what --seeds sets",
     ("--seeds", "one"): "--seeds one: give seeds as 0-9",
     ("--sbatch", "exclusive"): "--sbatch exclusive: give a whole option",
     ("--config", "configs/none.yaml"): "--config configs/none.yaml: no such file",
@@ -224,6 +227,80 @@ def test_a_submission_hands_on_what_sbatch_says(tmp_path, monkeypatch, capsys, c
 )
 def test_time_limits_are_read_as_slurm_reads_them(limit, expected):
     assert seconds(limit) == expected
+
+
+SLURM = {"SLURM_JOB_NAME": "run", "SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "2"}
+TRAINER = {"devices": 2, "num_nodes": 2, "accelerator": "cpu", "plugins": None}
+
+
+@pytest.mark.parametrize(
+    ("variables", "trainer", "told"),
+    [
+        ({"SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, {}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, {"devices": "auto"}, "asks for 2 on 2: give --trainer.num_nodes"),
+        ({"SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, {"devices": [0, 1]}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, {"devices": "0,1"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_NNODES": "1"}, {}, "Slurm started 4 tasks on 1 nodes"),
+        ({"SLURM_NTASKS": "8", "SLURM_NNODES": "2"}, {}, "Slurm started 8 tasks on 2 nodes, and trainer.devices=2 x"),
+        ({"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_STEP_ID": None}, {}, "put srun before the command"),
+        ({"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": None}, {}, "give --ntasks-per-node=2"),
+        ({"SLURM_NTASKS": "1", "SLURM_NNODES": "1", "SLURM_JOB_NAME": "bash"}, {}, None),  # a shell in a job
+        ({}, {}, None),
+        ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "4"}, {}, None),
+        ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2"}, {}, "torchrun started 2 processes"),
+        ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "4", "SLURM_NTASKS": "2", "SLURM_NNODES": "2"}, {}, None),
+    ],
+)
+def test_processes_that_do_not_fit_the_recipe_are_told(monkeypatch, variables, trainer, told):
+    for name in [n for n in os.environ if n.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in {**SLURM, **variables}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    if told is None:
+        check_launch({**TRAINER, **trainer})
+    else:
+        with pytest.raises(UserError) as error:
+            check_launch({**TRAINER, **trainer})
+        assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("apart", "told"),
+    [
+        ("folder", "rank 1 on .* cannot see there what rank 0 on .* wrote; give a directory on a file system"),
+        ("version", "rank 1 has other versions than rank 0: transformers is 9.9.9 there and 5.* on rank 0; give all"),
+    ],
+)
+def test_processes_that_differ_are_told_apart_by_all(tmp_path, repository, apart, told):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    running = []
+    for rank in range(2):
+        command, environment = command_line(Path("run"), "--trainer.strategy=ddp", "--trainer.devices=2")
+        command = [str(repository / word) if word.startswith("configs/") else word for word in command]
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+        paths, folder = [str(repository), environment["PYTHONPATH"]], tmp_path
+        if rank and apart == "version":
+            (tmp_path / "other" / "transformers-9.9.9.dist-info").mkdir(parents=True)
+            (tmp_path / "other" / "transformers-9.9.9.dist-info" / "METADATA").write_text("Version: 9.9.9\n")
+            paths.insert(0, str(tmp_path / "other"))
+        elif rank:
+            folder = tmp_path / "elsewhere"
+            folder.mkdir()
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        running.append(
+            subprocess.Popen(
+                command, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+            )
+        )
+    for process in running:
+        said = process.communicate(timeout=DEADLINE)[1]
+        assert process.returncode == 2, said[-3000:]
+        assert re.search(told, said), said[-3000:]
+        assert "Traceback" not in said
+    assert not list(tmp_path.rglob(".shared-*"))
 
 
 def torchrun(run: Path, repository: Path, processes: int, *options: str) -> subprocess.CompletedProcess:

@@ -54,17 +54,11 @@ def test_a_run_directory_that_a_node_does_not_see_is_named(cluster, tmp_path, ro
 
 SIZES = ("--trainer.num_nodes=2", "--trainer.devices=1")
 WRONG = {  # what is asked of sbatch, of fit, and what is told
-    "2 tasks for 1": (
-        ("--nodes=1", "--ntasks-per-node=2"),
-        ("--trainer.devices=1",),
-        "Slurm started 2 tasks on 1 nodes, and trainer.devices=1 x trainer.num_nodes=1 asks for 1 on 1",
-    ),
     "nodes taken for devices": (
         ("--nodes=2", "--ntasks-per-node=1"),
         ("--trainer.devices=2",),
         "Slurm started 2 tasks on 2 nodes, and trainer.devices=2 x trainer.num_nodes=1 asks for 2 on 1",
     ),
-    "--ntasks": (("--nodes=2", "--ntasks=2"), SIZES, "by --ntasks: give --ntasks-per-node=1 instead"),
     "no srun": (("--nodes=2", "--ntasks-per-node=1"), SIZES, "put srun before the command"),
 }
 

@@ -44,7 +44,6 @@ def test_a_killed_process_ends_the_others(killed, row):
     row("process of rank 1 killed", "the other one has ended, job FAILED", took)
 
 
-# Needs the crash reports.
 def test_the_report_of_a_crash_says_where_the_others_were(killed):
     job, _ = killed
     job.end(30)
@@ -78,7 +77,7 @@ def test_a_stopped_process_ends_the_job_at_the_deadline(cluster, tmp_path, row):
     assert job.end(90) == "FAILED"
     took = time.monotonic() - begun
     assert not any(map(alive, ranks.values())), "the stopped process, too"
-    report = (job.run / "stalled" / "rank_0.txt").read_text()
+    report = (job.run / "crash" / "rank_0.txt").read_text()
     assert "no process has made progress" in report
     assert "rank 1: " in report
     row("process of rank 1 stopped, --timeout 15", "watchdog ends the job, both processes gone", took)

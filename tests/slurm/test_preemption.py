@@ -1,14 +1,12 @@
-"""A job that is told to go, saves one checkpoint, comes back from the queue and ends as if nothing had been.
-
-Needs the preemption callback.
-"""
+"""A job that is told to go, saves one checkpoint, comes back from the queue and ends as if nothing had been."""
 
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from slurm.cluster import run
-from slurm.jobs import send
+from slurm.jobs import Sent, send
 
 from gear_lightning.parity import compare
 
@@ -67,7 +65,8 @@ def test_told_to_go_again_and_again_in_a_tight_loop(tight, row):
 
 @pytest.fixture(scope="module")
 def phases(cluster, tmp_path_factory):
-    """Jobs that stay long in one phase each, and one that does not."""
+    """Jobs that stay long in one phase each, told to go in it, with the seconds until they were back in the queue; and
+    one that nobody tells anything."""
     folder, sent = tmp_path_factory.mktemp("phases"), {}
     options = [
         "--config=configs/strategy/ddp.yaml", "--trainer.max_epochs=4", "--trainer.limit_val_batches=1.0",
@@ -76,28 +75,37 @@ def phases(cluster, tmp_path_factory):
         "--trainer.callbacks=[{class_path: slurm.phases.LingeringSave}]",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        for phase in ("none", *PHASES):
+        for phase in (*PHASES, "none"):
             run = folder / phase.replace(" ", "_")
             patch.setenv("PHASE", phase)
             patch.setenv("TOLD", f"{run}.told")
-            sent[phase] = (send(run, *options), run.with_name(f"{run.name}.told"))
-    return sent
+            sent[phase] = send(run, *options)
+    took = {}
+    with ThreadPoolExecutor(len(PHASES)) as pool:
+        for phase, seconds in zip(PHASES, pool.map(lambda phase: _tell(sent[phase], phase), PHASES), strict=True):
+            took[phase] = seconds
+    return sent, took
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_told_to_go_in_the_middle_of_a_phase(phases, row, phase):
-    whole, (job, told) = phases["none"][0], phases[phase]
-    job.until(told.exists, f"start of {phase}", pause=0.01)
+def _tell(job: Sent, phase: str) -> float:
+    job.until(job.run.with_name(f"{job.run.name}.told").exists, f"start of {phase}", pause=0.01)
     time.sleep(0.3)
     begun = time.monotonic()
     job.signal("USR1")
     job.until(lambda: job.restarts == 1, "requeue", deadline=60)
-    took = time.monotonic() - begun
-    whole.succeeds()
-    job.succeeds()
-    found = compare(whole.run, job.run)
+    return time.monotonic() - begun
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_told_to_go_in_the_middle_of_a_phase(phases, row, phase):
+    jobs, took = phases
+    jobs["none"].succeeds()
+    jobs[phase].succeeds()
+    found = compare(jobs["none"].run, jobs[phase].run)
     worst = max(found.worst.values())
-    row(f"USR1 during {phase}", f"came back, same ids: {found.same_ids}, largest difference {worst:.1e}", took)
+    told = f"came back, same ids: {found.same_ids}, largest difference {worst:.1e}"
+    row(f"USR1 during {phase}", told, took[phase])
+    assert jobs[phase].restarts == 1
     assert found.within(TOLERANCE), found
 
 
