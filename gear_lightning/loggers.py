@@ -50,8 +50,8 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         metrics, step = dict(metrics), step or 0
-        if self._rows is None:
-            self._rows = [row for row in self._read() if int(row["step"]) < step]
+        if self._rows is None:  # the step's own row stays: its evaluation alone may be done again
+            self._rows = [row for row in self._read() if int(row["step"]) <= step]
         if not self._rows or int(self._rows[-1]["step"]) != step:
             self._rows.append({"step": step})
         self._rows[-1].update(metrics)
