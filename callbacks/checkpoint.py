@@ -1,4 +1,4 @@
-"""When and how checkpoints are written."""
+"""When checkpoints are written, and which are kept."""
 
 import os
 from pathlib import Path
@@ -7,18 +7,53 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from gear_lightning.loggers import MetricsFile
+
 
 class IterationCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint that also saves after the last iteration, whatever ``every_n_epochs``, and replaces
-    the ``last.ckpt`` link in one go, so that a kill leaves the old one or the new one."""
+    the ``last.ckpt`` link in one go, so that a kill leaves the old one or the new one.
+
+    Of the checkpoints that ``save_top_k`` would remove, the newest stays: what is left if the last one is damaged.
+    A checkpoint also holds the iteration's row of metrics, which Lightning logs after it: a run killed in between lacks
+    nothing when it goes on.
+    """
+
+    _spare: str | None = None
+    _row: dict[str, float] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self._row is None:
+            return
+        metrics = {name: value for name, value in self._row.items() if name != "step"}
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.log_metrics(metrics, int(self._row["step"]))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # on all ranks, for it communicates
+        row = trainer._logger_connector.metrics["log"]  # trainer.logged_metrics also has those of earlier iterations
+        self._row = {name: float(value) for name, value in row.items()}
         super().on_train_epoch_end(trainer, pl_module)
         over = trainer.current_epoch + 1 == trainer.max_epochs or trainer.should_stop
         if over and self._should_save_on_train_epoch_end(trainer) and not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        spare, self._spare = self._spare, filepath
+        if spare is not None and spare != filepath:
+            super()._remove_checkpoint(trainer, spare)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "spare": self._spare, "row": self._row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        mine = dict(state_dict)
+        self._spare, self._row = mine.pop("spare", None), mine.pop("row", None)
+        super().load_state_dict(mine)
 
     @staticmethod
     def _link_checkpoint(trainer: Any, filepath: str, linkpath: str) -> None:
@@ -28,10 +63,3 @@ class IterationCheckpoint(ModelCheckpoint):
             os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), fresh)
             os.replace(fresh, linkpath)
         trainer.strategy.barrier()
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a folder, None where there is none. Files are written whole or not at all; a link
-    whose file a kill has left behind removed is passed over."""
-    whole = [path for path in Path(folder).glob("*.ckpt") if path.exists()]
-    return max(whole, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gear_lightning.batch import RolloutBatch
 from gear_lightning.errors import UserError
+from gear_lightning.files import try_to_write
 from gear_lightning.records import FORMAT, TENSOR_KEYS, record_files, write_record
 from gear_lightning.rollout import Rollout
 
@@ -44,8 +45,15 @@ class RolloutRecorder(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: RolloutBatch, batch_idx: int
     ) -> None:
-        if not self._wanted(trainer) or batch.inner_epoch or not (batch.index >= 0).any():
+        if not self._wanted(trainer) or batch.inner_epoch:
             return
+        if (batch.index >= 0).any():
+            self._take(outputs, batch)
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if data.position == data.micro_batches:  # now, so that a run stopped in the evaluation that follows has it
+            try_to_write("rollout records", lambda: self._record(trainer, data))
+
+    def _take(self, outputs: Any, batch: RolloutBatch) -> None:
         policy, teacher, credit = outputs["policy"], outputs["teacher"], outputs["credit"]
         zeros = torch.zeros_like(policy.logprobs)
         part = {
@@ -57,10 +65,7 @@ class RolloutRecorder(L.Callback):
         }
         self._parts.append({name: value.cpu() for name, value in part.items()})
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._wanted(trainer):
-            return
-        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+    def _record(self, trainer: L.Trainer, data: Any) -> None:
         tensors = _join(self._parts)
         index = tensors.pop("index").tolist() if self._parts else []
         row_of = {place: row for row, place in enumerate(index)}

@@ -12,6 +12,7 @@ import lightning as L
 
 from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.errors import Stopped
+from gear_lightning.files import replace_text, try_to_write
 from gear_lightning.rollout import LEARNABLE
 from gear_lightning.together import gather
 
@@ -106,18 +107,16 @@ class RunStatus(L.Callback):
     # -- files --------------------------------------------------------------------------------------------------------
 
     def _write(self) -> None:
-        path, self._written = self._folder / STATUS, time.time()
-        partial = path.with_suffix(".partial")
-        try:
-            partial.write_text(json.dumps({**self._status, "time": self._written}))
-            os.replace(partial, path)
-        except OSError:  # it is told elsewhere; the next write tries again
-            partial.unlink(missing_ok=True)
+        self._written = time.time()
+        text = json.dumps({**self._status, "time": self._written})
+        try_to_write("status", lambda: replace_text(self._folder / STATUS, text))
 
     def _attempt(self, what: str, **more: Any) -> None:
         if self._writes:
-            try:
-                with (self._folder / ATTEMPTS).open("a") as file:
-                    file.write(json.dumps({"what": what, "time": time.time(), **more}) + "\n")
-            except OSError:
-                return
+            line = json.dumps({"what": what, "time": time.time(), **more})
+            try_to_write("status", lambda: _append(self._folder / ATTEMPTS, line))
+
+
+def _append(path: Path, line: str) -> None:
+    with path.open("a") as file:
+        file.write(line + "\n")

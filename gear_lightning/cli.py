@@ -13,11 +13,12 @@ import jsonargparse._typehints as typehints
 import lightning as L
 import torch
 from jsonargparse._util import import_object
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from .callbacks.checkpoint import IterationCheckpoint, newest_checkpoint
+from .callbacks.checkpoint import IterationCheckpoint
 from .callbacks.credit_map import CreditMap
 from .callbacks.first_evaluation import FirstEvaluation
 from .callbacks.generation import GenerationCallback
@@ -31,6 +32,7 @@ from .callbacks.sample_table import SampleTable
 from .callbacks.startup import StartupCheck, check_launch
 from .callbacks.throughput import Throughput
 from .callbacks.watchdog import Watchdog
+from .checkpoints import CompleteCheckpoints
 from .data import RolloutDataModule
 from .errors import Stopped, UserError, let_through_unions
 from .loggers import MetricsFile
@@ -154,8 +156,8 @@ class GearCLI(LightningCLI):
         named = path in (None, "last", "hpc", "registry") or "://" in str(path)
         if not named and not Path(str(path)).exists():
             raise UserError(f"ckpt_path={path}: no such checkpoint")
-        newest = newest_checkpoint(self._checkpoint_dir) if path == "last" else None
-        if path == "last" and self.subcommand != "fit" and newest is None:
+        found = path == "last" and any(self._checkpoint_dir.glob("*.ckpt"))
+        if path == "last" and self.subcommand != "fit" and not found:
             raise UserError(f"ckpt_path=last: there is no checkpoint in {self._checkpoint_dir}")
         if path is None and self.subcommand != "fit":
             print(f"No --ckpt_path: this is {self.subcommand} of the policy before any training.", file=sys.stderr)
@@ -163,7 +165,7 @@ class GearCLI(LightningCLI):
         flat = self.config[str(self.subcommand)]
         self.datamodule.resolved_config = {k: str(v) for k, v in vars(flat.as_flat()).items() if k != "config"}
         if path == "last":  # on the first start of a job that is started again and again there is none yet
-            self.config_init[str(self.subcommand)]["ckpt_path"] = None if newest is None else str(newest)
+            self.config_init[str(self.subcommand)]["ckpt_path"] = str(self._checkpoint_dir) if found else None
         if self._get(self.config_init, "weights_only") is None:  # Lightning would unpickle a remote checkpoint
             self.config_init[str(self.subcommand)]["weights_only"] = True
 
@@ -177,6 +179,10 @@ class GearCLI(LightningCLI):
             probe.unlink()
         except OSError as error:
             raise UserError(f"trainer.default_root_dir={run} cannot be written to ({error.strerror})") from None
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, CompleteCheckpoints()]
         logger, file = config.get("logger"), MetricsFile(str(run), self._own_file("metrics.csv"))
         if logger in (None, True):
             board = [TensorBoardLogger(run, name="", version="tensorboard")] if self.subcommand == "fit" else []

@@ -23,6 +23,7 @@ from torch import Tensor
 from .credit_text import render_credit_text
 from .credit_trace import Decode, Trace, load_decoder, trace, visible
 from .errors import UserError
+from .files import replace_text
 from .records import Record, read_records, record_files
 
 # Short names of the page's columns; the rest of the page's data format is in `_entry`.
@@ -133,9 +134,7 @@ def write_credit_page(
         max_rollouts=max_rollouts,
         left_out=sum(size for i, size in sizes.items() if i not in shown),
     )
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(partial, out)
+    replace_text(out, page)
     return out
 
 

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .checkpoints import check_whole
 from .errors import UserError
 
 
@@ -29,8 +30,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, adapter: bool = False) 
     """
     import torch
 
-    if not checkpoint.is_file():
-        raise UserError(f"{checkpoint}: no such checkpoint file")
+    check_whole(checkpoint)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not an empty directory")
     try:

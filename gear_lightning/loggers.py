@@ -1,7 +1,7 @@
 """The metrics file of a run."""
 
 import csv
-import os
+import io
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,14 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from .files import replace_text, try_to_write
+
 
 class MetricsFile(Logger):
     """Writes ``metrics.csv`` into the run directory: one row per step, one column per metric, whole after every write.
 
-    A resumed run continues the file: rows of steps that are done again are replaced. (Lightning's CSVLogger deletes the
-    file of an earlier attempt.)
+    A resumed run continues the file: it goes on in the row of its first step, and later rows are done again.
+    (Lightning's CSVLogger deletes the file of an earlier attempt.)
 
     Args:
         save_dir: the run directory.
@@ -50,12 +52,12 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         metrics, step = dict(metrics), step or 0
-        if self._rows is None:  # the step's own row stays: its evaluation alone may be done again
+        if self._rows is None:
             self._rows = [row for row in self._read() if int(row["step"]) <= step]
         if not self._rows or int(self._rows[-1]["step"]) != step:
             self._rows.append({"step": step})
         self._rows[-1].update(metrics)
-        self._write()
+        try_to_write("metrics", self._write)
 
     def _read(self) -> list[dict[str, Any]]:
         if not self._path.exists():
@@ -66,10 +68,8 @@ class MetricsFile(Logger):
     def _write(self) -> None:
         assert self._rows is not None
         columns = sorted({key for row in self._rows for key in row} - {"step", "epoch"})
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["step", "epoch", *columns], restval="")
-            writer.writeheader()
-            writer.writerows(self._rows)
-        os.replace(partial, self._path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, ["step", "epoch", *columns], restval="")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        replace_text(self._path, text.getvalue())

@@ -6,7 +6,6 @@ The tensors (see `TENSOR_KEYS`) are what training used, so that credit can be re
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from .errors import UserError
+from .files import replace_file, replace_text
 
 FORMAT = 1
 TENSOR_KEYS = {
@@ -70,15 +70,13 @@ class Record:
 
 def write_record(folder: Path, iteration: int, rank: int, rollouts: list[dict[str, Any]], tensors: dict[str, Tensor]):
     """Write one record atomically: readers see a whole file or none; the JSONL file appears last."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"iter_{iteration:06d}.rank_{rank}"
-    partial = stem.with_name(stem.name + ".partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"format": str(FORMAT)})
-    os.replace(partial, stem.with_name(stem.name + ".safetensors"))
-    partial.write_text("".join(json.dumps(r, allow_nan=False, default=str) + "\n" for r in rollouts))
-    os.replace(partial, stem.with_name(stem.name + ".jsonl"))
+    stem = f"iter_{iteration:06d}.rank_{rank}"
+    content = save({k: v.contiguous() for k, v in tensors.items()}, metadata={"format": str(FORMAT)})
+    replace_file(folder / f"{stem}.safetensors", lambda file: file.write(content))
+    lines = "".join(json.dumps(r, allow_nan=False, default=str) + "\n" for r in rollouts)
+    replace_text(folder / f"{stem}.jsonl", lines)
 
 
 def record_files(run: Path) -> list[tuple[int, int, Path]]:
@@ -124,3 +122,12 @@ def read_records(run: Path, iterations: list[int] | None = None) -> Iterator[Rec
         except Exception as error:
             raise UserError(f"{tensor_file}: cannot be read ({error})") from None
         yield Record(iteration, rank, rollouts, tensors)
+
+
+def ledger(run: Path) -> list[tuple[int, int, str]]:
+    """What a run has been trained on: (iteration, group id, task id) of every group, in order.
+
+    Raises:
+        UserError: as `read_records`.
+    """
+    return sorted({(r["iteration"], r["group_id"], r["task_id"]) for x in read_records(run) for r in x.rollouts})

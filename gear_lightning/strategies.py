@@ -5,7 +5,6 @@ number of processes.
 """
 
 import argparse
-import os
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from . import zero_state
+from .checkpoints import read_checkpoint, remove_checkpoint, resolve, write_checkpoint
 from .errors import UserError
 from .optimizers import as_kept, in_floats
 from .sharding import fill, full, local, replace_parameters, shard_like, skeleton, whole_of
@@ -80,17 +80,14 @@ class WholeCheckpoints(Strategy):
         if storage_options is not None:
             raise TypeError("storage_options are not supported: checkpoints are files")
         if self.is_global_zero:  # straight to the file: Lightning's way would hold it in memory once more
-            path = Path(filepath)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            torch.save(checkpoint, partial)
-            os.replace(partial, path)
+            write_checkpoint(checkpoint, Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        if not Path(checkpoint_path).is_file():
-            raise UserError(f"{checkpoint_path}: not a checkpoint file")
-        # mapped, not read: every rank takes its part only
-        return torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
+        return read_checkpoint(resolve(Path(checkpoint_path)))  # mapped, not read: every rank takes its part only
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self.is_global_zero:
+            remove_checkpoint(Path(filepath))
 
     # -- models -------------------------------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class Strike(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.reach("start")
-        data: Any = trainer.datamodule
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         generate, score = data.generator.generate, pl_module.teacher.score
 
         def generated(*args: Any) -> Any:
@@ -76,25 +76,25 @@ class Strike(L.Callback):
 
         data.generator.generate, pl_module.teacher.score = generated, scored
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, *args: Any, **options: Any) -> None:
         self.reach("update")
 
-    def on_before_optimizer_step(self, *_: Any) -> None:
+    def on_before_optimizer_step(self, *args: Any, **options: Any) -> None:
         self.reach("optimizer step")
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, *args: Any, **options: Any) -> None:
         self.reach("update end")
 
-    def on_validation_batch_start(self, *_: Any) -> None:
+    def on_validation_batch_start(self, *args: Any, **options: Any) -> None:
         self.reach("evaluation")
 
-    def on_validation_end(self, *_: Any) -> None:
+    def on_validation_end(self, *args: Any, **options: Any) -> None:
         self.reach("evaluation end")
 
-    def on_save_checkpoint(self, *_: Any) -> None:
+    def on_save_checkpoint(self, *args: Any, **options: Any) -> None:
         self.reach("checkpoint")
 
-    def on_train_epoch_end(self, *_: Any) -> None:
+    def on_train_epoch_end(self, *args: Any, **options: Any) -> None:
         self.reach("epoch end")
 
 

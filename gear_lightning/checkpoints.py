@@ -1,0 +1,234 @@
+"""Checkpoint files and how it is known that one is whole.
+
+Beside ``NAME.ckpt`` lies ``NAME.ckpt.json``, written after it: size and SHA-256 of the file, and where in the run it
+was written. A file without it, or that differs from it, is not complete.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from .errors import UserError
+from .files import replace_file, replace_text
+from .together import together
+
+FORMAT = 1
+
+
+class _Hashing:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        self.size += memoryview(data).nbytes
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def manifest_path(path: Path) -> Path:
+    """Where the manifest of a checkpoint lies."""
+    return path.with_name(path.name + ".json")
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint, then its manifest.
+
+    Raises:
+        UserError: it cannot be written; nothing of it is left behind, and the others are untouched.
+    """
+    from . import __version__
+
+    try:
+        _check_room(path)
+        manifest_path(path).unlink(missing_ok=True)  # of the file that this one replaces
+        written: list[_Hashing] = []
+
+        def save(file: IO[bytes]) -> None:
+            written.append(_Hashing(file))
+            torch.save(checkpoint, cast(Any, written[0]))  # which needs no more of a file than these two methods
+
+        replace_file(path, save, durable=True)
+        manifest = {
+            "format": FORMAT,
+            "size": written[0].size,
+            "sha256": written[0].digest(),
+            "optimizer_steps": checkpoint.get("global_step", 0),
+            "iteration": checkpoint.get("epoch", 0),
+            "time": time.time(),
+            "gear_lightning": __version__,
+        }
+        replace_text(manifest_path(path), json.dumps(manifest, indent=1) + "\n", durable=True)
+    except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        reason = cause.strerror or str(cause)
+        before = [p.name for p, _ in _known(path.parent) if p != path]
+        kept = f"; {before[0]} is there to go on from" if before else ""
+        raise UserError(f"the checkpoint {path} cannot be written: {reason}{kept}") from error
+
+
+def _check_room(path: Path) -> None:
+    """Fail before an hour of writing, not after it."""
+    sizes = [p.stat().st_size for p, _ in _known(path.parent)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if sizes and free < max(sizes):
+        raise OSError(28, f"{max(sizes) / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free")
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint and its manifest."""
+    manifest_path(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None where nothing is. Reads the whole file."""
+    path = path.resolve()
+    manifest = _manifest(path)
+    if isinstance(manifest, str):
+        return manifest
+    size = path.stat().st_size
+    if size != manifest["size"]:
+        return f"it has {size:,} bytes of {manifest['size']:,}"
+    content = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            content.update(block)
+    return None if content.hexdigest() == manifest["sha256"] else "its content has changed since it was written"
+
+
+def _manifest(path: Path) -> dict[str, Any] | str:
+    """The manifest of a checkpoint, or what is wrong with it."""
+    place = manifest_path(path)
+    if not place.exists():
+        return f"there is no {place.name}: it was not written to its end, or copied without it"
+    try:
+        found = json.loads(place.read_text())
+        order = [float(found[key]) for key in ("optimizer_steps", "iteration", "time", "size")]
+        return {**found, "order": order[:3]} if found["format"] == FORMAT else f"{place.name} is of another version"
+    except (ValueError, KeyError, TypeError, OSError):
+        return f"{place.name} cannot be read"
+
+
+def _known(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Checkpoints of a folder that have a manifest, newest first."""
+    found = []
+    for path in folder.glob("*.ckpt"):
+        if path.is_file() and not path.is_symlink() and isinstance(manifest := _manifest(path), dict):
+            found.append((path, manifest))
+    return sorted(found, key=lambda pair: (pair[1]["order"], pair[0].name), reverse=True)
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The checkpoint that has come farthest and is complete, None where there is none.
+
+    Others that would have gone before it are named on stderr, with what is wrong, and left where they are.
+    """
+    known = _known(folder)
+    chosen, bad = None, {}
+    for path, _ in known:
+        if (wrong := damage(path)) is None:
+            chosen = path
+            break
+        bad[path] = wrong
+    since = 0 if chosen is None else chosen.stat().st_mtime_ns
+    for path in folder.glob("*.ckpt"):
+        if path.is_file() and not path.is_symlink() and path not in dict(known) and path.stat().st_mtime_ns >= since:
+            bad[path] = str(_manifest(path))
+    for path, wrong in bad.items():
+        print(f"checkpoint {path} is passed over: {wrong}", file=sys.stderr)
+    return chosen
+
+
+def resolve(path: Path) -> Path:
+    """The file to resume from, the same on all ranks. All ranks must call it, and rank 0 alone reads the file.
+
+    Args:
+        path: a checkpoint, or a folder: the newest complete one in it.
+
+    Raises:
+        UserError: on all ranks, where there is none or where it is not whole.
+    """
+    import torch.distributed as dist
+
+    several = dist.is_available() and dist.is_initialized()
+    mine = not several or dist.get_rank() == 0
+    found: list[Path | None] = [together(lambda: _resolve(path) if mine else None)]
+    if several:
+        dist.broadcast_object_list(found, src=0)
+    assert found[0] is not None
+    return found[0]
+
+
+def _resolve(path: Path) -> Path:
+    if path.is_dir():
+        newest = newest_complete(path)
+        if newest is None:
+            raise UserError(f"there is no complete checkpoint in {path}; move its .ckpt files away to start afresh")
+        return newest
+    check_whole(path)
+    return path
+
+
+def check_whole(path: Path) -> None:
+    """Look at a checkpoint that was asked for by name; one without a manifest is taken, with a word.
+
+    Raises:
+        UserError: no such file, or it differs from its manifest; says how.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    if not manifest_path(path.resolve()).exists():
+        print(f"{path} has no manifest ({path.name}.json): whether it is whole is not known", file=sys.stderr)
+    elif (wrong := damage(path)) is not None:
+        raise UserError(f"{path} is damaged: {wrong}")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint as plain data and tensors, mapped from the file.
+
+    Raises:
+        UserError: not a checkpoint, or one that holds more than data.
+    """
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
+
+
+class CompleteCheckpoints(TorchCheckpointIO):
+    """Lightning's files of one device and of DDP, written, read and removed as above."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if storage_options is not None or "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        write_checkpoint(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, True)
+        return read_checkpoint(resolve(Path(path)))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        if "://" in str(path):
+            return super().remove_checkpoint(path)
+        remove_checkpoint(Path(path))

@@ -1,0 +1,66 @@
+"""Files that are there whole or not at all, and what a full disk costs."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+def replace_file(path: Path, write: Callable[[IO[bytes]], Any], *, durable: bool = False) -> None:
+    """Put a file in place of the one there, in one go: readers and kills see the old one or the new one.
+
+    Args:
+        path: of the file; its folder is made.
+        write: writes the content into an open binary file.
+        durable: wait until the content is on the disk, so that it outlives a crash of the machine.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """`replace_file` with text, in UTF-8; what UTF-8 has no word for becomes a question mark."""
+    replace_file(path, lambda file: file.write(text.encode("utf-8", "replace")), durable=durable)
+
+
+_failing: set[str] = set()  # kinds of files that could not be written the last time
+
+
+def try_to_write(kind: str, write: Callable[[], Any]) -> bool:
+    """Write something that training can do without. Where the disk is full, or gone, training goes on: one warning
+    tells, and the next file of the kind is tried again.
+
+    Args:
+        kind: what it is, for the warning: "rollout records".
+        write: does it.
+
+    Returns:
+        Whether it was written.
+    """
+    try:
+        write()
+    except OSError as error:
+        if kind not in _failing:
+            _failing.add(kind)
+            where = f" ({error.filename})" if error.filename else ""
+            rank_zero_warn(f"The {kind} cannot be written{where}: {error.strerror or error}. Training goes on without.")
+        return False
+    if kind in _failing:
+        _failing.discard(kind)
+        rank_zero_warn(f"The {kind} are written again.")
+    return True

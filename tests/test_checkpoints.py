@@ -1,0 +1,226 @@
+"""Checkpoints that are not whole are found, told and passed over; a full disk leaves none behind."""
+
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import data, generation, module, trainer
+
+from gear_lightning.callbacks.checkpoint import IterationCheckpoint
+from gear_lightning.checkpoints import (
+    CompleteCheckpoints,
+    damage,
+    manifest_path,
+    newest_complete,
+    remove_checkpoint,
+    resolve,
+    write_checkpoint,
+)
+from gear_lightning.errors import UserError
+from gear_lightning.files import replace_file, try_to_write
+from gear_lightning.loggers import MetricsFile
+
+
+def write(folder: Path, steps: int, name: str | None = None) -> Path:
+    path = folder / f"{name or steps}.ckpt"
+    values = torch.arange(300, dtype=torch.float32) + steps
+    write_checkpoint({"global_step": steps, "epoch": steps, "values": values}, path)
+    return path
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_what_is_written_is_whole_and_read_back(tmp_path):
+    path = write(tmp_path, 3)
+    assert damage(path) is None
+    assert torch.load(path, weights_only=True)["values"][0] == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3.ckpt", "3.ckpt.json"]
+    remove_checkpoint(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_any_flipped_byte_and_any_cut_is_found(tmp_path):
+    path, rng = write(tmp_path, 3), random.Random(0)
+    whole = path.read_bytes()
+    for place in [0, len(whole) - 1, *rng.sample(range(len(whole)), 200)]:
+        flip(path, place)
+        assert "content has changed" in damage(path)
+        path.write_bytes(whole[:place])
+        assert "bytes of" in damage(path)
+        path.write_bytes(whole)
+    assert damage(path) is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"format": 1}', '{"format": 9, "size": 1}', "\x00"])
+def test_a_manifest_that_is_none_is_found(tmp_path, content):
+    path = write(tmp_path, 3)
+    manifest_path(path).write_text(content)
+    assert "ckpt.json" in damage(path)
+
+
+def test_the_newest_is_the_one_that_has_come_farthest_not_the_one_copied_last(tmp_path):
+    far = write(tmp_path, 9)
+    write(tmp_path, 5)
+    os.utime(far, (0, 0))
+    assert newest_complete(tmp_path) == far
+    later = write(tmp_path, 9, "stopped")  # as many steps, written later
+    assert newest_complete(tmp_path) == later
+
+
+def test_damaged_ones_are_told_and_passed_over(tmp_path, capsys):
+    kept = write(tmp_path, 1)
+    flip(write(tmp_path, 2), 100)
+    cut = write(tmp_path, 3)
+    cut.write_bytes(cut.read_bytes()[:500])
+    manifest_path(write(tmp_path, 4)).unlink()
+    (tmp_path / "5.ckpt").write_bytes(b"no checkpoint at all")
+    (tmp_path / "6.ckpt.partial").write_bytes(b"half")
+    assert newest_complete(tmp_path) == kept
+    said = capsys.readouterr().err
+    for name, why in (("2", "has changed"), ("3", "500 bytes of"), ("4", "no 4.ckpt.json"), ("5", "no 5.ckpt.json")):
+        assert any(f"/{name}.ckpt is passed over" in line and why in line for line in said.splitlines()), said
+    assert len(list(tmp_path.iterdir())) == 9, "nothing was removed"
+
+
+def test_no_complete_one_is_an_error_that_says_what_to_do(tmp_path):
+    flip(write(tmp_path, 2), 100)
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        resolve(tmp_path)
+
+
+def test_one_asked_for_by_name_is_looked_at(tmp_path, capsys):
+    path = write(tmp_path, 2)
+    link = tmp_path / "last.ckpt"
+    link.symlink_to(path.name)
+    assert resolve(link) == link
+    flip(path, 200)
+    for name in (path, link):
+        with pytest.raises(UserError, match="damaged: its content has changed"):
+            resolve(name)
+    manifest_path(path).unlink()
+    assert resolve(path) == path
+    assert "has no manifest" in capsys.readouterr().err
+
+
+def full_disk(folder: Path, size: str) -> None:
+    """Mount a small file system of memory on a folder."""
+    folder.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("cannot mount a small file system here")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "small"
+    full_disk(folder, "600k")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_nothing_and_harms_nothing(small_disk):
+    before = write(small_disk, 1)
+    (small_disk / "filler").write_bytes(bytes(300_000))
+    big = {"global_step": 2, "epoch": 2, "values": torch.zeros(100_000)}
+    with pytest.raises(UserError, match=r"cannot be written: No space left on device; 1.ckpt is there to go on from"):
+        write_checkpoint(big, small_disk / "2.ckpt")
+    assert sorted(p.name for p in small_disk.iterdir()) == ["1.ckpt", "1.ckpt.json", "filler"]
+    assert newest_complete(small_disk) == before
+    (small_disk / "filler").write_bytes(bytes(595_000))
+    with pytest.raises(UserError, match="GiB are needed"):  # told before it is tried
+        write_checkpoint({**big, "values": torch.zeros(1)}, small_disk / "3.ckpt")
+
+
+def test_training_outlives_a_full_disk_and_records_again_when_there_is_room(small_disk, tmp_path):
+    filler, rows = small_disk / "filler", []
+
+    class Fill(IterationCheckpoint):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                filler.write_bytes(bytes(1))
+                try:
+                    with filler.open("wb") as file:
+                        while True:
+                            file.write(bytes(4096))
+                            file.flush()
+                except OSError:
+                    rows.append(len(list((small_disk / "rollouts").glob("*.jsonl"))))
+            if trainer.current_epoch == 3:
+                filler.unlink()
+
+    run = trainer(
+        small_disk, generation(), Fill(dirpath=tmp_path / "elsewhere"), max_epochs=5, enable_checkpointing=True
+    )
+    with pytest.warns(UserWarning) as warned:
+        run.fit(module(), datamodule=data())
+    said = [str(w.message) for w in warned]
+    assert sum("rollout records cannot be written" in text for text in said) == 1
+    assert sum("rollout records are written again" in text for text in said) == 1
+    assert [len(list((small_disk / "rollouts").glob(f"iter_00000{i}*.jsonl"))) for i in range(5)] == [1, 0, 0, 1, 1]
+    assert not list(small_disk.rglob("*.partial"))
+    assert len((small_disk / "metrics.csv").read_text().splitlines()) == 6, "the metrics have caught up"
+
+
+def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    replace_file(path, lambda file: file.write(b"old"))
+
+    def broken(file):
+        file.write(b"new")
+        raise OSError(28, "No space left on device")
+
+    with pytest.warns(UserWarning, match="The pages cannot be written: No space left"):
+        assert not try_to_write("pages", lambda: replace_file(path, broken))
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    with pytest.warns(UserWarning, match="The pages are written again"):
+        assert try_to_write("pages", lambda: replace_file(path, lambda file: file.write(b"new")))
+
+
+def fit(folder: Path, epochs: int, resume: bool = False) -> None:
+    kept = IterationCheckpoint(dirpath=folder / "checkpoints", filename="{epoch}", save_on_train_epoch_end=True)
+    run = trainer(
+        folder, generation(), kept, max_epochs=epochs, enable_checkpointing=True, plugins=[CompleteCheckpoints()]
+    )
+    run.fit(module(), datamodule=data(), ckpt_path=folder / "checkpoints" if resume else None, weights_only=True)
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tmp_path, capsys):
+    fit(tmp_path / "whole", 5)
+    fit(tmp_path / "hurt", 4)
+    folder = tmp_path / "hurt" / "checkpoints"
+    assert sorted(p.name for p in folder.glob("*.ckpt")) == ["epoch=2.ckpt", "epoch=3.ckpt"], "one is kept to spare"
+    flip(folder / "epoch=3.ckpt", 5000)
+    fit(tmp_path / "hurt", 5, resume=True)
+    assert "epoch=3.ckpt is passed over" in capsys.readouterr().err
+    ends = [
+        torch.load(tmp_path / name / "checkpoints" / "epoch=4.ckpt", weights_only=True) for name in ("whole", "hurt")
+    ]
+    for name, value in ends[0]["state_dict"].items():
+        assert torch.equal(value, ends[1]["state_dict"][name]), name
+
+
+def test_a_checkpoint_holds_the_row_that_is_logged_after_it(tmp_path):
+    fit(tmp_path, 2)
+    before = MetricsFile(str(tmp_path))._read()
+    rows = (tmp_path / "metrics.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.csv").write_text("".join(rows[:-1]))  # killed between the checkpoint and the row
+    fit(tmp_path, 3, resume=True)
+    steps = [line.split(",")[0] for line in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
+    assert steps == ["1", "2", "3"]
+    after = MetricsFile(str(tmp_path))._read()
+    timed = ("time/", "perf/")
+    for row in (0, 1):
+        lost = {key for key in before[row] if before[row][key] != after[row].get(key) and not key.startswith(timed)}
+        assert not lost, lost
