@@ -190,11 +190,13 @@ def _tasks(options: argparse.Namespace) -> int:
         raise UserError(f"--gpus-per-node {gpus} must be at least 1, or 0 for a job on CPUs")
     if gpus and tasks not in (None, gpus):
         raise UserError(f"--tasks-per-node {tasks}: on GPUs there is one process for each, --gpus-per-node {gpus}")
-    if not gpus and tasks is None:
+    if gpus:
+        return gpus
+    if tasks is None:
         raise UserError("--gpus-per-node 0: how many processes? add --tasks-per-node 2")
-    if not gpus and tasks < 1:
+    if tasks < 1:
         raise UserError(f"--tasks-per-node {tasks} must be at least 1")
-    return gpus or tasks
+    return tasks
 
 
 def _read(rest: list[str], nodes: int, tasks: int) -> tuple[Any, int]:
