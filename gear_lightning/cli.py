@@ -28,7 +28,7 @@ from .callbacks.progress import PhaseProgress
 from .callbacks.rollout_recorder import RolloutRecorder
 from .callbacks.run_status import RunStatus
 from .callbacks.sample_table import SampleTable
-from .callbacks.startup import StartupCheck
+from .callbacks.startup import StartupCheck, check_launch
 from .callbacks.throughput import Throughput
 from .callbacks.watchdog import Watchdog
 from .checkpoints import CompleteCheckpoints
@@ -174,6 +174,7 @@ class GearCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         run, config = self.run_dir, self._get(self.config_init, "trainer")
+        check_launch(config)
         try:
             run.mkdir(parents=True, exist_ok=True)
             probe = run / f".writable-{os.getpid()}"

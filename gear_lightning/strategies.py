@@ -7,6 +7,7 @@ number of processes.
 import argparse
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from .errors import UserError
 from .optimizers import as_kept, in_floats
 from .sharding import fill, full, local, replace_parameters, shard_like, skeleton, whole_of
 from .together import together
+
+TIMEOUT = timedelta(minutes=30)  # Lightning's own
 
 
 class WholeCheckpoints(Strategy):
@@ -143,10 +146,19 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):
         reshard_after_forward: free a layer's gathered weights after its forward and gather them again in backward.
             False trades memory for communication.
         process_group_backend: ``nccl``, ``gloo``, ... Null: what fits the device.
+        timeout: longest time that a process waits for the others in a collective, as 0:30:00.
     """
 
-    def __init__(self, replicas: int = 1, reshard_after_forward: bool = True, process_group_backend: str | None = None):
-        super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
+    def __init__(
+        self,
+        replicas: int = 1,
+        reshard_after_forward: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = TIMEOUT,
+    ):
+        super().__init__(
+            save_distributed_checkpoint=False, process_group_backend=process_group_backend, timeout=timeout
+        )
         if replicas < 1:
             raise UserError(f"trainer.strategy.replicas={replicas} must be at least 1")
         self.replicas = replicas
@@ -278,6 +290,7 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
         offload_parameters: keep the weights in CPU memory between uses. Stage 3.
         bucket_size: elements that are reduced or gathered in one go; buffers of this size take memory.
         process_group_backend: ``nccl``, ``gloo``, ... Null: what fits the device.
+        timeout: longest time that a process waits for the others in a collective, as 0:30:00.
     """
 
     def __init__(
@@ -287,6 +300,7 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
         offload_parameters: bool = False,
         bucket_size: int = 50_000_000,
         process_group_backend: str | None = None,
+        timeout: timedelta = TIMEOUT,
     ):
         if stage not in (1, 2, 3):
             raise UserError(f"trainer.strategy.stage={stage}: ZeRO has stages 1, 2 and 3")
@@ -304,6 +318,7 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
             allgather_bucket_size=bucket_size,
             logging_batch_size_per_gpu=1,  # DeepSpeed wants one for its throughput log, which is off
             process_group_backend=process_group_backend,
+            timeout=timeout,
         )
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False  # offload works with the configured optimizer, uncompiled

@@ -41,8 +41,17 @@ def together(function: Callable[[], T]) -> T:
     return result  # pyright: ignore[reportReturnType]
 
 
-def check_same(what: dict[str, str]) -> None:
+def check_same(
+    what: dict[str, str],
+    kind: str = "another config",
+    advice: str = "start all processes with the same files and options",
+) -> None:
     """Fail on all ranks where one has other values than rank 0. All ranks must call it.
+
+    Args:
+        what: this rank's values.
+        kind: what a rank that differs has.
+        advice: what to do then.
 
     Raises:
         UserError: names the first rank and key that differ.
@@ -53,6 +62,5 @@ def check_same(what: dict[str, str]) -> None:
             mine, other = first.get(key, "not given"), theirs.get(key, "not given")
             if mine != other:
                 raise UserError(
-                    f"rank {rank} has another config than rank 0: {key} is {other} there and {mine} on rank 0; start "
-                    "all processes with the same files and options"
+                    f"rank {rank} has {kind} than rank 0: {key} is {other} there and {mine} on rank 0; {advice}"
                 )

@@ -1,0 +1,121 @@
+"""A job that is told to go, saves one checkpoint, comes back from the queue and ends as if nothing had been."""
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from slurm.cluster import run
+from slurm.jobs import Sent, send
+
+from gear_lightning.parity import compare
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+STRATEGIES = ("ddp", "fsdp")
+SIGNALS = 5  # for each strategy
+PHASES = ("rollouts", "evaluation", "checkpoint write")
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def tight(cluster, tmp_path_factory):
+    """Runs whose steps follow one another without a pause, and a whole one to compare with."""
+    folder = tmp_path_factory.mktemp("tight")
+    options = (f"--trainer.max_epochs={3 * SIGNALS}", "--checkpoint.save_top_k=1", "--checkpoint.every_n_epochs=1000")
+    sent = {name: send(folder / name, "--config", f"configs/strategy/{name}.yaml", *options) for name in STRATEGIES}
+    sent["whole"] = send(folder / "whole", "--config", "configs/strategy/ddp.yaml", *options)
+    return sent
+
+
+def test_told_to_go_again_and_again_in_a_tight_loop(tight, row):
+    rng, told, took = random.Random(0), dict.fromkeys(STRATEGIES, 0), []
+    wanted = dict.fromkeys(STRATEGIES, 1)
+    begun: dict[str, float] = {}
+    end = time.monotonic() + 500
+    while any(told[name] < SIGNALS or name in begun for name in STRATEGIES):
+        assert time.monotonic() < end, {n: (tight[n].state, tight[n].output()) for n in STRATEGIES}
+        for name in STRATEGIES:
+            job = tight[name]
+            if name in begun:  # it has been told, and comes back
+                if job.restarts == told[name]:
+                    took.append(time.monotonic() - begun.pop(name))
+                    wanted[name] = job.rows() + 1
+                else:
+                    assert job.state not in ("FAILED", "COMPLETED", "CANCELLED"), job.output()
+            elif told[name] < SIGNALS and job.rows() >= wanted[name]:
+                time.sleep(rng.uniform(0, 0.2))
+                job.signal("USR1")
+                told[name] += 1
+                begun[name] = time.monotonic()
+        time.sleep(0.02)
+    tight["whole"].succeeds()
+    for name in STRATEGIES:
+        job = tight[name]
+        job.succeeds()
+        assert job.restarts == SIGNALS
+        found = compare(tight["whole"].run, job.run)
+        worst = max(found.worst.values())
+        row(
+            f"USR1 in a tight loop, {name}, {SIGNALS} times",
+            f"{job.restarts} of {SIGNALS} came back, same ids: {found.same_ids}, largest difference {worst:.1e}",
+            max(took),
+        )
+        assert found.within(TOLERANCE), found
+
+
+@pytest.fixture(scope="module")
+def phases(cluster, tmp_path_factory):
+    """Jobs that stay long in one phase each, told to go in it, with the seconds until they were back in the queue; and
+    one that nobody tells anything."""
+    folder, sent = tmp_path_factory.mktemp("phases"), {}
+    options = [
+        "--config=configs/strategy/ddp.yaml", "--trainer.max_epochs=4", "--trainer.limit_val_batches=1.0",
+        "--data.val_tasks=slurm.phases.HeldOut", "--data.val_limit=4", "--trainer.check_val_every_n_epoch=2",
+        "--first_evaluation.enabled=false", "--generation.environment=slurm.phases.Lingering",
+        "--trainer.callbacks=[{class_path: slurm.phases.LingeringSave}]",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for phase in (*PHASES, "none"):
+            run = folder / phase.replace(" ", "_")
+            patch.setenv("PHASE", phase)
+            patch.setenv("TOLD", f"{run}.told")
+            sent[phase] = send(run, *options)
+    took = {}
+    with ThreadPoolExecutor(len(PHASES)) as pool:
+        for phase, seconds in zip(PHASES, pool.map(lambda phase: _tell(sent[phase], phase), PHASES), strict=True):
+            took[phase] = seconds
+    return sent, took
+
+
+def _tell(job: Sent, phase: str) -> float:
+    job.until(job.run.with_name(f"{job.run.name}.told").exists, f"start of {phase}", pause=0.01)
+    time.sleep(0.3)
+    begun = time.monotonic()
+    job.signal("USR1")
+    job.until(lambda: job.restarts == 1, "requeue", deadline=60)
+    return time.monotonic() - begun
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_told_to_go_in_the_middle_of_a_phase(phases, row, phase):
+    jobs, took = phases
+    jobs["none"].succeeds()
+    jobs[phase].succeeds()
+    found = compare(jobs["none"].run, jobs[phase].run)
+    worst = max(found.worst.values())
+    told = f"came back, same ids: {found.same_ids}, largest difference {worst:.1e}"
+    row(f"USR1 during {phase}", told, took[phase])
+    assert jobs[phase].restarts == 1
+    assert found.within(TOLERANCE), found
+
+
+@pytest.mark.slow
+def test_slurm_itself_tells_a_job_before_its_limit(cluster, tmp_path, row):
+    # Slurm looks every half minute, and up to a minute early
+    job = send(tmp_path / "run", "--trainer.max_epochs=1000000", nodes=1, minutes=2, before=30)
+    job.has_rows(1)
+    took = job.until(lambda: job.restarts >= 1, "requeue by --signal", deadline=150, pause=0.5)
+    rows = job.rows()
+    job.until(lambda: job.rows() > rows, "more rows after the requeue")
+    run("scancel", job.number)
+    row("USR1 by sbatch --signal", f"came back, {rows} rows and going on", took)
