@@ -5,6 +5,7 @@ Run as ``python tests/nursery.py FILE``; the file holds ``{"lives": [[arguments 
 every process of every life as JSON. What they said goes to FILE.LIFE.RANK.txt.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
 
 
 def play(folder: Path, lives: list[list[list[str]]], deadline: float = 120.0) -> list[list[int]]:
@@ -48,6 +51,7 @@ def _bear(arguments: list[str], environment: dict[str, str], log: Path) -> int:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["gear-lightning", *arguments]
+    rank_zero_only.rank = int(environment.get("LOCAL_RANK", "0"))  # Lightning looked when it was imported
     status = 1
     try:
         from gear_lightning.__main__ import main
@@ -78,7 +82,8 @@ def _live(ranks: list[list[str]], deadline: float, logs: list[Path]) -> list[int
     while len(statuses) < len(children):
         if time.monotonic() > end:
             for child in children:
-                os.killpg(child, 9)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child, 9)
             sys.exit(f"a life did not end within {deadline} s; see {logs}")
         for child in children:
             if child not in statuses:
