@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from tiny import AnyCall
@@ -27,13 +27,13 @@ class Strike(L.Callback):
         rank: which process does it; -1 for all.
     """
 
-    here: "Strike | None" = None
+    here: "ClassVar[list[Strike]]" = []
 
     def __init__(self, place: str, count: int = 1, number: str = "SIGKILL", rank: int = 0, name: str = "struck"):
         assert place in PLACES, place
         self.place, self.count, self.number, self.rank = place, count, number, rank
         self.left, self.name = count, name
-        Strike.here = self
+        Strike.here.append(self)
 
     def reach(self, place: str) -> None:
         mine = self.rank in (-1, int(os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
@@ -102,11 +102,23 @@ class Struck(AnyCall):
     """Reaches "rollout" when an episode begins, and "tool call" at every step of the environment."""
 
     def reset(self, task, *, seed):
-        if Strike.here is not None:
-            Strike.here.reach("rollout")
+        for strike in Strike.here:
+            strike.reach("rollout")
         return super().reset(task, seed=seed)
 
     def step(self, message):
-        if Strike.here is not None:
-            Strike.here.reach("tool call")
+        for strike in Strike.here:
+            strike.reach("tool call")
         return super().step(message)
+
+
+class Deaf(Struck):
+    """Takes a while to look up after it was struck."""
+
+    def step(self, message):
+        step = super().step(message)
+        if any(strike.marker.exists() for strike in Strike.here):
+            for strike in Strike.here:
+                strike.reach("tool call")
+            time.sleep(1)
+        return step

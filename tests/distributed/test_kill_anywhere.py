@@ -13,6 +13,7 @@ from gear_lightning.records import read_records
 ITERATIONS = 20
 # how often a place is reached within some iterations, to draw from
 OFTEN = {"rollout": 12, "tool call": 20, "teacher pass": 6, "update": 6, "update end": 6}
+OF_RANK_ZERO = ("checkpoint write", "checkpoint written", "metrics write")
 
 
 def lives(run: Path, strikes: list[tuple[str, int, str, int]], processes: int, *options: str) -> list[list[list[str]]]:
@@ -46,7 +47,12 @@ def strikes(seed: int, number: int, processes: int) -> list[tuple[str, int, str,
     rng.shuffle(places)
     signals = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGUSR1")
     return [
-        (place, rng.randint(1, OFTEN.get(place, 1)), rng.choice(signals), rng.randrange(processes))
+        (
+            place,
+            rng.randint(1, OFTEN.get(place, 1)),
+            rng.choice(signals),
+            0 if place in OF_RANK_ZERO else rng.randrange(processes),
+        )
         for place in places[:number]
     ]
 

@@ -1,0 +1,131 @@
+"""A run that is asked to stop does so soon, with one whole checkpoint, and says so to the shell."""
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+
+import pytest
+from distributed.test_ddp import metrics
+from distributed.test_kill_anywhere import lives
+from nursery import play, said
+
+from gear_lightning.checkpoints import newest_complete
+from gear_lightning.status import status_of
+
+SHORT = ("--trainer.max_epochs", "3")
+
+
+def strike(run: Path, place: str, count: int, number: str, *options: str, processes: int = 1, rank: int = 0) -> list:
+    return lives(run, [(place, count, number, rank)], processes, *SHORT, *options)
+
+
+def test_a_stop_among_the_last_evaluation_is_made_up_for(tmp_path):
+    """Lightning itself starts nothing where no iteration is left."""
+    run = tmp_path / "run"
+    options = ("--trainer.check_val_every_n_epoch", "3", "--first_evaluation.enabled", "false")
+    life, again = strike(run, "evaluation", 2, "SIGTERM", *options, "--data.eval_batch_size", "2")
+    assert play(tmp_path / "first", [life]) == [[75]]
+    last = metrics(run)[-1]
+    assert last["step"] == 3
+    assert "val/success" not in last, "a mean over some of the tasks was logged"
+    assert status_of(run)["state"] == "stopped"
+    assert play(tmp_path / "second", [again]) == [[0]]
+    assert "val/success" in metrics(run)[-1]
+    assert "train/entropy" in metrics(run)[-1]
+    found = status_of(run)
+    assert (found["state"], found["starts"], found["ends"]) == ("finished", 2, ["stopped", "finished"])
+
+
+def test_a_stop_leaves_one_checkpoint_of_its_own_and_the_next_ones_replace_it(tmp_path):
+    run = tmp_path / "run"
+    life, again = strike(run, "tool call", 20, "SIGUSR2")
+    play(tmp_path / "lives", [life])
+    assert newest_complete(run / "checkpoints").name == "stopped.ckpt"
+    assert "SIGUSR2: stopping at the next safe place" in said(tmp_path / "lives", 0)
+    assert "to go on: the same command with --ckpt_path last" in said(tmp_path / "lives", 0)
+    assert not (run / "crash").exists(), "a stop is no crash"
+    assert play(tmp_path / "lives", [again]) == [[0]]
+    assert not (run / "checkpoints" / "stopped.ckpt").exists()
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """A SLURM that notes what it is asked."""
+    asked = tmp_path / "asked"
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {asked}\nexit ${{REFUSE:-0}}\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")  # no launch by SLURM
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("number", "options", "asked"),
+    [("SIGUSR1", (), "requeue 41\n"), ("SIGTERM", (), None), ("SIGUSR1", ("--preemption.requeue", "false"), None)],
+)
+def test_the_usr_signals_ask_for_another_run(tmp_path, scontrol, number, options, asked):
+    life, _ = strike(tmp_path / "run", "update", 2, number, *options)
+    assert play(tmp_path / "lives", [life]) == [[75]]
+    assert (scontrol.read_text() if scontrol.exists() else None) == asked
+
+
+def test_an_array_task_asks_for_itself(tmp_path, scontrol, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    life, _ = strike(tmp_path / "run", "rollout", 2, "SIGUSR1")
+    assert play(tmp_path / "lives", [life]) == [[75]]
+    assert scontrol.read_text() == "requeue 40_3\n"
+
+
+def test_a_refused_requeue_is_told_and_the_checkpoint_is_there(tmp_path, scontrol, monkeypatch):
+    monkeypatch.setenv("REFUSE", "1")
+    life, _ = strike(tmp_path / "run", "update", 2, "SIGUSR1")
+    assert play(tmp_path / "lives", [life]) == [[75]]
+    assert "SLURM does not put job 41 back into the queue" in said(tmp_path / "lives", 0)
+    assert newest_complete(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_a_run_without_checkpoints_says_that_nothing_was_saved(tmp_path):
+    options = ("--trainer.enable_checkpointing", "false")
+    life, _ = strike(tmp_path / "run", "update", 2, "SIGTERM", *options)
+    assert play(tmp_path / "lives", [life]) == [[143]]
+    assert "nothing was saved" in said(tmp_path / "lives", 0)
+
+
+def test_the_second_ctrl_c_stops_at_once(tmp_path):
+    options = ["--trainer.callbacks+=strike.Strike", "--trainer.callbacks.place", "tool call"]
+    options += ["--trainer.callbacks.count", "3", "--trainer.callbacks.number", "SIGINT"]
+    options += ["--trainer.callbacks.name", "again"]
+    life, _ = strike(tmp_path / "run", "tool call", 2, "SIGINT", *options, "--generation.environment", "strike.Deaf")
+    assert play(tmp_path / "lives", [life]) == [[130]]
+    assert "Ctrl-C again to stop at once" in said(tmp_path / "lives", 0)
+
+
+@pytest.mark.parametrize("place", ["tool call", "update", "evaluation"])
+def test_a_signal_to_one_process_stops_all(tmp_path, place):
+    run = tmp_path / "run"
+    life, again = strike(run, place, 2, "SIGUSR1", "--trainer.strategy", "ddp", processes=2, rank=1)
+    assert play(tmp_path / "lives", [life]) == [[75, 75]]
+    assert play(tmp_path / "lives", [again]) == [[0, 0]]
+
+
+def test_the_others_of_a_killed_process_say_where_they_were(tmp_path):
+    run = tmp_path / "run"
+    life, _ = strike(run, "update", 2, "SIGKILL", "--trainer.strategy", "ddp", processes=2, rank=1)
+    ((first, second),) = play(tmp_path / "lives", [life], deadline=60)
+    assert second == -9
+    assert first not in (0, 75)
+    report = (run / "crash" / "rank_0.txt").read_text()
+    assert "rank 0 of 2" in report
+    assert "iteration 0, after 0 optimizer steps" in report
+    assert "phase: update in iteration 0" in report
+    assert re.search(r"rank 1: \w+", report), "what the lost one was last heard to do"
+    found = status_of(run)
+    assert found["state"] == "failed"
+    assert list(found["crashes"]) == [str(run / "crash" / "rank_0.txt")]
+    json.dumps(found)
