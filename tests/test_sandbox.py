@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -144,9 +143,10 @@ def test_the_trainers_variables_are_not_to_be_seen(monkeypatch):
 def test_a_server_that_is_gone_is_replaced():
     play(task())
     (server,) = [s for key, s in sandbox._servers.items() if key[1] == LIMITS and not key[3]]
-    for process in descendants(server.keeper.pid):
-        os.kill(process, signal.SIGKILL)
+    family = descendants(server.keeper.pid)
+    server.keeper.kill()
     server.keeper.wait(20)
+    assert eventually(lambda: not any(alive(p) for p in family)), "the server outlived its keeper"
     assert [r.status for r in play(task(), task())] == ["done", "done"]
 
 
