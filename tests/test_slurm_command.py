@@ -325,3 +325,14 @@ def test_torchrun_with_other_processes_than_the_recipe_asks_for_is_refused(tmp_p
     assert done.returncode != 0
     assert "torchrun started 2 processes, and trainer.devices=1 x trainer.num_nodes=1 asks for 1" in done.stderr
     assert "in check_launch" not in done.stderr, "one line, no traceback of ours"
+
+
+def test_what_the_page_on_slurm_names_exists(repository, script):
+    text = (repository / "docs" / "slurm.md").read_text()
+    assert set(re.findall(r"^\| `(\w+\.\w+)` \|", text, re.MULTILINE)) == {
+        path.name for path in (repository / "configs" / "slurm").iterdir()
+    }
+    for block in re.findall(r"```bash\n(gear-lightning slurm .*?)```", text, re.DOTALL):
+        words = shlex.split(block.replace("\\\n", "").replace("my_recipe.yaml", RECIPE))[2:]
+        sent = [word for word in words if word not in ("--submit", "--dry-run")]
+        assert script(*sent[2:], "--data.tasks_per_iteration=32", recipe=sent[1])

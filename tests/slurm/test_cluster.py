@@ -99,7 +99,7 @@ def test_each_seed_of_an_array_is_a_run_of_its_own(cluster, tmp_path, row):
     assert any(left[k].keys() != right[k].keys() for k in left) or any(
         len(left[k]["tokens"]) != len(right[k]["tokens"]) for k in left if left[k]
     ), "two seeds, the same rollouts"
-    again = send(tmp_path / "again", "--seed_everything=7", nodes=1)
+    again = send(tmp_path / "again", "--seed_everything=7", "--data.seed=7", nodes=1)
     again.succeeds()
     assert compare(again.run, tasks[7].run).within(0.0), "a seed of the array is that seed's run, requeued or not"
     row("array of 2 seeds, one of them requeued", "equal to the seed's own run, bit for bit", took)
