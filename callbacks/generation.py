@@ -241,6 +241,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         log("train/zero_spread_groups", stats.zero_spread / max(stats.groups, 1), stats.groups)
         pl_module.log("teacher/overlong", float(stats.overlong), batch_size=1, sync_dist=True, reduce_fx="sum")
         total = sum(stats.statuses.values())
+        log("rollouts/retried", stats.retried / max(total, 1), total)
         for status in STATUSES:
             log(f"rollouts/{status}", stats.statuses[status] / max(total, 1), total)
 

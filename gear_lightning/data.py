@@ -50,6 +50,7 @@ class IterationStats:
     groups: int = 0
     zero_spread: int = 0
     overlong: int = 0
+    retried: int = 0
     statuses: Counter = field(default_factory=Counter)
     rewards: list[float] = field(default_factory=list)
     successes: list[bool] = field(default_factory=list)
@@ -278,6 +279,7 @@ class RolloutDataModule(L.LightningDataModule):
             stats.zero_spread += not _spread(group)
             for rollout in group.rollouts:
                 stats.statuses[rollout.status] += 1
+                stats.retried += rollout.retries > 0
                 stats.tokens += sum(rollout.action_mask)
                 if rollout.learnable:
                     stats.rewards.append(rollout.reward)

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 from tiny import AnyCall
@@ -27,13 +27,11 @@ class Strike(L.Callback):
         rank: which process does it; -1 for all.
     """
 
-    here: "ClassVar[list[Strike]]" = []
-
     def __init__(self, place: str, count: int = 1, number: str = "SIGKILL", rank: int = 0, name: str = "struck"):
         assert place in PLACES, place
         self.place, self.count, self.number, self.rank = place, count, number, rank
         self.left, self.name = count, name
-        Strike.here.append(self)
+        STRIKES.append(self)
 
     def reach(self, place: str) -> None:
         mine = self.rank in (-1, int(os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
@@ -98,16 +96,19 @@ class Strike(L.Callback):
         self.reach("epoch end")
 
 
+STRIKES: list[Strike] = []  # of this process
+
+
 class Struck(AnyCall):
     """Reaches "rollout" when an episode begins, and "tool call" at every step of the environment."""
 
     def reset(self, task, *, seed):
-        for strike in Strike.here:
+        for strike in STRIKES:
             strike.reach("rollout")
         return super().reset(task, seed=seed)
 
     def step(self, message):
-        for strike in Strike.here:
+        for strike in STRIKES:
             strike.reach("tool call")
         return super().step(message)
 
@@ -117,8 +118,8 @@ class Deaf(Struck):
 
     def step(self, message):
         step = super().step(message)
-        if any(strike.marker.exists() for strike in Strike.here):
-            for strike in Strike.here:
+        if any(strike.marker.exists() for strike in STRIKES):
+            for strike in STRIKES:
                 strike.reach("tool call")
             time.sleep(1)
         return step

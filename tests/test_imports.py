@@ -9,7 +9,7 @@ import gear_lightning
 
 ROOT = Path(gear_lightning.__file__).parent
 PLUGINS = ROOT / "callbacks"
-ROLLOUT = {"chat", "engines", "rollout", "packing", "data", "environments"}
+ROLLOUT = {"chat", "chat_safety", "engines", "rollout", "packing", "data", "environments"}
 LEARNING = {"gear", "credit", "loss", "token_stats", "models", "lora", "optimizers", "teacher", "module"}
 MEETING = {"batch", "errors"}
 # what crosses today, and why
