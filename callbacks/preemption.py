@@ -95,6 +95,9 @@ class Preemption(L.Callback):
             raise Stopped  # a warm start: nothing to save
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tidy(trainer)
+
+    def _tidy(self, trainer: L.Trainer) -> None:
         path = self._path(trainer)
         if trainer.is_global_zero and path is not None and path.exists() and _overtaken(path):
             trainer.strategy.remove_checkpoint(path)
@@ -104,37 +107,42 @@ class Preemption(L.Callback):
             trainer.should_stop = True  # the checkpoint callback, which comes later, then saves
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tidy(trainer)
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if self._agreed and isinstance(data, RolloutDataModule):
             if trainer.current_epoch == trainer.max_epochs and not data.evaluation_due:
                 return  # the run is over
-            self._leave(trainer, saved=bool(trainer.checkpoint_callbacks))
-            raise Stopped
+            raise Stopped(self._leave(trainer, saved=self._path(trainer) is not None))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Stopped) and not self._left:
             path = self._path(trainer)
             if path is not None:
                 trainer.save_checkpoint(path, weights_only=False)
-            self._leave(trainer, saved=path is not None)
+            exception.status = self._leave(trainer, saved=path is not None)
 
     def _path(self, trainer: L.Trainer) -> Path | None:
         kept = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
         return Path(str(kept[0].dirpath)) / NAME if kept else None
 
-    def _leave(self, trainer: L.Trainer, saved: bool) -> None:
+    def _leave(self, trainer: L.Trainer, saved: bool) -> int:
+        """The last things that all processes do together. Returns the exit status."""
         self._left = True
         self.teardown(trainer, trainer.lightning_module, "fit")  # Lightning does not call it after an exception
         NOTES.forget()
         trainer.strategy.barrier("stopped")
-        Stopped.status = 75 if saved else 128 + signal.SIGTERM
-        if trainer.is_global_zero:
+        warm = not isinstance(trainer.datamodule, RolloutDataModule)  # pyright: ignore[reportAttributeAccessIssue]
+        again = self._agreed == REQUEUE and self.requeue and (saved or warm)
+        if trainer.is_global_zero and not (again and _requeue()):
             done = f"after {trainer.global_step} optimizer steps"
-            if not saved:
-                print(f"stopped {done}; nothing was saved, for there are no checkpoints in this run", file=sys.stderr)
-            elif not (self._agreed == REQUEUE and self.requeue and _requeue()):
+            if saved:
                 print(f"stopped {done}; to go on: the same command with --ckpt_path last", file=sys.stderr)
+            elif warm:
+                print(f"the warm start was stopped {done}; it begins anew with the same command", file=sys.stderr)
+            else:
+                print(f"stopped {done}; nothing was saved, for there are no checkpoints in this run", file=sys.stderr)
         trainer.strategy.barrier("requeued")  # a launcher may end the others when the first one has ended
+        return 75 if saved or warm else 128 + signal.SIGTERM
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         NOTES.release(self._watched)

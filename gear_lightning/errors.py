@@ -12,9 +12,15 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and all processes have agreed on where. Not a failure."""
+    """The run was asked to stop, and all processes have agreed on where. Not a failure.
 
-    status = 128 + 15  # of the process
+    Attributes:
+        status: exit status of the process: 75 where the same command goes on with the run, 143 where nothing was saved.
+    """
+
+    def __init__(self, status: int = 128 + 15):
+        super().__init__("the run was asked to stop")
+        self.status = status
 
 
 def printable(text: str) -> str:

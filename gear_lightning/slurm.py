@@ -130,7 +130,7 @@ def job_of(options: argparse.Namespace, rest: list[str], command: str) -> Job:
         if name == "--ckpt_path":
             raise UserError(
                 "--ckpt_path: a job that comes back from the queue goes on from the newest checkpoint of its run "
-                "directory; to begin with another one, copy it to RUN/checkpoints"
+                "directory; to begin with another one, copy it and its .json to RUN/checkpoints"
             )
         if name.removeprefix("--") in SEEDS and options.seeds is not None:
             raise UserError(f"{name} is what --seeds sets in each run: give one of them")
