@@ -88,10 +88,9 @@ class RunStatus(L.Callback):
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.current_epoch == trainer.max_epochs:
-            self._tell("finished", now=True)
-            self._attempt("end", how="finished")
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tell("finished", now=True)
+        self._attempt("end", how="finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         how = "stopped" if isinstance(exception, Stopped) else f"{type(exception).__name__}: {exception}"
