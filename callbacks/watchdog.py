@@ -119,6 +119,9 @@ class Watchdog(L.Callback):
         mine = not isinstance(exception, Stopped | KeyboardInterrupt)
         if mine and not isinstance(exception, UserError):  # that one says what to mend
             self._write(f"{type(exception).__name__}: {exception}", "".join(traceback.format_exception(exception)))
+            note = getattr(exception, "add_note", None)  # from Python 3.11 on: the last line of the traceback
+            if note is not None:
+                note(f"report: {self._report}; to go on: the same command with --ckpt_path last")
         if mine and self._peers is not None:
             text = (str(exception).strip().splitlines() or [""])[0]
             self._peers.tell("failed", f"rank {self._rank} failed: {type(exception).__name__}: {text}")

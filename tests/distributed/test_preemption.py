@@ -120,6 +120,7 @@ def test_the_others_of_a_killed_process_say_where_they_were(tmp_path):
     ((first, second),) = play(tmp_path / "lives", [life], deadline=60)
     assert second == -9
     assert first not in (0, 75)
+    assert said(tmp_path / "lives", 0).rstrip().endswith("to go on: the same command with --ckpt_path last")
     report = (run / "crash" / "rank_0.txt").read_text()
     assert "rank 0 of 2" in report
     assert "iteration 0, after 0 optimizer steps" in report
