@@ -45,11 +45,11 @@ class Preemption(L.Callback):
         self._watched: list[signal.Signals] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
         # Lightning's handlers save, and wait for the others, wherever the signal finds the process: a deadlock inside
         # a collective (https://github.com/Lightning-AI/pytorch-lightning/issues/21406)
         trainer._signal_connector.register_signal_handlers = lambda: None
+        if stage != "fit":
+            return  # nothing to save: signals do what they always do
         self._trainer, self._agreed, self._left = trainer, 0, False
         self._peers = peers_of(trainer)
         if self._peers is not None and trainer.strategy.root_device.type != "cpu":
