@@ -50,7 +50,7 @@ class Preemption(L.Callback):
         trainer._signal_connector.register_signal_handlers = lambda: None
         if stage != "fit":
             return  # nothing to save: signals do what they always do
-        self._trainer, self._agreed, self._left = trainer, 0, False
+        self._agreed, self._left = 0, False
         self._peers = peers_of(trainer)
         if self._peers is not None and trainer.strategy.root_device.type != "cpu":
             self._group = dist.new_group(backend="gloo")  # asks no device to wait
