@@ -250,7 +250,6 @@ class GearCLI(LightningCLI):
 
     def before_fit(self) -> None:
         config = self.config["fit"]
-        self.datamodule.check_sizes(self.trainer)  # before processes are started, for which it is set again
         if self._get(self.config_init, "ckpt_path") is not None:
             return
         generation = self._get(self.config_init, "generation")

@@ -142,7 +142,15 @@ class RolloutDataModule(L.LightningDataModule):
         trainer = self._trainer
         check_same(self.resolved_config)  # here, for this is the first thing that Lightning calls on all processes
         if stage == "fit":
-            self.check_sizes(trainer)
+            if self.tasks_per_iteration % trainer.world_size:
+                raise UserError(
+                    f"data.tasks_per_iteration={self.tasks_per_iteration} does not divide over {trainer.world_size} "
+                    "processes: all rollouts of a task stay on one"
+                )
+            if trainer.accumulate_grad_batches not in (1, self.micro_batches):
+                raise UserError(
+                    "trainer.accumulate_grad_batches follows from data.micro_batch_size; leave it out of the config"
+                )
             trainer.accumulate_grad_batches = self.micro_batches
 
     def train_dataloader(self) -> "RolloutStream":
@@ -175,33 +183,8 @@ class RolloutDataModule(L.LightningDataModule):
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one optimizer step on one process."""
-        return self.micro_batches_on(self._trainer.world_size)
-
-    def micro_batches_on(self, processes: int) -> int:
-        """The same for a number of processes."""
-        return -(-(self.tasks_per_iteration // processes * self.group_size) // self.micro_batch_size)
-
-    def check_sizes(self, trainer: L.Trainer) -> None:
-        """Look at whether an iteration divides over a Trainer's processes.
-
-        Raises:
-            UserError: it does not, or the Trainer was told of another accumulation.
-        """
-        if self.tasks_per_iteration % trainer.world_size:
-            raise UserError(
-                f"data.tasks_per_iteration={self.tasks_per_iteration} does not divide over {trainer.world_size} "
-                "processes: all rollouts of a task stay on one"
-            )
-        self.check_accumulation(trainer.accumulate_grad_batches, trainer.world_size)
-
-    def check_accumulation(self, given: int | None, processes: int) -> None:
-        """Look at ``trainer.accumulate_grad_batches``.
-
-        Raises:
-            UserError: it is given, and is not what it has to be.
-        """
-        if given not in (None, 1, self.micro_batches_on(processes)):
-            raise UserError(f"trainer.accumulate_grad_batches={given} follows from data.micro_batch_size; leave it out")
+        rollouts = self.tasks_per_iteration // self._trainer.world_size * self.group_size
+        return -(-rollouts // self.micro_batch_size)
 
     # -- tasks ----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ import torch
 from .callbacks.generation import GenerationCallback
 from .data import RolloutDataModule
 from .engines import CachedEngine
-from .errors import UserError
 from .memory import Strategy
 from .module import GearModule
 
@@ -118,10 +117,6 @@ def problems(recipe: Recipe, machine: Machine, model: Any, gpus: int, strategy: 
             f"data.tasks_per_iteration={data.tasks_per_iteration} does not divide over {gpus} processes: all rollouts "
             f"of a task stay on one; use a multiple of {gpus}"
         )
-    try:
-        data.check_accumulation(trainer["accumulate_grad_batches"], gpus)
-    except UserError as error:
-        found.append(str(error))
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if positions is not None and budgets.context > positions:
@@ -144,8 +139,6 @@ def problems(recipe: Recipe, machine: Machine, model: Any, gpus: int, strategy: 
         found.append(f"trainer.strategy={name} is Lightning's own: use --config configs/strategy/{strategy}.yaml")
     if gpus % (options.get("replicas") or 1):
         found.append(f"trainer.strategy.replicas={options['replicas']} does not divide {gpus} processes")
-    elif gpus > 1 and options.get("replicas") == gpus:
-        found.append(f"trainer.strategy.replicas={gpus} on {gpus} processes spreads nothing: every one holds a copy")
     if strategy == "ddp" and gpus > 1 and not options.get("gradient_as_bucket_view"):
         found.append(f"trainer.strategy={name} keeps gradients twice: use --config configs/strategy/ddp.yaml")
     if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):

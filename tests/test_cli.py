@@ -60,7 +60,7 @@ def error_of(command, *args: object) -> str:
         (["--data.group_size", "1"], "group_size=1 gives GRPO nothing to compare; use at least 2"),
         (["--data.resample_rounds", "2"], "resample_rounds does nothing with data.zero_spread=keep"),
         (["--data.micro_batch_size", "0"], "micro_batch_size=0 must be at least 1"),
-        (["--trainer.accumulate_grad_batches", "3"], "accumulate_grad_batches=3 follows from data.micro_batch_size"),
+        (["--trainer.accumulate_grad_batches", "3"], "accumulate_grad_batches follows from data.micro_batch_size"),
         (["--generation.sampling.temperature", "0"], "temperature=0 gives a group of equal rollouts"),
         (["--generation.budgets.context", "8"], "task lookup-train-0-0: its prompt has 8 tokens"),
         (["--generation.environment", "no_such_module.Env"], "No module named 'no_such_module'"),

@@ -2,13 +2,10 @@
 
 import csv
 
-import pytest
-import torch
 import yaml
 from tiny import data, generation, module, trainer
 
-from gear_lightning.errors import UserError
-from gear_lightning.parity import STRATEGIES, check_trained, compare, parity_command
+from gear_lightning.parity import STRATEGIES, compare
 
 
 def played(run, **options):
@@ -42,17 +39,3 @@ def test_a_strategy_is_the_same_here_and_as_a_config(repository):
     assert files.keys() == STRATEGIES.keys()
     for name, path in files.items():
         assert yaml.safe_load(path.read_text()) == {"trainer": {"strategy": STRATEGIES[name]}}
-
-
-def test_strategies_that_trained_nothing_are_not_called_equal(capsys):
-    with pytest.raises(UserError, match="nothing was trained"):
-        check_trained(torch.zeros(3))
-    check_trained(torch.tensor([0.0, 0.3, 0.2]))
-    assert "1 of 3 iterations had no gradient" in capsys.readouterr().out
-    check_trained(torch.tensor([0.1, 0.3]))
-    assert not capsys.readouterr().out
-
-
-def test_a_run_directory_that_parity_would_not_use_is_refused(tmp_path):
-    with pytest.raises(UserError, match="give --out"):
-        parity_command(["--config", "configs/quickstart.yaml", "--trainer.default_root_dir", str(tmp_path)])
