@@ -170,7 +170,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         Raises:
             UserError: its positions or its vocabulary do not suffice.
         """
-        config = policy.config
+        config = policy.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         if positions is not None and self.budgets.context > positions:
             raise UserError(

@@ -36,6 +36,7 @@ from .data import RolloutDataModule
 from .errors import Stopped, UserError, let_through_unions
 from .loggers import Board, MetricsFile
 from .module import GearModule
+from .refusals import WRONG_PRECISION, check_strategy, refusals, skeleton_of
 from .warm_start import WarmStart, run_warm_start
 
 RUN_FILES = (
@@ -171,6 +172,15 @@ class GearCLI(LightningCLI):
             self.config_init[str(self.subcommand)]["ckpt_path"] = str(self._checkpoint_dir) if found else None
         if self._get(self.config_init, "weights_only") is None:  # Lightning would unpickle a remote checkpoint
             self.config_init[str(self.subcommand)]["weights_only"] = True
+        self._refuse()
+
+    def _refuse(self) -> None:
+        """Stop at what the recipe alone decides, before processes are started and weights are loaded."""
+        pieces = self.model, self.datamodule, self._get(self.config_init, "generation")
+        processes, asked = self.trainer.num_devices * self.trainer.num_nodes, self._get(self.config, "trainer")
+        model = skeleton_of(self.model.source)
+        for message in refusals(*pieces, asked, processes, model, self.subcommand == "fit"):
+            raise UserError(message)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         run, config = self.run_dir, self._get(self.config_init, "trainer")
@@ -195,21 +205,13 @@ class GearCLI(LightningCLI):
         self._get(self.config_init, "checkpoint").dirpath = str(self._checkpoint_dir)
         if self.subcommand == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
             self._lock()
-        strategy = config.get("strategy")
-        if isinstance(strategy, str) and strategy.startswith(("fsdp", "deepspeed", "model_parallel")):
-            raise UserError(
-                f"trainer.strategy={strategy} is Lightning's own, which knows nothing of the teacher and is not "
-                "supported; use --config configs/strategy/fsdp.yaml, zero1.yaml, zero2.yaml or zero3.yaml"
-            )
+        check_strategy(self._get(self.config, "trainer"))
         try:
             return super().instantiate_trainer(**kwargs)
         except ValueError as error:
             if isinstance(error, UserError) or "precision=" not in str(error):
                 raise
-            raise UserError(
-                f"trainer.precision={config.get('precision')} does not go with trainer.strategy; use 32-true, "
-                "bf16-mixed or bf16-true"
-            ) from None
+            raise UserError(WRONG_PRECISION.format(config.get("precision"))) from None
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         off = [PhaseProgress] if config.get("enable_progress_bar") is False else []

@@ -142,16 +142,28 @@ class RolloutDataModule(L.LightningDataModule):
         trainer = self._trainer
         check_same(self.resolved_config)  # here, for this is the first thing that Lightning calls on all processes
         if stage == "fit":
-            if self.tasks_per_iteration % trainer.world_size:
-                raise UserError(
-                    f"data.tasks_per_iteration={self.tasks_per_iteration} does not divide over {trainer.world_size} "
-                    "processes: all rollouts of a task stay on one"
-                )
-            if trainer.accumulate_grad_batches not in (1, self.micro_batches):
-                raise UserError(
-                    "trainer.accumulate_grad_batches follows from data.micro_batch_size; leave it out of the config"
-                )
+            self.check_processes(trainer.world_size, trainer.accumulate_grad_batches)
             trainer.accumulate_grad_batches = self.micro_batches
+
+    def check_processes(self, processes: int, accumulate: int) -> None:
+        """Look at the sizes of an iteration.
+
+        Args:
+            processes: that share the tasks.
+            accumulate: ``trainer.accumulate_grad_batches`` as given; 1 where it is not.
+
+        Raises:
+            UserError: the tasks do not divide over them, or an accumulation is given.
+        """
+        if self.tasks_per_iteration % processes:
+            raise UserError(
+                f"data.tasks_per_iteration={self.tasks_per_iteration} does not divide over {processes} processes: all "
+                f"rollouts of a task stay on one; use a multiple of {processes}"
+            )
+        if accumulate not in (1, self._micro_batches(processes)):
+            raise UserError(
+                "trainer.accumulate_grad_batches follows from data.micro_batch_size; leave it out of the config"
+            )
 
     def train_dataloader(self) -> "RolloutStream":
         return RolloutStream(self, "fit", self.micro_batches * self.inner_epochs)
@@ -183,8 +195,10 @@ class RolloutDataModule(L.LightningDataModule):
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one optimizer step on one process."""
-        rollouts = self.tasks_per_iteration // self._trainer.world_size * self.group_size
-        return -(-rollouts // self.micro_batch_size)
+        return self._micro_batches(self._trainer.world_size)
+
+    def _micro_batches(self, processes: int) -> int:
+        return -(-(self.tasks_per_iteration // processes * self.group_size) // self.micro_batch_size)
 
     # -- tasks ----------------------------------------------------------------------------------------------------
 

@@ -17,8 +17,10 @@ from .engines import CachedEngine
 from .errors import UserError
 from .memory import STRATEGIES, Load, ModelShape, Setup, Strategy, element_bytes, estimate, model_shape, precision_name
 from .module import GearModule
+from .refusals import configured_strategy
+from .strategy_rules import check_replicas
 
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 ROWS = {  # component -> what the table calls it
     "weights": "weights",
     "fp32_partition": "DeepSpeed's float32 weights",
@@ -95,26 +97,12 @@ def configured_gpus(trainer: Any) -> int:
     return (devices if isinstance(devices, int) and devices > 0 else max(1, here)) * nodes
 
 
-def configured_strategy(trainer: Any) -> tuple[Strategy | None, dict[str, Any]]:
-    """Which of `STRATEGIES` the recipe names (None: another one), and the options that it gives to it."""
-    given = trainer["strategy"]
-    name = given if isinstance(given, str) else given["class_path"]
-    options: dict[str, Any] = {} if isinstance(given, str) else dict(given.get("init_args") or {})
-    low = name.lower()
-    if "deepspeed" in low or "zero" in low:
-        digits = [c for c in low.rpartition(".")[2] if c in "123"]
-        stage = options.get("stage") or (int(digits[-1]) if digits else 2)
-        offload = "offload" in low or options.get("offload_parameters")
-        found = "zero3_offload" if stage == 3 and offload else f"zero{stage}"
-        return next((s for s in STRATEGIES if s == found), None), options
-    if "fsdp" in low or "modelparallel" in low:
-        return "fsdp", options
-    return ("ddp" if low == "auto" or "ddp" in low else None), options
-
-
 def skeleton_of(recipe: Recipe) -> Any:
     """The policy as it is trained, with its adapters, on the meta device."""
-    model = recipe.module.source.skeleton()
+    return _adapted(recipe, recipe.module.source.skeleton())
+
+
+def _adapted(recipe: Recipe, model: Any) -> Any:
     if recipe.module.lora is not None:
         recipe.module.lora.adapt(model)
     return model
@@ -249,8 +237,10 @@ def _place(recipe: Recipe) -> str:
     return "process" if recipe.trainer["accelerator"] == "cpu" else "GPU"
 
 
-def _gib(size: int) -> str:
-    return "-" if not size else f"{size / GIB:.2f}" if size >= GIB / 100 else "<0.01"
+def _cell(size: int, unit: int) -> str:
+    places = 2 if unit == GIB else 1
+    least = 10**-places
+    return "-" if not size else f"{size / unit:.{places}f}" if size >= least * unit else f"<{least}"
 
 
 def _verdict(total: int, memory: float | None) -> str:
@@ -263,7 +253,7 @@ def table(
     shape: ModelShape, gpus: int, load: Load, setup: Setup, memory: float | None, chosen: str | None, place: str,
     auto: bool,
 ) -> Any:  # fmt: skip
-    """Strategies side by side, GiB in each place (GPU or process).
+    """Strategies side by side, GiB (MiB where all is small) in each place (GPU or process).
 
     Args:
         shape: the model.
@@ -282,17 +272,19 @@ def table(
     other = replace(setup, activation_checkpointing=not setup.activation_checkpointing)
     switched = {s: n["total"] for s, n in columns(shape, gpus, load, other, chosen, room).items()}
     out = Table(box=None, pad_edge=False, header_style="bold")
-    out.add_column(f"GiB per {place}", no_wrap=True)
+    largest = max(*(max(numbers.values()) for numbers in found.values()), *switched.values())
+    unit, name = (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
+    out.add_column(f"{name} per {place}", no_wrap=True)
     for strategy in STRATEGIES:
         out.add_column(strategy + ("*" if strategy == chosen else ""), justify="right", no_wrap=True)
     for key, name in ROWS.items():
         values = [found[s][key] for s in STRATEGIES]
         if any(values):
-            out.add_row(name, *map(_gib, values), style="bold" if key == "total" else None)
+            out.add_row(name, *(_cell(v, unit) for v in values), style="bold" if key == "total" else None)
         if key == "total" and memory is not None:
             out.add_row(f"in {memory:g} GiB", *(_verdict(v, memory) for v in values), style="bold")
     with_or_without = "without" if setup.activation_checkpointing else "with"
-    out.add_row(f"PEAK {with_or_without} act. checkpointing", *(_gib(v) for v in switched.values()))
+    out.add_row(f"PEAK {with_or_without} act. checkpointing", *(_cell(v, unit) for v in switched.values()))
     if memory is not None:
         out.add_row(f"in {memory:g} GiB", *(_verdict(v, memory) for v in switched.values()))
     return out
@@ -322,26 +314,46 @@ def doctor_command(argv: list[str]) -> int:
     machine = look_at_machine()
     recipe = read_recipe(rest)
     gpus = options.gpus or configured_gpus(recipe.trainer)
-    model = skeleton_of(recipe)
-    shape = model_shape(model)
     chosen, strategy_options = configured_strategy(recipe.trainer)
-    load = load_of(recipe, gpus)
+    model = recipe.module.source.skeleton()
+    found = problems(recipe, machine, model, gpus, chosen)
     on_gpu = recipe.trainer["accelerator"] != "cpu"
-    setup = setup_of(recipe, shape.trainable, strategy_options, on_gpu)
+    console = _console()
+    try:
+        shape = model_shape(_adapted(recipe, model))
+        setup = setup_of(recipe, shape.trainable, strategy_options, on_gpu)
+        check_replicas(setup.replicas, gpus)
+    except UserError as error:
+        if str(error) not in found:
+            raise
+        _tell(console, found)
+        console.print("\nThere are no estimates of a recipe like that.")
+        return 2
     memory = options.gpu_memory or (min(machine.memory_gib) if machine.memory_gib and on_gpu else None)
-    _show(recipe, machine, model, shape, load, setup, gpus, memory, chosen)
+    _show(console, recipe, machine, model, shape, load_of(recipe, gpus), setup, gpus, memory, chosen, found)
     return 0
 
 
-def _show(
-    recipe: Recipe, machine: Machine, model: Any, shape: ModelShape, load: Load, setup: Setup, gpus: int,
-    memory: float | None, chosen: Strategy | None,
-) -> None:  # fmt: skip
+def _console() -> Any:
     from rich.console import Console
 
-    plain, place = not sys.stdout.isatty(), _place(recipe)
+    plain = not sys.stdout.isatty()
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=plain, width=200 if plain else None)
     console.width = max(console.width, 100)  # what the table takes; a narrower terminal wraps it
+    return console
+
+
+def _tell(console: Any, found: list[str]) -> None:
+    console.print("\nProblems and advice:" if found else "\nNo problems found.")
+    for problem in found:
+        console.print(f"- {problem}")
+
+
+def _show(
+    console: Any, recipe: Recipe, machine: Machine, model: Any, shape: ModelShape, load: Load, setup: Setup, gpus: int,
+    memory: float | None, chosen: Strategy | None, found: list[str],
+) -> None:  # fmt: skip
+    place = _place(recipe)
     auto = recipe.generation.weights == "auto"
     some = "" if shape.trainable == shape.parameters else f", {shape.trainable / 1e6:,.1f}M of them trained"
     teacher = recipe.module.teacher_options.weights if recipe.module.credit.needs_teacher else "none"
@@ -371,10 +383,7 @@ def _show(
         + (" Where a whole copy of sharded weights does not fit, rollouts stream them." if streamed else "")
         + ("" if memory or place == "process" else " Whether it fits: give --gpu-memory GIB.")
     )
-    found = problems(recipe, machine, model, gpus, chosen)
     own = None if chosen is None else columns(shape, gpus, load, setup, chosen, memory if auto else None)[chosen]
     if memory is not None and own is not None and own["total"] > memory * GIB:
         found.append(f"the recipe's strategy, {chosen}, needs more than {memory:g} GiB per {place}")
-    console.print("\nProblems and advice:" if found else "\nNo problems found.")
-    for problem in found:
-        console.print(f"- {problem}")
+    _tell(console, found)

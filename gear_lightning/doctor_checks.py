@@ -9,12 +9,12 @@ import torch
 
 from .callbacks.generation import GenerationCallback
 from .data import RolloutDataModule
-from .engines import CachedEngine
 from .memory import Strategy
 from .module import GearModule
+from .refusals import named, refusals
+from .strategy_rules import whole_replicas
 
 PACKAGES = ("torch", "lightning", "pytorch-lightning", "transformers", "deepspeed", "peft")
-OWN = "gear_lightning.strategies."  # strategies that shard the teacher too, and save whole checkpoints
 MALICIOUS = ("2.6.2", "2.6.3")  # of lightning and pytorch-lightning: GHSA-w37p-236h-pfx3
 
 
@@ -92,69 +92,49 @@ def package_problems(versions: dict[str, str | None]) -> list[str]:
     return found
 
 
+def refused(recipe: Recipe, model: Any, gpus: int) -> list[str]:
+    """Why ``fit`` would stop at the recipe on so many processes.
+
+    Args:
+        recipe: what is to be run.
+        model: the policy on the meta device, without adapters.
+        gpus: processes.
+    """
+    return list(refusals(recipe.module, recipe.data, recipe.generation, recipe.trainer, gpus, model))
+
+
 def problems(recipe: Recipe, machine: Machine, model: Any, gpus: int, strategy: Strategy | None) -> list[str]:
     """What will not work, each with what to do.
 
     Args:
         recipe: what is to be run.
         machine: where.
-        model: the policy, on the meta device.
+        model: the policy, on the meta device, without adapters.
         gpus: processes.
         strategy: the recipe's; None for one that this project does not know.
     """
-    found = package_problems(machine.versions)
-    data, budgets, trainer = recipe.data, recipe.generation.budgets, recipe.trainer
+    budgets, trainer = recipe.generation.budgets, recipe.trainer
+    found = [*refused(recipe, model, gpus), *package_problems(machine.versions)]
     on_gpu = trainer["accelerator"] in ("gpu", "cuda")
     if on_gpu and not machine.gpus:
         why = "no CUDA device is found" if machine.versions["CUDA"] else "this torch is built for CPUs only"
         found.append(f"trainer.accelerator={trainer['accelerator']}, and {why}")
     if machine.gpus and trainer["accelerator"] != "cpu" and not machine.bf16 and "bf16" in str(trainer["precision"]):
         found.append(f"trainer.precision={trainer['precision']}: a GPU here has no bfloat16; use 32-true")
+    name, options = named(trainer)
     if strategy is None:
-        found.append(f"trainer.strategy={trainer['strategy']}: not one that this project is tested with")
-    if data.tasks_per_iteration % gpus:
-        found.append(
-            f"data.tasks_per_iteration={data.tasks_per_iteration} does not divide over {gpus} processes: all rollouts "
-            f"of a task stay on one; use a multiple of {gpus}"
-        )
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if positions is not None and budgets.context > positions:
-        found.append(
-            f"generation.budgets.context={budgets.context} is more than the {positions} positions of "
-            f"{type(model).__name__}"
-        )
+        found.append(f"trainer.strategy={name}: not one that this project is tested with")
     if budgets.tokens >= budgets.context:
         found.append(
             f"generation.budgets.tokens={budgets.tokens} leaves no room for a prompt in context={budgets.context}"
         )
-    if not getattr(model, "_no_split_modules", None):
+    if strategy != "fsdp" and not getattr(model, "_no_split_modules", None):
         found.append(f"{type(model).__name__} names no layers (_no_split_modules): fsdp cannot split it")
-    if (message := _engine_problem(recipe, model)) is not None:
+    if strategy == "fsdp" and (message := whole_replicas(int(options.get("replicas") or 1), gpus)):
         found.append(message)
-    given = trainer["strategy"]
-    name = given if isinstance(given, str) else given["class_path"]
-    options = {} if isinstance(given, str) else given.get("init_args") or {}
-    if strategy not in (None, "ddp") and not name.startswith(OWN):
-        found.append(f"trainer.strategy={name} is Lightning's own: use --config configs/strategy/{strategy}.yaml")
-    if gpus % (options.get("replicas") or 1):
-        found.append(f"trainer.strategy.replicas={options['replicas']} does not divide {gpus} processes")
     if strategy == "ddp" and gpus > 1 and not options.get("gradient_as_bucket_view"):
         found.append(f"trainer.strategy={name} keeps gradients twice: use --config configs/strategy/ddp.yaml")
+    config = model.config.get_text_config()
     if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
         found.append(f"{type(model).__name__} is a mixture of experts: its activations above are too low")
     return found
-
-
-def _engine_problem(recipe: Recipe, model: Any) -> str | None:
-    """Layers that the engine cannot keep a cache for."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
-        kinds = {"sliding_attention"}
-    if isinstance(recipe.generation.engine, CachedEngine) and kinds != {"full_attention"}:
-        return (
-            f"{type(model).__name__} has {', '.join(sorted(kinds))}: set generation.engine to "
-            "gear_lightning.engines.GenerateEngine"
-        )
-    return None

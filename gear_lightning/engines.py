@@ -102,6 +102,9 @@ class GenerationEngine(ABC):
         cannot tell. All ranks call it."""
         return None
 
+    def check(self, model: Any) -> None:  # noqa: B027
+        """Raise `UserError` where the engine cannot sample a model of this class and config, whatever its weights."""
+
     @abstractmethod
     def begin(self, model: Any, sampling: Sampling, stop_ids: set[int]) -> None:
         """Start a rollout phase with these weights."""
@@ -241,8 +244,8 @@ class CachedEngine(GenerationEngine):
         self._table: list[_Row | None] = []
         self._waiting: list[TurnRequest] = []
 
-    def begin(self, model: Any, sampling: Sampling, stop_ids: set[int]) -> None:
-        config = model.config
+    def check(self, model: Any) -> None:
+        config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
             kinds = {"sliding_attention"}
@@ -251,6 +254,9 @@ class CachedEngine(GenerationEngine):
                 f"{type(model).__name__}: CachedEngine needs full attention in every layer (found {sorted(kinds)}) and "
                 f"attn_implementation=sdpa; {OTHER_ENGINE}"
             )
+
+    def begin(self, model: Any, sampling: Sampling, stop_ids: set[int]) -> None:
+        self.check(model)
         self._model, self._sampling, self._stop_ids = model, sampling, stop_ids
         self._device = model.get_output_embeddings().weight.device
         self._cache = _RowCache()

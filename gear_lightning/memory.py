@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from .errors import UserError
+from .strategy_rules import check_replicas
 from .token_stats import LOGITS
 
 Strategy = Literal["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
@@ -274,8 +275,7 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
     """
     if strategy not in STRATEGIES:
         raise UserError(f"strategy={strategy}: there are {', '.join(STRATEGIES)}")
-    if gpus % setup.replicas:
-        raise UserError(f"replicas={setup.replicas} does not divide {gpus} processes")
+    check_replicas(setup.replicas, gpus)
     weight, compute = element_bytes(setup.precision)
     mixed = weight > compute  # autocast
     zero, sharded = strategy.startswith("zero"), strategy in SHARDED

@@ -76,6 +76,10 @@ class GearModule(Float32Buffers, L.LightningModule):
         self.lora = lora
         if lora is not None:
             require_extra("peft")
+            if teacher.park:
+                raise UserError(
+                    "model.teacher.park does nothing with model.lora: the teacher shares the policy's weights"
+                )
         self.activation_checkpointing = activation_checkpointing
         self.initial_weights: Path | None = None  # a model directory to start from in place of the source's weights
         self.base: str | None = None  # what loads the weights that adapters lie on; None: the checkpoint alone has them

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -25,6 +26,7 @@ from .checkpoints import read_checkpoint, remove_checkpoint, resolve, write_chec
 from .errors import UserError
 from .optimizers import as_kept, in_floats
 from .sharding import fill, full, local, replace_parameters, shard_like, skeleton, whole_of
+from .strategy_rules import check_replicas, check_zero, whole_replicas
 from .together import together
 
 TIMEOUT = timedelta(minutes=30)  # Lightning's own
@@ -142,7 +144,7 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):
 
     Args:
         replicas: copies of the sharded model (hybrid sharding): each is spread over world size / replicas processes.
-            With one per node, weights are gathered inside nodes only.
+            With one per node, weights are gathered inside nodes only. As many as processes shard nothing.
         reshard_after_forward: free a layer's gathered weights after its forward and gather them again in backward.
             False trades memory for communication.
         process_group_backend: ``nccl``, ``gloo``, ... Null: what fits the device.
@@ -159,8 +161,7 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):
         super().__init__(
             save_distributed_checkpoint=False, process_group_backend=process_group_backend, timeout=timeout
         )
-        if replicas < 1:
-            raise UserError(f"trainer.strategy.replicas={replicas} must be at least 1")
+        check_replicas(replicas)
         self.replicas = replicas
         self.reshard_after_forward = reshard_after_forward
 
@@ -168,8 +169,9 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):
         from torch.distributed.device_mesh import init_device_mesh
 
         world = self.num_nodes * self.num_processes
-        if world % self.replicas:
-            raise UserError(f"trainer.strategy.replicas={self.replicas} does not divide {world} processes")
+        check_replicas(self.replicas, world)
+        if message := whole_replicas(self.replicas, world):
+            rank_zero_warn(message)
         self._data_parallel_size, self._tensor_parallel_size = world, 1
         super().setup_environment()
         kind = self.root_device.type
@@ -188,7 +190,7 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):
     def shard(self, model: Any, like: Any = None) -> Any:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        blocks = _blocks(model)
+        blocks = layers_of(model)
         options: dict[str, Any] = {"mesh": self.mesh}
         if self.computes_in is not None:
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=self.computes_in, reduce_dtype=torch.float32)
@@ -248,7 +250,7 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
         local(mine).copy_(local(theirs))
 
 
-def _blocks(model: Any) -> list[nn.Module]:
+def layers_of(model: Any) -> list[nn.Module]:
     """The decoder layers that the model's class names as units.
 
     Raises:
@@ -302,10 +304,7 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = TIMEOUT,
     ):
-        if stage not in (1, 2, 3):
-            raise UserError(f"trainer.strategy.stage={stage}: ZeRO has stages 1, 2 and 3")
-        if offload_parameters and stage != 3:
-            raise UserError(f"trainer.strategy.offload_parameters needs stage 3, not {stage}")
+        check_zero(stage, offload_parameters)
         try:
             import deepspeed  # noqa: F401
         except ImportError as error:

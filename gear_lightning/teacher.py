@@ -145,8 +145,6 @@ class Teacher(nn.Module):
         self.shadow: list[Tensor] | None = None  # float32 averages of this rank's parts, made at the first update
         self.model = None
         self.adapted = is_adapted(policy)
-        if self.adapted and options.park:
-            raise UserError("model.teacher.park does nothing with model.lora: the teacher shares the policy's weights")
         if self.adapted and options.weights == "ema" and not has_teacher(policy):
             if is_sharded(policy):
                 raise UserError("with model.lora and a strategy that spreads the weights, fit before you validate")

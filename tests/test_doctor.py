@@ -46,13 +46,13 @@ def recipe(*args: str):
 def found(machine: Machine = GPU, gpus: int = 2, *args: str) -> list[str]:
     """What is wrong with the quickstart under these options."""
     mine = recipe(*args)
-    return problems(mine, machine, skeleton_of(mine), gpus, configured_strategy(mine.trainer)[0])
+    return problems(mine, machine, mine.module.source.skeleton(), gpus, configured_strategy(mine.trainer)[0])
 
 
 def column(text: str, strategy: str) -> dict[str, str]:
     """A strategy's column of the printed table, by row; of rows of the same name the first."""
     lines = text.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("GiB per"))
+    start = next(i for i, line in enumerate(lines) if re.match("[GM]iB per", line))
     names = [n.rstrip("*") for n in re.split(r"\s{2,}", lines[start].strip())]
     rows = [re.split(r"\s{2,}", line.strip()) for line in lines[start + 1 :]]
     cells = {}
@@ -149,8 +149,8 @@ def test_the_table_holds_the_estimates(capsys):
     for strategy in ("ddp", "fsdp", "zero1", "zero3"):
         numbers = columns(shape, 4, load_of(mine, 4), setup, "ddp", None)[strategy]
         cells = column(said, strategy)
-        assert cells["PEAK"] == f"{numbers['total'] / 2**30:.2f}"
-        assert cells["update: activations"] == f"{numbers['activations'] / 2**30:.2f}"
+        assert cells["PEAK"] == f"{numbers['total'] / 2**20:.1f}", "less than a GiB in all: MiB"
+        assert cells["update: activations"] == f"{numbers['activations'] / 2**20:.1f}"
         assert cells["in 0.4 GiB"] == ("fits" if numbers["total"] < 0.36 * 2**30 else "no")
     assert {column(said, s)["in 0.4 GiB"] for s in ("ddp", "zero1")} == {"fits", "no"}, "both verdicts are seen"
     assert "ddp*" in said
@@ -194,9 +194,10 @@ def test_adapters_and_a_parked_teacher_in_the_table(capsys):
     assert re.search(r"1\.3M parameters, 0\.2M of them trained", capsys.readouterr().out)
     assert doctor_command(["--config", RECIPE, "--gpus=1", "--model.teacher.park=true"]) == 0
     said = capsys.readouterr().out
-    assert column(said, "ddp")["update: parked teacher"] == "<0.01"
+    assert column(said, "ddp")["update: parked teacher"] == "4.1"
     assert "\nteacher  " not in said
-    assert column(said, "ddp")["CPU memory: offloaded, parked"] == "<0.01"
+    assert column(said, "ddp")["CPU memory: offloaded, parked"] == "4.1"
+    assert "<0" not in said, "every number of a small recipe can be read"
 
 
 def test_nothing_is_written(tmp_path, capsys):
@@ -229,7 +230,8 @@ def test_doctor_of_an_8b_model_allocates_nothing_big(tmp_path):
 # -- what is wrong ---------------------------------------------------------------------------------------------------
 
 
-FSDP = ["--config=configs/strategy/fsdp.yaml"]
+FSDP, ZERO2 = ["--config=configs/strategy/fsdp.yaml"], ["--config=configs/strategy/zero2.yaml"]
+LORA = ["--config=configs/model/lora.yaml"]
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"])
@@ -267,10 +269,18 @@ CPU_ONLY = Machine({**GOOD, "CUDA": None})
         (GPU, 3, [], "tasks_per_iteration=8 does not divide over 3 processes"),
         (GPU, 2, ["--generation.budgets.context=512"], "context=512 is more than the 256 positions"),
         (GPU, 2, ["--generation.budgets.tokens=128"], "tokens=128 leaves no room for a prompt in context=128"),
-        (GPU, 2, ["--trainer.strategy=deepspeed_stage_3_offload"], "use --config configs/strategy/zero3_offload.yaml"),
-        (GPU, 2, ["--trainer.strategy=fsdp"], "fsdp is Lightning's own: use --config configs/strategy/fsdp.yaml"),
+        (GPU, 2, ["--trainer.strategy=deepspeed_stage_3_offload"], "deepspeed_stage_3_offload is Lightning's own"),
+        (GPU, 2, ["--trainer.strategy=fsdp"], "not supported; use --config configs/strategy/fsdp.yaml"),
         (GPU, 2, [], "strategy=auto keeps gradients twice: use --config configs/strategy/ddp.yaml"),
-        (GPU, 4, [*FSDP, "--trainer.strategy.init_args.replicas=3"], "replicas=3 does not divide 4 processes"),
+        (GPU, 4, [*FSDP, "--trainer.strategy.replicas=3"], "replicas=3 does not divide 4 processes"),
+        (GPU, 4, [*FSDP, "--trainer.strategy.replicas=0"], "replicas=0 must be at least 1"),
+        (GPU, 4, [*FSDP, "--trainer.strategy.replicas=4"], "replicas=4 is the number of processes: nothing is sharded"),
+        (GPU, 4, [*FSDP, "--trainer.precision=16-mixed"], "precision=16-mixed does not go with trainer.strategy"),
+        (GPU, 2, [*ZERO2, "--trainer.strategy.stage=4"], "stage=4: ZeRO has stages 1, 2 and 3"),
+        (GPU, 2, [*ZERO2, "--trainer.strategy.offload_parameters=true"], "offload_parameters needs stage 3, not 2"),
+        (GPU, 2, [*ZERO2, "--trainer.gradient_clip_algorithm=value"], "ZeRO clips gradients by their norm alone"),
+        (GPU, 2, ["--trainer.accumulate_grad_batches=3"], "accumulate_grad_batches follows from data.micro_batch_size"),
+        (GPU, 2, [*LORA, "--model.lora.targets=[nothing_proj]"], "nothing_proj matches no linear layer"),
     ],
 )
 def test_recipes_that_do_not_work(machine, gpus, args, message):
@@ -293,6 +303,16 @@ def test_problems_do_not_change_the_exit_status(capsys):
     assert "the recipe's strategy, ddp, needs more than 0.01 GiB" in said
 
 
+def test_a_recipe_that_gives_no_estimate_is_told_all_its_problems(capsys):
+    lora = ["--config", RECIPE, *LORA, "--model.lora.targets=[nothing_proj]", "--trainer.accumulate_grad_batches=3"]
+    assert doctor_command([*lora, "--gpus", "2"]) == 2
+    said = capsys.readouterr().out
+    assert "lora.targets: nothing_proj matches no linear layer of LlamaForCausalLM; it has down_proj" in said
+    assert "accumulate_grad_batches follows" in said
+    assert doctor_command(["--config", RECIPE, *FSDP, "--trainer.strategy.replicas=3", "--gpus", "4"]) == 2
+    assert "replicas=3 does not divide 4 processes" in capsys.readouterr().out
+
+
 def test_this_machine_is_looked_at():
     import torch
 
@@ -310,6 +330,7 @@ def test_this_machine_is_looked_at():
         (["--config", RECIPE, "--trainer.precision", "64-true"], "trainer.precision=64-true"),
         (["--config", RECIPE, "--model.policy=gear_lightning.models.Pretrained", "--model.policy.path=./none"], "none"),
         (["--config", RECIPE, "--data.group_size", "1"], "group_size=1"),
+        (["--config", RECIPE, *LORA, "--model.teacher.park=true"], "park does nothing with model.lora"),
     ],
 )
 def test_bad_input_is_one_clear_line(args, message):

@@ -1,0 +1,116 @@
+"""What a recipe and its number of processes alone decide: why it cannot be run.
+
+`fit` stops at the first of these before it starts processes or loads weights; ``doctor`` tells them all. The rules
+themselves are where they belong: this room asks the parts of a recipe in turn.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from .callbacks.generation import GenerationCallback
+from .data import RolloutDataModule
+from .errors import UserError
+from .memory import ALIASES, STRATEGIES, Strategy
+from .models import PolicySource, checkpoint_activations
+from .module import GearModule
+from .strategies import layers_of
+from .strategy_rules import check_replicas, check_zero
+
+WRONG_PRECISION = "trainer.precision={} does not go with trainer.strategy; use 32-true, bf16-mixed or bf16-true"
+
+
+def named(trainer: Any) -> tuple[str, dict[str, Any]]:
+    """Name or class of a recipe's strategy, and the options that are given to it."""
+    given = trainer["strategy"]
+    return (given, {}) if isinstance(given, str) else (given["class_path"], dict(given.get("init_args") or {}))
+
+
+def configured_strategy(trainer: Any) -> tuple[Strategy | None, dict[str, Any]]:
+    """Which of `STRATEGIES` a recipe's trainer names (None: another one), and the options that it gives to it."""
+    name, options = named(trainer)
+    low = name.lower()
+    if "deepspeed" in low or "zero" in low:
+        digits = [c for c in low.rpartition(".")[2] if c in "123"]
+        stage = options.get("stage") or (int(digits[-1]) if digits else 2)
+        offload = "offload" in low or options.get("offload_parameters")
+        found = "zero3_offload" if stage == 3 and offload else f"zero{stage}"
+        return next((s for s in STRATEGIES if s == found), None), options
+    if "fsdp" in low or "modelparallel" in low:
+        return "fsdp", options
+    return ("ddp" if low == "auto" or "ddp" in low else None), options
+
+
+def check_strategy(trainer: Any) -> None:
+    """Look at the strategy's name and the precision, on which a Trainer cannot be made.
+
+    Raises:
+        UserError: the strategy shards, and is Lightning's own; or it does not go with the precision.
+    """
+    name, _ = named(trainer)
+    strategy, _ = configured_strategy(trainer)
+    lightnings = "." not in name or name.startswith("lightning.")
+    if lightnings and (strategy not in (None, "ddp") or name.startswith("model_parallel")):
+        raise UserError(
+            f"trainer.strategy={name} is Lightning's own, which knows nothing of the teacher and is not supported; "
+            f"use --config configs/strategy/{strategy or 'fsdp'}.yaml"
+        )
+    if strategy == "fsdp" and ALIASES.get(str(trainer["precision"]), str(trainer["precision"])) == "16-mixed":
+        raise UserError(WRONG_PRECISION.format(trainer["precision"]))
+
+
+def skeleton_of(source: PolicySource) -> Any:
+    """The policy on the meta device; None where only loading it tells its shapes."""
+    if type(source).skeleton is PolicySource.skeleton:  # it would load the weights
+        return None
+    try:
+        return source.skeleton()
+    except UserError:
+        raise
+    except Exception:  # a model that cannot be made without values is looked at once it is loaded
+        return None
+
+
+def refusals(
+    module: GearModule,
+    data: RolloutDataModule,
+    generation: GenerationCallback,
+    trainer: Any,
+    processes: int,
+    model: Any,
+    fitting: bool = True,
+) -> Iterator[str]:
+    """Why the recipe will not run, one reason after another. Nothing is loaded.
+
+    Args:
+        module: the recipe's module.
+        data: its batch sizes.
+        generation: its budgets and engine.
+        trainer: its ``trainer`` section as given, nothing of it made.
+        processes: over all nodes.
+        model: the policy's `skeleton`, without adapters; None where there is none, and its part is not looked at.
+        fitting: whether it is to be trained.
+    """
+    rules: list[Callable[[], Any]] = [partial(check_strategy, trainer)]
+    strategy, options = configured_strategy(trainer)
+    if strategy == "fsdp":
+        rules.append(lambda: check_replicas(options.get("replicas", 1), processes))
+    elif "zero" in named(trainer)[0].lower():
+        stage, offload = options.get("stage", 2), bool(options.get("offload_parameters"))
+        rules.append(lambda: check_zero(stage, offload, str(trainer["gradient_clip_algorithm"])))
+    if fitting:
+        rules.append(lambda: data.check_processes(processes, trainer["accumulate_grad_batches"]))
+    if model is not None:
+        rules.append(lambda: generation.check_policy(module, model))
+        rules.append(lambda: generation.engine.check(model))
+        if module.lora is not None:
+            rules.append(partial(module.lora.layers, model))
+        if strategy == "fsdp":
+            rules.append(lambda: layers_of(model))
+        if fitting and module.activation_checkpointing:
+            rules.append(lambda: checkpoint_activations(model))
+    for rule in rules:
+        try:
+            rule()
+        except UserError as error:
+            yield str(error)
