@@ -46,6 +46,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a busy CPU tens of times slower
     for name in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it, with a noise
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed sets its logger's level itself, and tells on every process that there is no GPU
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
     sys.path.append(os.getcwd())  # where a user's own environments and rewards are, as with `python -m`
     from .errors import UserError, one_line, printable
 

@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,13 @@ STRATEGIES = {  # name -> value of trainer.strategy; configs/strategy holds the 
 }
 COMPARED = ("policy_logprobs", "divergence", "weights", "token_advantages")
 TOLERANCE = {"32-true": 1e-5, "64-true": 1e-5}
+EQUAL, DIFFERENT, UNTRAINED = 0, 1, 3  # exit statuses; 2 is an error
+OWN = {  # options of fit that parity sets itself -> what to do
+    "trainer.default_root_dir": "give --out DIR, which keeps the runs there",
+    "trainer.max_epochs": "give --iterations",
+    "trainer.devices": "give --devices",
+    "trainer.num_nodes": "all processes are on this machine",
+}
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,11 @@ def compare(reference: Path, other: Path) -> Comparison:
     return Comparison(same, worst)
 
 
+def idle_iterations(run: Path) -> list[int]:
+    """Iterations of a run, from 0, whose gradient was 0: where no group has any spread of rewards, say."""
+    return [i for i, norm in enumerate(_metrics(run, "train/grad_norm").tolist()) if norm == 0]
+
+
 def compare_weights(reference: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
     """``policy`` and ``teacher`` -> largest difference of a tensor, as a share of its largest value."""
     if reference.keys() != other.keys():
@@ -158,6 +171,8 @@ def parity_command(argv: list[str]) -> int:
         "gear-lightning parity",
         description="Train a recipe for a few iterations in one process and under several strategies, from the same "
         "weights and seeds, and compare rollouts, credit, losses and weights. All other options are those of fit.",
+        epilog=f"Exit status: {EQUAL} all are equal, {DIFFERENT} they differ or one failed, {UNTRAINED} nothing was "
+        "trained, so that there is nothing to compare.",
         allow_abbrev=False,
     )
     parser.add_argument("--strategies", default="ddp,fsdp,zero1,zero2,zero3", help="comma-separated: %(default)s")
@@ -166,7 +181,9 @@ def parity_command(argv: list[str]) -> int:
     parser.add_argument("--reference", default="one", help="one (a single process, the default), or a strategy")
     parser.add_argument("--resume", action="store_true", help="stop every strategy's run half way and go on")
     parser.add_argument("--tolerance", type=float, help="largest share that counts as equal (default 1e-5 in float32)")
-    parser.add_argument("--out", type=Path, help="directory for the runs; kept (default: a temporary one)")
+    parser.add_argument(
+        "--out", type=Path, help="directory for the runs, kept (default: a temporary one, removed where all are equal)"
+    )
     parser.add_argument("--deadline", type=float, default=3600, help="seconds for each run (default %(default)s)")
     options, rest = parser.parse_known_args(argv)
     names = options.strategies.split(",")
@@ -178,6 +195,9 @@ def parity_command(argv: list[str]) -> int:
         raise UserError(f"--iterations {options.iterations} must be at least {2 if options.resume else 1}")
     if not any(arg.startswith("--config") for arg in rest):
         raise UserError("--config RECIPE is missing")
+    for argument in rest:
+        if advice := OWN.get(argument.partition("=")[0].removeprefix("--")):
+            raise UserError(f"{argument.partition('=')[0]} does nothing in parity: {advice}")
     return _run(options, names, known, rest)
 
 
@@ -208,6 +228,10 @@ def _run(options: argparse.Namespace, names: list[str], known: dict[str, list[st
     print(f"{options.reference}: the reference; logs and runs are in {out}", flush=True)
     if failed := play(options.reference):
         raise UserError(f"the reference run failed: {failed} (see {out / options.reference / 'log.txt'})")
+    idle = idle_iterations(out / options.reference)
+    if len(idle) == options.iterations:
+        print(f"\n{_untrained(options.iterations)}\n\n{_kept(out)}")
+        return UNTRAINED
     results: dict[str, Comparison | str] = {}
     for name in [n for n in names if n != options.reference]:
         print(f"{name}: {devices} processes", flush=True)
@@ -215,6 +239,12 @@ def _run(options: argparse.Namespace, names: list[str], known: dict[str, list[st
     precision = _precision(out / options.reference)
     tolerance = options.tolerance or TOLERANCE.get(precision, 5e-2)
     print(table(results, tolerance))
+    if idle:
+        told = ", ".join(str(i + 1) for i in idle)
+        print(
+            f"\nThe gradient was 0 in {len(idle)} of {options.iterations} iterations ({told}), as where rewards have "
+            "no spread: there, rollouts and credit were compared, and no update."
+        )
     done = [r for r in results.values() if isinstance(r, Comparison)]
     if any(not r.within(tolerance) and r.gradients_within(tolerance) for r in done):
         print(
@@ -223,7 +253,25 @@ def _run(options: argparse.Namespace, names: list[str], known: dict[str, list[st
         )
     equal = all(isinstance(r, Comparison) and r.within(tolerance) for r in results.values())
     print(f"\n{'All equal' if equal else 'NOT all equal'} to {options.reference} within {tolerance:g} ({precision}).")
-    return 0 if equal else 1
+    if equal and options.out is None:
+        shutil.rmtree(out, ignore_errors=True)
+    else:
+        print(_kept(out))
+    return EQUAL if equal else DIFFERENT
+
+
+def _untrained(iterations: int) -> str:
+    what = "the 1 iteration" if iterations == 1 else f"all {iterations} iterations"
+    return (
+        f"NOTHING WAS TRAINED: in {what} of the reference the gradient was 0, as where the rewards within every group "
+        "are equal. Any strategy would come out equal, so none was compared. Take a policy that solves some of its "
+        "tasks and not all: more warm start (warm_start.steps), easier tasks, a larger data.group_size or "
+        "data.tasks_per_iteration, more --iterations, or data.zero_spread=resample."
+    )
+
+
+def _kept(out: Path) -> str:
+    return f"Logs and runs are in {out}; they can be removed."
 
 
 def _precision(run: Path) -> str:

@@ -1,4 +1,4 @@
-"""Options of the sharding strategies that do not go together: for the strategies, and for what looks at a recipe first."""
+"""Options of the sharding strategies that do not go together: told by the strategies, and before they are made."""
 
 from .errors import UserError
 

@@ -20,12 +20,8 @@ EXCEPTIONS = {
     ("module", "environments.base"): "types of the privileged prompt's task and messages",
 }
 COMMANDS = {"gear_lightning.doctor", "gear_lightning.noise_floor_command"}  # built on the command line's parser
-ABOVE = {
-    "gear_lightning.cli",
-    "gear_lightning.doctor_checks",
-    "gear_lightning.refusals",
-    *COMMANDS,
-}  # they read whole recipes
+# they read whole recipes
+ABOVE = {"gear_lightning.cli", "gear_lightning.doctor_checks", "gear_lightning.refusals", *COMMANDS}
 
 
 def module_name(path: Path) -> str:

@@ -1,5 +1,5 @@
 #!/bin/bash
-# gear-lightning slurm --config configs/quickstart.yaml --config configs/strategy/fsdp.yaml --cluster configs/slurm/gpu_nodes.yaml --partition gpu --data.tasks_per_iteration 32 --trainer.strategy.init_args.replicas 4 --trainer.default_root_dir /scratch/me/runs/quickstart --setup 'module load cuda' --python /home/me/gear_lightning/.venv/bin/python
+# gear-lightning slurm --config configs/quickstart.yaml --config configs/strategy/fsdp.yaml --cluster configs/slurm/gpu_nodes.yaml --partition gpu --data.tasks_per_iteration 32 --trainer.strategy.replicas 4 --trainer.default_root_dir /scratch/me/runs/quickstart --setup 'module load cuda' --python /home/me/gear_lightning/.venv/bin/python
 #SBATCH --job-name=quickstart
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -30,7 +30,7 @@ exec srun --kill-on-bad-exit=0 --wait=30 --cpus-per-task=8 --open-mode=append \
   --config configs/quickstart.yaml \
   --config configs/strategy/fsdp.yaml \
   --data.tasks_per_iteration 32 \
-  --trainer.strategy.init_args.replicas 4 \
+  --trainer.strategy.replicas 4 \
   --trainer.accelerator=gpu \
   --trainer.num_nodes=4 \
   --trainer.devices=8 \

@@ -216,6 +216,21 @@ BAD = {
         ["--model.policy=distributed.test_strategy_options.Unsplit"],
         "LlamaForCausalLM does not say which of its layers belong together",
     ),
+    "targets": (
+        "ddp",
+        ["--config=configs/model/lora.yaml", "--model.lora.targets=[nothing_proj]"],
+        "lora.targets: nothing_proj matches no linear layer of LlamaForCausalLM",
+    ),
+    "clip": (
+        "zero2",
+        ["--trainer.gradient_clip_algorithm=value"],
+        "trainer.gradient_clip_algorithm=value: ZeRO clips gradients by their norm alone",
+    ),
+    "accumulate": (
+        "fsdp",
+        ["--trainer.accumulate_grad_batches=3"],
+        "trainer.accumulate_grad_batches follows from data.micro_batch_size",
+    ),
     "tasks": ("zero1", ["--data.tasks_per_iteration=3"], "data.tasks_per_iteration=3 does not divide over 2 processes"),
 }
 
@@ -242,6 +257,7 @@ def refused(tmp_path_factory):
 def test_a_mistake_is_one_clear_message_and_no_process_stays(refused, name):
     status, text, left = refused[name]
     assert status == 2, text
-    assert f"gear-lightning: error: {BAD[name][2]}" in text
+    assert text.count(f"gear-lightning: error: {BAD[name][2]}") == 1, "told before a second process is started"
     assert "Traceback" not in text
+    assert "[WARNING]" not in text, "DeepSpeed's"
     assert left == []
