@@ -44,6 +44,7 @@ class RunStatus(L.Callback):
         who: dict[str, Any] = {"host": socket.gethostname(), "process": os.getpid(), "processes": trainer.world_size}
         if "SLURM_JOB_ID" in os.environ:
             who["slurm_job"] = os.environ["SLURM_JOB_ID"]
+        self._attempt("start", **who)
         self._status = {"phase": "start-up", "started": time.time(), **who}
         self._write()
 
@@ -62,7 +63,6 @@ class RunStatus(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._tell("start-up", now=True, iterations=trainer.max_epochs)
-        self._attempt("start", optimizer_steps=trainer.global_step)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._tell("rollout", now=True)

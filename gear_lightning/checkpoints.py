@@ -91,7 +91,7 @@ def _check_room(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if sizes and free < max(sizes):
-        raise OSError(28, f"{max(sizes) / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free")
+        raise OSError(28, f"{max(sizes) / 2**20:,.1f} MiB are needed and {free / 2**20:,.1f} MiB are free")
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -210,9 +210,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: not a checkpoint, or one that holds more than data.
     """
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         raise UserError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(found, dict) or not {"state_dict", "policy_files", "pytorch-lightning_version"} <= found.keys():
+        raise UserError(f"{path}: not a checkpoint of gear_lightning")
+    return found
 
 
 class CompleteCheckpoints(TorchCheckpointIO):

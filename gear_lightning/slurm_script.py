@@ -179,12 +179,19 @@ def check_job(job: Job) -> None:
         raise UserError(f"--name {job.name}: Lightning takes a job of that name for a shell; give another --name")
     if job.seeds is not None and not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%[1-9]\d*)?", job.seeds):
         raise UserError(f"--seeds {job.seeds}: give seeds as 0-9, 0,3,7 or, four at a time, 0-9%4")
+    for first, last in re.findall(r"(\d+)-(\d+)", job.seeds or ""):
+        if int(last) < int(first):
+            raise UserError(f"--seeds {job.seeds}: {first}-{last} holds no seed")
     for what in (job.run, job.directory):
         if "%" in str(what) or "," in str(what) or "\n" in str(what):
             raise UserError(f"{what}: '%' and ',' in a path mean something else to Slurm; give another directory")
     for line in job.sbatch:
         if not line.startswith("-"):
             raise UserError(f"--sbatch {line}: give a whole option, as --sbatch=--exclusive")
+        if not line.isprintable():
+            raise UserError(f"{line!r}: an option of sbatch is one line")
+        if line.partition("=")[0] in ("--time", "-t", "--signal", "--nodes", "--array"):
+            raise UserError(f"--sbatch {line}: give it as an option of this command")
 
 
 def seconds(limit: str) -> int:

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ def status_of(run: Path) -> dict[str, Any]:
     """The status of a run: what `callbacks.run_status.RunStatus` has written, and what lies beside it.
 
     Returns:
-        ``state``: running, silent, finished, stopped or failed; ``status``: the newest status file; ``starts``: how
+        ``state``: running, silent, killed, finished, stopped or failed; ``status``: the newest status file; ``starts``: how
         often it was started; ``ends``: how the attempts ended; ``checkpoint``: the newest file and its age in seconds;
         ``crashes``: report -> its first line.
 
@@ -47,7 +49,8 @@ def status_of(run: Path) -> dict[str, Any]:
         raise UserError(f"{run}: its status files cannot be read ({error})") from None
     age = time.time() - status["time"]
     phase = status["phase"]
-    state = phase if phase in ("finished", "stopped", "failed") else "running" if age < SILENT else "silent"
+    ended = phase in ("finished", "stopped", "failed")
+    state = phase if ended else "killed" if _gone(status) else "running" if age < SILENT else "silent"
     checkpoints = [p for p in (run / "checkpoints").glob("*.ckpt") if p.is_file() and not p.is_symlink()]
     newest = max(checkpoints, key=lambda p: p.stat().st_mtime, default=None)
     reports = sorted((run / "crash").glob("*.txt"), key=lambda p: p.stat().st_mtime)
@@ -60,6 +63,19 @@ def status_of(run: Path) -> dict[str, Any]:
         "checkpoint": newest and {"file": str(newest), "age": round(time.time() - newest.stat().st_mtime, 1)},
         "crashes": {str(p): (_text(p).splitlines() or [""])[0] for p in reports},
     }
+
+
+def _gone(status: dict[str, Any]) -> bool:
+    """Whether rank 0 has been a process of this machine and is none any more."""
+    if status.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(int(status["process"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError, OverflowError):
+        return False
+    return False
 
 
 def _text(path: Path) -> str:
@@ -88,8 +104,8 @@ def _lines(run: Path, found: dict[str, Any]) -> list[str]:
     ends = ", ".join(found["ends"][-3:])
     lines.append(f"  starts       {found['starts']}" + (f", ended by: {ends}" if ends else ""))
     lines += [f"  crash report {path}: {why}" for path, why in list(found["crashes"].items())[-8:]]
-    if "why" in status and found["state"] == "failed":
-        lines.append(f"  failed with  {status['why']}")
+    if found["state"] == "killed":
+        lines.append("  rank 0 is gone without a word; to go on: the same command with --ckpt_path last")
     if found["state"] == "silent":
         lines.append("  no word for long: it was killed, its node is gone, or one step takes very long")
     return lines

@@ -148,7 +148,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing_and_harms_nothing(small_d
     assert sorted(p.name for p in small_disk.iterdir()) == ["1.ckpt", "1.ckpt.json", "filler"]
     assert newest_complete(small_disk) == before
     fill(small_disk / "filler")
-    with pytest.raises(UserError, match="GiB are needed"):  # told before it is tried
+    with pytest.raises(UserError, match="MiB are needed"):  # told before it is tried
         write_checkpoint({**big, "values": torch.zeros(1)}, small_disk / "3.ckpt")
 
 
