@@ -32,9 +32,9 @@ def status_of(run: Path) -> dict[str, Any]:
     """The status of a run: what `callbacks.run_status.RunStatus` has written, and what lies beside it.
 
     Returns:
-        ``state``: running, silent, killed, finished, stopped or failed; ``status``: the newest status file; ``starts``: how
-        often it was started; ``ends``: how the attempts ended; ``checkpoint``: the newest file and its age in seconds;
-        ``crashes``: report -> its first line.
+        ``state``: running, silent, killed, finished, stopped or failed; ``status``: the newest status file; ``starts``:
+        how often it was started; ``ends``: how the attempts ended; ``checkpoint``: the newest file and its age in
+        seconds; ``crashes``: report -> its first line.
 
     Raises:
         UserError: not a run directory.
