@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -198,6 +199,7 @@ def parity_command(argv: list[str]) -> int:
     for argument in rest:
         if advice := OWN.get(argument.partition("=")[0].removeprefix("--")):
             raise UserError(f"{argument.partition('=')[0]} does nothing in parity: {advice}")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # `train` then ends its process, too
     return _run(options, names, known, rest)
 
 

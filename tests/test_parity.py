@@ -1,6 +1,11 @@
 """What `gear-lightning parity` compares, on runs of one process, and what it says where nothing was trained."""
 
 import csv
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import yaml
@@ -79,6 +84,7 @@ def command(monkeypatch, tmp_path):
     """``parity`` of zero2 against one process with runs played in this process: (status, directories of the runs)."""
     monkeypatch.setattr(parity, "_precision", lambda run: "32-true")
     monkeypatch.setattr(parity.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(parity.signal, "signal", lambda number, handler: None)
 
     def call(*args, environment=None):
         monkeypatch.setattr(
@@ -132,3 +138,36 @@ def test_runs_are_removed_where_all_are_equal_and_nobody_asked_for_them(command,
 def test_options_that_parity_sets_itself_are_refused(option, advice):
     with pytest.raises(UserError, match=advice):
         parity_command(["--config", "any.yaml", *option])
+
+
+def test_a_run_ends_with_the_command_that_is_told_to_end(tmp_path, repository):
+    fit = tmp_path / "fit"  # in the place of python -m gear_lightning fit
+    fit.write_text("#!/bin/sh\necho $$ > pid.new && mv pid.new pid && exec sleep 100\n")
+    fit.chmod(0o755)
+    call = f"from gear_lightning import parity; parity.sys.executable = {str(fit)!r}; "
+    call += "parity.parity_command(['--config', 'any.yaml', '--out', 'runs'])"
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    process = subprocess.Popen([sys.executable, "-c", call], cwd=tmp_path, env=environment)
+    try:
+        end = time.monotonic() + 60
+        while not (tmp_path / "pid").exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        child = int((tmp_path / "pid").read_text())
+        process.terminate()
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    end = time.monotonic() + 10
+    while time.monotonic() < end and _alive(child):
+        time.sleep(0.05)
+    assert not _alive(child)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{process}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] != "Z"
