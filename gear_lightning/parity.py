@@ -231,7 +231,7 @@ def _run(options: argparse.Namespace, names: list[str], known: dict[str, list[st
     if failed := play(options.reference):
         raise UserError(f"the reference run failed: {failed} (see {out / options.reference / 'log.txt'})")
     idle = idle_iterations(out / options.reference)
-    if len(idle) == options.iterations:
+    if not _metrics(out / options.reference, "train/grad_norm").any():  # none, too, where no step had any
         print(f"\n{_untrained(options.iterations)}\n\n{_kept(out)}")
         return UNTRAINED
     results: dict[str, Comparison | str] = {}
