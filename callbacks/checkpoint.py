@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from gear_lightning.checkpoints import failing_together
 from gear_lightning.loggers import MetricsFile
 
 
@@ -41,6 +42,10 @@ class IterationCheckpoint(ModelCheckpoint):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        with failing_together(trainer.strategy):
+            super()._save_checkpoint(trainer, filepath)
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         spare, self._spare = self._spare, filepath

@@ -7,6 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from gear_lightning.credit_page import write_credit_page
 from gear_lightning.errors import UserError
+from gear_lightning.files import try_to_write
 from gear_lightning.records import record_files
 
 
@@ -50,6 +51,6 @@ class CreditMap(L.Callback):
         if not trainer.is_global_zero or not record_files(run):
             return
         try:
-            write_credit_page(run, max_rollouts=self.max_rollouts)
+            try_to_write("pages of the credit map", lambda: write_credit_page(run, max_rollouts=self.max_rollouts))
         except Exception as error:  # training must go on, and an exception on its way must not be hidden
             rank_zero_warn(f"CreditMap: the page could not be written: {type(error).__name__}: {error}")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gear_lightning.callbacks.generation import GenerationCallback
+from gear_lightning.checkpoints import failing_together
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.errors import Stopped
 from gear_lightning.peers import Peers, peers_of
@@ -118,7 +119,8 @@ class Preemption(L.Callback):
         if isinstance(exception, Stopped) and not self._left:
             path = self._path(trainer)
             if path is not None:
-                trainer.save_checkpoint(path, weights_only=False)
+                with failing_together(trainer.strategy):
+                    trainer.save_checkpoint(path, weights_only=False)
             exception.status = self._leave(trainer, saved=path is not None)
 
     def _path(self, trainer: L.Trainer) -> Path | None:

@@ -1,6 +1,7 @@
 """Writes every iteration's rollouts, with the credit they were given, into the run directory."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gear_lightning.batch import RolloutBatch
 from gear_lightning.errors import UserError
-from gear_lightning.files import try_to_write
+from gear_lightning.files import replace_file, try_to_write
 from gear_lightning.records import FORMAT, TENSOR_KEYS, record_files, write_record
 from gear_lightning.rollout import Rollout
 
@@ -37,7 +38,8 @@ class RolloutRecorder(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            pl_module.chat_format.tokenizer.save_pretrained(Path(trainer.default_root_dir) / "tokenizer")
+            folder = Path(trainer.default_root_dir) / "tokenizer"
+            try_to_write("tokenizer's files", lambda: _save_tokenizer(pl_module.chat_format.tokenizer, folder))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._parts = []
@@ -111,6 +113,15 @@ class RolloutRecorder(L.Callback):
     @staticmethod
     def _predictions(trainer: L.Trainer) -> Path:
         return Path(trainer.default_root_dir) / "predictions" / f"rank_{trainer.global_rank}.jsonl"
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files, each whole or not at all: a full disk leaves those of an earlier start."""
+    with tempfile.TemporaryDirectory() as aside:
+        tokenizer.save_pretrained(aside)
+        for path in Path(aside).iterdir():
+            content = path.read_bytes()
+            replace_file(folder / path.name, lambda file, content=content: file.write(content))
 
 
 def rollout_json(trainer: L.Trainer, rollout: Rollout, group_id: int, number: int, row: int | None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Keeps a file that tells where a run is."""
 
+import errno
 import json
 import os
 import socket
@@ -113,9 +114,16 @@ class RunStatus(L.Callback):
     def _attempt(self, what: str, **more: Any) -> None:
         if self._writes:
             line = json.dumps({"what": what, "time": time.time(), **more})
-            try_to_write("status", lambda: _append(self._folder / ATTEMPTS, line))
+            try_to_write("attempts", lambda: _append(self._folder / ATTEMPTS, line))
 
 
 def _append(path: Path, line: str) -> None:
-    with path.open("a") as file:
-        file.write(line + "\n")
+    content = (line + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(end)  # half a line would make the file unreadable
+            raise

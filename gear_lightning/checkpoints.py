@@ -4,19 +4,25 @@ Beside ``NAME.ckpt`` lies ``NAME.ckpt.json``, written after it: size and SHA-256
 was written. A file without it, or that differs from it, is not complete.
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 
 from .errors import UserError
-from .files import replace_file, replace_text
+from .files import replace_file
 from .together import together
 
 FORMAT = 1
@@ -47,51 +53,88 @@ def manifest_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+class UnwrittenCheckpoint(UserError):
+    """A checkpoint that could not be written. Raised on rank 0 alone, which alone writes: see `failing_together`."""
+
+
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint, then its manifest.
 
     Raises:
-        UserError: it cannot be written; nothing of it is left behind, and the others are untouched.
+        UnwrittenCheckpoint: it cannot be written; nothing of it is left behind, and the others are untouched, one of
+            the same name included.
     """
     from . import __version__
 
-    try:
-        _check_room(path)
-        manifest_path(path).unlink(missing_ok=True)  # of the file that this one replaces
-        written: list[_Hashing] = []
+    hashing: list[_Hashing] = []
 
-        def save(file: IO[bytes]) -> None:
-            written.append(_Hashing(file))
-            torch.save(checkpoint, cast(Any, written[0]))  # which needs no more of a file than these two methods
-
-        replace_file(path, save, durable=True)
-        manifest = {
+    def save(file: IO[bytes], manifest: IO[bytes]) -> None:
+        hashing.append(_Hashing(file))
+        torch.save(checkpoint, cast(Any, hashing[0]))  # which needs no more of a file than these two methods
+        told = {
             "format": FORMAT,
-            "size": written[0].size,
-            "sha256": written[0].digest(),
+            "size": hashing[0].size,
+            "sha256": hashing[0].digest(),
             "optimizer_steps": checkpoint.get("global_step", 0),
             "iteration": checkpoint.get("epoch", 0),
             "time": time.time(),
             "gear_lightning": __version__,
+            "world_size": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
         }
-        replace_text(manifest_path(path), json.dumps(manifest, indent=1) + "\n", durable=True)
+        manifest.write(json.dumps(told, indent=1).encode() + b"\n")
+        manifest.flush()
+        os.fsync(manifest.fileno())  # it has its room on the disk before anything is put in place
+
+    def save_both(manifest: IO[bytes]) -> None:  # the manifest is put in place after the file
+        replace_file(path, lambda file: save(file, manifest), durable=True)
+
+    try:
+        _check_room(path)
+        replace_file(manifest_path(path), save_both, durable=True)
     except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         reason = cause.strerror or str(cause)
-        before = [p.name for p, _ in _known(path.parent) if p != path]
-        kept = f"; {before[0]} is there to go on from" if before else ""
-        raise UserError(f"the checkpoint {path} cannot be written: {reason}{kept}") from error
+        after = f" after {_in_words(hashing[0].size)}" if hashing else ""
+        whole = next((known.name for known, _ in _known(path.parent) if damage(known) is None), None)
+        kept = f"; {whole} is there to go on from" if whole else ""
+        raise UnwrittenCheckpoint(f"the checkpoint {path} cannot be written: {reason}{after}{kept}") from error
 
 
 def _check_room(path: Path) -> None:
     """Fail before an hour of writing, not after it."""
-    sizes = [p.stat().st_size for p, _ in _known(path.parent)]
+    sizes = [known.stat().st_size for known, _ in _known(path.parent)]
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if sizes and free < max(sizes):
-        raise OSError(28, f"{max(sizes) / 2**20:,.1f} MiB are needed and {free / 2**20:,.1f} MiB are free")
+        raise OSError(errno.ENOSPC, f"{_in_words(max(sizes))} are needed and {_in_words(free)} are free")
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
+
+
+@contextmanager
+def failing_together(strategy: Strategy) -> Iterator[None]:
+    """Around Lightning's saving of a checkpoint, on all ranks: what rank 0 cannot write fails on all of them. They wait
+    for it in the barrier that ends the saving, and would there for as long as a collective may take.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    failed: UnwrittenCheckpoint | None = None
+    try:
+        yield
+    except UnwrittenCheckpoint as error:
+        failed = error
+        strategy.barrier("Trainer.save_checkpoint")
+
+    def tell() -> None:
+        if failed is not None:
+            raise failed
+
+    together(tell)
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -168,8 +211,6 @@ def resolve(path: Path) -> Path:
     Raises:
         UserError: on all ranks, where there is none or where it is not whole.
     """
-    import torch.distributed as dist
-
     several = dist.is_available() and dist.is_initialized()
     mine = not several or dist.get_rank() == 0
     found: list[Path | None] = [together(lambda: _resolve(path) if mine else None)]

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and what a full disk costs."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,18 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], Any], *, durable: bool
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    if durable:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, where its file system can tell."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(place)
+    finally:
+        os.close(place)
 
 
 def replace_text(path: Path, text: str, *, durable: bool = False) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from .files import replace_text, try_to_write
@@ -80,18 +80,42 @@ class MetricsFile(Logger):
 class Board(TensorBoardLogger):
     """Lightning's TensorBoardLogger, which a full disk stops with a warning, and not the run with it."""
 
+    _failed: tuple[int, str] | None = None  # errno and text: why there is no file of events
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """TensorBoard's writer. There is none, as ``hasattr`` tells, where its file could not be made; that is not
+        tried again, for each try would leave a thread behind."""
+        if self._failed is None:
+            try:
+                return super().experiment
+            except OSError as error:
+                self._failed = error.errno or 0, error.strerror or str(error)
+        raise AttributeError("there is no file of events")
+
     def _try(self, write: Callable[[], None]) -> None:
         def unwrapped() -> None:
             try:
-                write()
+                if self._failed is None:
+                    write()
+            except AttributeError:
+                if self._failed is None:
+                    raise
             except ValueError as error:  # what Lightning makes of any error
                 raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from None
+            if self._failed is not None:
+                raise OSError(*self._failed)
 
         try_to_write("TensorBoard events", unwrapped)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self._try(lambda: TensorBoardLogger.log_metrics(self, metrics, step))
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        self._try(lambda: TensorBoardLogger.log_hyperparams(self, params, *args, **kwargs))
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """A text under a name."""
