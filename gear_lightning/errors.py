@@ -48,7 +48,9 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
 
 def one_line(error: BaseException | None) -> str | None:
     """What a user can mend in a library's error, or in the one that it came from; None where that is unknown."""
-    while error is not None:
+    seen: set[int] = set()  # a chain of errors can lead back to its start
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         kind = type(error)
         if isinstance(error, ModuleNotFoundError) and (advice := missing_extra(error)):
             return advice

@@ -60,8 +60,8 @@ def resumed(folder, runs):
 
 def cut(whole: Path, run: Path) -> None:
     """Copy a run as it was after `STOP` iterations."""
-    for name in (f"iteration={STOP - 1:05d}.ckpt",):
-        (run / "checkpoints").mkdir(parents=True)
+    for name in (f"iteration={STOP - 1:05d}.ckpt", f"iteration={STOP - 1:05d}.ckpt.json"):
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         shutil.copy(whole / "checkpoints" / name, run / "checkpoints" / name)
     (run / "rollouts").mkdir()
     for path in (whole / "rollouts").glob("iter_*"):
