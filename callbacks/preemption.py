@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gear_lightning.callbacks.generation import GenerationCallback
-from gear_lightning.checkpoints import failing_together
+from gear_lightning.checkpoints import failing_together, known_checkpoints
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.errors import Stopped
 from gear_lightning.peers import Peers, peers_of
@@ -152,9 +152,9 @@ class Preemption(L.Callback):
 
 
 def _overtaken(path: Path) -> bool:
-    """Whether a newer checkpoint stands beside the one that a stop has left."""
-    written = path.stat().st_mtime_ns
-    return any(p.stat().st_mtime_ns > written for p in path.parent.glob("*.ckpt") if p.is_file() and p != path)
+    """Whether a checkpoint that has come farther stands beside the one that a stop has left."""
+    order = [known for known, _ in known_checkpoints(path.parent)]
+    return path in order[1:]
 
 
 def _requeue() -> bool:

@@ -116,6 +116,8 @@ class Watchdog(L.Callback):
         self._stop = threading.Event()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Stopped) and self._warned and self._report is not None:
+            self._report.unlink(missing_ok=True)  # it was only slow to come to a place to stop at
         mine = not isinstance(exception, Stopped | KeyboardInterrupt)
         if mine and not isinstance(exception, UserError):  # that one says what to mend
             self._write(f"{type(exception).__name__}: {exception}", "".join(traceback.format_exception(exception)))

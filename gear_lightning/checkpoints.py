@@ -97,14 +97,14 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
             raise
         reason = cause.strerror or str(cause)
         after = f" after {_in_words(hashing[0].size)}" if hashing else ""
-        whole = next((known.name for known, _ in _known(path.parent) if damage(known) is None), None)
+        whole = next((known.name for known, _ in known_checkpoints(path.parent) if damage(known) is None), None)
         kept = f"; {whole} is there to go on from" if whole else ""
         raise UnwrittenCheckpoint(f"the checkpoint {path} cannot be written: {reason}{after}{kept}") from error
 
 
 def _check_room(path: Path) -> None:
     """Fail before an hour of writing, not after it."""
-    sizes = [known.stat().st_size for known, _ in _known(path.parent)]
+    sizes = [known.stat().st_size for known, _ in known_checkpoints(path.parent)]
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if sizes and free < max(sizes):
@@ -172,8 +172,8 @@ def _manifest(path: Path) -> dict[str, Any] | str:
         return f"{place.name} cannot be read"
 
 
-def _known(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Checkpoints of a folder that have a manifest, newest first."""
+def known_checkpoints(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Checkpoints of a folder that have a manifest, with it: those that have come farthest first. Nothing is hashed."""
     found = []
     for path in folder.glob("*.ckpt"):
         if path.is_file() and not path.is_symlink() and isinstance(manifest := _manifest(path), dict):
@@ -186,7 +186,7 @@ def newest_complete(folder: Path) -> Path | None:
 
     Others that would have gone before it are named on stderr, with what is wrong, and left where they are.
     """
-    known = _known(folder)
+    known = known_checkpoints(folder)
     chosen, bad = None, {}
     for path, _ in known:
         if (wrong := damage(path)) is None:

@@ -279,7 +279,13 @@ class GearCLI(LightningCLI):
             aside = self.run_dir / f"earlier-{number}"
             aside.mkdir()
             for path in found:
-                path.rename(aside / path.name)
+                try:
+                    path.rename(aside / path.name)
+                except OSError as error:  # a mount point, say
+                    raise UserError(
+                        f"{path} is of an earlier run and cannot be moved to {aside} ({error.strerror}); go on with it "
+                        "by --ckpt_path last, or give another trainer.default_root_dir"
+                    ) from None
             print(f"{self.run_dir} held an earlier run, now in {aside} (to go on with a run: --ckpt_path last)")
 
     def after_fit(self) -> None:

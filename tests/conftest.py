@@ -1,9 +1,11 @@
 """Shared fixtures: a tiny policy over the lookup chain's words, and a cache that no test shares with the user."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from disks import small_disk
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,3 +21,10 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 def repository() -> Path:
     """The root of the checkout."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 600 KiB."""
+    with small_disk(tmp_path / "disk", "600k") as folder:
+        yield folder

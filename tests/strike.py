@@ -113,6 +113,16 @@ class Struck(AnyCall):
         return super().step(message)
 
 
+class Slow(Struck):
+    """Once struck, takes longer than the watchdog finds usual to come back."""
+
+    def step(self, message):
+        step = super().step(message)
+        if any(strike.marker.exists() for strike in STRIKES):
+            time.sleep(8)
+        return step
+
+
 class Deaf(Struck):
     """Takes a while to look up after it was struck."""
 

@@ -1,20 +1,20 @@
 """Checkpoints that are not whole are found, told and passed over; a full disk leaves none behind."""
 
-import contextlib
 import os
 import random
-import subprocess
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from disks import fill
 from tiny import data, generation, module, trainer
 
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.checkpoints import (
     CompleteCheckpoints,
     damage,
+    known_checkpoints,
     manifest_path,
     newest_complete,
     remove_checkpoint,
@@ -74,6 +74,7 @@ def test_the_newest_is_the_one_that_has_come_farthest_not_the_one_copied_last(tm
     assert newest_complete(tmp_path) == far
     later = write(tmp_path, 9, "stopped")  # as many steps, written later
     assert newest_complete(tmp_path) == later
+    assert [path for path, _ in known_checkpoints(tmp_path)][:2] == [later, far]
 
 
 def test_damaged_ones_are_told_and_passed_over(tmp_path, capsys):
@@ -112,50 +113,23 @@ def test_one_asked_for_by_name_is_looked_at(tmp_path, capsys):
     assert "has no manifest" in capsys.readouterr().err
 
 
-def full_disk(folder: Path, size: str) -> None:
-    """Mount a small file system of memory on a folder."""
-    folder.mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True, check=False
-        ).returncode
-    ):
-        pytest.skip("cannot mount a small file system here")
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    folder = tmp_path / "small"
-    full_disk(folder, "600k")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(path: Path) -> None:
-    with contextlib.suppress(OSError), path.open("wb") as file:
-        while True:
-            file.write(bytes(1024))
-            file.flush()
-
-
-def test_a_checkpoint_that_does_not_fit_leaves_nothing_and_harms_nothing(small_disk):
-    before = write(small_disk, 1)
-    (small_disk / "filler").write_bytes(bytes(300_000))
+def test_a_checkpoint_that_does_not_fit_leaves_nothing_and_harms_nothing(disk):
+    before = write(disk, 1)
+    (disk / "filler").write_bytes(bytes(300_000))
     big = {"global_step": 2, "epoch": 2, "values": torch.zeros(100_000)}
     with pytest.raises(
         UserError, match=r"cannot be written: No space left on device after .* MiB; 1.ckpt is there to go on from"
     ):
-        write_checkpoint(big, small_disk / "2.ckpt")
-    assert sorted(p.name for p in small_disk.iterdir()) == ["1.ckpt", "1.ckpt.json", "filler"]
-    assert newest_complete(small_disk) == before
-    fill(small_disk / "filler")
+        write_checkpoint(big, disk / "2.ckpt")
+    assert sorted(p.name for p in disk.iterdir()) == ["1.ckpt", "1.ckpt.json", "filler"]
+    assert newest_complete(disk) == before
+    fill(disk / "filler")
     with pytest.raises(UserError, match="MiB are needed"):  # told before it is tried
-        write_checkpoint({**big, "values": torch.zeros(1)}, small_disk / "3.ckpt")
+        write_checkpoint({**big, "values": torch.zeros(1)}, disk / "3.ckpt")
 
 
-def test_training_outlives_a_full_disk_and_records_again_when_there_is_room(small_disk, tmp_path):
-    filler = small_disk / "filler"
+def test_training_outlives_a_full_disk_and_records_again_when_there_is_room(disk, tmp_path):
+    filler = disk / "filler"
 
     class Fill(IterationCheckpoint):
         def on_train_epoch_start(self, trainer, pl_module):
@@ -165,17 +139,17 @@ def test_training_outlives_a_full_disk_and_records_again_when_there_is_room(smal
                 filler.unlink()
 
     kept = Fill(dirpath=tmp_path / "elsewhere")
-    run = trainer(small_disk, generation(), kept, max_epochs=5, enable_checkpointing=True)
-    run.loggers = [*run.loggers, Board(small_disk, name="", version="tensorboard")]
+    run = trainer(disk, generation(), kept, max_epochs=5, enable_checkpointing=True)
+    run.loggers = [*run.loggers, Board(disk, name="", version="tensorboard")]
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         run.fit(module(), datamodule=data())
     said = [str(w.message) for w in warned]
     assert sum("rollout records cannot be written" in text for text in said) == 1
     assert sum("rollout records are written again" in text for text in said) == 1
-    assert [len(list((small_disk / "rollouts").glob(f"iter_00000{i}*.jsonl"))) for i in range(5)] == [1, 0, 0, 1, 1]
-    assert not list(small_disk.rglob("*.partial"))
-    assert len((small_disk / "metrics.csv").read_text().splitlines()) == 6, "the metrics have caught up"
+    assert [len(list((disk / "rollouts").glob(f"iter_00000{i}*.jsonl"))) for i in range(5)] == [1, 0, 0, 1, 1]
+    assert not list(disk.rglob("*.partial"))
+    assert len((disk / "metrics.csv").read_text().splitlines()) == 6, "the metrics have caught up"
 
 
 def test_a_writer_that_fails_leaves_the_old_file(tmp_path):

@@ -2,26 +2,18 @@
 
 import json
 import os
-import subprocess
 import warnings
 
 import pytest
 import torch
-from test_checkpoints import fill, full_disk, write
+from disks import fill
+from test_checkpoints import write
 from tiny import data, generation, module, trainer
 
 from gear_lightning.callbacks.run_status import _append
 from gear_lightning.checkpoints import UnwrittenCheckpoint, damage, newest_complete, write_checkpoint
 from gear_lightning.loggers import Board
 from gear_lightning.records import ledger
-
-
-@pytest.fixture
-def disk(tmp_path):
-    folder = tmp_path / "disk"
-    full_disk(folder, "600k")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def names(folder):

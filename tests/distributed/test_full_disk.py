@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from disks import small_disk
 from distributed.test_ddp import DEADLINE, checkpoint, command_line
-from test_checkpoints import full_disk
 
 from gear_lightning.checkpoints import damage, newest_complete
 from gear_lightning.records import ledger
@@ -29,10 +29,8 @@ def fit(run: Path, repository: Path, *options: str) -> tuple[int, str]:
 
 @pytest.fixture
 def disk(tmp_path):
-    folder = tmp_path / "disk"
-    full_disk(folder, "1200k")  # room for one checkpoint of 700 kB
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "1200k") as folder:  # room for one checkpoint of 700 kB
+        yield folder
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

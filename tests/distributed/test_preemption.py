@@ -50,6 +50,14 @@ def test_a_stop_leaves_one_checkpoint_of_its_own_and_the_next_ones_replace_it(tm
     assert not (run / "checkpoints" / "stopped.ckpt").exists()
 
 
+def test_a_stop_that_took_long_leaves_no_crash_report(tmp_path):
+    """One is written in case that the process is killed while it waits."""
+    run = tmp_path / "run"
+    life, _ = strike(run, "tool call", 2, "SIGTERM", "--generation.environment", "strike.Slow")
+    assert play(tmp_path / "lives", [life]) == [[75]]
+    assert not list((run / "crash").glob("*")), "a stop is no crash"
+
+
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
     """A SLURM that notes what it is asked."""
