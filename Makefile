@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN_ENV := OMP_WAIT_POLICY=PASSIVE
-# Two tests at a time, those of tests/distributed never beside each other; `make test BESIDE=` for one at a time.
-BESIDE := -n 2 --dist loadgroup --no-loadscope-reorder
+# Two files of tests at a time; `make test BESIDE=` for one.
+BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: install quickstart smollm2 test test-slow test-gpu test-slurm check format lock clean
 install: $(STAMP)

@@ -293,7 +293,8 @@ def test_command_prints_the_failed_rollout_with_a_segment_of_the_last_iteration(
         assert capsys.readouterr().out.startswith(f"{first} · iteration {int(first != 'old')}")
 
 
-def test_command_lists_and_writes_the_page(run, capsys):
+def test_command_lists_and_writes_the_page(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     add(run, fake_rollout(), fake_rollout(row=None, rollout=1, reward=None, status="environment_error"), iteration=4)
     assert credit_command([str(run), "--list"]) == 0
     title, head, first, second = capsys.readouterr().out.splitlines()

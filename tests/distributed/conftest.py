@@ -1,13 +1,33 @@
-"""Processes that the tests of one file share."""
+"""Processes that the tests of one file share, and quick starts of others."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 from distributed.group import Group
+from quick_start import QuickStart
+
+SLOW_STARTS = ("test_kill", "test_kill_anywhere", "test_preemption", "test_watchdog")  # they signal groups of processes
+
+
+@pytest.fixture(scope="session")
+def quick() -> Iterator[QuickStart]:
+    """The server of quick starts."""
+    server = QuickStart()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _start_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__.rpartition(".")[2] not in SLOW_STARTS:
+            patch.setattr(sys, "executable", request.getfixturevalue("quick").executable)
+        yield
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Group]:
+def pair(_start_quickly: None) -> Iterator[Group]:
     """Two processes that stay."""
     group = Group(2)
     yield group

@@ -55,7 +55,8 @@ class Group:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # the imports are done once
+        context.set_forkserver_preload(["gear_lightning.cli", "deepspeed"])
         for rank in range(self.world):
             mine, theirs = context.Pipe()
             worker = context.Process(target=_serve, args=(rank, self.world, port, theirs), daemon=True)
@@ -79,6 +80,9 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
     place = {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "NODE_RANK": 0}
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     import torch
+    from lightning.pytorch.utilities import rank_zero_only
+
+    rank_zero_only.rank = rank  # Lightning looked when it was imported
 
     torch.set_num_threads(1)
     pipe.send("ready")
