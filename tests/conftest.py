@@ -1,11 +1,13 @@
 """Shared fixtures: a tiny policy over the lookup chain's words, and a cache that no test shares with the user."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from disks import small_disk
+from quick_start import QuickStart
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +17,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("GEAR_LIGHTNING_CACHE", str(base))
+
+
+@pytest.fixture(scope="session")
+def quick() -> Iterator[QuickStart]:
+    """The server of quick starts."""
+    server = QuickStart()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def starts_quickly(quick: QuickStart, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``sys.executable`` starts quickly."""
+    monkeypatch.setattr(sys, "executable", quick.executable)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Lives of one run: `fit` with the same command again and again, in processes forked off one that has done the imports.
 
-Run as ``python tests/nursery.py FILE``; the file holds ``{"lives": [[arguments of rank 0, of rank 1, ...], ...],
+Run as ``python -m nursery FILE``; the file holds ``{"lives": [[arguments of rank 0, of rank 1, ...], ...],
 "deadline": seconds of a life}``. Ends with the first life whose processes all give 0, and prints the exit status of
 every process of every life as JSON. What they said goes to FILE.LIFE.RANK.txt.
 """
@@ -28,7 +28,7 @@ def play(folder: Path, lives: list[list[list[str]]], deadline: float = 120.0) ->
     spec.write_text(json.dumps({"lives": lives, "deadline": deadline}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     environment["PYTHONPATH"] = os.pathsep.join(["tests", *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, __file__, str(spec)]
+    command = [sys.executable, "-m", "nursery", str(spec)]
     done = subprocess.run(
         command, env=environment, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True, check=False
     )

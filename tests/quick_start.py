@@ -1,10 +1,12 @@
 """Starts of ``python -m gear_lightning`` without the seconds of importing: forks of a process that has done it.
 
-`QuickStart` makes a file that stands for the interpreter. Called with ``-m gear_lightning...`` it hands its arguments,
-environment, working directory and standard streams to the server, passes signals on, and ends as the fork ends; when it
-is killed, so is the fork. Called with anything else it is the interpreter. Not for tests of process groups.
+`QuickStart` makes a file that stands for the interpreter. Called with ``-m gear_lightning...`` or ``-m nursery`` it
+hands its arguments, environment, working directory and standard streams to the server, passes signals on, and ends as
+the fork ends; when it is killed, so is the fork. Called with anything else it is the interpreter. Not for tests of
+process groups.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -18,7 +20,7 @@ from typing import Any
 
 CLIENT = """#!{python} -SE
 import json, os, signal, socket, sys
-if sys.argv[1:2] != ["-m"] or not sys.argv[2].startswith("gear_lightning"):
+if sys.argv[1:2] != ["-m"] or not sys.argv[2].startswith(("gear_lightning", "nursery")):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
@@ -129,10 +131,8 @@ def _serve(address: str) -> None:
 
 def _tell_end(child: int, line: socket.socket) -> None:
     _, status = os.waitpid(child, 0)
-    try:
+    with contextlib.suppress(OSError):  # nobody waits for it
         line.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-    except OSError:  # nobody waits for it
-        pass
     line.close()
 
 

@@ -45,6 +45,7 @@ def test_recorded_rollouts_give_back_what_was_trained_on(tmp_path):
         recorded_batches(tmp_path, micro_batch_size=4, temperature=1.0, vocabulary=7)
 
 
+pytestmark = pytest.mark.usefixtures("starts_quickly")
 COMMAND = [
     "noise-floor", "--config", "configs/quickstart.yaml", "--warm_start=null", "--model.policy.hidden_size", "32",
     "--model.policy.layers", "2", "--data.tasks_per_iteration", "2", "--data.group_size", "4",

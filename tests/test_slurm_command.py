@@ -16,6 +16,7 @@ from gear_lightning.errors import UserError
 from gear_lightning.slurm import slurm_command
 from gear_lightning.slurm_script import seconds
 
+pytestmark = pytest.mark.usefixtures("starts_quickly")
 RECIPE = "configs/quickstart.yaml"
 SIZE = ("--nodes", "2", "--gpus-per-node", "4", "--time", "24:00:00")
 

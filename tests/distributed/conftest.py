@@ -5,17 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 from distributed.group import Group
-from quick_start import QuickStart
 
-SLOW_STARTS = ("test_kill", "test_kill_anywhere", "test_preemption", "test_watchdog")  # they signal groups of processes
-
-
-@pytest.fixture(scope="session")
-def quick() -> Iterator[QuickStart]:
-    """The server of quick starts."""
-    server = QuickStart()
-    yield server
-    server.stop()
+SLOW_STARTS = ("test_kill", "test_watchdog")  # they signal groups of processes
 
 
 @pytest.fixture(scope="module", autouse=True)

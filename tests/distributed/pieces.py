@@ -54,6 +54,9 @@ class Chatter(Talk):
         return step
 
 
+PYTHON = sys.executable  # while the tests run, it may be that of `quick_start`
+
+
 def strategy(name: str, processes: int = 2) -> list[str]:
     """Options of ``fit`` for a strategy of configs/strategy; ``one`` for a single process."""
     if name == "one":
@@ -67,9 +70,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def fit_command(run: Path, *options: str) -> list[str]:
-    """``fit`` of the recipe of these tests."""
-    command = [sys.executable, "-m", "gear_lightning", "fit", "--config", RECIPE, *options]
+def fit_command(run: Path, *options: str, python: str | None = None) -> list[str]:
+    """``fit`` of the recipe of these tests; started as a user would with ``python=PYTHON``."""
+    command = [python or sys.executable, "-m", "gear_lightning", "fit", "--config", RECIPE, *options]
     return [*command, f"--trainer.default_root_dir={run}"]
 
 

@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.pieces import DEADLINE, ROOT, environment, finish, fit, fit_command, side_by_side, start, strategy
+from distributed.pieces import (
+    DEADLINE,
+    PYTHON,
+    ROOT,
+    environment,
+    finish,
+    fit,
+    fit_command,
+    side_by_side,
+    start,
+    strategy,
+)
 
 from gear_lightning import parity
 from gear_lightning.export import export_command
@@ -196,7 +207,7 @@ def test_a_checkpoint_of_a_sharded_run_is_one_of_a_single_process(runs):
 def test_a_killed_run_goes_on(runs, folder):
     """SIGKILL of all processes while the third iteration or a later one is made."""
     run = folder / "killed"
-    command = fit_command(run, *strategy("zero3"), "--ckpt_path=last")
+    command = fit_command(run, *strategy("zero3"), "--ckpt_path=last", python=PYTHON)
     process = start(command, run / "log.txt")
     end = time.monotonic() + DEADLINE
     while not (run / "metrics.csv").exists() or len(column(run, "step")) < STOP:

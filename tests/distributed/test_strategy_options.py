@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 from distributed.group import Group
-from distributed.pieces import Opinions, finish, fit_command, members, side_by_side, start, strategy
+from distributed.pieces import PYTHON, Opinions, finish, fit_command, members, side_by_side, start, strategy
 from distributed.short import train
 
 from gear_lightning.callbacks.startup import StartupCheck
@@ -243,7 +243,7 @@ def refused(tmp_path_factory):
     def play(name: str) -> tuple[int, str, list[int]]:
         which, options, _ = BAD[name]
         log = folder / name / "log.txt"
-        process = start(fit_command(folder / name, *strategy(which), *options), log)
+        process = start(fit_command(folder / name, *strategy(which), *options, python=PYTHON), log)
         status = finish(process, log, deadline=60)
         end = time.monotonic() + 20  # the others find the same mistake by themselves
         while members(process.pid) and time.monotonic() < end:
