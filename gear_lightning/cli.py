@@ -219,7 +219,11 @@ class GearCLI(LightningCLI):
         kept = [c for c in callbacks if not isinstance(c, tuple(off))]
         # the one watches the others' start, too; the other saves while it is watched
         kept.sort(key=lambda c: 0 if isinstance(c, Preemption) else 1 if isinstance(c, Watchdog) else 2)
-        return super()._instantiate_trainer(config, [*kept, StartupCheck(), RunStatus()])
+        return super()._instantiate_trainer(config, [*kept, *self._unasked()])
+
+    def _unasked(self) -> list[L.Callback]:
+        """Callbacks of every run, which have no options."""
+        return [StartupCheck(), RunStatus()]
 
     def _lock(self) -> None:
         """Keep a second run out of the directory while this process lives."""

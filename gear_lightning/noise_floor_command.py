@@ -64,8 +64,10 @@ class NoiseFloorCLI(GearCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         kept = [c for c in callbacks if isinstance(c, GenerationCallback | PhaseProgress)]
         self.probe = MeasureNoise(self.config["fit"]["micro_batches"])
-        # past GearCLI's own, whose further callbacks write the run's status
-        return LightningCLI._instantiate_trainer(self, config, [*kept, StartupCheck(), self.probe])
+        return super()._instantiate_trainer(config, [*kept, self.probe])
+
+    def _unasked(self) -> list[L.Callback]:
+        return [StartupCheck()]  # the run's status is not this one's to write
 
     def before_fit(self) -> None:
         rule, data = self.model.credit, self.datamodule

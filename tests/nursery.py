@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
+from quick_start import end_with
 
 
 def play(folder: Path, lives: list[list[list[str]]], deadline: float = 120.0) -> list[list[int]]:
@@ -52,22 +53,9 @@ def _bear(arguments: list[str], environment: dict[str, str], log: Path) -> int:
         os.dup2(file.fileno(), 2)
     sys.argv = ["gear-lightning", *arguments]
     rank_zero_only.rank = int(environment.get("LOCAL_RANK", "0"))  # Lightning looked when it was imported
-    status = 1
-    try:
-        from gear_lightning.__main__ import main
+    from gear_lightning.__main__ import main
 
-        main()
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    end_with(main)
 
 
 def _live(ranks: list[list[str]], deadline: float, logs: list[Path]) -> list[int]:

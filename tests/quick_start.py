@@ -15,8 +15,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 CLIENT = """#!{python} -SE
 import json, os, signal, socket, sys
@@ -64,10 +67,29 @@ class QuickStart:
         self._folder.cleanup()
 
 
-def _become(told: dict[str, Any], streams: list[int], line: socket.socket, executable: str) -> None:
+def end_with(run: Callable[[], None]) -> NoReturn:
+    """In a fork: call this, and end as an interpreter would that had run it."""
+    status = 1
+    try:
+        run()
+        status = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _become(asked: bytes, streams: list[int], line: socket.socket, executable: str) -> None:
     """Be the process that was asked for."""
     import runpy
 
+    told = json.loads(asked)
     os.setsid()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -103,26 +125,11 @@ def _serve(address: str) -> None:
         line, _ = listening.accept()
         size, streams, _, _ = socket.recv_fds(line, 8, 3)
         told, wanted = b"", int.from_bytes(size, "big")
-        while len(told) < wanted:
-            told += line.recv(wanted - len(told))
+        while len(told) < wanted and (piece := line.recv(wanted - len(told))):
+            told += piece
         if (child := os.fork()) == 0:
             listening.close()
-            status = 1
-            try:
-                _become(json.loads(told), streams, line, executable)
-                status = 0
-            except SystemExit as end:
-                if isinstance(end.code, str):
-                    print(end.code, file=sys.stderr)
-                status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
+            end_with(partial(_become, told, streams, line, executable))
         for stream in streams:
             os.close(stream)
         line.sendall(f"{child}\n".encode())
