@@ -207,7 +207,13 @@ class GenerationCallback(L.Callback, RolloutGenerator):
     def check_task(self, task: Task) -> None:
         assert self._module is not None
         chat = self._module.chat_format
-        self._new_environment().check(task)
+        environment = self._new_environment()
+        environment.check(task)
+        if self._module.credit.needs_decisions and not environment.tells_decisions:
+            raise UserError(
+                f"{type(self._module.credit).__name__} needs to know which decisions were right, and "
+                f"{type(environment).__name__} does not tell; use another model.credit"
+            )
         options = self._module.teacher_options
         if self._module.credit.needs_teacher and options.shows != "peer" and privileged_text(task, options) is None:
             raise UserError(

@@ -63,6 +63,7 @@ class RolloutRecorder(L.Callback):
             "policy_logprobs": policy.logprobs.detach(),
             "teacher_logprobs": zeros if teacher is None else teacher.logprobs,
             "entropy": policy.entropy,
+            "teacher_entropy": zeros if teacher is None else teacher.entropy,
             **{name: getattr(credit, name) for name in ("weights", "token_advantages", "divergence", "anchor")},
         }
         self._parts.append({name: value.cpu() for name, value in part.items()})
@@ -142,6 +143,9 @@ def rollout_json(trainer: L.Trainer, rollout: Rollout, group_id: int, number: in
         "error": rollout.error,
         "retries": rollout.retries,
         "turns": rollout.turns,
+        "turn_rewards": rollout.turn_rewards,
+        "states": rollout.states,
+        "feedback": rollout.feedback,
         "policy_version": rollout.policy_version,
     }
 
@@ -155,6 +159,9 @@ BATCH_KEYS = (
     "sampler_logprobs",
     "rewards",
     "advantages",
+    "base_advantages",
+    "decisions",
+    "solved",
     "privileged",
     "group_ids",
     "policy_version",

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from importlib import import_module
 
 HELP = """usage: gear-lightning COMMAND [OPTIONS]
 
@@ -28,7 +29,16 @@ scale
   slurm      write or send a batch script:  gear-lightning slurm --config RECIPE --nodes 4 --gpus-per-node 8 --time 2-0
 """
 LIGHTNING = ("fit", "validate", "test", "predict")
-OTHERS = ("doctor", "noise-floor", "parity", "slurm", "template", "status", "credit", "export")
+COMMANDS = {  # module and function, called with the arguments that follow; returns the exit status
+    "credit": ("credit_page", "credit_command"),
+    "status": ("status", "status_command"),
+    "doctor": ("doctor", "doctor_command"),
+    "template": ("template_check", "template_command"),
+    "export": ("export", "export_command"),
+    "parity": ("parity", "parity_command"),
+    "slurm": ("slurm", "slurm_command"),
+    "noise-floor": ("noise_floor_command", "noise_floor_command"),
+}
 
 
 def main() -> None:
@@ -61,41 +71,11 @@ def main() -> None:
             from .cli import main as run
 
             run(args)
-        elif command == "noise-floor":
-            from .cli import main as run
-            from .noise_floor_command import NoiseFloorCLI
-
-            run(["fit", *rest], NoiseFloorCLI)
-        elif command == "credit":
-            from .credit_page import credit_command
-
-            sys.exit(credit_command(rest))
-        elif command == "status":
-            from .status import status_command
-
-            sys.exit(status_command(rest))
-        elif command == "doctor":
-            from .doctor import doctor_command
-
-            sys.exit(doctor_command(rest))
-        elif command == "template":
-            from .template_check import template_command
-
-            sys.exit(template_command(rest))
-        elif command == "export":
-            from .export import export_command
-
-            sys.exit(export_command(rest))
-        elif command == "parity":
-            from .parity import parity_command
-
-            sys.exit(parity_command(rest))
-        elif command == "slurm":
-            from .slurm import slurm_command
-
-            sys.exit(slurm_command(rest))
+        elif command in COMMANDS:
+            module, function = COMMANDS[command]
+            sys.exit(getattr(import_module(f".{module}", __package__), function)(rest))
         else:
-            raise UserError(f"no command {command!r}; there are {', '.join((*LIGHTNING, *OTHERS))}")
+            raise UserError(f"no command {command!r}; there are {', '.join((*LIGHTNING, *COMMANDS))}")
     except UserError as error:
         print(f"gear-lightning: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

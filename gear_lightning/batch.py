@@ -22,6 +22,9 @@ class RolloutRow:
         reward: total outcome reward.
         success: whether the task counts as solved.
         advantage: after the group baseline.
+        turn_advantages: of each assistant turn, where turns have advantages of their own; None: ``advantage``.
+        decisions: per token, 1 in a decision that was right, -1 in one that was wrong, 0 elsewhere; None: not known.
+        solved: solved rollouts of the group.
         group_id: number of the group in the run.
         policy_version: optimizer steps taken before sampling.
         index: position among this rank's rollouts of the iteration.
@@ -40,6 +43,9 @@ class RolloutRow:
     group_id: int
     policy_version: int
     index: int
+    turn_advantages: list[float] | None = None
+    decisions: list[int] | None = None
+    solved: int = 0
 
     @property
     def length(self) -> int:
@@ -59,7 +65,9 @@ class RolloutBatch:
     ``step_tokens`` and ``step_rollouts`` count the action tokens and the rollouts of the whole optimizer step, over all
     micro-batches and ranks: the denominators of the loss. ``index`` is the row's place in its rank's iteration, -1 for
     a blank row (a rank with nothing to learn still takes part in the step). ``privileged`` rows have a teacher's view
-    that differs from the policy's; the others get uniform credit.
+    that differs from the policy's; the others get uniform credit. ``base_advantages`` are those of the action tokens
+    before credit: the rollout's, or their turn's. ``decisions`` is 1 on tokens of decisions that the environment calls
+    right, -1 on those of wrong ones; ``solved`` counts the solved rollouts of the row's group.
     """
 
     tokens: Int[Tensor, "batch seq"]
@@ -71,6 +79,9 @@ class RolloutBatch:
     rewards: Float[Tensor, " batch"]
     success: Bool[Tensor, " batch"]
     advantages: Float[Tensor, " batch"]
+    base_advantages: Float[Tensor, "batch seq"]
+    decisions: Int[Tensor, "batch seq"]
+    solved: Int[Tensor, " batch"]
     group_ids: Int[Tensor, " batch"]
     policy_version: Int[Tensor, " batch"]
     index: Int[Tensor, " batch"]
@@ -135,6 +146,12 @@ class Credit:
     clipped: Bool[Tensor, "batch seq"] | None = None
 
 
+def _base(row: RolloutRow) -> list[float]:
+    if row.turn_advantages is None:
+        return [row.advantage if sampled else 0.0 for sampled in row.action_mask]
+    return [row.turn_advantages[turn] if turn >= 0 else 0.0 for turn in row.turn_ids]
+
+
 def _pad(rows: list[list], fill, dtype: torch.dtype) -> Tensor:
     width = max(len(row) for row in rows)
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=dtype)
@@ -157,6 +174,9 @@ def collate(
         rewards=torch.tensor([r.reward for r in rows], dtype=torch.float32),
         success=torch.tensor([r.success for r in rows], dtype=torch.bool),
         advantages=torch.tensor([r.advantage for r in rows], dtype=torch.float32),
+        base_advantages=_pad([_base(r) for r in rows], 0.0, torch.float32),
+        decisions=_pad([r.decisions or [0] * len(r.tokens) for r in rows], 0, torch.long),
+        solved=torch.tensor([r.solved for r in rows]),
         group_ids=torch.tensor([r.group_id for r in rows]),
         policy_version=torch.tensor([r.policy_version for r in rows]),
         index=torch.tensor([r.index for r in rows]),

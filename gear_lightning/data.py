@@ -314,7 +314,7 @@ class RolloutDataModule(L.LightningDataModule):
                 prompt, dropped = self.generator.teacher_prompt(rollout, group.peer(i))
                 self.stats.overlong += dropped
                 index = g * self.group_size + i
-                rows.append(make_row(rollout, prompt, advantage, group.group_id, index))
+                rows.append(make_row(rollout, prompt, advantage, group.group_id, index, group.solved))
         return rows
 
     def _evaluate(self, stage: str) -> Iterator[RolloutBatch]:
@@ -400,7 +400,9 @@ def _spread(group: RolloutGroup) -> bool:
     return has_spread(torch.tensor([r.reward for r in group.rollouts if r.learnable]))
 
 
-def make_row(rollout: Rollout, teacher_prompt: list[int], advantage: float, group_id: int, index: int) -> RolloutRow:
+def make_row(
+    rollout: Rollout, teacher_prompt: list[int], advantage: float, group_id: int, index: int, solved: int = 0
+) -> RolloutRow:
     """A rollout as a row of a batch."""
     return RolloutRow(
         tokens=rollout.tokens or [0],
@@ -416,6 +418,8 @@ def make_row(rollout: Rollout, teacher_prompt: list[int], advantage: float, grou
         group_id=group_id,
         policy_version=rollout.policy_version,
         index=index,
+        decisions=rollout.decisions or None,
+        solved=solved,
     )
 
 

@@ -31,8 +31,10 @@ def printable(text: str) -> str:
 EXTRAS = {  # importable module -> the extra of this package that installs it
     "gguf": "gguf",
     "math_verify": "math-verify",
+    "matplotlib": "study",
     "peft": "lora",
     "reasoning_gym": "reasoning-gym",
+    "scipy": "study",
     "torchao": "torchao",
     "wandb": "wandb",
 }

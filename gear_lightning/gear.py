@@ -208,7 +208,7 @@ def scale_signal(
 
 def signal_weights(
     signal: Float[Tensor, "batch seq"],
-    advantages: Float[Tensor, " batch"],
+    advantages: Float[Tensor, "batch #seq"],
     mask: Bool[Tensor, "batch seq"],
     *,
     sign_rule: SignRule = "sign_aware",
@@ -218,12 +218,12 @@ def signal_weights(
 ) -> Float[Tensor, "batch seq"]:
     """Weight of each token before mixing and normalisation, in [1 - clip, 1 + clip]; 1 outside ``mask``.
 
-    With c the signal (large = departure) and A the group advantage:
+    With c the signal (large = departure) and A the advantage before credit, of the rollout or of each token:
     ``sign_aware``: exp(-sign(A) kappa c); ``symmetric``: 1 + kappa (c - mean c); ``negatives_only``: exp(kappa c) where
     A < 0, else 1; ``reversed_on_correct``: exp(kappa c) for both signs. ``direction_gate`` (from CREST) puts the weight
     to 1 where it would shrink the token's share of the advantage.
     """
-    sign = advantages.sign()[:, None]
+    sign = advantages.sign()
     if sign_rule == "symmetric":
         weights = 1 + kappa * (signal - masked_mean(signal, mask))
     else:

@@ -87,6 +87,7 @@ def teacher_view(batch: RolloutBatch, widest: int | None = None) -> tuple[Rollou
         teacher_offset=torch.zeros_like(batch.teacher_offset),
         privileged=torch.ones_like(batch.privileged),
         advantages=torch.where(batch.advantages == 0, 1, batch.advantages),
+        base_advantages=torch.where(batch.base_advantages == 0, 1, batch.base_advantages),
     )
     return view, shift
 
@@ -254,7 +255,7 @@ def recorded_batches(run: Path, *, micro_batch_size: int, temperature: float, vo
         tensors = record.tensors
         for i in range(len(tensors["tokens"])):
             length = int(tensors["valid"][i].sum())
-            cut = {name: x[i, :length].tolist() for name, x in tensors.items() if x.dim() == 2}
+            cut: dict[str, Any] = {name: x[i, :length].tolist() for name, x in tensors.items() if x.dim() == 2}
             if not any(cut["action_mask"]):
                 continue
             prompt = cut["action_mask"].index(True)
@@ -270,6 +271,7 @@ def recorded_batches(run: Path, *, micro_batch_size: int, temperature: float, vo
                     group_id=int(tensors["group_ids"][i]),
                     policy_version=int(tensors["policy_version"][i]),
                     index=len(rows),
+                    turn_advantages=_of_turns(cut["turn_ids"], cut["base_advantages"]),
                 )
             )
     if not rows:
@@ -280,6 +282,12 @@ def recorded_batches(run: Path, *, micro_batch_size: int, temperature: float, vo
     rows.sort(key=lambda row: len(row.tokens))
     cuts = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
     return [collate(cut, step_tokens=1, step_rollouts=1, temperature=temperature) for cut in cuts]
+
+
+def _of_turns(turns: list[int], values: list[float]) -> list[float]:
+    """What each turn's tokens have in common."""
+    found = dict(zip(turns, values, strict=True))
+    return [found.get(turn, 0.0) for turn in range(max(found) + 1)]
 
 
 def write_floor(path: Path, result: dict[str, Any]) -> None:

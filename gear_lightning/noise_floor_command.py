@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from .callbacks.generation import GenerationCallback
 from .callbacks.progress import PhaseProgress
 from .callbacks.startup import StartupCheck
-from .cli import GearCLI
+from .cli import GearCLI, main
 from .errors import UserError
 from .noise_floor import FILE, MeasureNoise, recorded_batches, table, write_floor
 
@@ -95,3 +95,16 @@ class NoiseFloorCLI(GearCLI):
         source = self.config["fit"]["rollouts"]
         write_floor(out, {**self.probe.result, "rollouts_from": source or "generated for this measurement"})
         print(f"\n{table(self.probe.result, self.model.credit)}\n\n{out}: the same, for programs and for the run")
+
+
+def noise_floor_command(argv: list[str]) -> int:
+    """``gear-lightning noise-floor``.
+
+    Args:
+        argv: the arguments after ``noise-floor``: those of ``fit``, and its own.
+
+    Returns:
+        The exit status.
+    """
+    main(["fit", *argv], NoiseFloorCLI)
+    return 0

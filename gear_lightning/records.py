@@ -18,7 +18,7 @@ from .environments.base import deeper_than
 from .errors import UserError
 from .files import replace_file, replace_text
 
-FORMAT = 1
+FORMAT = 2
 TENSOR_KEYS = {
     "tokens": "int64 [B, T] prompt, actions and observations, right-padded with 0",
     "valid": "bool [B, T] not padding",
@@ -29,13 +29,17 @@ TENSOR_KEYS = {
     "policy_logprobs": "float32 [B, T] nats, from the training forward",
     "teacher_logprobs": "float32 [B, T] nats; zeros where no teacher ran",
     "entropy": "float32 [B, T] nats, of the policy's full distribution",
+    "teacher_entropy": "float32 [B, T] nats, of the teacher's; zeros where no teacher ran",
     "divergence": "float32 [B, T] as the credit rule used it (signed for k1)",
     "weights": "float32 [B, T] credit weights; 1 where credit is uniform",
-    "token_advantages": "float32 [B, T] weight x group advantage",
+    "base_advantages": "float32 [B, T] before credit: the rollout's advantage, or its turn's",
+    "token_advantages": "float32 [B, T] weight x base advantage",
+    "decisions": "int64 [B, T] 1 in a decision that was right, -1 in one that was wrong, 0 elsewhere or unknown",
     "anchor": "int64 [B, T] index of the segment's anchor token, -1 outside segments",
     "rewards": "float32 [B]",
     "advantages": "float32 [B] after the group baseline",
     "privileged": "bool [B] the teacher saw more than the policy; elsewhere credit is uniform",
+    "solved": "int64 [B] solved rollouts of the group",
     "group_ids": "int64 [B]",
     "policy_version": "int64 [B]",
 }
@@ -55,6 +59,9 @@ ROLLOUT_KEYS = {
     "error": "what went wrong, or null",
     "retries": "tries before this one whose reset failed",
     "turns": "assistant turns",
+    "turn_rewards": "the environment's reward for each turn",
+    "states": "what the environment's state was before each turn: its own word for it, or what it last said",
+    "feedback": "what the environment said about the rollout, or null",
     "policy_version": "optimizer steps taken before sampling",
 }
 _KINDS: dict[str, tuple[type, ...]] = {  # what readers rely on
@@ -69,6 +76,9 @@ _KINDS: dict[str, tuple[type, ...]] = {  # what readers rely on
     "status": (str,),
     "error": (str, type(None)),
     "turns": (int,),
+    "turn_rewards": (list,),
+    "states": (list,),
+    "feedback": (str, type(None)),
     "policy_version": (int,),
 }
 MAX_DEPTH = 200  # lists and objects within each other

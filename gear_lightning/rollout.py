@@ -1,6 +1,8 @@
 """Rollouts and the agent loop that makes them: sampling turns, calling environments, keeping masks and budgets."""
 
 import copy
+import itertools
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -38,6 +40,9 @@ class Rollout:
         tokens       P P P S S S O O S S
         action_mask  0 0 0 1 1 1 0 0 1 1
         turn_ids    -1-1-1 0 0 0-1-1 1 1
+
+    ``decisions`` is 1 on tokens of a decision that the environment called right, -1 on those of a wrong one, 0
+    elsewhere. ``turn_rewards`` and ``states`` have one entry per turn: its reward, and where it began.
     """
 
     task: Task
@@ -47,11 +52,15 @@ class Rollout:
     turn_ids: list[int] = field(default_factory=list)
     stop_mask: list[bool] = field(default_factory=list)
     sampler_logprobs: list[float] = field(default_factory=list)
+    decisions: list[int] = field(default_factory=list)
     prompt_length: int = 0
     opening_messages: int = 0
     turns: int = 0
     reward: float = 0.0
     reward_parts: dict[str, float] = field(default_factory=dict)
+    turn_rewards: list[float] = field(default_factory=list)
+    states: list[str] = field(default_factory=list)
+    feedback: str | None = None
     success: bool = False
     status: Status = "done"
     error: str | None = None
@@ -70,6 +79,7 @@ class Rollout:
         self.turn_ids += [-1] * len(ids)
         self.stop_mask += [False] * len(ids)
         self.sampler_logprobs += [0.0] * len(ids)
+        self.decisions += [0] * len(ids)
 
     def add_turn(self, turn: SampledTurn) -> None:
         """Append a sampled turn."""
@@ -79,6 +89,8 @@ class Rollout:
         self.turn_ids += [self.turns] * n
         self.stop_mask += [False] * (n - 1) + [turn.stopped]
         self.sampler_logprobs += turn.logprobs
+        self.decisions += [0] * n
+        self.turn_rewards.append(0.0)
         self.turns += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,6 +110,11 @@ class RolloutGroup:
     task: Task
     group_id: int
     rollouts: list[Rollout]
+
+    @property
+    def solved(self) -> int:
+        """Number of its rollouts that solved the task."""
+        return sum(r.success and r.learnable for r in self.rollouts)
 
     def peer(self, index: int) -> Rollout | None:
         """The next successful rollout of the group after ``index``, around the end, other than itself."""
@@ -151,6 +168,7 @@ class _Episode:
     started: float
     sampled: int = 0
     heard: int = 0  # bytes of the environment's text
+    state: str = ""  # where the next turn begins
     transient: bool = False  # its failure may pass
 
 
@@ -304,6 +322,7 @@ class AgentLoop:
     def _advance(self, key: int, episode: _Episode, turn: SampledTurn) -> bool:
         """Take a turn in, let the environment answer, and ask for the next one. Returns whether the rollout is over."""
         rollout = episode.rollout
+        rollout.states.append(episode.state)
         rollout.add_turn(turn)
         episode.sampled += len(turn.ids)
         if turn.stopped and len(turn.ids) == 1:
@@ -327,6 +346,10 @@ class AgentLoop:
             return True
         episode.heard += text_bytes(step.messages, room)
         self._score(rollout, step)
+        self._mark(rollout, turn.ids, step.info["decisions"])
+        if rollout.error is not None:
+            return True
+        episode.state = step.info.get("state", "\n".join(str(m.get("content")) for m in step.messages))
         rollout.messages += step.messages
         if step.done or step.truncated or not turn.stopped or not step.messages:
             rollout.status = "truncated" if step.truncated or not (turn.stopped or step.done) else "done"
@@ -343,9 +366,25 @@ class AgentLoop:
     def _score(self, rollout: Rollout, step: Step) -> None:
         """Add a step's reward."""
         rollout.reward += step.reward
+        rollout.turn_rewards[-1] = step.reward
+        rollout.feedback = step.info.get("feedback", rollout.feedback)
         for name, value in step.info["reward_parts"].items():
             rollout.reward_parts[name] = rollout.reward_parts.get(name, 0.0) + value
         rollout.success = step.info.get("success", rollout.reward >= self.success_threshold)
+
+    def _mark(self, rollout: Rollout, ids: list[int], decisions: list[dict[str, Any]]) -> None:
+        """Mark the tokens of the turn that was sampled last by what the environment says of its decisions."""
+        if not decisions:
+            return
+        pieces = [self.chat.text([token]) for token in ids]
+        for decision in decisions:
+            where = _find(pieces, decision["text"], decision["occurrence"])
+            if not where:
+                rollout.status = "environment_error"
+                rollout.error = f"the environment tells of a decision {decision['text']!r} that the turn does not hold"
+                return
+            for place in where:
+                rollout.decisions[len(rollout.tokens) - len(ids) + place] = 1 if decision["right"] else -1
 
     def _close(self, episode: _Episode) -> None:
         if not isinstance(episode.environment, _Unmade):
@@ -353,6 +392,16 @@ class AgentLoop:
             self._guard(episode, episode.environment.close)
             if error is not None:  # the first failure is the one to tell
                 episode.rollout.status, episode.rollout.error = status, error
+
+
+def _find(pieces: list[str], text: str, occurrence: int) -> list[int]:
+    """Places of the pieces that hold one occurrence of a text: whole pieces, or a part of all of them; none without."""
+    spans = [[place] for place, piece in enumerate(pieces) if piece.strip() == text]
+    if not spans:
+        starts = [0, *itertools.accumulate(map(len, pieces))]
+        for found in re.finditer(re.escape(text), "".join(pieces)):
+            spans.append([p for p in range(len(pieces)) if starts[p] < found.end() and starts[p + 1] > found.start()])
+    return spans[occurrence] if -len(spans) <= occurrence < len(spans) else []
 
 
 def _status_of(error: Exception) -> Status:

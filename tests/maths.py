@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gear_lightning.batch import TokenStats
-from gear_lightning.credit import GEAR, Credit, Evidence
+from gear_lightning.batch import Credit, TokenStats
+from gear_lightning.credit import GEAR, Evidence
 
 SAMPLED, LISTED = ["k1", "k3"], ["reverse_kl", "forward_kl", "jsd"]
 SEEDS = st.integers(0, 10**9)

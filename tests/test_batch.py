@@ -69,10 +69,17 @@ def test_dtypes():
         f.name: getattr(batch, f.name).dtype for f in fields(batch) if isinstance(getattr(batch, f.name), torch.Tensor)
     }
     booleans = {"privileged", "valid", "action_mask", "stop_mask", "success", "teacher_valid"}
-    floats = {"sampler_logprobs", "rewards", "advantages"}
+    floats = {"sampler_logprobs", "rewards", "advantages", "base_advantages"}
     for name, dtype in kinds.items():
         expected = torch.bool if name in booleans else torch.float32 if name in floats else torch.int64
         assert dtype == expected, name
+
+
+def test_turns_may_have_advantages_of_their_own():
+    batch = make([replace(LONG, turn_advantages=[2.0, -1.0], decisions=[0, 0, 1, 0, -1], solved=3), SHORT])
+    assert batch.base_advantages.tolist() == [[0, 0, 2, 0, -1], [0, 0, batch.advantages[1], 0, 0]]
+    assert batch.decisions.tolist() == [[0, 0, 1, 0, -1], [0] * 5]
+    assert batch.solved.tolist() == [3, 0]
 
 
 def test_no_rows_give_one_blank_row():

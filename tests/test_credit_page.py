@@ -21,7 +21,7 @@ from gear_lightning.credit_page import (
 )
 from gear_lightning.credit_trace import trace, visible
 from gear_lightning.errors import UserError
-from gear_lightning.records import read_records, write_record
+from gear_lightning.records import FORMAT, read_records, write_record
 
 # One letter per token: p prompt, A and B sampled in turns 0 and 1, o observation. Tokens 4 and 5 are one segment.
 LAYOUT = "ppAAAAooBBB"
@@ -50,13 +50,17 @@ def fake_tensors(layout: str = LAYOUT, padding: int = 2) -> dict[str, torch.Tens
         "policy_logprobs": logprobs.clone(),
         "teacher_logprobs": 2 * logprobs,
         "entropy": torch.where(action, 0.25, 0.0),
+        "teacher_entropy": torch.where(action, 0.125, 0.0),
         "divergence": torch.where(action, 0.0625 * position, 0.0),
         "weights": weights,
+        "base_advantages": torch.where(action, -0.5, 0.0),
+        "decisions": torch.zeros(shape, dtype=torch.long),
         "token_advantages": torch.where(action, -0.5 * weights, 0.0),
         "anchor": anchor,
         "rewards": torch.zeros(1),
         "advantages": torch.tensor([-0.5]),
         "privileged": torch.ones(1, dtype=torch.bool),
+        "solved": torch.zeros(1, dtype=torch.long),
         "group_ids": torch.zeros(1, dtype=torch.long),
         "policy_version": torch.zeros(1, dtype=torch.long),
     }
@@ -64,7 +68,7 @@ def fake_tensors(layout: str = LAYOUT, padding: int = 2) -> dict[str, torch.Tens
 
 def fake_rollout(**changes: Any) -> dict[str, Any]:
     return {
-        "format": 1,
+        "format": FORMAT,
         "iteration": 0,
         "rank": 0,
         "row": 0,
@@ -78,6 +82,9 @@ def fake_rollout(**changes: Any) -> dict[str, Any]:
         "status": "done",
         "error": None,
         "turns": 2,
+        "turn_rewards": [0.0, 0.0],
+        "states": ["", "it is locked"],
+        "feedback": None,
         "policy_version": 0,
         **changes,
     }

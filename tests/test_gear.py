@@ -273,14 +273,14 @@ def test_golden_scale():
 )
 def test_golden_sign_rules(rule, advantage, expected):
     c = row(math.log(2), -math.log(2), 7.0, math.log(8))
-    weights = gear.signal_weights(c, torch.tensor([advantage]), bits("xx.x"), sign_rule=rule)
+    weights = gear.signal_weights(c, torch.tensor([[advantage]]), bits("xx.x"), sign_rule=rule)
     assert_close(weights, row(expected[0], expected[1], 1, expected[2]))
-    gated = gear.signal_weights(c, torch.tensor([advantage]), bits("xx.x"), sign_rule=rule, direction_gate=True)
+    gated = gear.signal_weights(c, torch.tensor([[advantage]]), bits("xx.x"), sign_rule=rule, direction_gate=True)
     assert_close(gated, row(max(expected[0], 1), max(expected[1], 1), 1, max(expected[2], 1)))
 
 
 def test_golden_kappa_and_clip():
-    c, plus = row(0.1, -0.1), torch.tensor([1.0])
+    c, plus = row(0.1, -0.1), torch.tensor([[1.0]])
     weights = gear.signal_weights(c, plus, bits("xx"), kappa=2.0, clip=0.2)
     assert_close(weights, row(0.818731, 1.2), atol=1e-6, rtol=0)  # exp(-0.2); exp(0.2) = 1.2214 -> 1.2
     weights = gear.signal_weights(c, plus, bits("xx"), kappa=2.0, sign_rule="symmetric")
@@ -308,7 +308,7 @@ def test_golden_normalise():
 def test_weights_stay_in_their_range_and_their_mean_is_one(signal, rule, advantage, clip, kappa):
     c = torch.tensor([signal])
     mask = torch.ones_like(c, dtype=torch.bool)
-    w = gear.signal_weights(c, torch.tensor([advantage]), mask, sign_rule=rule, clip=clip, kappa=kappa)
+    w = gear.signal_weights(c, torch.tensor([[advantage]]), mask, sign_rule=rule, clip=clip, kappa=kappa)
     assert (w >= 1 - clip - 1e-6).all()
     assert (w <= 1 + clip + 1e-6).all()
     normal = gear.normalise_weights(w, mask, "mean")
@@ -333,5 +333,5 @@ def test_huge_signals_stay_finite():
     c = row(1e30, -1e30, 0, 3e38, -3e38)
     for rule in ("sign_aware", "negatives_only", "reversed_on_correct"):
         for advantage in (-1.0, 0.0, 1.0):
-            w = gear.signal_weights(c, torch.tensor([advantage]), EVERY, sign_rule=rule)
+            w = gear.signal_weights(c, torch.tensor([[advantage]]), EVERY, sign_rule=rule)
             assert w.isfinite().all()

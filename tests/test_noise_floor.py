@@ -100,8 +100,8 @@ def test_both_sides_have_the_shapes_and_places_of_training(batch):
 
 
 def test_rollouts_without_an_advantage_are_measured_as_if_they_had_one(policy, batch):
-    flat = replace(batch, advantages=torch.zeros_like(batch.advantages))
-    ones = replace(batch, advantages=torch.ones_like(batch.advantages))
+    flat = replace(batch, base_advantages=torch.zeros_like(batch.base_advantages))
+    ones = replace(batch, base_advantages=torch.ones_like(batch.base_advantages))
     assert torch.equal(in_bf16(policy, flat, GEAR()).weights, in_bf16(policy, ones, GEAR()).weights)
     assert (in_bf16(policy, flat, GEAR()).weights != 1).any()
 

@@ -67,7 +67,12 @@ class Step:
         done: the episode is over.
         truncated: the episode was cut short by the environment's own budget.
         info: ``success`` (bool) overrides the success rule of the evaluation; ``reward_parts`` (name -> float) is
-            recorded; anything else is ignored.
+            recorded; ``state`` (str) names the state that the episode is in now (default: what the messages say), for
+            advantages that compare what was done in equal states; ``feedback`` (str) is what a teacher may be shown of
+            how the rollout went (an error message, say), the last one counts; ``decisions`` is a list of
+            ``{"text": str, "right": bool, "occurrence": int}``: what was decided in the assistant message, for credit
+            that knows the truth, by the text of it and which of its occurrences there is meant (0 the first, -1 the
+            last and the default). Anything else is ignored.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -83,7 +88,12 @@ class Environment(ABC):
     ``step`` receives the parsed assistant message: ``content`` (str) and, where the policy called tools, ``tool_calls``
     as a list of ``{"type": "function", "function": {"name": str, "arguments": dict}}``. Whatever a method raises ends
     that rollout alone; it is counted, recorded and left out of the group's advantages.
+
+    Attributes:
+        tells_decisions: whether its steps say which decisions were right (``Step.info``).
     """
+
+    tells_decisions: bool = False
 
     def check(self, task: Task) -> None:
         """Look at a task before any training, on an instance that plays none.

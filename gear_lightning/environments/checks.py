@@ -64,11 +64,11 @@ def text_bytes(value: Any, room: int) -> int:
 
 
 def checked_step(step: Any, room: int) -> Step:
-    """A step of an environment as plain data; ``info`` keeps ``success`` and ``reward_parts``.
+    """A step of an environment as plain data; ``info`` keeps what `Step` names.
 
     Raises:
         RewardError: not a Step; the reward or a part of it is not a finite number below `MAX_REWARD`.
-        TypeError: messages that are none.
+        TypeError: messages that are none; a state, feedback or decisions of another kind than `Step` says.
         ValueError: as `checked_messages`; an array in place of a truth value.
         FloodError: as `checked_messages`.
     """
@@ -84,9 +84,29 @@ def checked_step(step: Any, room: int) -> Step:
         raise RewardError(f"the environment gave reward {as_text(step.reward)}, parts {as_text(parts)}") from error
     if not isinstance(found := info.get("success", False), bool | np.bool_):
         raise TypeError(f"step gave success {as_text(found)} in place of true or false")
-    told = {"success": bool(found)} if "success" in info else {}
+    told: dict[str, Any] = {"success": bool(found)} if "success" in info else {}
     messages = checked_messages(step.messages, "step", room)
+    told |= {name: _text(info[name], name, room) for name in ("state", "feedback") if info.get(name) is not None}
+    told["decisions"] = _decisions(info.get("decisions") or [], room)
     return Step(messages, reward, bool(step.done), bool(step.truncated), {**told, "reward_parts": parts})
+
+
+def _text(value: Any, name: str, room: int) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"step gave {name} {as_text(value)} in place of text")
+    if text_bytes([value], room) > room:
+        raise FloodError(f"step gave a {name} of more than {room:,} bytes, all that is left to it")
+    return value
+
+
+def _decisions(value: Any, room: int) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or text_bytes(value, room) > room:
+        raise TypeError(f"step gave decisions {as_text(value)} in place of a list that fits into the budget")
+    for one in value:
+        right = isinstance(one, dict) and isinstance(one.get("text"), str) and isinstance(one.get("right"), bool)
+        if not right or not one["text"] or type(one.get("occurrence", -1)) is not int:
+            raise TypeError(f"step gave the decision {as_text(one)} in place of a text and whether it is right")
+    return [{"text": one["text"], "right": one["right"], "occurrence": one.get("occurrence", -1)} for one in value]
 
 
 def _number(value: Any) -> float:

@@ -3,6 +3,9 @@
 Each episode hides a random table from (relation, entity) to entity. The question is a start entity and k query words;
 each word stands for one relation, the same in every episode, and that the policy must learn. It walks the chain with
 ``look relation entity`` and ends with ``submit entity``. Reward 1 for the right entity, else 0.
+
+A policy may think before it calls: name the word, decide on its relation, and chatter in phrases that mean nothing. Its
+turns are then long, and only few of their tokens are decisions. The environment tells which of those were right.
 """
 
 import random
@@ -27,6 +30,8 @@ RELATIONS = [f"r{i}" for i in range(16)]
 ENTITIES = [f"e{i}" for i in range(32)]
 QUERIES = [f"w{i}" for i in range(64)]
 WORDS = [*RELATIONS, *ENTITIES, *QUERIES, "look", "submit", "error", "<ref>"]
+PHRASES = [[f"t{4 * i + j}" for j in range(4)] for i in range(8)]  # the first word is free, the others follow from it
+THINKING_WORDS = [*WORDS, *(word for phrase in PHRASES for word in phrase)]
 
 # word -> relation, and the relation that a careless demonstrator confuses it with
 _facts = random.Random(20260512)
@@ -111,12 +116,16 @@ class LookupChain(Environment):
         slack: calls allowed beyond the shortest solution.
     """
 
+    tells_decisions = True
+
     def __init__(self, slack: int = 1):
         self.slack = slack
 
     def reset(self, task: Task, *, seed: int) -> list[Message]:
         super().reset(task, seed=seed)
         self.calls_left = len(task.meta["query"]) + 1 + self.slack
+        self.steps = solution(task)
+        self.walked = 0  # steps of the solution that have been taken
         return []
 
     def step(self, message: Message) -> Step:
@@ -124,14 +133,34 @@ class LookupChain(Environment):
         if len(made) != 1:
             return Step(done=True, info={"success": False})
         name, arguments = made[0]
+        told = self._decisions(message.get("content") or "", name, arguments)
         self.calls_left -= 1
         if name == "submit":
-            right = arguments.get("entity") == solution(self.task)[-1][2]
-            return Step(done=True, reward=float(right), info={"success": right})
+            right = arguments.get("entity") == self.steps[-1][2]
+            return Step(done=True, reward=float(right), info={"success": right, "decisions": told})
         relation, entity = arguments.get("relation"), arguments.get("entity")
         known = name == "look" and relation in RELATIONS and entity in ENTITIES
         answer = look(self.task.meta["table"], str(relation), str(entity)) if known else "error"
-        return Step([tool_result(name, answer)], done=self.calls_left <= 0, truncated=self.calls_left <= 0)
+        if known and self.walked < len(self.steps) and (relation, entity) == self.steps[self.walked][:2]:
+            self.walked += 1
+        over = self.calls_left <= 0
+        return Step([tool_result(name, answer)], done=over, truncated=over, info={"decisions": told})
+
+    def _decisions(self, thought: str, name: str, arguments: dict[str, str]) -> list[dict]:
+        """What was decided: the first relation of the thought, the tool, and its arguments.
+
+        Right is what goes on from the last right step: after a wrong one, that is to go back.
+        """
+        over = self.walked == len(self.steps)
+        relation, entity = (None, self.steps[-1][2]) if over else self.steps[self.walked][:2]
+        told = []
+        if considered := next((word for word in thought.split() if word in RELATIONS), None):
+            told.append({"text": considered, "right": considered == relation, "occurrence": 0})
+        told.append({"text": name, "right": name == ("submit" if over else "look")})
+        for key, wanted in (("relation", relation), ("entity", entity)):
+            if isinstance(value := arguments.get(key), str) and value:
+                told.append({"text": value, "right": value == wanted})
+        return told
 
 
 @dataclass(frozen=True)
@@ -144,6 +173,8 @@ class LookupChainDemonstrations(Demonstrations):
 
     Args:
         hops: query words in a question.
+        thought: phrases of four words that are thought before each call, after the query word and its relation. 0: no
+            thoughts. The policy then needs the words `THINKING_WORDS`.
         privileged_fraction: share of demonstrations that see the reference.
         recovery_fraction: share of those that begin with an error and recover.
         hard_accuracy: share of right calls for the hard half of the words.
@@ -152,6 +183,7 @@ class LookupChainDemonstrations(Demonstrations):
     """
 
     hops: int = 4
+    thought: int = 0
     privileged_fraction: float = 0.5
     recovery_fraction: float = 0.25
     hard_accuracy: float = 0.4
@@ -167,9 +199,13 @@ class LookupChainDemonstrations(Demonstrations):
         unlearned = set()
         table, entity = task.meta["table"], task.meta["start"]
 
-        def call(relation: str) -> str:
+        def think(*decided: str) -> str:
+            chatter = [word for _ in range(self.thought) for word in rng.choice(PHRASES)]
+            return " ".join([*decided, *chatter]) if self.thought else ""
+
+        def call(word: str, relation: str) -> str:
             answer = look(table, relation, entity)
-            messages.append(tool_call("look", {"relation": relation, "entity": entity}))
+            messages.append(tool_call("look", {"relation": relation, "entity": entity}, think(word, relation)))
             messages.append(tool_result("look", answer))
             return answer
 
@@ -180,7 +216,7 @@ class LookupChainDemonstrations(Demonstrations):
                 relation = relation if rng.random() < accuracy else CONFUSED[word]
             elif place == slip_at:
                 unlearned.add(len(messages))
-                call(rng.choice([r for r in RELATIONS if r != relation]))
-            entity = call(relation)
-        messages.append(tool_call("submit", {"entity": entity}))
+                call(word, rng.choice([r for r in RELATIONS if r != relation]))
+            entity = call(word, relation)
+        messages.append(tool_call("submit", {"entity": entity}, think()))
         return Demonstration(task, messages, privileged, frozenset(unlearned))

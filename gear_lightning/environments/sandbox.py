@@ -101,6 +101,7 @@ class Isolated(Environment):
         except Exception as error:
             raise UserError(f"Isolated's environment cannot be made: {type(error).__name__}: {error}") from error
         inner.check(task)
+        self.tells_decisions = inner.tells_decisions
         try:
             pickle.dumps(task)
         except Exception as error:

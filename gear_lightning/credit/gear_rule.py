@@ -1,113 +1,17 @@
-"""Credit assigners: from the group advantage of a rollout to an advantage for each of its tokens.
-
-An assigner is a frozen dataclass, named in YAML by ``class_path``. It sees the evidence of one micro-batch and may use
-statistics of one rollout or a constant, never of the batch.
-"""
+"""GEAR, its controls, and its special cases: token by token, and by fixed turns."""
 
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import gear
-from .batch import Credit, RolloutBatch, TokenStats
-from .errors import UserError
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What credit is decided on: one row per rollout, one column per token (see `RolloutBatch`). All detached.
-
-    ``divergence`` is given when credit is recomputed from records whose distributions are gone; it takes the place of
-    any divergence of distributions. ``privileged`` says where the teacher saw more than the policy; None: everywhere.
-    """
-
-    advantages: Float[Tensor, " batch"]
-    action_mask: Bool[Tensor, "batch seq"]
-    turn_ids: Int[Tensor, "batch seq"]
-    stop_mask: Bool[Tensor, "batch seq"]
-    policy_version: Int[Tensor, " batch"]
-    policy: TokenStats
-    teacher: TokenStats | None = None
-    divergence: Float[Tensor, "batch seq"] | None = None
-    privileged: Bool[Tensor, " batch"] | None = None
-
-    @classmethod
-    def of(cls, batch: RolloutBatch, policy: TokenStats, teacher: TokenStats | None) -> "Evidence":
-        """The evidence of a micro-batch."""
-        policy = replace(policy, logprobs=policy.logprobs.detach())
-        return cls(
-            batch.advantages,
-            batch.action_mask,
-            batch.turn_ids,
-            batch.stop_mask,
-            batch.policy_version,
-            policy,
-            teacher,
-            privileged=batch.privileged,
-        )
-
-
-class CreditAssigner(ABC):
-    """Turns evidence into `Credit`. ``needs_teacher`` and ``top_k`` say what evidence it wants."""
-
-    needs_teacher: bool = True
-
-    @property
-    def top_k(self) -> int:
-        """Number of the policy's most likely tokens to compare distributions on; 0 where sampled tokens suffice."""
-        return 0
-
-    @abstractmethod
-    def __call__(self, evidence: Evidence) -> Credit:
-        """Assign credit."""
-
-
-def _credit(
-    evidence: Evidence,
-    weights: Tensor,
-    divergence: Tensor | None = None,
-    anchor: Tensor | None = None,
-    clipped: Tensor | None = None,
-) -> Credit:
-    mask = evidence.action_mask
-    clipped = None if clipped is None else clipped & mask
-    if evidence.privileged is not None:  # where the teacher was shown nothing, it has nothing to say about credit
-        weights = torch.where(evidence.privileged[:, None], weights, 1)
-        anchor = None if anchor is None else torch.where(evidence.privileged[:, None], anchor, -1)
-        clipped = None if clipped is None else clipped & evidence.privileged[:, None]
-    advantages = torch.where(mask, weights * evidence.advantages[:, None], 0)
-    if divergence is None:
-        divergence = torch.zeros_like(weights)
-    if anchor is None:
-        anchor = torch.full_like(evidence.turn_ids, -1)
-    return Credit(weights, advantages, torch.where(mask, divergence, 0), anchor, clipped)
-
-
-def _at(weights: Tensor, clip: float) -> Tensor:
-    """Where weights, as they come from `gear.signal_weights`, sit at a bound of the clip."""
-    return (weights == 1 - clip) | (weights == 1 + clip)
-
-
-def _teacher(evidence: Evidence, rule: object) -> TokenStats:
-    if evidence.teacher is None:
-        raise UserError(f"{type(rule).__name__} needs the teacher's log-probs, and these rollouts have none")
-    return evidence.teacher
-
-
-@dataclass(frozen=True)
-class Uniform(CreditAssigner):
-    """The same advantage for every token of a rollout: plain GRPO. Runs no teacher."""
-
-    needs_teacher = False
-
-    def __call__(self, evidence: Evidence) -> Credit:
-        return _credit(evidence, torch.ones_like(evidence.policy.logprobs))
-
+from .. import gear
+from ..batch import Credit
+from ..errors import UserError
+from .base import CreditAssigner, Evidence, at_bound, mixing, spread_credit, teacher_of, top_of, turn_starts
 
 SEGMENT_OPTIONS = ("anchor_rule", "anchor_level", "anchor_floor", "anchor_at", "segment_max", "segment_value")
 
@@ -246,12 +150,9 @@ class GEAR(CreditAssigner):
         if self.top_k and evidence.divergence is not None:
             divergence = evidence.divergence
         elif self.top_k:
-            top, teacher_top = evidence.policy.top_logprobs, _teacher(evidence, self).top_logprobs
-            assert top is not None, "top_k evidence was asked for"
-            assert teacher_top is not None, "top_k evidence was asked for"
-            divergence = gear.distribution_divergence(top, teacher_top, self.divergence)
+            divergence = gear.distribution_divergence(*top_of(evidence, self), self.divergence)
         else:
-            teacher = _teacher(evidence, self).logprobs
+            teacher = teacher_of(evidence, self).logprobs
             divergence = gear.sampled_divergence(
                 evidence.policy.logprobs,
                 teacher,
@@ -271,7 +172,7 @@ class GEAR(CreditAssigner):
         if self.entropy == "policy":
             entropy = evidence.policy.entropy
         elif self.entropy == "teacher":
-            entropy = _teacher(evidence, self).entropy
+            entropy = teacher_of(evidence, self).entropy
         else:
             entropy = -evidence.policy.logprobs
         columns, real = gear.compact(evidence.action_mask)
@@ -302,23 +203,17 @@ class GEAR(CreditAssigner):
         scale = self.scale or ("none" if self.signed else "saturate")
         weights = gear.signal_weights(
             gear.scale_signal(self.signal(divergence, anchor), mask, scale),
-            evidence.advantages,
+            evidence.base_advantages,
             mask,
             sign_rule=self.sign_rule,
             kappa=self.kappa,
             clip=self.clip,
             direction_gate=self.direction_gate,
         )
-        clipped = _at(weights, self.clip)
+        clipped = at_bound(weights, self.clip)
         weights = 1 + mixing(self.mix, self.mix_decay, evidence.policy_version) * (weights - 1)
-        return _credit(evidence, gear.normalise_weights(weights, mask, self.normalise), divergence, anchor, clipped)
-
-
-def mixing(mix: float, decay: int | None, version: Int[Tensor, " batch"]) -> Float[Tensor, "batch 1"]:
-    """Share of the weighting after ``version`` optimizer steps: ``mix``, falling linearly to 0 over ``decay`` steps."""
-    if decay is None:
-        return torch.full_like(version, 1, dtype=torch.float32)[:, None] * mix
-    return mix * (1 - version.float() / decay).clamp_min(0)[:, None]
+        weights = gear.normalise_weights(weights, mask, self.normalise)
+        return spread_credit(evidence, weights, divergence, anchor, clipped)
 
 
 @dataclass(frozen=True)
@@ -348,11 +243,7 @@ class Turn(GEAR):
         self._refuse((*SEGMENT_OPTIONS, "segment_end", "entropy", "entropy_quantile"), "with fixed turns")
 
     def segments(self, evidence: Evidence, divergence: Tensor) -> Int[Tensor, "batch seq"]:
-        mask, turns = evidence.action_mask, evidence.turn_ids
-        where = torch.arange(turns.shape[-1], device=turns.device).expand_as(turns)
-        previous = torch.nn.functional.pad(torch.where(mask, turns, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
-        first = torch.where(mask & (turns > previous), where, -1).cummax(-1).values
-        return torch.where(mask, first, -1)
+        return turn_starts(evidence.action_mask, evidence.turn_ids)
 
     def signal(self, divergence: Tensor, anchor: Tensor) -> Float[Tensor, "batch seq"]:
         return gear.segment_signal(divergence, anchor, "mean")
@@ -381,67 +272,4 @@ class Placebo(GEAR):
             generator = torch.Generator().manual_seed(key % (2**63))
             order = torch.randperm(len(where), generator=generator).to(where.device)
             weights[row, where] = weights[row, where[order]]
-        return _credit(evidence, weights, credit.divergence, torch.full_like(credit.anchor, -1))
-
-
-@dataclass(frozen=True)
-class RLSD(CreditAssigner):
-    """Token-level reweighting of RLSD (arXiv 2604.03128).
-
-    A ((1 - lambda) + lambda clip(exp(sign(A) (log p_T - log p_S)))).
-
-    Args:
-        mix: lambda.
-        clip: weights within 1 - clip and 1 + clip.
-        mix_decay: optimizer steps over which lambda falls to 0 (60 in the authors' released script). Null: constant.
-    """
-
-    mix: float = 0.5
-    clip: float = 0.2
-    mix_decay: int | None = None
-
-    def __post_init__(self):
-        if not (0 <= self.mix <= 1 and 0 <= self.clip <= 1):
-            raise UserError(f"RLSD: mix={self.mix} and clip={self.clip} must lie in [0, 1]")
-        if self.mix_decay is not None and self.mix_decay < 1:
-            raise UserError(f"RLSD: mix_decay={self.mix_decay} must be at least 1")
-
-    def __call__(self, evidence: Evidence) -> Credit:
-        divergence = evidence.policy.logprobs - _teacher(evidence, self).logprobs
-        weights = gear.signal_weights(divergence, evidence.advantages, evidence.action_mask, clip=self.clip)
-        clipped = _at(weights, self.clip)
-        weights = 1 + mixing(self.mix, self.mix_decay, evidence.policy_version) * (weights - 1)
-        return _credit(evidence, weights, divergence, clipped=clipped)
-
-
-@dataclass(frozen=True)
-class SCGRPO(CreditAssigner):
-    """Weight D / (D + c) with D = KL(teacher || policy), for both signs of the advantage (SC-GRPO, arXiv 2606.18810).
-
-    c is the rollout's 75th percentile of D, at least 1e-4; the authors take it over the micro-batch, which would make
-    the gradient depend on the micro-batch size. Their routing of groups without a solved rollout is not included.
-
-    Args:
-        top_k_tokens: the policy's most likely tokens on which D is taken, plus a tail bucket.
-    """
-
-    top_k_tokens: int = 100
-
-    def __post_init__(self):
-        if self.top_k_tokens < 1:
-            raise UserError(f"SCGRPO: top_k_tokens={self.top_k_tokens} must be at least 1")
-
-    @property
-    def top_k(self) -> int:
-        return self.top_k_tokens
-
-    def __call__(self, evidence: Evidence) -> Credit:
-        if evidence.divergence is not None:
-            divergence = evidence.divergence
-        else:
-            top, teacher_top = evidence.policy.top_logprobs, _teacher(evidence, self).top_logprobs
-            assert top is not None, "top_k evidence was asked for"
-            assert teacher_top is not None, "top_k evidence was asked for"
-            divergence = gear.distribution_divergence(top, teacher_top, "forward_kl")
-        weights = gear.scale_signal(divergence, evidence.action_mask, "saturate")
-        return _credit(evidence, torch.where(evidence.action_mask, weights, 1), divergence)
+        return spread_credit(evidence, weights, credit.divergence, torch.full_like(credit.anchor, -1))
