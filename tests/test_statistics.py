@@ -1,0 +1,230 @@
+"""Statistics against hand-computed values, independent references and known distributions."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gear_lightning.errors import UserError
+from gear_lightning.statistics import (
+    bootstrap_interval,
+    collapse_rate,
+    first_reach,
+    holm,
+    interquartile_mean,
+    iqm_statistic,
+    mean_over_curve,
+    on_grid,
+    paired_difference,
+    probability_of_improvement,
+    ranking_auc,
+    sign_test,
+)
+
+pytest.importorskip("scipy")
+NUMBERS = st.floats(-5, 5, allow_nan=False, width=32)
+SMALL = st.lists(st.integers(0, 4), min_size=1, max_size=7)  # small integers tie often
+
+
+def test_interquartile_mean_cuts_a_quarter_at_each_end():
+    assert interquartile_mean(np.array([8.0, 1, 2, 3, 4, 100, -50, 5])) == 3.5  # (2 + 3 + 4 + 5) / 4
+    assert interquartile_mean(np.array([[1.0, 2], [3, 100]])) == 2.5  # (2 + 3) / 2
+    assert interquartile_mean(np.array([1.0, 2, 6])) == 3.0  # too few to cut: the mean
+    # of five, int(1.25) = 1 is cut at each end
+    assert interquartile_mean(np.array([0.0, 3, 4, 5, 9])) == 4.0
+
+
+def test_sign_test_by_hand():
+    # 4 up, 1 down: P(at least 4 or at most 1 of 5) = 2 (5 + 1) / 32 = 0.375; the tie is dropped
+    found = sign_test(np.array([1.0, 2, 0.5, 3, -1, 0]))
+    assert (found.wins, found.losses, found.ties) == (4, 1, 1)
+    assert found.p == pytest.approx(0.375)
+    assert sign_test(np.full(5, 1.0)).p == pytest.approx(0.0625)  # 2 / 2^5
+    assert sign_test(np.zeros(3)).p == 1.0
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=10))
+@settings(max_examples=50, deadline=None)
+def test_sign_test_counts_all_signs_of_equal_probability(gaps):
+    found, n = sign_test(np.array(gaps)), sum(g != 0 for g in gaps)
+    extreme = abs(found.wins - found.losses)
+    worse = sum(abs(sum(signs)) >= extreme for signs in itertools.product((-1, 1), repeat=n))
+    assert found.p == pytest.approx(worse / 2**n)
+    assert sign_test(-np.array(gaps)).p == found.p
+
+
+def test_holm_by_hand():
+    # sorted 0.01, 0.02, 0.03, 0.5: times 4, 3, 2, 1 = 0.04, 0.06, 0.06, 0.5
+    assert holm(np.array([0.03, 0.01, 0.5, 0.02])) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    # 0.01 x 3 = 0.03; 0.04 x 2 = 0.08; 0.045 x 1 = 0.045, raised to the one before it
+    assert holm(np.array([0.01, 0.04, 0.045])) == pytest.approx([0.03, 0.08, 0.08])
+    assert holm(np.array([0.6, 0.7])) == pytest.approx([1.0, 1.0])
+    assert holm(np.array([])).shape == (0,)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_holm_rejects_what_its_step_down_rule_rejects(p):
+    adjusted, level, still = holm(np.array(p)), 0.05, True
+    assert (adjusted >= np.array(p) - 1e-12).all()
+    for rank, place in enumerate(np.argsort(p, kind="stable")):
+        scaled = p[place] * (len(p) - rank)
+        if abs(scaled - level) < 1e-9:
+            return
+        still = still and scaled <= level
+        assert (adjusted[place] <= level) == still
+
+
+def test_paired_difference_by_hand():
+    found = paired_difference(np.array([0.8, 0.7, 0.9]), np.array([0.6, 0.7, 0.8]))
+    assert found.mean == pytest.approx(0.1)  # (0.2 + 0 + 0.1) / 3
+    assert (found.pairs, found.test.wins, found.test.losses, found.test.ties) == (3, 2, 0, 1)
+    assert found.low is not None
+    assert found.high is not None
+    assert 0.0 <= found.low < 0.1 < found.high <= 0.2 + 1e-12
+    alone = paired_difference(np.array([1.0]), np.array([0.5]))
+    assert (alone.mean, alone.low, alone.high) == (0.5, None, None)
+
+
+def test_pairing_removes_what_a_seed_does_to_both():
+    rng = np.random.default_rng(0)
+    luck = rng.normal(0, 1, 20)
+    found = paired_difference(luck + 0.1 + rng.normal(0, 0.01, 20), luck)
+    assert found.low == pytest.approx(0.1, abs=0.02)
+    assert found.high == pytest.approx(0.1, abs=0.02)
+
+
+@given(SMALL, SMALL)
+@settings(max_examples=100, deadline=None)
+def test_probability_of_improvement_is_a_count_of_pairs(ours, theirs):
+    pairs = [(a > b) + 0.5 * (a == b) for a in ours for b in theirs]
+    assert probability_of_improvement(np.array([ours]), np.array([theirs])) == pytest.approx(np.mean(pairs))
+    assert ranking_auc(np.array(ours + theirs), np.array([1] * len(ours) + [0] * len(theirs))) == pytest.approx(
+        np.mean(pairs)
+    )
+
+
+def test_probability_of_improvement_is_a_mean_over_strata():
+    # first task: 1 of 1; second: 0 of 1; the seeds of other tasks are not compared
+    assert probability_of_improvement(np.array([[9.0, 9.0], [1, 1]]), np.array([[8.0, 8.0], [2, 2]])) == 0.5
+
+
+def test_ranking_auc_by_hand():
+    # positives 3, 2; negatives 2, 1, 0: 3 beats three, 2 beats two and ties one: (3 + 2.5) / 6
+    assert ranking_auc(np.array([3.0, 2, 2, 1, 0]), np.array([1, 1, 0, 0, 0])) == pytest.approx(5.5 / 6)
+    assert ranking_auc(np.array([0.0, 1, 2]), np.array([0, 0, 1])) == 1.0
+    with pytest.raises(UserError, match="positive and negative"):
+        ranking_auc(np.array([1.0, 2]), np.array([1, 1]))
+
+
+def test_collapse_rate_by_hand():
+    curves = np.array([
+        [0.2, 0.8, 0.7],  # holds
+        [0.2, 0.8, 0.39],  # below half of 0.8 at the end
+        [0.2, 0.8, 0.4],  # at half, not below
+        [0.8, 0.1, 0.8],  # recovered
+    ])  # fmt: skip
+    assert collapse_rate(curves) == 0.25
+    assert collapse_rate(curves, at="any") == 0.5
+    assert collapse_rate(curves, 0.9) == 0.75  # 0.7 < 0.72, 0.39 and 0.4
+    assert collapse_rate(np.zeros((2, 3))) == 0.0, "a run that had nothing has lost nothing"
+
+
+def test_mean_over_curve_by_hand():
+    x, y = np.array([0.0, 1, 3]), np.array([0.0, 2, 2])
+    assert mean_over_curve(x, y) == pytest.approx(5 / 3)  # (1 x 1 + 2 x 2) / 3
+    assert mean_over_curve(x, y, 0.5, 2) == pytest.approx(2.75 / 1.5)  # (1 + 2) / 2 x 0.5 = 0.75, and 2 x 1
+    with pytest.raises(UserError, match="empty"):
+        mean_over_curve(x, y, 2, 2)
+    with pytest.raises(UserError, match="from 0 to 3"):
+        mean_over_curve(x, y, 0, 4)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 5), NUMBERS), min_size=2, max_size=8), NUMBERS)
+@settings(max_examples=100, deadline=None)
+def test_mean_over_curve_lies_within_it_and_does_not_mind_more_points(points, shift):
+    x, y = np.cumsum([gap for gap, _ in points]), np.array([height for _, height in points])
+    mean = mean_over_curve(x, y)
+    assert y.min() - 1e-9 <= mean <= y.max() + 1e-9
+    assert mean_over_curve(x, y + shift) == pytest.approx(mean + shift, abs=1e-9)
+    between = np.sort(np.concatenate([x, (x[1:] + x[:-1]) / 2]))
+    assert mean_over_curve(between, on_grid(x, y, between)) == pytest.approx(mean, abs=1e-9)
+
+
+def test_first_reach_is_the_first_measured_place():
+    x, y = np.array([0.0, 10, 20, 30]), np.array([0.1, 0.8, 0.7, 0.9])
+    assert first_reach(x, y, 0.8) == 10
+    assert first_reach(x, y, 0.8, stay=True) == 30
+    assert first_reach(x, y, 0.75) == 10, "not 9.3, between two measurements"
+    assert first_reach(x, y, 0.95) == math.inf
+    assert first_reach(x, y, 0.05, stay=True) == 0
+
+
+def test_the_bootstrap_is_scipys_where_there_is_one_stratum():
+    from scipy.stats import bootstrap
+
+    scores = np.random.default_rng(1).normal(0, 1, 12)
+    theirs = bootstrap((scores,), np.mean, method="percentile", n_resamples=20000, rng=2).confidence_interval
+    low, high = bootstrap_interval(scores[None], resamples=20000)
+    assert low == pytest.approx(theirs.low, abs=0.02)
+    assert high == pytest.approx(theirs.high, abs=0.02)
+
+
+def test_strata_are_not_mixed():
+    """Two tasks whose scores never vary: no draw can move the mean, though the tasks are far apart."""
+    scores = np.array([[0.0, 0, 0], [1, 1, 1]])
+    assert bootstrap_interval(scores) == (0.5, 0.5)
+    low, high = bootstrap_interval(scores.reshape(1, 6))
+    assert low < 0.5 < high
+
+
+def test_curves_are_resampled_whole():
+    """Two seeds' curves are each other's mirror: their mean's interval mirrors, too, at every point."""
+    curves = np.array([[[0.0, 1.0, 0.2], [1.0, 0.0, 0.8]]])
+    low, high = bootstrap_interval(curves)
+    assert low == pytest.approx([0, 0, 0.2])
+    assert high == pytest.approx([1, 1, 0.8])
+
+
+def test_the_interval_is_the_same_every_time_and_narrows_with_seeds():
+    rng = np.random.default_rng(3)
+    few, many = rng.normal(0, 1, (1, 10)), rng.normal(0, 1, (1, 1000))
+    assert bootstrap_interval(few) == bootstrap_interval(few)
+    assert bootstrap_interval(few, seed=1) != bootstrap_interval(few)
+    width = [float(high - low) for low, high in (bootstrap_interval(few), bootstrap_interval(many))]
+    assert width[1] == pytest.approx(2 * 1.96 / math.sqrt(1000), rel=0.1)
+    assert width[0] > 5 * width[1]
+
+
+@pytest.mark.parametrize("statistic", [None, iqm_statistic])
+def test_the_interval_covers_a_known_truth(statistic):
+    """95 % intervals of 20 seeds in 3 tasks of a known mean (and, by symmetry, interquartile mean) of 2."""
+    rng, covered = np.random.default_rng(4), 0
+    options = {} if statistic is None else {"statistic": statistic}
+    for case in range(200):
+        low, high = bootstrap_interval(rng.normal(2, 1, (3, 20)), resamples=400, seed=case, **options)
+        covered += bool(low <= 2 <= high)
+    # percentile bootstraps cover a little less than they say; 200 trials have a standard error of 1.5 points
+    assert 0.89 <= covered / 200 <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (lambda: bootstrap_interval(np.array([[1.0]])), "2 seeds"),
+        (lambda: bootstrap_interval(np.array([[1.0, 2]]), level=95), "level"),
+        (lambda: interquartile_mean(np.array([])), "no scores"),
+        (lambda: interquartile_mean(np.array([1.0, np.nan])), "finite"),
+        (lambda: paired_difference(np.array([1.0]), np.array([1.0, 2])), "one length"),
+        (lambda: probability_of_improvement(np.ones((2, 3)), np.ones((1, 3))), "strata"),
+        (lambda: holm(np.array([0.2, 1.2])), "between 0 and 1"),
+        (lambda: collapse_rate(np.ones((1, 3)), 2.0), "fraction"),
+        (lambda: on_grid(np.array([0.0, 0]), np.array([1.0, 2]), np.array([0.0])), "rising"),
+    ],
+)
+def test_what_cannot_be_computed_is_said(wrong, match):
+    with pytest.raises(UserError, match=match):
+        wrong()
