@@ -13,9 +13,15 @@ class Throughput(L.Callback):
     """Logs ``time/rollout_s``, ``time/update_s``, ``perf/rollout_tokens_per_s`` (sampled tokens) and
     ``perf/update_tokens_per_s`` (all tokens of the policy's forward, padding aside): mean over the processes; and
     ``perf/padding_fraction``: share of padding in the tokens of the policy's and the teacher's forward passes. On GPUs
-    also ``memory/rollout_gib`` and ``memory/update_gib``: the most that any process had allocated in each phase."""
+    also ``memory/rollout_gib`` and ``memory/update_gib``: the most that any process had allocated in each phase.
+
+    And what the policy has cost since the start, kept over restarts: ``perf/rollouts`` and ``perf/sampled_tokens``, over
+    all processes, and ``perf/seconds`` of rollouts and updates, mean over the processes. Warm start, evaluations,
+    checkpoints, pauses and rollouts that a stop has cut short are left out."""
 
     def __init__(self) -> None:
+        self._all_rollouts = self._all_tokens = 0  # since the start of the run, on all processes
+        self._all_seconds = 0.0
         self._seconds = self._started = 0.0
         self._tokens = self._places = self._filled = 0
         self._rollout_peak = 0.0
@@ -30,7 +36,18 @@ class Throughput(L.Callback):
     ) -> None:
         if batch_idx == 0:
             self._rollout_peak = _peak(pl_module.device)
+            self._count_rollouts(trainer)
         self._started = time.perf_counter()
+
+    def _count_rollouts(self, trainer: L.Trainer) -> None:
+        """Here and not at the iteration's end, so that a checkpoint in between has them."""
+        stats = trainer.datamodule.stats  # pyright: ignore[reportAttributeAccessIssue]
+        fresh = stats.seconds > 0  # those that came out of a checkpoint took no time, and are counted in it
+        mine = [sum(stats.statuses.values()), stats.tokens, stats.seconds] if fresh else [0, 0, 0.0]
+        rollouts, tokens, seconds = _total(trainer, mine)
+        self._all_rollouts += int(rollouts)
+        self._all_tokens += int(tokens)
+        self._all_seconds += seconds / trainer.world_size
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: RolloutBatch, batch_idx: int
@@ -50,8 +67,12 @@ class Throughput(L.Callback):
             "perf/rollout_tokens_per_s": stats.tokens / max(stats.seconds, 1e-9),
             "perf/update_tokens_per_s": self._tokens / max(self._seconds, 1e-9),
         }
+        self._all_seconds += _total(trainer, [self._seconds])[0] / trainer.world_size
+        self._seconds = 0.0  # a checkpoint of this place has them
+        values |= {"perf/rollouts": self._all_rollouts, "perf/sampled_tokens": self._all_tokens}
+        values["perf/seconds"] = self._all_seconds
         for name, value in values.items():
-            pl_module.log(name, value, batch_size=1, sync_dist=True)
+            pl_module.log(name, float(value), batch_size=1, sync_dist=True)
         if pl_module.device.type == "cuda":
             peaks = {"memory/rollout_gib": self._rollout_peak, "memory/update_gib": _peak(pl_module.device)}
             for name, value in peaks.items():
@@ -59,6 +80,22 @@ class Throughput(L.Callback):
         padding = (self._places - self._filled) / max(self._places, 1)
         weight = max(self._places, 1) * trainer.world_size  # see GearModule._log
         pl_module.log("perf/padding_fraction", padding, batch_size=weight, sync_dist=True)
+
+    def state_dict(self) -> dict[str, float]:
+        seconds = self._all_seconds + self._seconds  # of an iteration that is not over, too
+        return {"rollouts": self._all_rollouts, "tokens": self._all_tokens, "seconds": seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self._all_rollouts, self._all_tokens = int(state_dict["rollouts"]), int(state_dict["tokens"])
+        self._all_seconds = state_dict["seconds"]
+
+
+def _total(trainer: L.Trainer, mine: list[float]) -> list[float]:
+    """Sums over the processes."""
+    if trainer.world_size == 1:
+        return mine
+    values = torch.tensor(mine, dtype=torch.float64, device=trainer.strategy.root_device)
+    return trainer.strategy.reduce(values, reduce_op="sum").tolist()
 
 
 def _peak(device: torch.device) -> float:

@@ -181,6 +181,18 @@ def test_strata_are_not_mixed():
     assert low < 0.5 < high
 
 
+def test_strata_are_drawn_independently():
+    """The mean of 16 like tasks varies a quarter as much as that of one; were the same seeds drawn in all, as much."""
+    one = np.random.default_rng(5).normal(0, 1, (1, 20))
+    widths = [float(np.subtract(*bootstrap_interval(s)[::-1])) for s in (one, np.repeat(one, 16, axis=0))]
+    assert widths[1] == pytest.approx(widths[0] / 4, rel=0.1)
+
+
+def test_the_resampled_interquartile_mean_is_that_of_every_draw():
+    drawn = np.random.default_rng(6).normal(0, 1, (5, 2, 6))
+    assert iqm_statistic(drawn) == pytest.approx([interquartile_mean(scores) for scores in drawn])
+
+
 def test_curves_are_resampled_whole():
     """Two seeds' curves are each other's mirror: their mean's interval mirrors, too, at every point."""
     curves = np.array([[[0.0, 1.0, 0.2], [1.0, 0.0, 0.8]]])

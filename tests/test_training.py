@@ -1,6 +1,7 @@
 """The training loop as a whole, on a tiny policy."""
 
 import csv
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,17 @@ def test_metrics_of_every_iteration_are_logged(run):
     ):
         assert all(row[name] for row in found), name
     assert float(found[0]["train/sampler_gap_max"]) < 1e-5, "sampler and trainer disagree on log-probs"
+
+
+def test_what_a_run_has_cost_is_counted_from_its_start(run):
+    """Two iterations of 2 tasks x 4 rollouts; tokens as the records hold them; seconds as they were logged."""
+    folder, _ = run
+    found = rows(folder)
+    assert [float(row["perf/rollouts"]) for row in found] == [8, 16]
+    sampled = [int(record.tensors["action_mask"].sum()) for record in read_records(folder)]
+    assert [float(row["perf/sampled_tokens"]) for row in found] == [sampled[0], sum(sampled)]
+    spent = [float(row["time/rollout_s"]) + float(row["time/update_s"]) for row in found]
+    assert [float(row["perf/seconds"]) for row in found] == pytest.approx([spent[0], sum(spent)], rel=1e-4)
 
 
 def test_records_hold_what_training_used(run):
@@ -154,6 +166,7 @@ def test_a_run_stopped_between_iterations_and_resumed_equals_one_that_was_not(tm
     )
     same_weights(whole, model)
     same_metrics(tmp_path / "whole", tmp_path / "parts")
+    same_totals(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize(("inner_epochs", "batch_idx"), [(1, 0), (1, 2), (1, 3), (2, 3), (2, 4), (2, 7)])
@@ -175,6 +188,7 @@ def test_a_checkpoint_in_the_middle_of_an_iteration_resumes_exactly(tmp_path, in
         model, datamodule=data(**options), ckpt_path=tmp_path / "mid.ckpt", weights_only=True
     )
     same_weights(whole, model)
+    same_totals(tmp_path / "whole", tmp_path / "parts")
     if inner_epochs == 1 and batch_idx < 3:  # behind the last step, an iteration's metrics are gone until its end
         same_metrics(tmp_path / "whole", tmp_path / "parts")
 
@@ -186,10 +200,18 @@ def same_weights(one, other):
 
 def same_metrics(one: Path, other: Path):
     left, right = rows(one), rows(other)
-    timing = ("time/", "perf/")
+    timing = ("time/", "perf/rollout_", "perf/update_", "perf/padding", "perf/seconds")
     assert [{k: v for k, v in row.items() if not k.startswith(timing)} for row in left] == [
         {k: v for k, v in row.items() if not k.startswith(timing)} for row in right
     ]
+
+
+def same_totals(one: Path, other: Path):
+    """What the two have cost since the start; their clocks may differ."""
+    for name in ("perf/rollouts", "perf/sampled_tokens"):
+        assert float(rows(one)[-1][name]) == float(rows(other)[-1][name]), name
+    seconds = [float(row["perf/seconds"]) for row in rows(other)]
+    assert all(before < after for before, after in pairwise([0.0, *seconds]))
 
 
 @pytest.mark.parametrize(
