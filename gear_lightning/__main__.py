@@ -20,6 +20,7 @@ look at a model and a run
   template   check a model's chat template:  gear-lightning template MODEL
   status     where a run is, and what has failed:  gear-lightning status RUN
   credit     print where the credit went, or write the HTML page:  gear-lightning credit RUN
+  study      compare arms of a recipe over seeds:  gear-lightning study --config configs/study/credit.yaml
   export     make a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR [--adapter]
 
 scale
@@ -37,6 +38,7 @@ COMMANDS = {  # module and function, called with the arguments that follow; retu
     "export": ("export", "export_command"),
     "parity": ("parity", "parity_command"),
     "slurm": ("slurm", "slurm_command"),
+    "study": ("study_command", "study_command"),
     "noise-floor": ("noise_floor_command", "noise_floor_command"),
 }
 

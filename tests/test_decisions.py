@@ -211,3 +211,13 @@ def test_marks_of_a_word_level_policy():
     marked = [tokenizer.decode([t]).strip() for t, m in zip(rollout.tokens, rollout.decisions, strict=True) if m == 1]
     assert marked == [relation, "look", relation, entity, "submit", result]
     assert -1 not in rollout.decisions
+
+
+def test_references_of_the_lookup_chain():
+    calls, answer, another = (LookupChainTasks(2, reference=kind)[7] for kind in ("calls", "answer", "another"))
+    assert calls.messages == answer.messages == another.messages
+    way = solution(calls)
+    assert calls.reference == " ".join([*(f"look {r} {e}" for r, e, _ in way), f"submit {way[-1][2]}"])
+    assert answer.reference == f"submit {way[-1][2]}"
+    assert another.reference != calls.reference
+    assert len(another.reference.split()) == len(calls.reference.split())

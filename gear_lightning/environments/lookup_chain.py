@@ -9,7 +9,7 @@ turns are then long, and only few of their tokens are decisions. The environment
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import UserError
@@ -80,11 +80,14 @@ class LookupChainTasks(TaskSource):
         hops: query words in a question.
         split: ``train`` and ``val`` never share an episode.
         seed: of the episodes.
+        reference: the ``calls`` that solve the task, the ``answer`` alone, or the calls of ``another`` task: a control
+            that tells the teacher nothing.
     """
 
     hops: int = 4
     split: Literal["train", "val"] = "train"
     seed: int = 0
+    reference: Literal["calls", "answer", "another"] = "calls"
 
     def __post_init__(self):
         if not 1 <= self.hops <= 16:
@@ -104,9 +107,11 @@ class LookupChainTasks(TaskSource):
         }
         question = " ".join([meta["start"], *meta["query"]])
         task = Task(name, [{"role": "user", "content": question}], TOOLS, meta=meta)
+        if self.reference == "another":
+            return replace(task, reference=replace(self, reference="calls", seed=~self.seed)[index].reference)
         steps = solution(task)
-        reference = " ".join([*(f"look {r} {e}" for r, e, _ in steps), f"submit {steps[-1][2]}"])
-        return Task(name, task.messages, TOOLS, reference, meta)
+        shown = [f"look {r} {e}" for r, e, _ in steps] if self.reference == "calls" else []
+        return replace(task, reference=" ".join([*shown, f"submit {steps[-1][2]}"]))
 
 
 class LookupChain(Environment):

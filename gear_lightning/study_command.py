@@ -1,0 +1,84 @@
+"""``gear-lightning study``: plan, carry out, compare."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from .errors import UserError, require_extra
+from .files import replace_text
+from .study import Study
+from .study_report import draw, markdown, print_results
+from .study_results import analyse, collect, write_results
+from .study_runner import carry_out, is_done
+
+PLAN = "study.json"
+
+
+def study_command(argv: list[str]) -> int:
+    """Carry out a study, or go on with it, and compare its arms.
+
+    Args:
+        argv: the arguments after ``study``.
+
+    Returns:
+        0; 1 where runs failed.
+
+    Raises:
+        UserError: a plan that cannot be carried out, or a folder of another study.
+        KeyboardInterrupt: asked to stop.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="gear-lightning study", description="Compare arms of a recipe over seeds.")
+    parser.add_argument("--config", action="config", help="The study as a file; options after it replace its own.")
+    parser.add_class_arguments(Study, None)
+    parser.add_argument("--report_only", type=bool, default=False, help="Compare the runs that are done; start none.")
+    parser.add_argument("--plan", type=bool, default=False, help="Print the command of every run and start none.")
+    given = parser.parse_args(argv)
+    require_extra("scipy")
+    options = given.as_dict()
+    options.pop("config", None)
+    only, plan = options.pop("report_only"), options.pop("plan")
+    study = Study(**options)
+    if plan:
+        for run in study.runs:
+            print("gear-lightning " + " ".join(_quoted(argument) for argument in run.arguments))
+        return 0
+    out = Path(study.out)
+    done = [run for run in study.runs if is_done(run)]
+    failed = []
+    if not only:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            replace_text(out / PLAN, json.dumps(asdict(study), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"out={study.out} cannot be written to ({error.strerror})") from None
+        jobs = study.jobs or os.cpu_count() or 1
+        print(f"{len(study.runs)} runs, {len(done)} of them done; {jobs} at a time, in {out / 'runs'}", flush=True)
+        try:
+            failed = carry_out(study.runs, jobs, lambda line: print(line, flush=True))
+        except KeyboardInterrupt:
+            kept = sum(is_done(run) for run in study.runs)
+            print(f"\nstopped; {kept} of {len(study.runs)} runs are done, and the same command goes on with the others")
+            return 130
+        done = [run for run in study.runs if is_done(run)]
+    curves = collect(study, done)
+    results = analyse(study, curves)
+    write_results(study, curves, results)
+    replace_text(out / "report.md", markdown(results))
+    files = draw(curves, results, out)
+    print_results(results)
+    left_out = study.seeds - len(curves.seeds)
+    if left_out:
+        print(f"{left_out} of {study.seeds} seeds are not complete and are left out.")
+    print("  ".join(str(path) for path in [out / "results.json", out / "curves.csv", out / "report.md", *files]))
+    for run in failed:
+        print(f"failed: {run} ({run.folder / 'log.txt'})")
+    return 1 if failed else 0
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)

@@ -1,0 +1,167 @@
+"""What a study shows: tables for a terminal and for a document, and pictures of its curves and differences."""
+
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from .files import replace_file
+from .statistics import bootstrap_interval
+from .study_results import Curves
+
+# Okabe and Ito's colours, which are told apart by colour-blind readers, and on light and dark grounds
+COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999933")
+MARKERS = "osD^vP*X"
+
+
+def label(results: dict[str, Any], point: int) -> str:
+    """A point of the grid in words, by the last parts of its keys."""
+    pairs = zip(results["grid"], results["points"][point], strict=True)
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in pairs) or "the recipe"
+
+
+def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The comparison over all points of the grid as a table: header and rows of text."""
+    head = ["arm", "mean over the curve", f"against {results['baseline']}", "p (sign, Holm)", "wins"]
+    head += ["best point, mean", "against its best", "updates to threshold", "collapsed"]
+    head += ["of the headroom"] if results["headroom"] else []
+    body = []
+    for arm, told in results["arms"].items():
+        paired, best = results["paired"].get(arm), results["best_point"][arm]
+        row = [arm, _interval(told["mean"], "iqm")]
+        if paired is None:
+            row += ["", "", "", f"{_interval(told['points'][best]['mean'], 'iqm')} at {label(results, best)}", ""]
+        else:
+            test = paired["all"]["test"]
+            row += [_interval(paired["all"], "mean", "+"), f"{paired['all']['holm']:.3f}"]
+            row += [f"{test['wins']}:{test['losses']}"]
+            row += [f"{_interval(told['points'][best]['mean'], 'iqm')} at {label(results, best)}"]
+            row += [_interval(paired["best"], "mean", "+")]
+        reached = told["to_threshold"]
+        row += ["never" if reached is None else f"{reached:.0f}", f"{told['collapsed']:.0%}"]
+        if results["headroom"]:
+            share = results["headroom"]["shares"].get(arm)
+            row += ["" if paired is None else "no headroom" if share is None else f"{share:.0%}"]
+        body.append(row)
+    return head, body
+
+
+def _interval(told: dict[str, Any], key: str, sign: str = "") -> str:
+    ends = "" if told["low"] is None else f" [{told['low']:{sign}.3f}, {told['high']:{sign}.3f}]"
+    return f"{told[key]:{sign}.3f}{ends}"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The comparison for a document: over all points, then point by point."""
+    parts = [_table(*rows(results)), ""]
+    arms = list(results["arms"])
+    body = [
+        [label(results, p), *(_interval(results["arms"][arm]["points"][p]["mean"], "iqm") for arm in arms)]
+        for p in range(len(results["points"]))
+    ]
+    parts += ["Mean over the curve:", "", _table(["", *arms], body), ""]
+    body = [
+        [label(results, p), *(f"{results['arms'][arm]['points'][p]['collapsed']:.0%}" for arm in arms)]
+        for p in range(len(results["points"]))
+    ]
+    parts += ["Runs that collapsed:", "", _table(["", *arms], body), ""]
+    return "\n".join(parts)
+
+
+def _table(head: list[str], body: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """The comparison on a terminal, as wide as it is."""
+    head, body = rows(results)
+    title = f"{results['metric']}, {results['seeds']} seeds, {len(results['points'])} points of the grid"
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for name in head:
+        table.add_column(name, overflow="fold")
+    for row in body:
+        table.add_row(*row)
+    Console(width=max(80, shutil.get_terminal_size((170, 24)).columns)).print(table)
+
+
+def draw(curves: Curves, results: dict[str, Any], folder: Path) -> list[Path]:
+    """Write ``curves.png`` and ``differences.png``.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    from .errors import require_extra
+
+    require_extra("matplotlib")
+    files = [_save(_curves(curves, results), folder / "curves.png")]
+    if results["paired"]:
+        files.append(_save(_differences(results), folder / "differences.png"))
+    return files
+
+
+def _figure(columns: int, height: float = 3.4) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, figsize=(max(4.2, 3.4 * columns), height), sharey=True, squeeze=False)
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+    return figure, axes[0]
+
+
+def _curves(curves: Curves, results: dict[str, Any]) -> Any:
+    figure, axes = _figure(len(curves.points))
+    for p, axis in enumerate(axes):
+        for i, arm in enumerate(curves.arms):
+            values = curves.values[i, p]
+            colour = COLOURS[i % len(COLOURS)]
+            axis.plot(curves.steps, values.mean(0), color=colour, marker=MARKERS[i % 8], markersize=4, label=arm)
+            if len(values) > 1:
+                low, high = bootstrap_interval(values[None])
+                axis.fill_between(curves.steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.set_title(label(results, p), fontsize=9)
+        axis.set_xlabel("updates")
+    axes[0].set_ylabel(results["metric"])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False, fontsize=8)
+    figure.set_layout_engine("constrained")
+    return figure
+
+
+def _differences(results: dict[str, Any]) -> Any:
+    """Forest plot: what each arm gains over the baseline, over all points and at each of them."""
+    arms = list(results["paired"])
+    names = ["all", *(label(results, p) for p in range(len(results["points"])))]
+    figure, axes = _figure(len(names), 0.9 + 0.34 * len(arms))
+    for column, axis in enumerate(axes):
+        axis.axvline(0, color="#888888", linewidth=1)
+        for place, arm in enumerate(arms):
+            told = results["paired"][arm]["all"] if column == 0 else results["paired"][arm]["points"][column - 1]
+            ends = None
+            if told["low"] is not None:
+                ends = np.array([[told["mean"] - told["low"]], [told["high"] - told["mean"]]]).clip(min=0)
+            colour = COLOURS[(1 + place) % len(COLOURS)]
+            axis.errorbar(told["mean"], place, xerr=ends, fmt=MARKERS[1 + place % 7], color=colour, capsize=3)
+        axis.set_yticks(range(len(arms)), arms)
+        axis.set_title(names[column], fontsize=9)
+        axis.grid(False)
+    axes[0].invert_yaxis()
+    figure.supxlabel(f"mean over the curve, less that of {results['baseline']} (paired, 95 % interval)", fontsize=9)
+    figure.set_layout_engine("constrained")
+    return figure
+
+
+def _save(figure: Any, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    content = io.BytesIO()
+    figure.savefig(content, dpi=140, facecolor="white", format="png")
+    plt.close(figure)
+    replace_file(path, lambda file: file.write(content.getvalue()))
+    return path

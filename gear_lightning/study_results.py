@@ -1,0 +1,181 @@
+"""What came of a study: curves, and the comparison of its arms in numbers.
+
+Every number is of runs that are paired by seed: the same warm start, tasks and sampling streams. Nothing is chosen
+after the fact but an arm's best point of the grid, which is told as what it is beside the mean over all points.
+"""
+
+import csv
+import io
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import UserError
+from .files import replace_text
+from .statistics import (
+    bootstrap_interval,
+    collapse_rate,
+    first_reach,
+    holm,
+    interquartile_mean,
+    iqm_statistic,
+    mean_over_curve,
+    paired_difference,
+)
+from .study import Run, Study
+from .study_runner import read_metrics
+
+CURVES, RESULTS = "curves.csv", "results.json"
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The metric of the runs that are done.
+
+    Attributes:
+        arms: names; an arm without a complete seed is left out.
+        points: of the grid.
+        seeds: those of which every arm has every point: the others cannot be paired.
+        steps: [steps] optimizer steps at which the metric was measured.
+        values: [arms, points, seeds, steps].
+    """
+
+    arms: list[str]
+    points: list[tuple[Any, ...]]
+    seeds: list[int]
+    steps: np.ndarray
+    values: np.ndarray
+
+
+def collect(study: Study, runs: list[Run]) -> Curves:
+    """Read the curves of runs that are done.
+
+    Raises:
+        UserError: no seed is complete, the metric is missing, or runs were measured at different steps.
+    """
+    found: dict[tuple[str, tuple[Any, ...], int], list[tuple[int, float]]] = {}
+    for run in runs:
+        curve = [(int(row["step"]), row[study.metric]) for row in read_metrics(run) if study.metric in row]
+        if not curve:
+            raise UserError(f"{run.folder}: its metrics have no {study.metric}")
+        found[run.arm, run.point, run.seed] = curve
+    every = [(arm, point) for arm in study.arms for point in study.points]
+    seeds = [seed for seed in range(study.seeds) if all((arm, point, seed) in found for arm, point in every)]
+    if not seeds:
+        raise UserError("no seed has been run under every arm and every point of the grid yet: nothing can be paired")
+    kept = {key: curve for key, curve in found.items() if key[2] in seeds}
+    steps = sorted({tuple(step for step, _ in curve) for curve in kept.values()})
+    if len(steps) > 1:
+        raise UserError(f"runs were measured at different steps ({_short(steps[0])} and {_short(steps[1])})")
+    values = np.array(
+        [[[[v for _, v in kept[arm, point, seed]] for seed in seeds] for point in study.points] for arm in study.arms]
+    )
+    return Curves(list(study.arms), study.points, seeds, np.array(steps[0], dtype=float), values)
+
+
+def _short(steps: tuple[int, ...]) -> str:
+    return ", ".join(map(str, steps[:3])) + (", ..." if len(steps) > 3 else "")
+
+
+def analyse(study: Study, curves: Curves) -> dict[str, Any]:
+    """The comparison as plain data.
+
+    Returns:
+        ``arms``: per arm ``mean`` and ``final`` (mean over the curve and last value: interquartile mean over seeds and
+        points, and its stratified bootstrap interval), ``to_threshold`` (median updates, null where most runs never
+        reach it), ``collapsed``, and ``points`` with the same per point of the grid; ``paired``: against the baseline,
+        per arm: ``all`` points (mean over them), ``best`` point of each, and each of the ``points``; ``headroom``: what
+        the ceiling gains, and each arm's share of it.
+    """
+    steps = curves.steps
+    mean = np.array([[[mean_over_curve(steps, c) for c in seeds] for seeds in arm] for arm in curves.values])
+    final = curves.values[..., -1]
+    arms = {}
+    for i, arm in enumerate(curves.arms):
+        of_points = [_summary(mean[i, p : p + 1], final[i, p : p + 1], curves.values[i, p], study, steps)
+                     for p in range(len(curves.points))]  # fmt: skip
+        flat = curves.values[i].reshape(-1, len(steps))
+        arms[arm] = {**_summary(mean[i], final[i], flat, study, steps), "points": of_points}
+    base = curves.arms.index(study.baseline)
+    best = [int(mean[i].mean(-1).argmax()) for i in range(len(curves.arms))]
+    others = [i for i in range(len(curves.arms)) if i != base]
+    paired: dict[str, Any] = {}
+    families: dict[str, list[tuple[int, Any]]] = {
+        "all": [(i, paired_difference(mean[i].mean(0), mean[base].mean(0))) for i in others],
+        "best": [(i, paired_difference(mean[i, best[i]], mean[base, best[base]])) for i in others],
+        **{
+            str(p): [(i, paired_difference(mean[i, p], mean[base, p])) for i in others]
+            for p in range(len(curves.points))
+        },
+    }
+    for name, family in families.items():
+        adjusted = holm(np.array([d.test.p for _, d in family]))
+        for (i, difference), p in zip(family, adjusted, strict=True):
+            told = {**asdict(difference), "holm": float(p)}
+            if name in ("all", "best"):
+                paired.setdefault(curves.arms[i], {})[name] = told
+            else:
+                paired.setdefault(curves.arms[i], {}).setdefault("points", []).append(told)
+    return {
+        "metric": study.metric,
+        "baseline": study.baseline,
+        "ceiling": study.ceiling,
+        "grid": list(study.grid),
+        "points": [list(point) for point in curves.points],
+        "seeds": len(curves.seeds),
+        "steps": [int(step) for step in steps],
+        "start": float(curves.values[..., 0].mean()),
+        "arms": arms,
+        "best_point": {arm: best[i] for i, arm in enumerate(curves.arms)},
+        "paired": paired,
+        "headroom": _headroom(study, paired),
+    }
+
+
+def _summary(mean: np.ndarray, final: np.ndarray, curves: np.ndarray, study: Study, steps: np.ndarray) -> dict:
+    """Of scores [points, seeds] and curves [runs, steps]."""
+    reached = [first_reach(steps, curve, study.threshold) for curve in curves]
+    median = float(np.median(reached))
+    return {
+        "mean": _with_interval(mean),
+        "final": _with_interval(final),
+        "to_threshold": median if math.isfinite(median) else None,
+        "reached": float(np.isfinite(reached).mean()),
+        "collapsed": collapse_rate(curves, study.collapse),
+    }
+
+
+def _with_interval(scores: np.ndarray) -> dict[str, float | None]:
+    if scores.shape[1] < 2:
+        return {"iqm": interquartile_mean(scores), "low": None, "high": None}
+    low, high = bootstrap_interval(scores, iqm_statistic)
+    return {"iqm": interquartile_mean(scores), "low": float(low), "high": float(high)}
+
+
+def _headroom(study: Study, paired: dict[str, Any]) -> dict[str, Any] | None:
+    """What the ceiling gains over the baseline, and the other arms' shares of it; no shares where it gains nothing
+    that its interval tells from zero."""
+    if study.ceiling is None or study.ceiling == study.baseline:
+        return None
+    top = paired[study.ceiling]["all"]
+    there = top["low"] is not None and top["low"] > 0
+    shares = {arm: told["all"]["mean"] / top["mean"] if there else None for arm, told in paired.items()}
+    return {"gain": top["mean"], "low": top["low"], "high": top["high"], "there": there, "shares": shares}
+
+
+def write_results(study: Study, curves: Curves, results: dict[str, Any]) -> None:
+    """Put the curves (one line per measurement) and the comparison into the study's folder."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["arm", *study.grid, "seed", "step", study.metric])
+    for i, arm in enumerate(curves.arms):
+        for p, point in enumerate(curves.points):
+            for s, seed in enumerate(curves.seeds):
+                for step, value in zip(curves.steps, curves.values[i, p, s], strict=True):
+                    writer.writerow([arm, *point, seed, int(step), f"{value:.6g}"])
+    replace_text(Path(study.out) / CURVES, text.getvalue())
+    replace_text(Path(study.out) / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,149 @@
+"""Carries out the runs of a study: so many at a time, each in a process of its own, and none that is done again."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .files import replace_text
+from .study import Run
+
+PLAN, LOG = "run.json", "log.txt"  # what a run was started with, and what it printed
+HEARING = 0.5  # seconds between two looks at whether to stop
+PATIENCE = 20.0  # seconds that a run has to end when it is told to
+
+
+def is_done(run: Run) -> bool:
+    """Whether a run has finished, with the options it would be started with now.
+
+    Raises:
+        UserError: it has finished with other options.
+    """
+    try:
+        started = json.loads((run.folder / PLAN).read_text())
+        phase = json.loads((run.folder / "status.json").read_text())["phase"]
+    except (OSError, ValueError, KeyError):
+        return False
+    if phase != "finished":
+        return False
+    if started.get("options") != list(run.options):
+        before, now = set(started.get("options") or []), set(run.options)
+        raise UserError(
+            f"{run.folder} was made with {_some(before - now)}, and this study has {_some(now - before)}; give another "
+            "--out, or remove that folder"
+        )
+    return True
+
+
+def _some(options: set[str]) -> str:
+    return " ".join(sorted(options)) or "the same options in another order"
+
+
+def carry_out(runs: list[Run], jobs: int, tell: Callable[[str], None] = print) -> list[Run]:
+    """Start what is not done, ``jobs`` at a time, and wait for it.
+
+    The first run of each block goes ahead of the others of its block, which then find its warm start made. What a
+    killed study left half done is begun again; a run that fails costs itself alone.
+
+    Args:
+        runs: all of them; those that are done are passed over.
+        jobs: processes at a time.
+        tell: called with a line for each run that ends.
+
+    Returns:
+        The runs that failed.
+
+    Raises:
+        UserError: see `is_done`.
+        KeyboardInterrupt: asked to stop; the runs in progress have been ended.
+    """
+    waiting = [run for run in runs if not is_done(run)]
+    if not waiting:
+        return []
+    ready = {run.block for run in runs} - {run.block for run in waiting}
+    started, ended, failed = time.monotonic(), 0, []
+    total, left = len(runs), len(waiting)
+    active: dict[Any, tuple[Run, Any, float]] = {}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gear_lightning.study_child"])
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))  # read when torch is imported, there
+    asked: list[int] = []  # signals; heard between two steps, so that no process is started and forgotten
+    before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while waiting or active:
+            while len(active) < jobs and (run := _next(waiting, ready, active)):
+                process = _start(context, run)
+                active[process.sentinel] = run, process, time.monotonic()
+            ended_now = wait(list(active), timeout=HEARING)
+            if asked:
+                raise KeyboardInterrupt
+            for sentinel in ended_now:
+                run, process, since = active.pop(sentinel)
+                process.join()
+                ready.add(run.block)
+                ended += 1
+                if process.exitcode or not is_done(run):
+                    failed.append(run)
+                    what = f"FAILED (exit status {process.exitcode}; {run.folder / LOG})"
+                else:
+                    what = f"{time.monotonic() - since:.0f} s"
+                rest = (time.monotonic() - started) / ended * (left - ended)
+                tell(f"[{total - left + ended}/{total}] {run}: {what}; about {rest / 60:.0f} min left")
+    finally:
+        for _, process, _ in active.values():
+            process.terminate()
+        for _, process, _ in active.values():
+            process.join(PATIENCE)
+            process.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return failed
+
+
+def _next(waiting: list[Run], ready: set[int], active: dict[Any, tuple[Run, Any, float]]) -> Run | None:
+    """Take the next run whose warm start is there, or is not being made; None for none."""
+    made = {run.block for run, _, _ in active.values()} - ready
+    for place, run in enumerate(waiting):
+        if run.block not in made:
+            return waiting.pop(place)
+    return None
+
+
+def _start(context: Any, run: Run) -> Any:
+    if run.folder.exists():  # an attempt that came to no end
+        shutil.rmtree(run.folder)
+    run.folder.mkdir(parents=True)
+    replace_text(run.folder / PLAN, json.dumps({"arm": run.arm, "seed": run.seed, "options": list(run.options)}))
+    process = context.Process(target=_child, args=(run.arguments, str(run.folder / LOG)), name=str(run))
+    process.start()
+    return process
+
+
+def _child(arguments: list[str], log: str) -> None:
+    from .study_child import fit  # not here at the top: the study itself does without its imports
+
+    fit(arguments, log)
+
+
+def read_metrics(run: Run) -> Iterator[dict[str, float]]:
+    """Rows of a run's metrics, as numbers; what is missing in a row is left out.
+
+    Raises:
+        UserError: the file is not there or cannot be read.
+    """
+    import csv
+
+    path = Path(run.folder) / "metrics.csv"
+    try:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                yield {key: float(value) for key, value in row.items() if key and value not in ("", None)}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None

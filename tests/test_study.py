@@ -1,0 +1,255 @@
+"""Studies: what is planned, that runs are carried out once and survive a kill, and that the numbers are right."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gear_lightning.errors import UserError
+from gear_lightning.study import Study
+from gear_lightning.study_command import study_command
+from gear_lightning.study_report import label, markdown, rows
+from gear_lightning.study_results import Curves, analyse, collect
+from gear_lightning.study_runner import is_done
+
+ROOT = Path(__file__).parents[1]
+LR = "model.optimizer.init_args.lr"
+QUICK = {
+    "trainer.max_epochs": 2,
+    "trainer.check_val_every_n_epoch": 1,
+    "data.tasks_per_iteration": 2,
+    "data.group_size": 2,
+    "data.val_limit": 8,
+    "warm_start.steps": 2,
+    "warm_start.batch_size": 2,
+    "model.policy.init_args.hidden_size": 32,
+    "model.policy.init_args.layers": 1,
+    "noise_floor.tokens": 0,
+}
+
+
+def plan(out: Path, **options) -> Study:
+    options = {
+        "recipe": [str(ROOT / "configs/quickstart.yaml")],
+        "arms": {
+            "GRPO": {"config": str(ROOT / "configs/credit/grpo.yaml")},
+            "GEAR": {"config": str(ROOT / "configs/credit/gear.yaml"), "model.credit.init_args.kappa": 2.0},
+        },
+        "grid": {LR: [0.0003, 0.001]},
+        "options": QUICK,
+        "per_seed": {"data.seed": "{seed}", "warm_start.demonstrations.init_args.seed": "{block}"},
+        "seeds": 2,
+        "blocks": 2,
+        "out": str(out),
+        **options,
+    }
+    return Study(**options)
+
+
+def test_every_arm_meets_every_point_and_seed(tmp_path):
+    study = plan(tmp_path, seeds=3)
+    runs = study.runs
+    assert len(runs) == len({run.folder for run in runs}) == 2 * 2 * 3
+    assert [run.block for run in runs] == [0] * 4 + [1] * 4 + [0] * 4
+    run = next(run for run in runs if (run.arm, run.point, run.seed) == ("GEAR", (0.001,), 2))
+    assert run.folder == tmp_path / "runs" / "GEAR" / "0.001" / "seed_02"
+    assert run.arguments[:3] == [
+        "fit",
+        f"--config={ROOT / 'configs/quickstart.yaml'}",
+        f"--config={ROOT / 'configs/credit/gear.yaml'}",
+    ]
+    for option in ("--data.seed=2", "--warm_start.demonstrations.init_args.seed=0", f"--{LR}=0.001"):
+        assert option in run.arguments
+    assert "--model.credit.init_args.kappa=2.0" in run.arguments
+    assert run.arguments[-1] == f"--trainer.default_root_dir={run.folder}"
+    streams = {r.seed: [o for o in r.options if "seed" in o] for r in runs}
+    for run in runs:  # what decides tasks and sampling is the seed's, whatever the arm
+        assert [o for o in run.options if "seed" in o] == streams[run.seed]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"seeds": 0}, "seeds=0 must be at least 1"),
+        ({"baseline": "PPO"}, "baseline=PPO is none of the arms: GRPO, GEAR"),
+        ({"ceiling": "Oracle"}, "ceiling=Oracle is none of the arms"),
+        ({"arms": {"GRPO": {}, "../x": {}}}, "'../x' cannot name a folder"),
+        ({"grid": {LR: []}}, "grid: .*lr has no values"),
+        ({"recipe": ["configs/none.yaml"]}, "configs/none.yaml: no such file"),
+        ({"arms": {"GRPO": {"config": ["no.yaml"]}}}, "no.yaml: no such file"),
+        ({"per_seed": {"data.seed": "{number}"}}, "may hold {seed} and {block} alone"),
+    ],
+)
+def test_plans_that_cannot_be_carried_out(tmp_path, options, error):
+    with pytest.raises(UserError, match=error):
+        plan(tmp_path, **options)
+
+
+# numbers --------------------------------------------------------------------------------------------------------------
+
+
+def by_hand(tmp_path, values: dict[str, list[list[list[float]]]], **options) -> tuple[Curves, dict]:
+    """Results of curves [points, seeds, steps] at steps 0, 10, 20."""
+    points, seeds = len(next(iter(values.values()))), len(next(iter(values.values()))[0])
+    options = {"grid": {LR: [0.1 * (p + 1) for p in range(points)]}, "seeds": seeds, **options}
+    study = plan(tmp_path, arms={arm: {} for arm in values}, **options)
+    curves = Curves(
+        list(values), study.points, list(range(seeds)), np.array([0.0, 10, 20]), np.array(list(values.values()))
+    )
+    return curves, analyse(study, curves)
+
+
+def test_means_differences_and_headroom_by_hand(tmp_path):
+    # trapezoid means over 0..20 of (a, b, c): (a/2 + b + c/2) / 2
+    values = {
+        "GRPO": [[[0.2, 0.4, 0.4], [0.2, 0.5, 0.6]]],  # (.1 + .4 + .2)/2 = .35 and (.1 + .5 + .3)/2 = .45
+        "GEAR": [[[0.2, 0.5, 0.6], [0.2, 0.6, 0.8]]],  # .45 and (.1 + .6 + .4)/2 = .55
+        "Oracle": [[[0.2, 0.7, 0.8], [0.2, 0.8, 1.0]]],  # (.1 + .7 + .4)/2 = .6 and (.1 + .8 + .5)/2 = .7
+    }
+    _, results = by_hand(tmp_path, values, ceiling="Oracle", threshold=0.6)
+    assert results["arms"]["GRPO"]["mean"]["iqm"] == pytest.approx(0.4)
+    assert results["paired"]["GEAR"]["all"]["mean"] == pytest.approx(0.1)
+    assert results["paired"]["Oracle"]["all"]["mean"] == pytest.approx(0.25)
+    assert results["headroom"]["there"]
+    assert results["headroom"]["shares"]["GEAR"] == pytest.approx(0.4)
+    assert results["arms"]["GEAR"]["to_threshold"] == 15.0  # 20 and 10
+    assert results["arms"]["GRPO"]["to_threshold"] is None  # one of two never
+    assert results["arms"]["GRPO"]["reached"] == 0.5
+    assert results["paired"]["GEAR"]["all"]["test"] == {"wins": 2, "losses": 0, "ties": 0, "p": 0.5}
+    assert results["paired"]["GEAR"]["all"]["holm"] == 1.0  # 0.5 of two arms
+    json.dumps(results, allow_nan=False)
+
+
+def test_no_headroom_gives_no_shares(tmp_path):
+    same = [[[0.2, 0.4, 0.4], [0.2, 0.5, 0.6]]]
+    worse = [[[0.2, 0.4, 0.5], [0.2, 0.5, 0.4]]]
+    _, results = by_hand(tmp_path, {"GRPO": same, "Oracle": worse}, ceiling="Oracle")
+    assert not results["headroom"]["there"]
+    assert results["headroom"]["shares"] == {"Oracle": None}
+    head, body = rows(results)
+    assert body[1][head.index("of the headroom")] == "no headroom"
+
+
+def test_the_best_point_is_each_arms_own(tmp_path):
+    low, high = [[0.2, 0.2, 0.2], [0.2, 0.2, 0.2]], [[0.2, 0.8, 0.8], [0.2, 0.8, 0.8]]
+    _, results = by_hand(tmp_path, {"GRPO": [low, high], "GEAR": [high, low]})
+    assert results["best_point"] == {"GRPO": 1, "GEAR": 0}
+    assert results["paired"]["GEAR"]["best"]["mean"] == pytest.approx(0)
+    assert results["paired"]["GEAR"]["all"]["mean"] == pytest.approx(0)
+    assert [p["mean"] for p in results["paired"]["GEAR"]["points"]] == pytest.approx([0.45, -0.45])
+    assert label(results, 1) == "lr 0.2"
+    assert markdown(results).count("| lr 0.1 |") == 2
+
+
+def test_collapse_is_a_fall_from_the_best(tmp_path):
+    values = {"GRPO": [[[0.2, 0.8, 0.1], [0.2, 0.3, 0.3]]], "GEAR": [[[0.2, 0.3, 0.3], [0.2, 0.3, 0.3]]]}
+    _, results = by_hand(tmp_path, values)
+    assert (results["arms"]["GRPO"]["collapsed"], results["arms"]["GEAR"]["collapsed"]) == (0.5, 0.0)
+
+
+# runs -----------------------------------------------------------------------------------------------------------------
+
+
+def command(config: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "gear_lightning", "study", "--config", str(config), *more]
+
+
+@pytest.fixture(scope="module")
+def carried(tmp_path_factory):
+    """A study that was killed in the middle and then went on."""
+    from dataclasses import asdict
+
+    from gear_lightning.files import replace_text
+
+    folder = tmp_path_factory.mktemp("study")
+    study = plan(folder / "out", jobs=2)
+    replace_text(folder / "study.json", json.dumps(asdict(study)))
+    env = {**os.environ, "GEAR_LIGHTNING_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command(folder / "study.json"), env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    for line in first.stdout:
+        if line.startswith("[2/8]"):
+            break
+    first.send_signal(signal.SIGINT)
+    told = first.stdout.read()
+    first.wait(60)
+    kept = {run.folder: (run.folder / "metrics.csv").stat().st_mtime for run in study.runs if is_done(run)}
+    second = subprocess.run(
+        command(folder / "study.json"), env=env, cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    return study, first.returncode, told, kept, second
+
+
+@pytest.mark.timeout(600)
+def test_a_stopped_study_goes_on_where_it_was(carried):
+    study, status, told, kept, second = carried
+    assert status == 130
+    assert f"stopped; {len(kept)} of 8 runs are done" in told
+    assert 2 <= len(kept) < 8
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert f"8 runs, {len(kept)} of them done" in second.stdout
+    for folder, time_written in kept.items():
+        assert (folder / "metrics.csv").stat().st_mtime == time_written, "a run that was done was done again"
+    assert all(is_done(run) for run in study.runs)
+    out = Path(study.out)
+    assert {p.name for p in out.iterdir()} >= {
+        "study.json", "results.json", "curves.csv", "report.md", "curves.png", "differences.png"
+    }  # fmt: skip
+    results = json.loads((out / "results.json").read_text())
+    assert (results["seeds"], len(results["points"])) == (2, 2)
+    assert len((out / "curves.csv").read_text().splitlines()) == 1 + 8 * len(results["steps"])
+
+
+def test_runs_of_a_seed_begin_alike_and_differ_in_credit_alone(carried):
+    study, *_ = carried
+    curves = collect(study, study.runs)
+    assert curves.values.shape == (2, 2, 2, 3)
+    assert (curves.values[..., 0] == curves.values[:1, :1, :, 0]).all(), "warm starts or validation tasks differ"
+    firsts = {}
+    for run in study.runs:
+        record = json.loads((run.folder / "rollouts/iter_000000.rank_0.jsonl").read_text().splitlines()[0])
+        firsts.setdefault(run.seed, set()).add(json.dumps(record["messages"]))
+    assert all(len(told) == 1 for told in firsts.values()), "the first rollouts of a seed are not the same"
+    assert len(set.union(*firsts.values())) == 2, "the seeds do not differ"
+
+
+def test_another_study_does_not_take_over_the_folder(carried):
+    study, *_ = carried
+    other = replace(study, options={**QUICK, "trainer.max_epochs": 3})
+    with pytest.raises(
+        UserError, match=r"was made with --trainer.max_epochs=2, and this study has --trainer.max_epochs=3"
+    ):
+        [is_done(run) for run in other.runs]
+
+
+def test_a_run_that_did_not_finish_is_not_done(carried):
+    study, *_ = carried
+    broken = study.runs[0].folder
+    saved = (broken / "status.json").read_text()
+    (broken / "status.json").write_text(saved.replace("finished", "failed"))
+    try:
+        assert not is_done(study.runs[0])
+        assert [run for run in study.runs if not is_done(run)] == [study.runs[0]]
+    finally:
+        (broken / "status.json").write_text(saved)
+
+
+def test_the_plan_can_be_printed_and_the_report_made_without_runs(carried, tmp_path, capsys, monkeypatch):
+    study, *_ = carried
+    monkeypatch.chdir(ROOT)
+    file = Path(study.out).parent / "study.json"
+    assert study_command(["--config", str(file), "--plan", "true"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert all(line.startswith("gear-lightning fit --config=") for line in lines)
+    assert study_command(["--config", str(file), "--report_only", "true", "--seeds", "1"]) == 0
+    assert "1 seeds" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no seed has been run under every arm"):
+        study_command(["--config", str(file), "--report_only", "true", "--out", str(tmp_path / "empty")])
+    assert json.loads((Path(study.out).parent / "study.json").read_text())["seeds"] == 2
