@@ -97,8 +97,9 @@ def _draw(arms: list[Arm], metric: str, out: BytesIO, kind: str, **options: Any)
             else:
                 axes.set_axis_off()
         figure.text(0.0, -0.01, _caption(arms), fontsize=8, va="top", alpha=0.75)
-        dates: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {}
-        figure.savefig(out, format=kind, dpi=150, bbox_inches="tight", pad_inches=0.15, **dates, **options)
+        if kind == "svg":  # without the date, and the addresses of vocabularies
+            options["metadata"] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(out, format=kind, dpi=150, bbox_inches="tight", pad_inches=0.15, **options)
 
 
 def _caption(arms: list[Arm]) -> str:

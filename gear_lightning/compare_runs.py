@@ -247,7 +247,8 @@ def make_arms(runs: list[Run], groups: dict[Path, str]) -> list[Arm]:
     arms = []
     for key, mine in members.items():
         differs = {option: " or ".join(dict.fromkeys(show(r.config.get(option)) for r in mine)) for option in told}
-        name = key if isinstance(key, str) else ", ".join(_short(told, option, differs[option]) for option in told)
+        has = [option for option in told if any(option in run.config for run in mine)]
+        name = key if isinstance(key, str) else ", ".join(_short(told, option, differs[option]) for option in has)
         arms.append(Arm(name or _credit(mine[0]), tuple(mine), differs, tuple(_seed(run, seeds) for run in mine)))
     return [_numbered(arm, i, arms) for i, arm in enumerate(arms)]
 

@@ -112,7 +112,7 @@ def test_the_page_stands_alone_and_is_written_beside_the_runs(fits, capsys):
     assert len(panels) == 4, "iterations, rollouts, tokens, seconds"
     assert "currentColor" in figure[0]
     outside = re.findall(r"https?://[^\"' <]+", page)
-    assert all("w3.org" in url or "purl.org" in url or "creativecommons.org" in url for url in outside), outside
+    assert all(url.startswith("http://www.w3.org/") for url in outside), "names of vocabularies alone"
     assert "<script" not in page
     assert "default-src 'none'" in page
 
@@ -211,9 +211,9 @@ def test_arms_are_what_the_configs_say(tmp_path):
         run(tmp_path / "d", [0, 1], seed=2, arguments="kappa: 0.5"),
     )
     assert [(arm.name, len(arm.runs)) for arm in arms] == [
-        ("GEAR, kappa=1.0", 1),
+        ("GEAR, kappa=1", 1),
         ("GEAR, kappa=0.5", 2),
-        ("Uniform, kappa=not set", 1),
+        ("Uniform", 1),
     ]
     assert arms[1].seeds == ("1", "2")
 
@@ -296,7 +296,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
         compare_command([a, b, "--metric", "val/sucess"])
     with pytest.raises(UserError, match=r"data.val_tasks.init_args.hops is 4 in .*/a and 5 in .*/other"):
         compare_command([a, b, other])
-    with pytest.raises(UserError, match="different tasks: data.val_tasks.init_args.seed"):
+    with pytest.raises(UserError, match=r"different tasks: data\.val_tasks\.init_args\.seed"):
         compare_command([a, str(run(tmp_path / "elsewhere", [0, 1], val_seed=1))])
     assert compare_command([a, b, other, "--allow-different-tasks", "--out", str(tmp_path / "x.csv")]) == 0
     with pytest.raises(UserError, match=r"must end in .html, .png"):
@@ -324,7 +324,7 @@ def test_a_config_that_is_none_is_said(tmp_path):
     a, b = run(tmp_path / "a", [0, 1]), run(tmp_path / "b", [0, 1])
     for text in ("[1, 2]", "a: [", "a: !!python/object/apply:os.system ['true']"):
         (b / "config.yaml").write_text(text)
-        with pytest.raises(UserError, match="config.yaml: "):
+        with pytest.raises(UserError, match=r"config\.yaml: "):
             compare_command([str(a), str(b)])
 
 
@@ -333,7 +333,7 @@ def test_a_config_that_is_none_is_said(tmp_path):
 
 def test_figures_are_of_their_kind_and_the_same_every_time(tmp_path):
     paths = [
-        str(run(tmp_path / f"{c}{s}", [0, 0.1 * s, 0.9], seed=s, credit=c)) for c in ("GEAR", "RLSD") for s in "123"
+        str(run(tmp_path / f"{c}{s}", [0, 0.1 * s, 0.9], seed=s, credit=c)) for c in ("GEAR", "RLSD") for s in (1, 2, 3)
     ]
     for name in ("x.png", "x.svg", "x.html"):
         out = tmp_path / name
