@@ -15,8 +15,8 @@ class Throughput(L.Callback):
     ``perf/padding_fraction``: share of padding in the tokens of the policy's and the teacher's forward passes. On GPUs
     also ``memory/rollout_gib`` and ``memory/update_gib``: the most that any process had allocated in each phase.
 
-    And what the policy has cost since the start, kept over restarts: ``perf/rollouts`` and ``perf/sampled_tokens``, over
-    all processes, and ``perf/seconds`` of rollouts and updates, mean over the processes. Warm start, evaluations,
+    And what the policy has cost since the start, kept over restarts: ``perf/rollouts`` and ``perf/sampled_tokens``,
+    over all processes, and ``perf/seconds`` of rollouts and updates, mean over the processes. Warm start, evaluations,
     checkpoints, pauses and rollouts that a stop has cut short are left out."""
 
     def __init__(self) -> None:

@@ -21,6 +21,7 @@ look at a model and a run
   status     where a run is, and what has failed:  gear-lightning status RUN
   credit     print where the credit went, or write the HTML page:  gear-lightning credit RUN
   study      compare arms of a recipe over seeds:  gear-lightning study --config configs/study/credit.yaml
+  compare    learning curves and numbers of runs, with intervals:  gear-lightning compare RUN RUN ...
   export     make a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR [--adapter]
 
 scale
@@ -33,6 +34,7 @@ LIGHTNING = ("fit", "validate", "test", "predict")
 COMMANDS = {  # module and function, called with the arguments that follow; returns the exit status
     "credit": ("credit_page", "credit_command"),
     "status": ("status", "status_command"),
+    "compare": ("compare", "compare_command"),
     "doctor": ("doctor", "doctor_command"),
     "template": ("template_check", "template_command"),
     "export": ("export", "export_command"),

@@ -107,11 +107,10 @@ def sign_test(differences: np.ndarray) -> SignTest:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Outcome of `paired_difference`; ``low`` and ``high`` are None where there is one pair."""
+    """Outcome of `paired_difference`; there is no interval where there is one pair."""
 
     mean: float
-    low: float | None
-    high: float | None
+    interval: tuple[float, float] | None
     pairs: int
     test: SignTest
 
@@ -135,10 +134,11 @@ def paired_difference(
     if ours.ndim != 1 or ours.shape != theirs.shape:
         raise UserError(f"pairs are two lists of one length, got shapes {list(ours.shape)} and {list(theirs.shape)}")
     gaps = ours - theirs
-    low = high = None
+    interval = None
     if len(gaps) > 1:
-        low, high = map(float, bootstrap_interval(gaps[None], level=level, resamples=resamples, seed=seed))
-    return PairedDifference(float(gaps.mean()), low, high, len(gaps), sign_test(gaps))
+        low, high = bootstrap_interval(gaps[None], level=level, resamples=resamples, seed=seed)
+        interval = float(low), float(high)
+    return PairedDifference(float(gaps.mean()), interval, len(gaps), sign_test(gaps))
 
 
 def holm(p: np.ndarray) -> np.ndarray:

@@ -40,11 +40,9 @@ def launch(run: Path, *options: str, repository: Path) -> None:
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
+    timing = ("time/", "perf/rollout_", "perf/update_", "perf/padding", "perf/seconds")
     with (run / "metrics.csv").open() as file:
-        return [
-            {k: float(v) for k, v in row.items() if v and not k.startswith(("time/", "perf/"))}
-            for row in csv.DictReader(file)
-        ]
+        return [{k: float(v) for k, v in row.items() if v and not k.startswith(timing)} for row in csv.DictReader(file)]
 
 
 def checkpoint(run: Path, name: str = "last") -> dict:
