@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .batch import Credit, RolloutBatch, RolloutRow, TokenStats, collate
-from .credit import CreditAssigner, Evidence, Turn
+from .credit import CreditAssigner, Evidence
 from .errors import UserError
 from .records import read_records, record_files
 from .teacher import Teacher, TeacherOptions
@@ -58,16 +58,17 @@ class Noise:
 
 
 def anchor_tokens(rule: CreditAssigner, credit: Credit) -> Tensor:
-    """Where ``[batch, seq]`` the rule found a departure. Nowhere for rules without anchors; `Turn` begins its segments
-    at every turn, whatever the divergence there."""
+    """Where ``[batch, seq]`` the rule found a departure: nowhere for rules without anchors, or with fixed segments,
+    which begin whatever the divergence there."""
     here = torch.arange(credit.anchor.shape[1], device=credit.anchor.device)
-    return (credit.anchor == here) & (not isinstance(rule, Turn))
+    return (credit.anchor == here) & (not rule.fixed_segments)
 
 
 def teacher_view(batch: RolloutBatch, widest: int | None = None) -> tuple[RolloutBatch, Int[Tensor, " batch"]]:
     """The batch with the policy's own prompts in the teacher's place, as wide as the teacher's view is.
 
-    Every row counts as privileged, and an advantage of 0 as 1: else there would be no weights to look at.
+    Every row counts as privileged, an advantage of 0 as 1, and no group as solved once: else there would be no weights
+    to look at.
 
     Args:
         batch: as trained on.
@@ -86,6 +87,7 @@ def teacher_view(batch: RolloutBatch, widest: int | None = None) -> tuple[Rollou
         teacher_valid=nn.functional.pad(batch.valid, (0, pad)),
         teacher_offset=torch.zeros_like(batch.teacher_offset),
         privileged=torch.ones_like(batch.privileged),
+        solved=torch.zeros_like(batch.solved),
         advantages=torch.where(batch.advantages == 0, 1, batch.advantages),
         base_advantages=torch.where(batch.base_advantages == 0, 1, batch.base_advantages),
     )
@@ -345,7 +347,7 @@ def table(result: dict[str, Any], rule: CreditAssigner) -> str:
         f"anchors: {result['anchors_per_rollout']:.3g} per rollout",
     ]
     least = getattr(rule, "floor", None)
-    if least is not None and getattr(rule, "segment_end", "none") != "none" and not isinstance(rule, Turn):
+    if least is not None and getattr(rule, "segment_end", "none") != "none" and not rule.fixed_segments:
         if least <= p99:
             lines.append(
                 f"The least divergence of an anchor, {least:g} nats, lies INSIDE this floor: rounding opens segments. "

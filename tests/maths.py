@@ -20,7 +20,8 @@ SEEDS = st.integers(0, 10**9)
 
 @dataclass
 class Rollout:
-    """One rollout as lists over all of its columns; ``turns`` is -1 on prompt and tool output."""
+    """One rollout as lists over all of its columns; ``turns`` is -1 on prompt and tool output. ``turn_advantages`` are
+    those of each column, where turns have their own."""
 
     turns: list[int]
     policy: list[float]
@@ -32,8 +33,12 @@ class Rollout:
     version: int = 0
     policy_top: list[list[float]] | None = None
     teacher_top: list[list[float]] | None = None
+    decisions: list[int] | None = None
+    turn_advantages: list[float] | None = None
+    solved: int = 2
 
     def __post_init__(self) -> None:
+        self.decisions = self.decisions or [0] * len(self.turns)
         self.stop = self.stop or [False] * len(self.turns)
         self.teacher_entropy = self.teacher_entropy or self.entropy
 
@@ -41,6 +46,11 @@ class Rollout:
     def actions(self) -> list[int]:
         """Columns of the action tokens."""
         return [t for t, turn in enumerate(self.turns) if turn >= 0]
+
+    @property
+    def base(self) -> list[float]:
+        """Advantage of each column before credit."""
+        return self.turn_advantages or [self.advantage] * len(self.turns)
 
     def only(self, keep: list[int]) -> "Rollout":
         """The rollout with only these columns."""
@@ -55,9 +65,11 @@ class Rollout:
                 "stop",
                 "policy_top",
                 "teacher_top",
+                "decisions",
+                "turn_advantages",
             )
         }
-        return Rollout(advantage=self.advantage, version=self.version, **parts)  # type: ignore[arg-type]
+        return Rollout(advantage=self.advantage, version=self.version, solved=self.solved, **parts)  # type: ignore[arg-type]
 
 
 def rollout(d: list[float], **options: Any) -> Rollout:
@@ -95,6 +107,9 @@ def evidence(rows: list[Rollout], padding: int = 0) -> Evidence:
         teacher=TokenStats(
             pad([r.teacher for r in rows], -3.0), pad([r.teacher_entropy for r in rows]), ids[1], tops[1]
         ),
+        turn_advantages=pad([r.base for r in rows]) if any(r.turn_advantages for r in rows) else None,
+        decisions=pad([[float(x) for x in r.decisions or []] for r in rows], -1).long(),
+        solved=torch.tensor([r.solved for r in rows]),
     )
 
 
@@ -110,6 +125,11 @@ def random_rollout(rng: random.Random, *, vocabulary: int = 0) -> Rollout:
     n = len(turns)
     spread = rng.choice([0, 4, 32, 32, 200])
     teacher = [-rng.randint(0, 64) / 16 - 12 for _ in turns]
+
+    more = random.Random(str(teacher))  # apart, so that what stands above and below does not depend on it
+    decisions: list[int] = []
+    while len(decisions) < n:
+        decisions += [more.choice([-1, 0, 0, 1])] * more.choice([1, 1, 2, 3])
 
     def distribution() -> list[float]:
         logits = torch.tensor([rng.gauss(0, 2) for _ in range(vocabulary)])
@@ -128,6 +148,8 @@ def random_rollout(rng: random.Random, *, vocabulary: int = 0) -> Rollout:
         version=rng.randint(0, 12),
         policy_top=[distribution() for _ in turns] if vocabulary else None,
         teacher_top=[distribution() for _ in turns] if vocabulary else None,
+        decisions=decisions[:n],
+        solved=more.randint(0, 4),
     )
 
 

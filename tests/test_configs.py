@@ -10,7 +10,21 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from gear_lightning.cli import GearCLI
-from gear_lightning.credit import GEAR, RLSD, SCGRPO, Placebo, TokenOnly, Turn, Uniform
+from gear_lightning.credit import (
+    CREST,
+    EGRSD,
+    GEAR,
+    GTPO,
+    PBSD,
+    RLSD,
+    SCGRPO,
+    Oracle,
+    Placebo,
+    TokenOnly,
+    Turn,
+    TurnSight,
+    Uniform,
+)
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.errors import UserError
 from gear_lightning.module import GearModule
@@ -103,6 +117,12 @@ RULES = {
     "Placebo": Placebo(),
     "Uniform": Uniform(),
     "GEAR": GEAR(),
+    "EGRSD": EGRSD(),
+    "CREST": CREST(),
+    "GTPO": GTPO(),
+    "TurnSight": TurnSight(),
+    "PBSD": PBSD(),
+    "Oracle": Oracle(),
 }
 
 
@@ -119,6 +139,17 @@ def test_a_stacked_credit_piece_is_the_rule_that_it_names(piece):
     given = yaml.safe_load(piece.read_text())["model"]["credit"]
     kind = RULES[given["class_path"].rpartition(".")[2]]
     assert cli.model.credit == type(kind)(**given.get("init_args", {}))
+
+
+def test_every_credit_rule_has_a_piece_and_those_of_other_papers_have_their_teachers():
+    pieces = [p for p in PIECES if p.parent.name == "credit"]
+    named = {yaml.safe_load(p.read_text())["model"]["credit"]["class_path"].rpartition(".")[2] for p in pieces}
+    assert named >= set(RULES)
+    teachers = {}
+    for name in ("sc_grpo", "turnsight", "gear"):
+        options = Built(arguments(QUICKSTART, CONFIGS / "credit" / f"{name}.yaml")).model.teacher_options
+        teachers[name] = (options.weights, options.shows)
+    assert teachers == {"sc_grpo": ("live", "peer"), "turnsight": ("frozen", "reference"), "gear": ("ema", "reference")}
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])

@@ -24,13 +24,19 @@ from torch.testing import assert_close
 
 from gear_lightning.batch import TokenStats, collate
 from gear_lightning.credit import (
+    CREST,
+    EGRSD,
     GEAR,
+    GTPO,
+    PBSD,
     RLSD,
     SCGRPO,
     Evidence,
+    Oracle,
     Placebo,
     TokenOnly,
     Turn,
+    TurnSight,
     Uniform,
     mixing,
 )
@@ -241,7 +247,9 @@ def test_scgrpo_equals_its_formula(seed):
     for i, r in enumerate(rows):
         s, t = (torch.distributions.Categorical(logits=torch.tensor(x).double()) for x in (r.policy_top, r.teacher_top))
         d = torch.distributions.kl_divergence(t, s)[r.actions]
-        if r.actions:
+        if r.actions and r.solved == 1:
+            assert (credit.weights[i] == 1).all()
+        elif r.actions:
             c = max(torch.quantile(d, 0.75).item(), 1e-4)
             assert_close(credit.weights[i, r.actions].double(), d / (d + c), atol=1e-4, rtol=1e-4)
 
@@ -269,7 +277,9 @@ def test_recorded_divergence_takes_the_place_of_distributions():
         GEAR()(e)
 
 
-@pytest.mark.parametrize("cls", [GEAR, Turn, TokenOnly, Placebo, RLSD, Uniform])
+@pytest.mark.parametrize(
+    "cls", [GEAR, Turn, TokenOnly, Placebo, RLSD, Uniform, EGRSD, CREST, GTPO, TurnSight, PBSD, Oracle]
+)
 @pytest.mark.parametrize("d", [[], [0.0], [1e30], [-1e30], [1e4] * 5 + [-1e4] * 5])
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
 def test_degenerate_rollouts_stay_finite(cls, d, advantage):
@@ -277,7 +287,7 @@ def test_degenerate_rollouts_stay_finite(cls, d, advantage):
     credit = cls()(evidence([full, empty]))
     assert credit.weights.isfinite().all()
     assert credit.token_advantages.isfinite().all()
-    if len(d) == 1 and cls is not RLSD:
+    if len(d) == 1 and cls not in (RLSD, EGRSD, CREST, PBSD):
         assert credit.weights[0, 0] == 1  # one token keeps the whole credit
 
 
@@ -324,7 +334,9 @@ def test_bad_settings_are_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("rule", [GEAR(), Turn(), TokenOnly(), Placebo(), RLSD(), SCGRPO()])
+@pytest.mark.parametrize(
+    "rule", [GEAR(), Turn(), TokenOnly(), Placebo(), RLSD(), SCGRPO(), EGRSD(), CREST(), TurnSight(), PBSD()], ids=repr
+)
 def test_a_missing_teacher_is_named(rule):
     e = replace(evidence([rollout([0, 1])]), teacher=None)
     with pytest.raises(UserError, match=f"{type(rule).__name__} needs the teacher's log-probs"):

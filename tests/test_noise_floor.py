@@ -12,7 +12,7 @@ from tiny import data, generation, module, trainer
 from torch.testing import assert_close
 
 from gear_lightning.batch import Credit, RolloutBatch, collate
-from gear_lightning.credit import GEAR, RLSD, TokenOnly, Turn
+from gear_lightning.credit import GEAR, RLSD, SCGRPO, TokenOnly, Turn
 from gear_lightning.errors import UserError
 from gear_lightning.noise_floor import (
     STAND_IN,
@@ -104,6 +104,8 @@ def test_rollouts_without_an_advantage_are_measured_as_if_they_had_one(policy, b
     ones = replace(batch, base_advantages=torch.ones_like(batch.base_advantages))
     assert torch.equal(in_bf16(policy, flat, GEAR()).weights, in_bf16(policy, ones, GEAR()).weights)
     assert (in_bf16(policy, flat, GEAR()).weights != 1).any()
+    once = replace(batch, solved=torch.ones_like(batch.solved))  # in training these have weight 1 under SC-GRPO
+    assert (in_bf16(policy, once, SCGRPO()).weights != 1).any()
 
 
 def test_moving_a_rotary_model_changes_rounding_alone_and_leaves_nothing_behind(policy, batch):

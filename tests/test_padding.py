@@ -8,7 +8,7 @@ from laws import Sharp, random_rows, untrained
 from torch.testing import assert_close
 
 from gear_lightning.batch import RolloutBatch, collate
-from gear_lightning.credit import GEAR, RLSD, SCGRPO, Evidence, Placebo, Turn
+from gear_lightning.credit import CREST, EGRSD, GEAR, GTPO, PBSD, RLSD, SCGRPO, Evidence, Placebo, Turn, TurnSight
 from gear_lightning.module import GearModule
 from gear_lightning.teacher import TeacherOptions
 from gear_lightning.token_stats import token_stats
@@ -23,6 +23,11 @@ RULES = [
     Placebo(),
     RLSD(),
     SCGRPO(top_k_tokens=8),
+    EGRSD(),
+    CREST(),
+    GTPO(),
+    TurnSight(),
+    PBSD(),
 ]
 FIELDS = ("logprobs", "entropy", "top_logprobs")
 

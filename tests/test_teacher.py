@@ -8,7 +8,7 @@ from laws import Sharp, Talk, TalkTasks, random_rows, untrained, watched
 from tiny import data, generation, module, source
 
 from gear_lightning.batch import collate
-from gear_lightning.credit import GEAR, RLSD, Evidence, Placebo, TokenOnly, Turn, Uniform
+from gear_lightning.credit import CREST, GEAR, PBSD, RLSD, Evidence, Placebo, TokenOnly, Turn, TurnSight, Uniform
 from gear_lightning.models import Pretrained
 from gear_lightning.module import GearModule
 from gear_lightning.records import read_records
@@ -82,6 +82,9 @@ RULES = [
     *(GEAR(sign_rule=sign, normalise="none") for sign in ("sign_aware", "symmetric", "negatives_only")),
     *(kind(normalise=how) for kind in (GEAR, Turn, TokenOnly, Placebo) for how in ("mean", "geometric", "none")),
     RLSD(),
+    CREST(),
+    TurnSight(),
+    PBSD(),
 ]
 
 

@@ -2,17 +2,25 @@
 
 from .base import CreditAssigner, Evidence, Uniform, mixing
 from .gear_rule import GEAR, Placebo, TokenOnly, Turn
-from .token_rules import RLSD, SCGRPO
+from .oracle import Oracle
+from .token_rules import CREST, EGRSD, GTPO, RLSD, SCGRPO
+from .turn_rules import PBSD, TurnSight
 
 __all__ = [
+    "CREST",
+    "EGRSD",
     "GEAR",
+    "GTPO",
+    "PBSD",
     "RLSD",
     "SCGRPO",
     "CreditAssigner",
     "Evidence",
+    "Oracle",
     "Placebo",
     "TokenOnly",
     "Turn",
+    "TurnSight",
     "Uniform",
     "mixing",
 ]

@@ -238,6 +238,8 @@ class Turn(GEAR):
     Takes GEAR's options, those of anchors, entropy and segments aside.
     """
 
+    fixed_segments = True
+
     def __post_init__(self):
         super().__post_init__()
         self._refuse((*SEGMENT_OPTIONS, "segment_end", "entropy", "entropy_quantile"), "with fixed turns")

@@ -1,11 +1,24 @@
 """Credit rules that weigh each token for itself."""
 
+import math
 from dataclasses import dataclass
+
+import torch
 
 from .. import gear
 from ..batch import Credit
 from ..errors import UserError
-from .base import CreditAssigner, Evidence, at_bound, mixing, spread_credit, teacher_of, top_of
+from .base import (
+    CreditAssigner,
+    Evidence,
+    at_bound,
+    check_positive,
+    check_range,
+    mixing,
+    spread_credit,
+    teacher_of,
+    top_of,
+)
 
 
 @dataclass(frozen=True)
@@ -39,14 +52,147 @@ class RLSD(CreditAssigner):
 
 
 @dataclass(frozen=True)
+class EGRSD(CreditAssigner):
+    """RLSD's weight times a gate that falls where the teacher itself is unsure (EGRSD, arXiv 2605.13255).
+
+    A g ((1 - lambda) + lambda clip(exp(sign(A) (log p_T - log p_S)))), g = g_min + (1 - g_min) (1 - min(H_T / h, 1)).
+
+    The paper's abstract says that the gate falls with the teacher's entropy H_T and has a floor above 0; its form here,
+    and every default but RLSD's two, is ours. The gate lowers the whole weight, so a rollout keeps less credit than
+    under GRPO. The variant with a look-ahead window (CL-EGRSD) is not included.
+
+    Args:
+        mix: lambda, as RLSD's.
+        clip: likelihood ratios within 1 - clip and 1 + clip, as RLSD's.
+        gate_floor: g_min, the gate where the teacher knows nothing.
+        entropy_scale: h, nats: entropy from which the gate is at its floor. The default is the largest that a teacher
+            with Qwen3's vocabulary can have, log 151,936; the rule does not know the model's vocabulary.
+
+    Raises:
+        UserError: values out of range.
+    """
+
+    mix: float = 0.5
+    clip: float = 0.2
+    gate_floor: float = 0.1
+    entropy_scale: float = 11.93
+
+    def __post_init__(self):
+        check_range(self, 0, 1, "mix", "clip", "gate_floor")
+        check_positive(self, "entropy_scale")
+
+    def __call__(self, evidence: Evidence) -> Credit:
+        teacher = teacher_of(evidence, self)
+        divergence = evidence.policy.logprobs - teacher.logprobs
+        weights = gear.signal_weights(divergence, evidence.base_advantages, evidence.action_mask, clip=self.clip)
+        clipped = at_bound(weights, self.clip)
+        unsure = (teacher.entropy / self.entropy_scale).clamp(0, 1)
+        gate = 1 - (1 - self.gate_floor) * unsure
+        return spread_credit(evidence, gate * (1 + self.mix * (weights - 1)), divergence, clipped=clipped)
+
+
+@dataclass(frozen=True)
+class CREST(CreditAssigner):
+    """The token part of CREST ("Teach the Magnitude, Not the Direction", 2026): only more credit, never less.
+
+    A (1 + lambda_t (w - 1)) with w = clip(exp(sign(A) (log p_T - log p_S) / tau), 1 - e, 1 + e), and
+    lambda_t = min(lambda m_t, lambda) where sign(A) (log p_T - log p_S) > 0 (teacher and reward agree), 0 elsewhere.
+    m_t = 1 + rho (2 sigmoid(z_t) - 1), z_t the z-score of the surprisal -log p_S within the rollout: tokens that the
+    policy was sure of count less. Weights lie in [1, 1 + lambda e]; defaults are the paper's. Its other part, an
+    advantage for each turn, belongs to the group baseline.
+
+    Args:
+        mix: lambda, the largest share of the weighting.
+        clip: e.
+        temperature: tau, divides the log-ratio.
+        gate_slope: rho, how far the share falls for tokens that the policy was sure of.
+
+    Raises:
+        UserError: values out of range.
+    """
+
+    mix: float = 0.3
+    clip: float = 0.28
+    temperature: float = 2.0
+    gate_slope: float = 0.5
+
+    def __post_init__(self):
+        check_range(self, 0, 1, "mix", "clip", "gate_slope")
+        check_positive(self, "temperature")
+
+    def __call__(self, evidence: Evidence) -> Credit:
+        mask, divergence = evidence.action_mask, evidence.policy.logprobs - teacher_of(evidence, self).logprobs
+        weights = gear.signal_weights(
+            divergence,
+            evidence.base_advantages,
+            mask,
+            kappa=1 / self.temperature,
+            clip=self.clip,
+            direction_gate=True,  # a weight above 1 is agreement; elsewhere it is 1, as under a share of 0
+        )
+        clipped = weights == 1 + self.clip
+        surprise = gear.scale_signal(-evidence.policy.logprobs, mask, "zscore").sigmoid()
+        share = self.mix * (1 + self.gate_slope * (2 * surprise - 1)).clamp(0, 1)
+        return spread_credit(evidence, 1 + share * (weights - 1), divergence, clipped=clipped)
+
+
+@dataclass(frozen=True)
+class GTPO(CreditAssigner):
+    """Credit to uncertain tokens of good rollouts, blame to confident tokens of bad ones (GTPO, arXiv 2508.04349).
+
+    A (a1 + a2 x_t) / (a1 + a2) with x_t = H_t / mean H where A > 0, and (1/H_t) / mean (1/H) where A < 0; H is the
+    policy's entropy and the mean is over the rollout's tokens with that sign, so that the mean weight is 1. This is the
+    simpler form, rollout by rollout: the paper compares the tokens of all rollouts of a group at one position, which
+    would need the whole group in one micro-batch, and scales by a separate normalisation of good and bad tokens.
+
+    Runs no teacher.
+
+    Args:
+        alpha1: a1, share of the rollout's own advantage.
+        alpha2: a2, share that follows the entropy.
+        entropy_floor: nats; a lower entropy counts as this. The paper guards with 1e-8; there 1/H of a long rollout
+            would be decided by the rounding of its surest token, so the default is ours.
+
+    Raises:
+        UserError: values out of range.
+    """
+
+    alpha1: float = 1.0
+    alpha2: float = 0.1
+    entropy_floor: float = 0.01
+
+    needs_teacher = False
+
+    def __post_init__(self):
+        check_range(self, 0, math.inf, "alpha1", "alpha2")
+        check_positive(self, "entropy_floor")
+        if not 0 < self.alpha1 + self.alpha2 < math.inf:
+            raise UserError(f"GTPO: alpha1={self.alpha1} and alpha2={self.alpha2} must be finite, and not both 0")
+
+    def __call__(self, evidence: Evidence) -> Credit:
+        mask, sign = evidence.action_mask, evidence.base_advantages.sign()
+        entropy = evidence.policy.entropy.clamp_min(self.entropy_floor)
+        ratio = torch.ones_like(entropy)
+        for side, value in ((sign > 0, entropy), (sign < 0, 1 / entropy)):
+            ratio = torch.where(mask & side, value / gear.masked_mean(value, mask & side), ratio)
+        weights = (self.alpha1 + self.alpha2 * ratio) / (self.alpha1 + self.alpha2)
+        return spread_credit(evidence, weights, by_teacher=False)
+
+
+@dataclass(frozen=True)
 class SCGRPO(CreditAssigner):
     """Weight D / (D + c) with D = KL(teacher || policy), for both signs of the advantage (SC-GRPO, arXiv 2606.18810).
 
     c is the rollout's 75th percentile of D, at least 1e-4; the authors take it over the micro-batch, which would make
-    the gradient depend on the micro-batch size. Their routing of groups without a solved rollout is not included.
+    the gradient depend on the micro-batch size. Rollouts of a group with exactly one that solved the task have weight
+    1, as the authors route them; where all solved it, group baselines leave no advantage to weigh. Their
+    pseudo-advantage for groups without a solved rollout is left out: it needs a teacher pass before the batch is made.
 
     Args:
         top_k_tokens: the policy's most likely tokens on which D is taken, plus a tail bucket.
+
+    Raises:
+        UserError: values out of range; when called, rollouts without ``solved`` or without a teacher's distributions.
     """
 
     top_k_tokens: int = 100
@@ -60,9 +206,15 @@ class SCGRPO(CreditAssigner):
         return self.top_k_tokens
 
     def __call__(self, evidence: Evidence) -> Credit:
+        if evidence.solved is None:
+            raise UserError(
+                "SCGRPO needs the number of solved rollouts of each rollout's group (Evidence.solved), and these "
+                "rollouts come without; keep it with the records, or use another credit rule"
+            )
         if evidence.divergence is not None:
             divergence = evidence.divergence
         else:
             divergence = gear.distribution_divergence(*top_of(evidence, self), "forward_kl")
         weights = gear.scale_signal(divergence, evidence.action_mask, "saturate")
+        weights = torch.where(evidence.solved[:, None] == 1, 1, weights)
         return spread_credit(evidence, weights, divergence)

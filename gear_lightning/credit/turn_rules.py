@@ -1,0 +1,101 @@
+"""Credit rules with one weight per assistant turn."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .. import gear
+from ..batch import Credit
+from .base import (
+    CreditAssigner,
+    Evidence,
+    check_positive,
+    check_range,
+    spread_credit,
+    teacher_of,
+    turn_starts,
+)
+
+
+def turn_sums(values: Float[Tensor, "batch seq"], starts: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+    """Sum over the turn of each action token; 0 elsewhere.
+
+    Args:
+        values: of each token.
+        starts: as from `turn_starts`.
+    """
+    where, inside = starts.clamp_min(0), starts >= 0
+    total = torch.zeros_like(values).scatter_add(-1, where, torch.where(inside, values, 0))
+    return torch.where(inside, total.gather(-1, where), 0)
+
+
+@dataclass(frozen=True)
+class TurnSight(CreditAssigner):
+    """Turns that the teacher finds likelier than the rollout's others get more credit (TurnSight, arXiv 2608.04007).
+
+    A ((1 - l) + l w) with w = 1 + e tanh(sign(A) z): z is the z-score of a turn's mean log p_T - log p_S. The paper
+    takes it over the turns of the prompt's group; here over the turns of the rollout, since a rule sees one rollout at
+    a time. So a rollout of one turn keeps weight 1, and any gap between turns, however small, spreads to z of about 1.
+
+    The paper's teacher looks ahead: it also sees the tool results of the next one to three turns, each in a view of its
+    own. Here it is shown what ``model.teacher`` says, in one view. Defaults are the paper's.
+
+    Args:
+        mix: l, share of the weighting; the rest is uniform.
+        strength: e, weights before mixing stay within 1 - e and 1 + e.
+
+    Raises:
+        UserError: values out of range.
+    """
+
+    mix: float = 0.5
+    strength: float = 0.5
+
+    fixed_segments = True
+
+    def __post_init__(self):
+        check_range(self, 0, 1, "mix", "strength")
+
+    def __call__(self, evidence: Evidence) -> Credit:
+        divergence = evidence.policy.logprobs - teacher_of(evidence, self).logprobs
+        starts = turn_starts(evidence.action_mask, evidence.turn_ids)
+        gap = gear.segment_signal(-divergence, starts, "mean")
+        first = starts == torch.arange(starts.shape[-1], device=starts.device)  # each turn counts once
+        z = gear.scale_signal(gap, first, "zscore")
+        weights = 1 + self.mix * self.strength * torch.tanh(evidence.base_advantages.sign() * z)
+        return spread_credit(evidence, weights, divergence, starts)
+
+
+@dataclass(frozen=True)
+class PBSD(CreditAssigner):
+    """Turns weighed by the teacher's evidence for the whole turn (PBSD, arXiv 2606.09348).
+
+    A (1 + sign(A) clip(tanh(s / delta), -c, c)) with s = log p_T - log p_S of the turn, that is, summed over its
+    tokens: by Bayes' rule how much likelier the turn makes the answer that the teacher was shown. The values of delta
+    and c are ours.
+
+    Args:
+        delta: nats of evidence at which the weight begins to level off.
+        clip: c; weights stay within 1 - c and 1 + c.
+
+    Raises:
+        UserError: values out of range.
+    """
+
+    delta: float = 1.0
+    clip: float = 0.5
+
+    fixed_segments = True
+
+    def __post_init__(self):
+        check_positive(self, "delta")
+        check_range(self, 0, 1, "clip")
+
+    def __call__(self, evidence: Evidence) -> Credit:
+        divergence = evidence.policy.logprobs - teacher_of(evidence, self).logprobs
+        starts = turn_starts(evidence.action_mask, evidence.turn_ids)
+        signal = torch.tanh(turn_sums(-divergence, starts) / self.delta)
+        weights = 1 + evidence.base_advantages.sign() * signal.clamp(-self.clip, self.clip)
+        return spread_credit(evidence, weights, divergence, starts, signal.abs() >= self.clip)
