@@ -151,7 +151,7 @@ def test_equals_a_slow_loop(kind, bounds, options, cap):
 
 
 def test_the_gradient_of_gspos_token_form_is_that_of_the_sequence_form():
-    """Finite differences in double precision: all log-probs of a rollout moved together, one advantage for all tokens."""
+    """Finite differences in double precision: a rollout's log-probs moved together, one advantage for all tokens."""
     logprobs, old, _, mask = (x.double() if x.is_floating_point() else x for x in random_step(7))
     a = torch.full_like(old, 0.7)
     loss = GSPO(clip_low=0.99, clip_high=50.0)
