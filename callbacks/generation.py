@@ -15,6 +15,7 @@ from gear_lightning.environments.base import Environment, Task
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.errors import UserError
 from gear_lightning.module import GearModule
+from gear_lightning.rewards import OverlongPenalty
 from gear_lightning.rollout import AgentLoop, Budgets, Rollout
 from gear_lightning.sampling_weights import SamplingWeights, WeightsMode
 from gear_lightning.sharding import shape
@@ -34,6 +35,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         val_sampling: how tokens are drawn in evaluation. Null: as in training.
         budgets: limits of one rollout.
         success_threshold: reward from which a rollout counts as solved, where the environment does not say.
+        overlong: takes a penalty for length off the rewards of training rollouts, when they have ended: not off what
+            decides whether they are solved, and not in evaluation. Null: none.
         weights: under a strategy that spreads the weights: ``gather`` a whole copy on every process for each rollout
             phase, ``stream`` layers through it at every token, or ``auto``: gather where it fits.
         weights_dtype: of the copy; also makes one where the weights are whole. Null: what the policy computes in.
@@ -47,17 +50,25 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         val_sampling: Sampling | None = None,
         budgets: Budgets = Budgets(),
         success_threshold: float = 1.0,
+        overlong: OverlongPenalty | None = None,
         weights: WeightsMode = "auto",
         weights_dtype: Literal["float32", "bfloat16"] | None = None,
     ):
         if sampling.temperature == 0:
             raise UserError("generation.sampling.temperature=0 gives a group of equal rollouts; use it in val_sampling")
+        if overlong is not None and overlong.expected + overlong.buffer > budgets.tokens:
+            raise UserError(
+                f"generation.overlong: expected + buffer = {overlong.expected + overlong.buffer} tokens is more than "
+                f"generation.budgets.tokens={budgets.tokens}, so that the whole penalty is never reached; lower "
+                "generation.overlong.expected or .buffer, or raise generation.budgets.tokens"
+            )
         self.environment = environment
         self.engine = engine
         self.sampling = sampling
         self.val_sampling = val_sampling or sampling
         self.budgets = budgets
         self.success_threshold = success_threshold
+        self.overlong = overlong
         self.weights = weights
         self.weights_dtype = weights_dtype
         self._weights = SamplingWeights(weights)
@@ -119,6 +130,9 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 self._checked = True
             started = time.monotonic()
             rollouts, _ = loop.run(model, jobs, policy_version=version, check=check)
+        if stage == "fit" and self.overlong is not None:
+            for rollout in rollouts:
+                _penalise(rollout, self.overlong)
         if self._weights.streamed and not self._told:
             self._told = True
             rate = sum(sum(r.action_mask) for r in rollouts) / max(time.monotonic() - started, 1e-9)
@@ -250,6 +264,16 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         log("rollouts/retried", stats.retried / max(total, 1), total)
         for status in STATUSES:
             log(f"rollouts/{status}", stats.statuses[status] / max(total, 1), total)
+
+
+def _penalise(rollout: Rollout, overlong: OverlongPenalty) -> None:
+    """Take the penalty off the reward, and off that of the last turn, for those of the turns sum to it."""
+    if not rollout.learnable or not rollout.turns:  # no turn: the run was stopped, and the rollout is played again
+        return
+    penalty = overlong(sum(rollout.action_mask))
+    rollout.reward -= penalty
+    rollout.turn_rewards[-1] -= penalty
+    rollout.reward_parts["overlong"] = 0.0 - penalty  # not -0.0
 
 
 STATUSES = (

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
-from .advantage import GRPO, GroupAdvantage, has_spread
+from .advantage import GRPO, GroupAdvantage
 from .batch import RolloutBatch, RolloutRow, Sealed, collate
 from .environments.base import Task, TaskSource
 from .errors import Stopped, UserError
@@ -70,9 +70,10 @@ class RolloutDataModule(L.LightningDataModule):
             micro-batches of a step. Each takes fewer long rollouts or more short ones, so that all have about as many
             tokens.
         inner_epochs: optimizer steps on the same rollouts; old log-probs and credit are those of the first.
-        advantage: the group baseline.
-        zero_spread: groups whose rewards are all equal: ``keep`` them (no gradient, but their tokens count in the
-            loss's denominator), ``drop`` them (not counted), or ``resample`` other tasks in their place.
+        advantage: the group baseline, of rollouts or of turns.
+        zero_spread: groups without a signal, whose rewards are all equal (with an advantage for each turn: all of
+            whose turns have 0): ``keep`` them (no gradient, but their tokens count in the loss's denominator),
+            ``drop`` them (not counted), or ``resample`` other tasks in their place.
         resample_rounds: most rounds of generation in an iteration. Null: 4 under ``resample``.
         val_limit: number of validation tasks.
         val_rollouts: rollouts of each validation task.
@@ -277,20 +278,23 @@ class RolloutDataModule(L.LightningDataModule):
                 mine = rollouts[i * self.group_size : (i + 1) * self.group_size]
                 self.groups.append(RolloutGroup(task, position, mine))
             self.cursor += self.tasks_per_iteration
-            lacking = torch.tensor(max(0, share - sum(map(_spread, self.groups))), device=self._device)
+            lacking = torch.tensor(max(0, share - sum(map(self._signal, self.groups))), device=self._device)
             if not self._trainer.strategy.reduce(lacking, reduce_op="sum").item():
                 break
         self._before_rollouts = None
         self._count(time.perf_counter() - started)
         if self.zero_spread == "resample":  # keep the newest signal first, and never more than the micro-batches hold
-            self.groups = sorted(self.groups, key=lambda g: not _spread(g))[:share]
+            self.groups = sorted(self.groups, key=lambda g: not self._signal(g))[:share]
+
+    def _signal(self, group: RolloutGroup) -> bool:
+        return self.advantage.has_signal(*_told(group))
 
     def _count(self, seconds: float) -> None:
         stats = self.stats
         stats.seconds = seconds
         for group in self.groups:
             stats.groups += 1
-            stats.zero_spread += not _spread(group)
+            stats.zero_spread += not self._signal(group)
             for rollout in group.rollouts:
                 stats.statuses[rollout.status] += 1
                 stats.retried += rollout.retries > 0
@@ -306,15 +310,16 @@ class RolloutDataModule(L.LightningDataModule):
         assert self.generator is not None
         rows, self.stats.overlong = [], 0
         for g, group in enumerate(self.groups):
-            if self.zero_spread != "keep" and not _spread(group):
+            if self.zero_spread != "keep" and not self._signal(group):
                 continue
             usable = [(i, r) for i, r in enumerate(group.rollouts) if r.learnable]
-            advantages = self.advantage(torch.tensor([r.reward for _, r in usable], dtype=torch.float32))
-            for (i, rollout), advantage in zip(usable, advantages.tolist(), strict=True):
+            told = _told(group)
+            of_turns = self.advantage.of_turns(*told) or [None] * len(usable)
+            for (i, rollout), advantage, turns in zip(usable, self.advantage(told[0]).tolist(), of_turns, strict=True):
                 prompt, dropped = self.generator.teacher_prompt(rollout, group.peer(i))
                 self.stats.overlong += dropped
                 index = g * self.group_size + i
-                rows.append(make_row(rollout, prompt, advantage, group.group_id, index, group.solved))
+                rows.append(make_row(rollout, prompt, advantage, group.group_id, index, group.solved, turns))
         return rows
 
     def _evaluate(self, stage: str) -> Iterator[RolloutBatch]:
@@ -396,12 +401,21 @@ class RolloutDataModule(L.LightningDataModule):
         return state["position"]
 
 
-def _spread(group: RolloutGroup) -> bool:
-    return has_spread(torch.tensor([r.reward for r in group.rollouts if r.learnable]))
+def _told(group: RolloutGroup) -> tuple[torch.Tensor, list[list[float]], list[list[str]]]:
+    """What an advantage is made of: rewards, rewards of turns, and states, of the rollouts that count."""
+    usable = [r for r in group.rollouts if r.learnable]
+    rewards = torch.tensor([r.reward for r in usable], dtype=torch.float32)
+    return rewards, [r.turn_rewards for r in usable], [r.states for r in usable]
 
 
 def make_row(
-    rollout: Rollout, teacher_prompt: list[int], advantage: float, group_id: int, index: int, solved: int = 0
+    rollout: Rollout,
+    teacher_prompt: list[int],
+    advantage: float,
+    group_id: int,
+    index: int,
+    solved: int = 0,
+    turn_advantages: list[float] | None = None,
 ) -> RolloutRow:
     """A rollout as a row of a batch."""
     return RolloutRow(
@@ -418,6 +432,7 @@ def make_row(
         group_id=group_id,
         policy_version=rollout.policy_version,
         index=index,
+        turn_advantages=turn_advantages,
         decisions=rollout.decisions or None,
         solved=solved,
     )

@@ -1,7 +1,7 @@
-"""The policy loss: the clipped surrogate with token-level advantages and explicit denominators."""
+"""Policy losses: a loss for each token, with its own advantage, and one way to sum them with explicit denominators."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -41,6 +41,38 @@ def clipped_surrogate(
     return loss, clipped
 
 
+def sequence_log_ratio(
+    logprobs: Float[Tensor, "batch seq"], old_logprobs: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
+) -> Float[Tensor, "batch seq"]:
+    """log s_t of GSPO's token form, nats: the mean log-ratio of the rollout's action tokens, the same for all of them,
+    with the gradient of token t's own log-prob.
+
+    ``s_t = sg[s] p_t / sg[p_t]`` with ``s = exp(mean_t log r_t)`` (arXiv 2507.18071).
+    """
+    gap = torch.where(mask, logprobs - old_logprobs, 0).detach()
+    mean = gap.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
+    return mean + (logprobs - logprobs.detach())
+
+
+def weighted_likelihood(
+    logprobs: Float[Tensor, "batch seq"],
+    old_logprobs: Float[Tensor, "batch seq"],
+    advantages: Float[Tensor, "batch seq"],
+    *,
+    clip_low: float | None,
+    clip_high: float,
+) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+    """Loss per token, and where its weight was clipped.
+
+    ``-sg[clip(r, 1 - clip_low, 1 + clip_high)] A log p`` with r the importance ratio (CISPO, arXiv 2506.13585).
+    ``clip_low`` None: no lower bound. No token loses its gradient. The log-ratio is limited to plus and minus 20 nats.
+    """
+    log_ratio = (logprobs - old_logprobs).detach()
+    ratio = torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    weight = ratio.clamp(None if clip_low is None else 1 - clip_low, 1 + clip_high)
+    return -weight * advantages * logprobs, (advantages != 0) & (weight != ratio)
+
+
 def sampler_weights(
     old_logprobs: Float[Tensor, "batch seq"], sampler_logprobs: Float[Tensor, "batch seq"], cap: float
 ) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
@@ -62,7 +94,7 @@ class LossTerms:
 
     Attributes:
         loss: this micro-batch's share of the step's loss.
-        clipped: number of tokens without gradient for the clip.
+        clipped: number of tokens at which the clip decided: without gradient, or with another weight (CISPO).
         sampler_ratio: sum of the truncated importance weights of the sampler. None: not used.
         sampler_truncated: number of tokens at which they were truncated. None: not used.
     """
@@ -101,14 +133,11 @@ class PolicyLoss(ABC):
         """
 
 
-@dataclass(frozen=True)
-class ClippedSurrogate(PolicyLoss):
-    """PPO's clipped surrogate.
+@dataclass(frozen=True, kw_only=True)
+class TokenLoss(PolicyLoss):
+    """A loss that every token has, and how those of a step become one number.
 
     Args:
-        clip_low: lower bound of the importance ratio is 1 - clip_low.
-        clip_high: upper bound is 1 + clip_high.
-        dual_clip: cap of the loss on negative advantages, as a multiple of the advantage (3.0 in verl). Null: none.
         aggregation: ``token_mean`` over the action tokens of the whole optimizer step; ``sequence_mean``: mean over
             each rollout's tokens, then over rollouts; ``constant``: sum over tokens / (rollouts x constant_length).
         constant_length: tokens, for ``aggregation=constant`` (Dr.GRPO's maximum response length).
@@ -117,22 +146,14 @@ class ClippedSurrogate(PolicyLoss):
             log-probs are those before top-p and top-k, so it corrects numbers, not the cut of those. Null: off.
 
     Raises:
-        UserError: bounds out of range; ``constant_length`` missing, or given to another aggregation; ``sampler_cap``
-            below 1.
+        UserError: ``constant_length`` missing, or given to another aggregation; ``sampler_cap`` below 1.
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float | None = None
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     constant_length: int | None = None
     sampler_cap: float | None = None
 
     def __post_init__(self):
-        if not (0 < self.clip_low <= 1 and self.clip_high > 0):
-            raise UserError(f"clip_low={self.clip_low} must lie in (0, 1] and clip_high={self.clip_high} above 0")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise UserError(f"dual_clip={self.dual_clip} must be above 1 (3.0 is usual)")
         if (self.aggregation == "constant") != (self.constant_length is not None):
             raise UserError("aggregation=constant and constant_length go together: give both or neither")
         if self.constant_length is not None and self.constant_length < 1:
@@ -140,17 +161,20 @@ class ClippedSurrogate(PolicyLoss):
         if self.sampler_cap is not None and not self.sampler_cap >= 1:
             raise UserError(f"sampler_cap={self.sampler_cap} must be at least 1 (2.0 is usual); null for no correction")
 
+    @abstractmethod
+    def per_token(
+        self,
+        logprobs: Float[Tensor, "batch seq"],
+        old_logprobs: Float[Tensor, "batch seq"],
+        advantages: Float[Tensor, "batch seq"],
+        mask: Bool[Tensor, "batch seq"],
+    ) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+        """Loss of each token, and where the clip decided; of any value outside the mask."""
+
     def __call__(
         self, logprobs, old_logprobs, advantages, mask, *, sampler_logprobs, step_tokens, step_rollouts
     ) -> LossTerms:
-        loss, clipped = clipped_surrogate(
-            logprobs,
-            old_logprobs,
-            advantages,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            dual_clip=self.dual_clip,
-        )
+        loss, clipped = self.per_token(logprobs, old_logprobs, advantages, mask)
         weight = truncated = None
         if self.sampler_cap is not None:
             weight, truncated = sampler_weights(old_logprobs, sampler_logprobs, self.sampler_cap)
@@ -164,3 +188,111 @@ class ClippedSurrogate(PolicyLoss):
         else:
             total = loss.sum() / (step_rollouts.clamp_min(1) * (self.constant_length or 1))
         return LossTerms(total, (clipped & mask).sum().float(), weight, truncated)
+
+
+def _check_bounds(kind: object, clip_low: float | None, clip_high: float) -> None:
+    if not ((clip_low is None or 0 < clip_low <= 1) and clip_high > 0):
+        raise UserError(
+            f"{type(kind).__name__}: clip_low={clip_low} must lie in (0, 1] and clip_high={clip_high} above 0"
+        )
+
+
+@dataclass(frozen=True)
+class ClippedSurrogate(TokenLoss):
+    """PPO's clipped surrogate.
+
+    The loss of GRPO (arXiv 2402.03300), Dr.GRPO (2503.20783) and DAPO (2503.14476), by its bounds and aggregation. At
+    ratio 1, so in the first inner epoch, the gradient in a token's log-prob is minus its advantage over the
+    denominator of ``aggregation``.
+
+    Args:
+        clip_low: lower bound of the importance ratio is 1 - clip_low.
+        clip_high: upper bound is 1 + clip_high.
+        dual_clip: cap of the loss on negative advantages, as a multiple of the advantage (3.0 in verl). Null: none.
+
+    Raises:
+        UserError: bounds out of range, and as `TokenLoss`.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_bounds(self, self.clip_low, self.clip_high)
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise UserError(f"dual_clip={self.dual_clip} must be above 1 (3.0 is usual)")
+
+    def per_token(self, logprobs, old_logprobs, advantages, mask):
+        return clipped_surrogate(
+            logprobs,
+            old_logprobs,
+            advantages,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=self.dual_clip,
+        )
+
+
+@dataclass(frozen=True)
+class GSPO(TokenLoss):
+    """The clipped surrogate with one importance ratio for the whole rollout, in its token form (arXiv 2507.18071).
+
+    ``-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A)`` with s the geometric mean of the ratios of the rollout's
+    action tokens, over all of its turns. The gradient of a token that is not clipped is -s A with its own A.
+
+    At ratio 1, so in the first inner epoch, the gradient in a token's log-prob is minus its advantage / (tokens of the
+    rollout x rollouts): that of `ClippedSurrogate` with ``aggregation=sequence_mean``. The two differ from the second
+    inner epoch on.
+
+    Args:
+        clip_low: lower bound of s is 1 - clip_low. The default is the authors'; s moves far less than a token's ratio.
+        clip_high: upper bound of s is 1 + clip_high.
+
+    Raises:
+        UserError: bounds out of range, and as `TokenLoss`.
+    """
+
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = field(default="sequence_mean", kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_bounds(self, self.clip_low, self.clip_high)
+
+    def per_token(self, logprobs, old_logprobs, advantages, mask):
+        log_ratio = sequence_log_ratio(logprobs, old_logprobs, mask)
+        none = torch.zeros_like(log_ratio)
+        return clipped_surrogate(log_ratio, none, advantages, clip_low=self.clip_low, clip_high=self.clip_high)
+
+
+@dataclass(frozen=True)
+class CISPO(TokenLoss):
+    """Log-likelihood weighed by the clipped importance ratio, which has no gradient (MiniMax-M1, arXiv 2506.13585).
+
+    ``-sg[clip(r, 1 - clip_low, 1 + clip_high)] A log p``: unlike under `ClippedSurrogate` no token loses its gradient.
+    The loss itself is no measure of anything; its gradient is that of the surrogate whose weight is held.
+
+    At ratio 1, so in the first inner epoch, the gradient in a token's log-prob is minus its advantage over the
+    denominator of ``aggregation``: that of `ClippedSurrogate`. The two differ from the second inner epoch on.
+
+    Args:
+        clip_low: weights are at least 1 - clip_low. Null, as in the paper's runs: no lower bound.
+        clip_high: weights are at most 1 + clip_high. The default, a weight of at most 5, is that of ScaleRL (arXiv
+            2510.13786); the paper tunes it and gives no value.
+
+    Raises:
+        UserError: bounds out of range, and as `TokenLoss`.
+    """
+
+    clip_low: float | None = None
+    clip_high: float = 4.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_bounds(self, self.clip_low, self.clip_high)
+
+    def per_token(self, logprobs, old_logprobs, advantages, mask):
+        return weighted_likelihood(logprobs, old_logprobs, advantages, clip_low=self.clip_low, clip_high=self.clip_high)

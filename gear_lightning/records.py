@@ -59,7 +59,7 @@ ROLLOUT_KEYS = {
     "error": "what went wrong, or null",
     "retries": "tries before this one whose reset failed",
     "turns": "assistant turns",
-    "turn_rewards": "the environment's reward for each turn",
+    "turn_rewards": "the environment's reward for each turn; the last one less the penalty for length",
     "states": "what the environment's state was before each turn: its own word for it, or what it last said",
     "feedback": "what the environment said about the rollout, or null",
     "policy_version": "optimizer steps taken before sampling",

@@ -3,6 +3,7 @@
 import importlib
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from math import isfinite
 from typing import Any
@@ -199,3 +200,35 @@ def _finite(value: Any, task: Task, name: str) -> float:
         shown = repr(value)[:80] if isinstance(value, float | str | None) else f"a {type(value).__name__}"
         raise RewardError(f"task {task.id}: the reward gave {name}{shown}, expected a finite number")
     return number
+
+
+@dataclass(frozen=True)
+class OverlongPenalty:
+    """What a rollout's reward loses for its length (DAPO's soft overlong punishment, arXiv 2503.14476).
+
+    factor x min(1, max(0, (sampled tokens - expected) / buffer)): nothing up to ``expected`` tokens, all of ``factor``
+    from expected + buffer on. The paper has 16384 and 4096, which together are its longest response.
+
+    Args:
+        expected: sampled tokens, over all turns, up to which nothing is lost.
+        buffer: tokens over which the penalty grows.
+        factor: the whole penalty, in units of the reward.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    expected: int
+    buffer: int
+    factor: float = 1.0
+
+    def __post_init__(self):
+        if not (self.expected >= 0 and self.buffer >= 1 and self.factor > 0):
+            raise UserError(
+                f"overlong.expected={self.expected} must be at least 0, overlong.buffer={self.buffer} at least 1 and "
+                f"overlong.factor={self.factor} above 0"
+            )
+
+    def __call__(self, tokens: int) -> float:
+        """The penalty of a rollout with so many sampled tokens: between 0 and ``factor``."""
+        return self.factor * min(1.0, max(0.0, (tokens - self.expected) / self.buffer))

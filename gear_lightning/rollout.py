@@ -280,6 +280,7 @@ class AgentLoop:
         opening = self._guard(episode, make)
         if rollout.error is None:
             episode.heard = text_bytes(opening, self.budgets.output_bytes)
+            episode.state = _said(opening)
             rollout.messages += opening
             rollout.opening_messages = len(rollout.messages)
             prompt = self._guard(episode, lambda: self.chat.prompt(rollout.messages, task.tools))
@@ -349,7 +350,7 @@ class AgentLoop:
         self._mark(rollout, turn.ids, step.info["decisions"])
         if rollout.error is not None:
             return True
-        episode.state = step.info.get("state", "\n".join(str(m.get("content")) for m in step.messages))
+        episode.state = step.info.get("state", _said(step.messages))
         rollout.messages += step.messages
         if step.done or step.truncated or not turn.stopped or not step.messages:
             rollout.status = "truncated" if step.truncated or not (turn.stopped or step.done) else "done"
@@ -392,6 +393,11 @@ class AgentLoop:
             self._guard(episode, episode.environment.close)
             if error is not None:  # the first failure is the one to tell
                 episode.rollout.status, episode.rollout.error = status, error
+
+
+def _said(messages: list[Message]) -> str:
+    """What messages say, as the name of the state that they lead to."""
+    return "\n".join(str(m.get("content")) for m in messages)
 
 
 def _find(pieces: list[str], text: str, occurrence: int) -> list[int]:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from gear_lightning.advantage import GRPO, MTGRPO, DrGRPO, GiGPO, TurnGRPO
 from gear_lightning.cli import GearCLI
 from gear_lightning.credit import (
     CREST,
@@ -27,6 +28,7 @@ from gear_lightning.credit import (
 )
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.errors import UserError
+from gear_lightning.loss import CISPO, GSPO, ClippedSurrogate
 from gear_lightning.module import GearModule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,6 +152,41 @@ def test_every_credit_rule_has_a_piece_and_those_of_other_papers_have_their_teac
         options = Built(arguments(QUICKSTART, CONFIGS / "credit" / f"{name}.yaml")).model.teacher_options
         teachers[name] = (options.weights, options.shows)
     assert teachers == {"sc_grpo": ("live", "peer"), "turnsight": ("frozen", "reference"), "gear": ("ema", "reference")}
+
+
+OBJECTIVES = {
+    "grpo": (ClippedSurrogate(clip_high=0.2, aggregation="sequence_mean"), GRPO(), "keep"),
+    "dr_grpo": (ClippedSurrogate(clip_high=0.2, aggregation="constant", constant_length=48), DrGRPO(), "keep"),
+    "dapo": (ClippedSurrogate(clip_low=0.2, clip_high=0.28, aggregation="token_mean"), GRPO(), "resample"),
+    "gspo": (GSPO(clip_low=3e-4, clip_high=4e-4), GRPO(), "keep"),
+    "cispo": (CISPO(clip_low=None, clip_high=4.0), GRPO(), "keep"),
+}
+
+
+@pytest.mark.parametrize("before", [None, *OBJECTIVES])
+@pytest.mark.parametrize("after", OBJECTIVES)
+def test_the_last_objective_stacked_counts_whole(before, after):
+    """Nothing of the one before it is left, a length or a way of resampling say."""
+    assert {p.stem for p in PIECES if p.parent.name == "objective"} == set(OBJECTIVES)
+    names = [n for n in (before, after) if n]
+    cli = Parsed(arguments(QUICKSTART, *(CONFIGS / "objective" / f"{n}.yaml" for n in names)))
+    made = cli.parser.instantiate_classes(cli.config)["fit"]
+    assert (made.model.objective, made.data.advantage, made.data.zero_spread) == OBJECTIVES[after]
+    assert made.data.resample_rounds == (10 if after == "dapo" else 4)
+
+
+def test_the_length_of_dr_grpo_is_the_budget_of_the_quickstart():
+    cli = Built(arguments(QUICKSTART, CONFIGS / "objective" / "dr_grpo.yaml"))
+    callbacks = [c for c in cli.trainer.callbacks if hasattr(c, "budgets")]
+    assert [c.budgets.tokens for c in callbacks] == [cli.model.objective.constant_length]
+
+
+@pytest.mark.parametrize(
+    ("piece", "advantage"), [("turn_grpo", TurnGRPO()), ("mt_grpo", MTGRPO()), ("gigpo", GiGPO()), ("gear", GRPO())]
+)
+def test_a_credit_piece_may_bring_an_advantage_of_turns(piece, advantage):
+    cli = Built(arguments(QUICKSTART, CONFIGS / "credit" / f"{piece}.yaml"))
+    assert cli.datamodule.advantage == advantage
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
