@@ -216,7 +216,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
     def teacher_prompt(self, rollout: Rollout, peer: Rollout | None) -> tuple[list[int], bool]:
         assert self._module is not None
         said = None if peer is None else peer.messages[peer.opening_messages :]
-        return self._module.privileged_prompt(rollout.task, rollout.messages[: rollout.opening_messages], said)
+        opening = rollout.messages[: rollout.opening_messages]
+        return self._module.privileged_prompt(rollout.task, opening, said, rollout.feedback)
 
     def check_task(self, task: Task) -> None:
         assert self._module is not None
@@ -228,16 +229,18 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 f"{type(self._module.credit).__name__} needs to know which decisions were right, and "
                 f"{type(environment).__name__} does not tell; use another model.credit"
             )
-        options = self._module.teacher_options
-        if self._module.credit.needs_teacher and options.shows != "peer" and privileged_text(task, options) is None:
+        options, credit = self._module.teacher_options, self._module.credit
+        of_the_task = options.shows in ("reference", "answer")  # what else there is, rollouts tell
+        if self._module.needs_teacher and of_the_task and privileged_text(task, options) is None:
+            user, other = (credit, "credit=Uniform") if credit.needs_teacher else (self._module.distillation, None)
             raise UserError(
-                f"task {task.id} has no {options.shows}, and {type(self._module.credit).__name__} needs one for its "
-                "teacher; add one, or use model.teacher.shows=peer or model.credit=Uniform"
+                f"task {task.id} has no {options.shows}, and {type(user).__name__} needs one for its teacher; add one, "
+                f"or use model.teacher.shows=peer or model.{other or 'distillation=null'}"
             )
         if task.tools:
             chat.check_tools()
         if options.overlong == "error":
-            self._module.privileged_prompt(task, task.messages, None)
+            self._module.privileged_prompt(task, task.messages)
         length = len(chat.prompt(task.messages, task.tools))
         if length >= self.budgets.context:
             raise UserError(

@@ -17,7 +17,8 @@ ADVICE = (
 
 
 class Health(L.Callback):
-    """Warns, then stops, when no group has any spread of rewards for many iterations in a row.
+    """Warns, then stops, when no group has any spread of rewards for many iterations in a row. Not where there is
+    a ``model.distillation``, which needs no rewards.
 
     Also stops on a loss that is not a number, and warns once where the teacher disagrees with the policy far more at
     the first response token than elsewhere: then the two prompts end differently.
@@ -69,7 +70,8 @@ class Health(L.Callback):
         counts = torch.tensor(stats.groups - stats.zero_spread, device=trainer.strategy.root_device)
         with_spread = int(trainer.strategy.reduce(counts, reduce_op="sum"))
         self._check_alignment()
-        self._barren = 0 if with_spread else self._barren + 1
+        distils = getattr(pl_module, "distillation", None) is not None  # that needs no rewards
+        self._barren = 0 if with_spread or distils else self._barren + 1
         if self._barren == self.warn_after:
             rank_zero_warn(f"No group has had any spread of rewards for {self._barren} iterations. {ADVICE}")
         if self._barren >= self.stop_after:

@@ -152,7 +152,7 @@ def load_of(recipe: Recipe, gpus: int) -> Load:
         length=budgets.context,
         sampled=min(budgets.tokens, budgets.context),
         # the privileged text is at most as long as the rest, and seldom that
-        teacher_length=2 * budgets.context if recipe.module.credit.needs_teacher else 0,
+        teacher_length=2 * budgets.context if recipe.module.needs_teacher else 0,
         micro_batches=math.ceil(mine / rows) * data.inner_epochs,
         rollouts=together,
         prefill=min(prefill, together * prompt),
@@ -179,7 +179,7 @@ def setup_of(recipe: Recipe, trainable: int, options: dict[str, Any], on_gpu: bo
         state_bytes=needs.state_bytes,
         float32_state_bytes=optimizer_needs(module, torch.float32, on_gpu).state_bytes,
         foreach=needs.foreach,
-        teacher_parameters=0 if shared or not module.credit.needs_teacher else trainable,
+        teacher_parameters=0 if shared or not module.needs_teacher else trainable,
         averaged=teacher.weights == "ema",
         parked=teacher.park,
         activation_checkpointing=module.activation_checkpointing,
@@ -356,7 +356,7 @@ def _show(
     place = _place(recipe)
     auto = recipe.generation.weights == "auto"
     some = "" if shape.trainable == shape.parameters else f", {shape.trainable / 1e6:,.1f}M of them trained"
-    teacher = recipe.module.teacher_options.weights if recipe.module.credit.needs_teacher else "none"
+    teacher = recipe.module.teacher_options.weights if recipe.module.needs_teacher else "none"
     plural = "" if gpus == 1 else "es" if place == "process" else "s"
     console.print(
         f"model      {type(model).__name__}, {shape.parameters / 1e6:,.1f}M parameters{some}, {shape.layers} layers, "

@@ -1,13 +1,11 @@
-"""The LightningModule: policy, teacher, credit and loss."""
+"""The LightningModule: policy, teacher, credit and losses."""
 
 import copy
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
@@ -16,19 +14,18 @@ from torchmetrics import MaxMetric, MeanMetric
 
 from .batch import Credit, RolloutBatch, TokenStats
 from .chat import Chat, ChatOptions
-from .credit import GEAR, CreditAssigner, Evidence
+from .credit import GEAR, CreditAssigner, Evidence, Uniform
+from .distillation import Distillation
 from .environments.base import Message, Task
 from .errors import UserError, require_extra
-from .lora import LoRA, add_teacher, without_teacher
+from .lora import LoRA, add_teacher
 from .loss import ClippedSurrogate, LossTerms, PolicyLoss
 from .metrics import Quantile
 from .models import Float32Buffers, PolicySource, checkpoint_activations, without_dropout
-from .optimizers import plain_states, states_from_plain
-from .resume import rewind, undo_iteration_start
-from .sharding import full, shape
+from .module_state import ModuleState
+from .sharding import full
 from .strategies import place
 from .teacher import Teacher, TeacherOptions, privileged_prompt
-from .together import gather
 from .token_stats import check_head, token_stats
 
 
@@ -37,38 +34,52 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
 
 
-class GearModule(Float32Buffers, L.LightningModule):
+class GearModule(Float32Buffers, ModuleState):
     """Trains a policy on rollouts, with credit assigned token by token.
 
     Args:
         policy: where the starting weights and the tokenizer come from.
         credit: how a rollout's advantage is spread over its tokens.
-        objective: the policy loss.
-        teacher: what scores rollouts for the credit rule, and what it sees.
+        objective: the policy loss. Null: none, to learn by ``distillation`` alone; then with ``credit`` Uniform.
+        teacher: what scores rollouts for the credit rule and the distillation, and what it sees.
         chat: how messages become text.
         optimizer: of the policy's parameters.
         lr_scheduler: stepped after every optimizer step. Null: constant learning rate.
         lora: train low-rank adapters on the starting weights (extra ``lora``). Null: train all weights.
         activation_checkpointing: keep only the input of each of the policy's layers and compute the layer again in the
             backward pass: far less memory for a slower update, with the same gradients.
+        distillation: a loss that pulls the policy towards the teacher, added to the objective. Null: none.
+
+    Raises:
+        UserError: options that contradict one another, or of which one would do nothing.
     """
 
     def __init__(
         self,
         policy: PolicySource,
         credit: CreditAssigner = GEAR(),
-        objective: PolicyLoss = ClippedSurrogate(),
+        objective: PolicyLoss | None = ClippedSurrogate(),
         teacher: TeacherOptions = TeacherOptions(),
         chat: ChatOptions = ChatOptions(),
         optimizer: OptimizerCallable = adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
         lora: LoRA | None = None,
         activation_checkpointing: bool = False,
+        distillation: Distillation | None = None,
     ):
         super().__init__()
         self.source = policy
         self.credit = credit
         self.objective = objective
+        self.distillation = distillation
+        if objective is None:
+            if distillation is None:
+                raise UserError("model.objective and model.distillation are both null: there is nothing to learn from")
+            if not isinstance(credit, Uniform):
+                raise UserError(
+                    f"model.credit={type(credit).__name__} does nothing without a model.objective; add "
+                    "--config configs/credit/grpo.yaml after the config that takes the objective away, or give one"
+                )
         self.teacher_options = teacher
         self.chat_options = chat
         self.optimizer = optimizer
@@ -94,6 +105,11 @@ class GearModule(Float32Buffers, L.LightningModule):
     # -- models ---------------------------------------------------------------------------------------------------
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether the credit rule or the distillation looks at a teacher."""
+        return self.credit.needs_teacher or self.distillation is not None
+
+    @property
     def chat_format(self) -> Chat:
         """Tokenizer and chat template of the policy."""
         if self._chat is None:
@@ -114,7 +130,7 @@ class GearModule(Float32Buffers, L.LightningModule):
             bare = partial(self._adapted, self._blank_policy, teacher=fitting)
             self.policy, *self._blank = place(strategy, whole, bare)
             self.policy.train()
-        if self.teacher is None and self.credit.needs_teacher and fitting:
+        if self.teacher is None and self.needs_teacher and fitting:
             low = self.trainer.precision in ("bf16-true", "16-true")
             duplicate = self._spread_copy if spread else copy.deepcopy
             self.teacher = Teacher(self.policy, self.teacher_options, low_precision=low, duplicate=duplicate)
@@ -139,7 +155,7 @@ class GearModule(Float32Buffers, L.LightningModule):
         if self.lora is not None:
             self.base = self.source.published() if self.initial_weights is None else None
             self.lora.adapt(policy)
-            if teacher and self.credit.needs_teacher and self.teacher_options.weights == "ema":
+            if teacher and self.needs_teacher and self.teacher_options.weights == "ema":
                 add_teacher(policy)
         return policy
 
@@ -148,12 +164,12 @@ class GearModule(Float32Buffers, L.LightningModule):
         return strategy.shard(copy.deepcopy(self.blank), like=policy)
 
     def privileged_prompt(
-        self, task: Task, opening: list[Message], peer: list[Message] | None
+        self, task: Task, opening: list[Message], peer: list[Message] | None = None, feedback: str | None = None
     ) -> tuple[list[int], bool]:
         """Ids of what the teacher sees before the response, and whether its text was dropped for length."""
-        if not self.credit.needs_teacher:
+        if not self.needs_teacher:
             return self.chat_format.prompt(opening, task.tools), False
-        return privileged_prompt(task, opening, self.chat_format, self.teacher_options, peer)
+        return privileged_prompt(task, opening, self.chat_format, self.teacher_options, peer, feedback)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
@@ -170,28 +186,52 @@ class GearModule(Float32Buffers, L.LightningModule):
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
         self._check_version(batch)
-        policy = token_stats(
+        policy = self._policy_stats(batch)
+        old_logprobs, teacher, credit = self._freeze(batch, policy)
+        terms = distilled = None
+        if self.objective is not None:
+            terms = self.objective(
+                policy.logprobs,
+                old_logprobs,
+                credit.token_advantages,
+                batch.action_mask,
+                sampler_logprobs=batch.sampler_logprobs,
+                step_tokens=batch.step_tokens,
+                step_rollouts=batch.step_rollouts,
+            )
+        if self.distillation is not None:
+            assert teacher is not None
+            distilled = self.distillation(
+                policy,
+                teacher,
+                old_logprobs,
+                batch.action_mask,
+                privileged=batch.privileged,
+                advantages=batch.base_advantages,
+                step_tokens=batch.step_tokens,
+            )
+        parts = [part for part in (terms and terms.loss, distilled) if part is not None]
+        share = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        self._log_step(batch, policy, teacher, credit)
+        self._log_loss(share, terms, distilled, int(batch.action_mask.sum()))
+        # Lightning divides by the micro-batches of a step, and the strategy averages over ranks: undo both
+        loss = share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return {"loss": loss, "credit": credit, "policy": policy, "teacher": teacher}
+
+    def _policy_stats(self, batch: RolloutBatch) -> TokenStats:
+        """What the policy says now. Later inner epochs look at the tokens that the frozen teacher was asked about."""
+        distilled = 0 if self.distillation is None else self.distillation.top_k
+        teacher = self._frozen[tuple(batch.index.tolist())][1] if batch.inner_epoch and distilled else None
+        return token_stats(
             self.policy,
             batch.tokens,
             batch.valid,
             batch.action_mask,
             temperature=batch.temperature,
-            top_k=self.credit.top_k,
+            top_k=max(self.credit.top_k, distilled),
+            top_ids=None if teacher is None else teacher.top_ids,
+            top_grad=distilled > 0,
         )
-        old_logprobs, teacher, credit = self._freeze(batch, policy)
-        terms = self.objective(
-            policy.logprobs,
-            old_logprobs,
-            credit.token_advantages,
-            batch.action_mask,
-            sampler_logprobs=batch.sampler_logprobs,
-            step_tokens=batch.step_tokens,
-            step_rollouts=batch.step_rollouts,
-        )
-        self._log_step(batch, policy, teacher, credit, terms)
-        # Lightning divides by the micro-batches of a step, and the strategy averages over ranks: undo both
-        loss = terms.loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
-        return {"loss": loss, "credit": credit, "policy": policy, "teacher": teacher}
 
     def _check_version(self, batch: RolloutBatch) -> None:
         """Rollouts of an older policy would be trained on as if they were the newest one's."""
@@ -288,9 +328,24 @@ class GearModule(Float32Buffers, L.LightningModule):
 
     # -- logging --------------------------------------------------------------------------------------------------
 
-    def _log_step(
-        self, batch: RolloutBatch, policy: TokenStats, teacher: TokenStats | None, credit: Credit, terms: LossTerms
-    ) -> None:
+    def _log_loss(self, loss: Tensor, terms: LossTerms | None, distilled: Tensor | None, tokens: int) -> None:
+        steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches  # of an iteration
+
+        def share(name: str, value: Tensor) -> None:
+            value = value.detach() / steps
+            self.log(name, value, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1)
+
+        share("train/loss", loss)
+        if distilled is not None:
+            share("train/distillation", distilled)
+        if terms is not None:
+            self._log("train/clip_fraction", terms.clipped.float() / max(tokens, 1), tokens)
+            if terms.sampler_ratio is not None and terms.sampler_truncated is not None:
+                self._log("train/sampler_ratio", terms.sampler_ratio.float() / max(tokens, 1), tokens)
+                truncated = terms.sampler_truncated.float() / max(tokens, 1)
+                self._log("train/sampler_truncated_fraction", truncated, tokens)
+
+    def _log_step(self, batch: RolloutBatch, policy: TokenStats, teacher: TokenStats | None, credit: Credit) -> None:
         mask = batch.action_mask
         tokens = int(mask.sum())
         rollouts = int((batch.index >= 0).sum())
@@ -299,13 +354,6 @@ class GearModule(Float32Buffers, L.LightningModule):
             self._log(name, total.float() / max(tokens, 1), tokens)
 
         per_token("train/entropy", policy.entropy.sum())
-        per_token("train/clip_fraction", terms.clipped)
-        steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches  # of an iteration
-        share = terms.loss.detach() / steps
-        self.log("train/loss", share, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1)
-        if terms.sampler_ratio is not None and terms.sampler_truncated is not None:
-            per_token("train/sampler_ratio", terms.sampler_ratio)
-            per_token("train/sampler_truncated_fraction", terms.sampler_truncated)
         if batch.inner_epoch:
             return
         gap = (policy.logprobs.detach() - batch.sampler_logprobs).abs()[mask]
@@ -313,6 +361,8 @@ class GearModule(Float32Buffers, L.LightningModule):
         self.log("train/sampler_gap_p95", self.sampler_gap_p95, on_step=False, on_epoch=True)
         self.sampler_gap_max.update(gap.amax() if tokens else gap.new_zeros(()))
         self.log("train/sampler_gap_max", self.sampler_gap_max, on_step=False, on_epoch=True)
+        if teacher is not None:
+            per_token("teacher/student_gap", torch.where(mask, teacher.logprobs - policy.logprobs.detach(), 0).sum())
         if not self.credit.needs_teacher:
             return
         anchors = (credit.anchor >= 0) & (credit.anchor == torch.arange(mask.shape[1], device=mask.device))
@@ -320,8 +370,6 @@ class GearModule(Float32Buffers, L.LightningModule):
         per_token("credit/weight_clip_fraction", mask.sum() * 0 if credit.clipped is None else credit.clipped.sum())
         per_token("credit/weight_deviation", (credit.weights - 1).abs().sum())
         self._log("credit/segments_per_rollout", anchors.sum().float() / max(rollouts, 1), rollouts)
-        if teacher is not None:
-            per_token("teacher/student_gap", torch.where(mask, teacher.logprobs - policy.logprobs.detach(), 0).sum())
         self.divergence_p95.update(credit.divergence[mask])
         self.log("credit/divergence_p95", self.divergence_p95, on_step=False, on_epoch=True)
 
@@ -329,98 +377,3 @@ class GearModule(Float32Buffers, L.LightningModule):
         # Lightning averages the weights over the ranks as integers, rounded down: make the average one
         weight *= self.trainer.world_size
         self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["policy_files"] = self.policy_files()
-        checkpoint["identity"] = self._identity()
-        checkpoint["lora"] = None if self.lora is None else {"options": self.lora.plain(), "base": self.base}
-        if self.teacher is not None and (shadow := self.teacher.shadow_state(self.policy)):
-            checkpoint["teacher_shadow"] = shadow
-        if "optimizer_states" in checkpoint:  # not in one of weights alone
-            checkpoint["optimizer_states"] = plain_states(checkpoint["optimizer_states"])
-        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        if data is None:
-            return
-        if data.unfinished:
-            rewind(checkpoint, data.unfinished)
-        if data.in_rollouts or (data.unfinished and data.unfinished == data.position):
-            undo_iteration_start(checkpoint)
-        if data.inner_epochs > 1 and data.position:
-            checkpoint["frozen"] = gather([_plain(key, *values) for key, values in self._frozen.items()])
-
-    def policy_files(self) -> dict[str, Tensor]:
-        """The policy's configuration, tokenizer and chat template as files: all that export needs beside the weights.
-
-        Returns:
-            File name -> bytes, as uint8.
-        """
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.policy.config.save_pretrained(folder)
-            if getattr(self.policy, "generation_config", None) is not None:
-                self.policy.generation_config.save_pretrained(folder)
-            self.chat_format.tokenizer.save_pretrained(folder)
-            files = sorted(p for p in Path(folder).iterdir() if p.is_file())
-            return {p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8) for p in files}
-
-    def _identity(self) -> dict[str, str]:
-        """What a checkpoint's tensors fit to."""
-        states = without_teacher(dict(self.policy.named_parameters()))
-        sizes = "/".join(str(tuple(shape(p))) for p in states.values())
-        return {
-            "model.lora": "null" if self.lora is None else f"({self.lora})",
-            "model.policy": f"{sum(shape(p).numel() for p in states.values()):,} weights in {len(states)} tensors "
-            f"(shapes {hashlib.sha256(sizes.encode()).hexdigest()[:8]})",
-            "trainer.precision": str(self.trainer.precision),
-            "model.teacher.weights": self.teacher_options.weights if self.credit.needs_teacher else "none",
-            "model.optimizer": type(self.optimizer([torch.nn.Parameter(torch.zeros(1))])).__name__,
-        }
-
-    def _check_identity(self, made_with: dict[str, str], fitting: bool) -> None:
-        for name, now in self._identity().items():
-            if not fitting and name != "model.lora":
-                continue
-            before = made_with.get(name, "null" if name == "model.lora" else now)
-            if now != before:
-                raise UserError(f"the checkpoint was made with {name}={before}, and this run has {now}")
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
-        self._check_identity(checkpoint.get("identity", {}), fitting)
-        if self.lora is not None:
-            self.base = checkpoint["lora"]["base"]
-        if fitting and "optimizer_states" in checkpoint:
-            checkpoint["optimizer_states"] = states_from_plain(checkpoint["optimizer_states"])
-        states = checkpoint["state_dict"]
-        if self.teacher is None:  # evaluation, or a credit rule without one
-            kept = {k: v for k, v in states.items() if not k.startswith("teacher.")}
-            checkpoint["state_dict"] = without_teacher(kept)
-        elif self.teacher.model is not None and not any(key.startswith("teacher.model.") for key in states):
-            raise UserError(
-                "this checkpoint holds no teacher; resume with the credit rule and teacher it was made with"
-            )
-        if self.teacher is not None:
-            self.teacher.load_shadow(self.policy, checkpoint.get("teacher_shadow", []))
-        ranks = checkpoint.get("frozen", [])
-        if len(ranks) == self.trainer.world_size:
-            self._frozen = {
-                tuple(item["key"]): (
-                    item["old_logprobs"],
-                    None if item["teacher"] is None else TokenStats(**item["teacher"]),
-                    Credit(**item["credit"]),
-                )
-                for item in ranks[self.trainer.global_rank]
-            }
-
-
-def _plain(key: tuple[int, ...], old_logprobs: Tensor, teacher: TokenStats | None, credit: Credit) -> dict[str, Any]:
-    """Frozen evidence of one micro-batch as plain data."""
-    return {
-        "key": list(key),
-        "old_logprobs": old_logprobs,
-        "teacher": None if teacher is None else dict(vars(teacher)),
-        "credit": dict(vars(credit)),
-    }

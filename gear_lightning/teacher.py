@@ -1,4 +1,5 @@
-"""The teacher: the policy's own weights (live, frozen or averaged), shown a prompt that also holds the reference."""
+"""The teacher: the policy's own weights (live, frozen or averaged), shown a prompt that also holds a reference, another
+rollout or feedback."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -30,23 +31,30 @@ class TeacherOptions:
         rate: of the average: teacher = (1 - rate) teacher + rate policy. Only for ``ema``.
         every: optimizer steps from one update of the average to the next; with ``rate`` 1, a copy every so many steps
             (RLSD's released script: 20). Only for ``ema``.
-        shows: the privileged text: the task's ``reference`` (a worked solution where there is one), its bare
-            ``answer``, or the transcript of a successful ``peer`` of the rollout's group (SDPO, SC-GRPO; never the
-            rollout itself). Without a peer, the reference, or nothing where there is none (weights are then 1).
+        shows: the privileged text: the task's ``reference`` (a worked solution, or tool calls, where there are some),
+            its bare ``answer``, or the transcript of a successful ``peer`` of the rollout's group (SC-GRPO; never the
+            rollout itself) and the reference without one; the environment's ``feedback`` on the rollout;
+            ``peer_or_feedback`` (SDPO): a peer, without one the feedback. Where there is none of them, nothing: credit
+            weights are then 1, and distillation leaves the rollout out.
         park: keep the teacher's weights in CPU memory between uses; each use copies them to the GPU. Not for ``live``.
-        template: privileged text, appended to the task's last user message; ``{reference}`` stands for the reference.
+        template: privileged text, appended to the task's last user message; ``{reference}`` stands for the reference,
+            the answer or the peer's transcript.
+        feedback_template: the same for feedback; ``{feedback}`` stands for it. Only where ``shows`` may show some.
         max_prompt: longest privileged prompt, tokens. The question is never cut.
-        overlong: what happens to a longer one: ``drop`` the reference for that rollout (its weights become 1, and
-            ``teacher/overlong`` counts it), or stop with an ``error``.
+        overlong: what happens to a longer one: ``drop`` the privileged text for that rollout (its weights become 1,
+            distillation leaves it out, and ``teacher/overlong`` counts it), or stop with an ``error``.
     """
 
     weights: Literal["ema", "live", "frozen"] = "ema"
     rate: float = 0.05
     every: int = 1
-    shows: Literal["reference", "answer", "peer"] = "reference"
+    shows: Literal["reference", "answer", "peer", "feedback", "peer_or_feedback"] = "reference"
     park: bool = False
     template: str = (
         "\n\nHere is a correct reference solution:\n{reference}\n\nNow solve the problem yourself, in your own words."
+    )
+    feedback_template: str = (
+        "\n\nAn earlier attempt of yours got this feedback:\n{feedback}\n\nNow solve the problem again, correctly."
     )
     max_prompt: int = 4096
     overlong: Literal["drop", "error"] = "drop"
@@ -62,25 +70,50 @@ class TeacherOptions:
             raise UserError("teacher.park does nothing with teacher.weights=live: the teacher is the policy itself")
         if "{reference}" not in self.template:
             raise UserError("teacher.template must contain {reference}")
+        if "{feedback}" not in self.feedback_template:
+            raise UserError("teacher.feedback_template must contain {feedback}")
+        if "feedback" not in self.shows and self.feedback_template != TeacherOptions.feedback_template:
+            raise UserError(
+                f"teacher.feedback_template does nothing with teacher.shows={self.shows}; use shows=feedback or "
+                "shows=peer_or_feedback"
+            )
 
 
-def privileged_text(task: Task, options: TeacherOptions, peer: list[Message] | None = None) -> str | None:
-    """What the teacher sees beyond the policy, None for nothing. The only reader of ``Task.reference``.
+def privileged_text(
+    task: Task, options: TeacherOptions, peer: list[Message] | None = None, feedback: str | None = None
+) -> str | None:
+    """What the teacher reads beyond the policy's prompt, in its template; None for nothing. The only reader of
+    ``Task.reference``.
 
     Args:
         task: the task.
         options: ``shows`` says what is shown.
         peer: what a successful rollout of the same group said and saw after the prompt.
+        feedback: what the environment said about the rollout.
     """
-    if options.shows == "answer":
+    shows, shown = options.shows, None
+    if shows == "answer":
         answer = task.meta.get("answer")
-        return None if answer is None else str(answer)
-    shown = peer if options.shows == "peer" and peer is not None else task.reference
-    return shown if isinstance(shown, str) or shown is None else "\n".join(map(_line, shown))
+        shown = None if answer is None else str(answer)
+    elif shows in ("peer", "peer_or_feedback"):
+        shown = peer
+    if shows == "reference" or (shows == "peer" and shown is None):
+        shown = task.reference
+    if shown is not None:
+        text = shown if isinstance(shown, str) else "\n".join(map(_line, shown))
+        return options.template.replace("{reference}", text)
+    if "feedback" in shows and feedback is not None and feedback.strip():
+        return options.feedback_template.replace("{feedback}", feedback)
+    return None
 
 
 def privileged_prompt(
-    task: Task, opening: list[Message], chat: Chat, options: TeacherOptions, peer: list[Message] | None = None
+    task: Task,
+    opening: list[Message],
+    chat: Chat,
+    options: TeacherOptions,
+    peer: list[Message] | None = None,
+    feedback: str | None = None,
 ) -> tuple[list[int], bool]:
     """Ids of the prompt with the privileged text in it.
 
@@ -90,19 +123,20 @@ def privileged_prompt(
         chat: messages to ids.
         options: what is shown, template and length policy.
         peer: see `privileged_text`.
+        feedback: see `privileged_text`.
 
     Returns:
-        The ids, and whether the reference was dropped for length.
+        The ids, and whether the privileged text was dropped for length.
 
     Raises:
         UserError: too long, under ``overlong=error``.
     """
     plain = chat.prompt(opening, task.tools)
-    text = privileged_text(task, options, peer)
+    text = privileged_text(task, options, peer, feedback)
     if text is None:
         return plain, False
     last = max((i for i, m in enumerate(opening) if m["role"] == "user"), default=len(opening) - 1)
-    hinted = dict(opening[last], content=opening[last]["content"] + options.template.replace("{reference}", text))
+    hinted = dict(opening[last], content=opening[last]["content"] + text)
     ids = chat.prompt([*opening[:last], hinted, *opening[last + 1 :]], task.tools)
     if len(ids) <= options.max_prompt:
         return ids, False

@@ -20,19 +20,27 @@ LOGITS = 1 << 24  # tokens x vocabulary in one piece: 67 MB in float32
 
 
 def _chunk_stats(
-    hidden: Tensor, head: nn.Module, targets: Tensor, temperature: float, top_k: int, top_ids: Tensor | None
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    temperature: float,
+    top_k: int,
+    top_ids: Tensor | None,
+    top_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = head(hidden).float()
     if temperature != 1.0:
         logits = logits / temperature
     logprobs = logits.log_softmax(-1)
-    picked = logprobs.gather(-1, targets[:, None]).squeeze(-1)
     with torch.no_grad():
         flat = logprobs.detach()
         entropy = -(flat.exp() * flat).sum(-1)
         ids = flat.topk(min(top_k, flat.shape[-1])).indices if top_ids is None else top_ids
-        top_logprobs = flat.gather(-1, ids)
-    return picked, entropy, top_logprobs, ids
+    if top_grad:  # looked up at once: backward then fills one piece with gradients, not two
+        picked, top_logprobs = logprobs.gather(-1, torch.cat([targets[:, None], ids], -1)).split([1, ids.shape[-1]], -1)
+    else:
+        picked, top_logprobs = logprobs.gather(-1, targets[:, None]), flat.gather(-1, ids)
+    return picked.squeeze(-1), entropy, top_logprobs, ids
 
 
 def token_stats(
@@ -44,6 +52,7 @@ def token_stats(
     temperature: float = 1.0,
     top_k: int = 0,
     top_ids: Int[Tensor, "batch seq top"] | None = None,
+    top_grad: bool = False,
 ) -> TokenStats:
     """What ``model`` says about the wanted tokens.
 
@@ -55,12 +64,15 @@ def token_stats(
         temperature: the distribution is softmax(logits / temperature), as sampled.
         top_k: also return the most likely tokens; 0 for none.
         top_ids: return the log-probs of these tokens instead.
+        top_grad: the top-k log-probs have a gradient too. Kept for it are so many float32 numbers per token, and what a
+            loss makes of them; the vocabulary is still gone through in pieces, in backward too.
 
     Returns:
-        Log-probs (with gradient where grad is enabled), entropy and top-k (without), in nats and float32.
+        Log-probs (with gradient where grad is enabled), entropy (without) and top-k (with ``top_grad``), in nats and
+        float32.
     """
     some = top_k or top_ids is not None
-    logprobs, entropy, ids, top = _scores(model, tokens, valid, wanted, temperature, top_k, top_ids)
+    logprobs, entropy, ids, top = _scores(model, tokens, valid, wanted, temperature, top_k, top_ids, top_grad)
     return TokenStats(logprobs, entropy, ids if some else None, top if some else None)
 
 
@@ -73,6 +85,7 @@ def _scores(
     temperature: float,
     top_k: int,
     top_ids: Tensor | None,
+    top_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`token_stats` inside the model's forward: log-probs, entropy, top ids and their log-probs."""
     # padding is on the right: causal attention keeps it out of every real token, so no mask is needed and the fast
@@ -91,7 +104,7 @@ def _scores(
     listed = [None] * chunks if top_ids is None else top_ids[row, column + 1].split(counts)
     parts = []
     for piece, want, ids in zip(pieces, wants, listed, strict=True):
-        args = (piece, head, want, temperature, top_k, ids)
+        args = (piece, head, want, temperature, top_k, ids, top_grad)
         if chunks > 1 and torch.is_grad_enabled():  # recompute logits in backward instead of keeping them all
             parts.append(checkpoint(_chunk_stats, *args, use_reentrant=False))
         else:

@@ -27,6 +27,7 @@ from gear_lightning.credit import (
     Uniform,
 )
 from gear_lightning.data import RolloutDataModule
+from gear_lightning.distillation import OPSD, SDAR, SDPG, SDPO
 from gear_lightning.errors import UserError
 from gear_lightning.loss import CISPO, GSPO, ClippedSurrogate
 from gear_lightning.module import GearModule
@@ -187,6 +188,45 @@ def test_the_length_of_dr_grpo_is_the_budget_of_the_quickstart():
 def test_a_credit_piece_may_bring_an_advantage_of_turns(piece, advantage):
     cli = Built(arguments(QUICKSTART, CONFIGS / "credit" / f"{piece}.yaml"))
     assert cli.datamodule.advantage == advantage
+
+
+DISTILLATIONS = {
+    # name: what is distilled, whether there is a policy loss too, the teacher's weights and what it is shown
+    "opsd": (OPSD(), False, "frozen", "reference"),
+    "grpo_opsd": (OPSD(coef=0.01), True, "frozen", "reference"),
+    "sdpo": (SDPO(), False, "ema", "peer_or_feedback"),
+    "sdpg": (SDPG(), True, "live", "answer"),
+    "sdar": (SDAR(), True, "live", "reference"),
+}
+
+
+@pytest.mark.parametrize("piece", DISTILLATIONS)
+@pytest.mark.parametrize("before", [(), ("opsd",), ("gear",), ("sdpo",)], ids=str)
+def test_a_stacked_distillation_is_the_method_that_it_names(piece, before):
+    """Also on top of another one."""
+    files = [CONFIGS / "credit" / f"{name}.yaml" for name in (*before, piece)]
+    model = Built(arguments(QUICKSTART, *files)).model
+    kind, objective, weights, shows = DISTILLATIONS[piece]
+    assert model.distillation == kind
+    assert (model.objective is not None) == objective
+    assert model.credit == Uniform()
+    assert (model.teacher_options.weights, model.teacher_options.shows) == (weights, shows)
+    assert model.needs_teacher
+
+
+def test_all_pieces_that_distil_are_looked_at():
+    credits = [p for p in PIECES if p.parent.name == "credit"]
+    assert {p.stem for p in credits if "distillation" in yaml.safe_load(p.read_text())["model"]} == set(DISTILLATIONS)
+
+
+def test_a_credit_rule_on_top_of_distillation_alone_is_refused_and_on_top_of_both_is_not():
+    credit = CONFIGS / "credit"
+    with pytest.raises(UserError, match=r"model\.credit=GEAR does nothing without a model\.objective"):
+        Built(arguments(QUICKSTART, credit / "opsd.yaml", credit / "gear.yaml"))
+    both = Built(arguments(QUICKSTART, credit / "grpo_opsd.yaml", credit / "gear.yaml")).model
+    assert (both.credit, both.distillation) == (GEAR(), OPSD(coef=0.01))
+    alone = [*arguments(QUICKSTART, credit / "grpo_opsd.yaml"), "--model.distillation=null"]
+    assert Built(alone).model.distillation is None
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])

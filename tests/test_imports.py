@@ -10,7 +10,8 @@ import gear_lightning
 ROOT = Path(gear_lightning.__file__).parent
 PLUGINS = ROOT / "callbacks"
 ROLLOUT = {"chat", "chat_safety", "engines", "rollout", "packing", "data", "environments"}
-LEARNING = {"gear", "credit", "loss", "token_stats", "models", "lora", "optimizers", "teacher", "module"}
+LEARNING = {"gear", "credit", "loss", "distillation", "token_stats", "models", "lora", "optimizers", "teacher"}
+LEARNING |= {"module", "module_state"}
 MEETING = {"batch", "errors"}
 # what crosses today, and why
 EXCEPTIONS = {

@@ -13,16 +13,19 @@ from templates import CHATML, HERMES, byte_tokenizer
 from tiny import data, generation, source
 
 from gear_lightning.chat import Chat
+from gear_lightning.credit import Uniform
+from gear_lightning.distillation import OPSD
 from gear_lightning.engines import Sampling
-from gear_lightning.environments.base import Task
+from gear_lightning.environments.base import Step, Task
 from gear_lightning.environments.lookup_chain import WORDS
 from gear_lightning.errors import UserError
 from gear_lightning.module import GearModule
-from gear_lightning.rollout import Budgets
-from gear_lightning.teacher import TeacherOptions, privileged_prompt
+from gear_lightning.rollout import Budgets, Rollout, RolloutGroup
+from gear_lightning.teacher import TeacherOptions, privileged_prompt, privileged_text
 
 TEMPLATE = " <ref> {reference}"
 WITH_SECRET = [*WORDS, "secret"]
+WITH_FEEDBACK = [*WORDS, "wrong", "assistant:", "user:"]
 CHATS = {
     "chatml": Chat(byte_tokenizer(CHATML)),
     "hermes": Chat(byte_tokenizer(HERMES)),
@@ -155,3 +158,99 @@ def test_too_long_prompts_stop_the_run_where_that_is_asked_for(tmp_path):
     options = TeacherOptions(template=TEMPLATE, max_prompt=5, overlong="error")
     with pytest.raises(UserError, match=r"task talk-0: its privileged prompt has .* tokens, max_prompt=5"):
         talk(tmp_path, GearModule(Sharp(), teacher=options), TalkTasks())
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
+
+SAID = [
+    {"role": "assistant", "content": "I look", "tool_calls": [{"function": {"name": "look", "arguments": '{"a": 1}'}}]},
+    {"role": "tool", "content": "e4"},
+    {"role": "assistant", "content": "e4"},
+]
+PEER = 'assistant: I look look({"a": 1})\ntool: e4\nassistant: e4'
+
+
+@pytest.mark.parametrize(
+    ("shows", "given", "expected"),
+    [
+        ("reference", {"peer": SAID, "feedback": "no"}, "<e1 e2>"),
+        ("answer", {"peer": SAID, "feedback": "no"}, "<42>"),
+        ("peer", {"peer": SAID, "feedback": "no"}, f"<{PEER}>"),
+        ("peer", {"feedback": "no"}, "<e1 e2>"),
+        ("feedback", {"peer": SAID, "feedback": "no: e3"}, "[no: e3]"),
+        ("feedback", {"peer": SAID}, None),
+        ("feedback", {"feedback": " \n"}, None),
+        ("peer_or_feedback", {"peer": SAID, "feedback": "no"}, f"<{PEER}>"),
+        ("peer_or_feedback", {"feedback": "no {reference}"}, "[no {reference}]"),
+        ("peer_or_feedback", {}, None),
+    ],
+)
+def test_what_each_teacher_is_told(shows, given, expected):
+    known = {"feedback_template": "[{feedback}]"} if "feedback" in shows else {}
+    options = TeacherOptions(shows=shows, template="<{reference}>", **known)
+    task = Task("t", [{"role": "user", "content": "q"}], reference="e1 e2", meta={"answer": 42})
+    assert privileged_text(task, options, **given) == expected
+    plain = CHATS["chatml"].prompt(task.messages)
+    ids, dropped = privileged_prompt(task, task.messages, CHATS["chatml"], options, **given)
+    assert not dropped
+    assert (ids == plain) == (expected is None)
+    assert expected is None or f"q{expected}" in CHATS["chatml"].tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shows": "feedback", "feedback_template": "no place"}, r"teacher\.feedback_template must contain {feedback}"),
+        ({"feedback_template": "so: {feedback}"}, r"feedback_template does nothing with teacher\.shows=reference"),
+    ],
+)
+def test_bad_feedback_templates_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        TeacherOptions(**options)
+
+
+class Critic(Talk):
+    """Talks, and comments some of the rollouts at their end; now and then one of them is right."""
+
+    def step(self, message: dict) -> Step:
+        step = super().step(message)
+        if step.done:
+            step.info["success"] = self.rng.random() < 0.1
+            if self.rng.random() < 0.5:
+                step.info["feedback"] = f"wrong {len(message['content'].split())}"
+        return step
+
+
+@pytest.mark.parametrize("shows", ["feedback", "peer_or_feedback"])
+def test_a_run_shows_the_teacher_feedback_on_the_very_rollout_and_needs_no_reference(tmp_path, shows):
+    class Bare(TalkTasks):
+        def __getitem__(self, index):
+            task = super().__getitem__(index)
+            return Task(task.id, task.messages, meta=task.meta)
+
+    teacher = TeacherOptions(
+        "frozen", shows=shows, template=" <ref> {reference}", feedback_template=" <ref> {feedback}"
+    )
+    words = f"{__name__}.WITH_FEEDBACK"
+    model = GearModule(Sharp(words), Uniform(), objective=None, distillation=OPSD(), teacher=teacher)
+    watch = talk(tmp_path, model, Bare(), Critic, tasks_per_iteration=6)
+    chat, groups = model.chat_format, model.trainer.datamodule.groups
+    rows: dict[tuple[int, str], bool] = {}
+    for batch in (s.batch for s in watch.seen):
+        for i, place in enumerate(batch.index.tolist()):
+            group: RolloutGroup = groups[place // 4]
+            rollout: Rollout = group.rollouts[place % 4]
+            peer = group.peer(place % 4) if shows == "peer_or_feedback" else None
+            text = None if rollout.feedback is None else f" <ref> {rollout.feedback}"
+            if peer is not None:
+                text = " <ref> " + privileged_text(
+                    rollout.task, TeacherOptions(shows="peer", template="{reference}"), peer.messages[1:]
+                )
+            opening = rollout.messages[:1]
+            told = [{**opening[0], "content": opening[0]["content"] + (text or "")}]
+            expected = chat.prompt(told) + rollout.tokens[rollout.prompt_length :]
+            assert batch.teacher_tokens[i][batch.teacher_valid[i]].tolist() == expected
+            assert batch.privileged[i] == (text is not None)
+            rows[place, "peer" if peer else "feedback" if text else "nothing"] = True
+    kinds = {kind for _, kind in rows}
+    assert kinds == {"feedback", "nothing"} | ({"peer"} if shows == "peer_or_feedback" else set())

@@ -1,0 +1,134 @@
+"""What a checkpoint of the module holds beside its weights, and how a run takes it up."""
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from .batch import Credit, TokenStats
+from .errors import UserError
+from .lora import LoRA, without_teacher
+from .optimizers import plain_states, states_from_plain
+from .resume import rewind, undo_iteration_start
+from .sharding import shape
+from .teacher import Teacher, TeacherOptions
+from .together import gather
+
+
+class ModuleState(L.LightningModule):
+    """The part of `gear_lightning.module.GearModule` that saves and loads."""
+
+    policy: Any
+    teacher: Teacher | None
+    teacher_options: TeacherOptions
+    optimizer: Any
+    lora: LoRA | None
+    base: str | None
+    _frozen: dict[tuple[int, ...], tuple[Tensor, TokenStats | None, Credit]]
+
+    @property
+    def chat_format(self) -> Any:
+        """Tokenizer and chat template of the policy."""
+        raise NotImplementedError
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the credit rule or the distillation looks at a teacher."""
+        raise NotImplementedError
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["policy_files"] = self.policy_files()
+        checkpoint["identity"] = self._identity()
+        checkpoint["lora"] = None if self.lora is None else {"options": self.lora.plain(), "base": self.base}
+        if self.teacher is not None and (shadow := self.teacher.shadow_state(self.policy)):
+            checkpoint["teacher_shadow"] = shadow
+        if "optimizer_states" in checkpoint:  # not in one of weights alone
+            checkpoint["optimizer_states"] = plain_states(checkpoint["optimizer_states"])
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if data is None:
+            return
+        if data.unfinished:
+            rewind(checkpoint, data.unfinished)
+        if data.in_rollouts or (data.unfinished and data.unfinished == data.position):
+            undo_iteration_start(checkpoint)
+        if data.inner_epochs > 1 and data.position:
+            checkpoint["frozen"] = gather([_plain(key, *values) for key, values in self._frozen.items()])
+
+    def policy_files(self) -> dict[str, Tensor]:
+        """The policy's configuration, tokenizer and chat template as files: all that export needs beside the weights.
+
+        Returns:
+            File name -> bytes, as uint8.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.policy.config.save_pretrained(folder)
+            if getattr(self.policy, "generation_config", None) is not None:
+                self.policy.generation_config.save_pretrained(folder)
+            self.chat_format.tokenizer.save_pretrained(folder)
+            files = sorted(p for p in Path(folder).iterdir() if p.is_file())
+            return {p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8) for p in files}
+
+    def _identity(self) -> dict[str, str]:
+        """What a checkpoint's tensors fit to."""
+        states = without_teacher(dict(self.policy.named_parameters()))
+        sizes = "/".join(str(tuple(shape(p))) for p in states.values())
+        return {
+            "model.lora": "null" if self.lora is None else f"({self.lora})",
+            "model.policy": f"{sum(shape(p).numel() for p in states.values()):,} weights in {len(states)} tensors "
+            f"(shapes {hashlib.sha256(sizes.encode()).hexdigest()[:8]})",
+            "trainer.precision": str(self.trainer.precision),
+            "model.teacher.weights": self.teacher_options.weights if self.needs_teacher else "none",
+            "model.optimizer": type(self.optimizer([torch.nn.Parameter(torch.zeros(1))])).__name__,
+        }
+
+    def _check_identity(self, made_with: dict[str, str], fitting: bool) -> None:
+        for name, now in self._identity().items():
+            if not fitting and name != "model.lora":
+                continue
+            before = made_with.get(name, "null" if name == "model.lora" else now)
+            if now != before:
+                raise UserError(f"the checkpoint was made with {name}={before}, and this run has {now}")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        self._check_identity(checkpoint.get("identity", {}), fitting)
+        if self.lora is not None:
+            self.base = checkpoint["lora"]["base"]
+        if fitting and "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = states_from_plain(checkpoint["optimizer_states"])
+        states = checkpoint["state_dict"]
+        if self.teacher is None:  # evaluation, or nothing that looks at one
+            kept = {k: v for k, v in states.items() if not k.startswith("teacher.")}
+            checkpoint["state_dict"] = without_teacher(kept)
+        elif self.teacher.model is not None and not any(key.startswith("teacher.model.") for key in states):
+            raise UserError(
+                "this checkpoint holds no teacher; resume with the credit rule, distillation and teacher that it was "
+                "made with"
+            )
+        if self.teacher is not None:
+            self.teacher.load_shadow(self.policy, checkpoint.get("teacher_shadow", []))
+        ranks = checkpoint.get("frozen", [])
+        if len(ranks) == self.trainer.world_size:
+            self._frozen = {
+                tuple(item["key"]): (
+                    item["old_logprobs"],
+                    None if item["teacher"] is None else TokenStats(**item["teacher"]),
+                    Credit(**item["credit"]),
+                )
+                for item in ranks[self.trainer.global_rank]
+            }
+
+
+def _plain(key: tuple[int, ...], old_logprobs: Tensor, teacher: TokenStats | None, credit: Credit) -> dict[str, Any]:
+    """Frozen evidence of one micro-batch as plain data."""
+    return {
+        "key": list(key),
+        "old_logprobs": old_logprobs,
+        "teacher": None if teacher is None else dict(vars(teacher)),
+        "credit": dict(vars(credit)),
+    }
