@@ -20,6 +20,7 @@ look at a model and a run
   template   check a model's chat template:  gear-lightning template MODEL
   status     where a run is, and what has failed:  gear-lightning status RUN
   credit     print where the credit went, or write the HTML page:  gear-lightning credit RUN
+  recredit   what another credit rule would have made of it:  gear-lightning recredit RUN --credit RLSD
   export     make a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR [--adapter]
 
 scale
@@ -31,6 +32,7 @@ scale
 LIGHTNING = ("fit", "validate", "test", "predict")
 COMMANDS = {  # module and function, called with the arguments that follow; returns the exit status
     "credit": ("credit_page", "credit_command"),
+    "recredit": ("recredit_command", "recredit_command"),
     "status": ("status", "status_command"),
     "doctor": ("doctor", "doctor_command"),
     "template": ("template_check", "template_command"),
