@@ -86,7 +86,8 @@ def recredit_command(argv: list[str]) -> int:
         title = f"Credit of {run.resolve().name} by {told(rules[0].rule)}"
         html = render_credit_page(found.kept, decode, title=title, max_rollouts=ON_PAGE, left_out=found.left_out)
         replace_text(page, html)
-        print(f"{page}: the credit page; #i3.r0.5 behind its address opens that rollout")
+        opens = f"; {data['changes'][0]['page']} after a # opens the first of these" if data["changes"] else ""
+        print(f"{page}: the credit page of it{opens}")
     if options.json is not None:
         replace_text(options.json, json.dumps(data, indent=1, allow_nan=False) + "\n")
         print(f"{options.json}: all figures, of every iteration")

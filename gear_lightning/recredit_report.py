@@ -75,8 +75,8 @@ def report(data: dict[str, Any]) -> str:
 
 
 HEAD = [
-    *("iteration", "rollouts", "tokens", "changed", "rank corr.", "moved", "anchors shared", "here", "there"),
-    *("segments here", "there", "in them here", "there"),
+    *("iteration", "rollouts", "tokens", "changed", "rank corr.", "moved"),
+    *("anchors shared", "only here", "only there", "segments here", "there", "in them here", "there"),
 ]
 
 
@@ -98,8 +98,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _number(row["rank_correlation"]),
         _number(row["moved"], ".1%"),
         *(str(anchors[key]) for key in ("shared", "only_here", "only_there")),
-        *_both(row["segments_per_rollout"], ".1f"),
-        *_both(row["in_segments"], ".0%"),
+        *_both(row["segments_per_rollout"], ".2f"),
+        *_both(row["in_segments"], ".1%"),
     ]
 
 
@@ -132,7 +132,8 @@ def _legend(overall: dict[str, Any]) -> list[str]:
     return [
         f"changed: share of tokens whose weight differs by more than {CHANGED}. rank corr.: of the weights within a",
         f"rollout (mean of the {ranked} of {n} rollouts whose weights vary on both sides). moved: share of a rollout's",
-        f"|advantage| that lies on other tokens (mean of the {moved} that have an advantage). in them: tokens in segments",
+        f"|advantage| that lies on other tokens (mean of the {moved} that have an advantage). segments: per rollout;",
+        "in them: share of tokens",
     ]
 
 
@@ -145,10 +146,11 @@ def _check(data: dict[str, Any]) -> str:
     if not check["differ"]:
         return f"{what} the recorded weights (largest difference {_number(check['largest'], '.1g')})"
     share = check["differ"] / check["tokens"]
+    largest = _number(check["largest"], ".2g")
     return (
-        f"{what} other weights than recorded on {share:.1%} of the tokens (largest difference {_number(check['largest'], '.2g')}). "
-        "Rounding on another device moves single segments; more of it means that config.yaml, which the run's last "
-        "start wrote, is not of these iterations"
+        f"{what} other weights than recorded on {share:.1%} of the tokens (largest difference {largest}). Rounding on "
+        "another device moves single segments; more of it means that config.yaml, which the run's last start wrote, is "
+        "not of these iterations"
     )
 
 
