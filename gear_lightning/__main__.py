@@ -22,6 +22,7 @@ look at a model and a run
   credit     print where the credit went, or write the HTML page:  gear-lightning credit RUN
   study      compare arms of a recipe over seeds:  gear-lightning study --config configs/study/credit.yaml
   compare    learning curves and numbers of runs, with intervals:  gear-lightning compare RUN RUN ...
+  recredit   what another credit rule would have made of it:  gear-lightning recredit RUN --credit RLSD
   export     make a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR [--adapter]
 
 scale
@@ -33,6 +34,7 @@ scale
 LIGHTNING = ("fit", "validate", "test", "predict")
 COMMANDS = {  # module and function, called with the arguments that follow; returns the exit status
     "credit": ("credit_page", "credit_command"),
+    "recredit": ("recredit_command", "recredit_command"),
     "status": ("status", "status_command"),
     "compare": ("compare", "compare_command"),
     "doctor": ("doctor", "doctor_command"),

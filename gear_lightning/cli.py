@@ -41,7 +41,7 @@ from .warm_start import WarmStart, run_warm_start
 
 RUN_FILES = (
     "*config.yaml", "*metrics.csv", "tensorboard", "checkpoints", "rollouts", "predictions", "tokenizer",
-    "credit_map.html", "status.json", "attempts.jsonl", "crash",
+    "credit_map.html", "recredit.html", "status.json", "attempts.jsonl", "crash",
 )  # fmt: skip
 
 
