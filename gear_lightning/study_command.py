@@ -8,6 +8,7 @@ from pathlib import Path
 from .errors import UserError, require_extra
 from .files import replace_text
 from .study import Study
+from .study_onset import onset_of
 from .study_report import draw, markdown, print_results
 from .study_results import analyse, collect, write_results
 from .study_runner import carry_out, is_done
@@ -64,7 +65,7 @@ def study_command(argv: list[str]) -> int:
             return 130
         done = [run for run in study.runs if is_done(run)]
     curves = collect(study, done)
-    results = analyse(study, curves)
+    results = {**analyse(study, curves), "onset": onset_of(done)}
     write_results(study, curves, results)
     replace_text(out / "report.md", markdown(results))
     files = draw(curves, results, out)

@@ -69,6 +69,14 @@ def markdown(results: dict[str, Any]) -> str:
         for p in range(len(results["points"]))
     ]
     parts += ["Runs that collapsed:", "", _table(["", *arms], body), ""]
+    if results.get("onset"):
+        body = [
+            [arm, iteration, *(f"{told[name]:.3f}" for name in ("divergence", "segment")), str(told["first_wrong"])]
+            for arm, iterations in results["onset"].items()
+            for iteration, told in iterations.items()
+        ]
+        head = ["arm", "iteration", "AUC of the divergence", "AUC of the segments", "tokens of first wrong decisions"]
+        parts += ["First wrong decisions against the right ones before them:", "", _table(head, body), ""]
     return "\n".join(parts)
 
 
