@@ -313,12 +313,12 @@ class GearModule(Float32Buffers, L.LightningModule):
         self.log("train/sampler_gap_p95", self.sampler_gap_p95, on_step=False, on_epoch=True)
         self.sampler_gap_max.update(gap.amax() if tokens else gap.new_zeros(()))
         self.log("train/sampler_gap_max", self.sampler_gap_max, on_step=False, on_epoch=True)
+        per_token("credit/weight_deviation", (credit.weights - 1).abs().sum())
         if not self.credit.needs_teacher:
             return
         anchors = (credit.anchor >= 0) & (credit.anchor == torch.arange(mask.shape[1], device=mask.device))
         per_token("credit/segment_token_fraction", (credit.anchor >= 0).sum())
         per_token("credit/weight_clip_fraction", mask.sum() * 0 if credit.clipped is None else credit.clipped.sum())
-        per_token("credit/weight_deviation", (credit.weights - 1).abs().sum())
         self._log("credit/segments_per_rollout", anchors.sum().float() / max(rollouts, 1), rollouts)
         if teacher is not None:
             per_token("teacher/student_gap", torch.where(mask, teacher.logprobs - policy.logprobs.detach(), 0).sum())

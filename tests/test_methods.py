@@ -9,11 +9,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from maths import SEEDS, Rollout, evidence, mean, on_actions, rollout, slow_scale, some_rollouts
+from scripted import CHAT, Scripted
+from tiny import data, generation, module, trainer
 from torch.testing import assert_close
 
-from gear_lightning.credit import CREST, EGRSD, GTPO, PBSD, RLSD, SCGRPO, CreditAssigner, Oracle, TurnSight
+from gear_lightning.batch import TokenStats, collate
+from gear_lightning.credit import CREST, EGRSD, GTPO, PBSD, RLSD, SCGRPO, CreditAssigner, Evidence, Oracle, TurnSight
+from gear_lightning.data import make_row
+from gear_lightning.engines import Sampling
+from gear_lightning.environments.base import Environment, Step
+from gear_lightning.environments.lookup_chain import LookupChainTasks
 from gear_lightning.errors import UserError
 from gear_lightning.noise_floor import anchor_tokens
+from gear_lightning.records import read_records
+from gear_lightning.rollout import AgentLoop, Budgets
 
 TEACHERS = [EGRSD(), CREST(), TurnSight(), PBSD()]
 
@@ -340,6 +349,41 @@ def test_turns_begin_whatever_the_divergence_and_are_no_anchors_of_departures():
         credit = rule(evidence([TURNS]))
         assert (credit.anchor >= 0).any()
         assert not anchor_tokens(rule, credit).any()
+
+
+# in a run -------------------------------------------------------------------------------------------------------------
+
+
+class Tells(Environment):
+    """Calls the first relation of every turn wrong, and the entity right."""
+
+    def step(self, message):
+        told = [{"text": "r1", "right": False, "occurrence": 0}, {"text": "e1", "right": True}]
+        return Step([{"role": "tool", "name": "look", "content": "r1 e2"}], info={"decisions": told})
+
+
+def test_the_oracle_finds_the_decisions_of_a_played_rollout():
+    turn = 'r1 or r1 <tool_call>[{"name": "look", "arguments": {"relation": "r2", "entity": "e1"}}]</tool_call>'
+    loop = AgentLoop(CHAT, Scripted(turn, turn), Tells, Budgets(turns=2, tokens=4000, context=8000), Sampling())
+    (played,), _ = loop.run(torch.nn.Linear(1, 1), [(LookupChainTasks(2)[0], (0, 0, 0, 0))], policy_version=0)
+    for advantage, text, times in ((-1.0, "r1", 1), (1.0, "e1", 2)):  # the first wrong one; every right one
+        row = make_row(played, played.tokens[: played.prompt_length], advantage, group_id=0, index=0)
+        batch = collate([row], step_tokens=1, step_rollouts=1, temperature=1.0)
+        stats = TokenStats(torch.zeros(batch.tokens.shape), torch.zeros(batch.tokens.shape))
+        credit = Oracle()(Evidence.of(batch, stats, None))
+        chosen = batch.tokens[0, credit.weights[0] > 1].tolist()
+        assert CHAT.text(chosen) == text * times
+        if advantage < 0:
+            assert credit.weights[0, played.prompt_length] > 1, "the turn begins with it"
+        assert credit.weights[batch.action_mask].mean().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("rule", [*TEACHERS, SCGRPO(8), GTPO(), Oracle()], ids=lambda rule: type(rule).__name__)
+def test_training_with_each_rule(tmp_path, rule):
+    trainer(tmp_path, generation(), max_epochs=1).fit(module(rule), datamodule=data())
+    (record,) = read_records(tmp_path)
+    assert record.tensors["weights"].isfinite().all()
+    assert "credit/weight_deviation" in (tmp_path / "metrics.csv").read_text().splitlines()[0]
 
 
 # refusals -------------------------------------------------------------------------------------------------------------
