@@ -363,12 +363,12 @@ class GearModule(Float32Buffers, ModuleState):
         self.log("train/sampler_gap_max", self.sampler_gap_max, on_step=False, on_epoch=True)
         if teacher is not None:
             per_token("teacher/student_gap", torch.where(mask, teacher.logprobs - policy.logprobs.detach(), 0).sum())
+        per_token("credit/weight_deviation", (credit.weights - 1).abs().sum())
         if not self.credit.needs_teacher:
             return
         anchors = (credit.anchor >= 0) & (credit.anchor == torch.arange(mask.shape[1], device=mask.device))
         per_token("credit/segment_token_fraction", (credit.anchor >= 0).sum())
         per_token("credit/weight_clip_fraction", mask.sum() * 0 if credit.clipped is None else credit.clipped.sum())
-        per_token("credit/weight_deviation", (credit.weights - 1).abs().sum())
         self._log("credit/segments_per_rollout", anchors.sum().float() / max(rollouts, 1), rollouts)
         self.divergence_p95.update(credit.divergence[mask])
         self.log("credit/divergence_p95", self.divergence_p95, on_step=False, on_epoch=True)

@@ -8,12 +8,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maths import SEEDS, Rollout, evidence, mean, on_actions, rollout, slow_scale, some_rollouts
+from maths import SEEDS, Rollout, evidence, on_actions, rollout, some_rollouts
+from scripted import CHAT, Scripted
+from slow_rules import SLOW, gap
+from tiny import data, generation, module, trainer
 from torch.testing import assert_close
 
-from gear_lightning.credit import CREST, EGRSD, GTPO, PBSD, RLSD, SCGRPO, CreditAssigner, Oracle, TurnSight
+from gear_lightning.batch import TokenStats, collate
+from gear_lightning.credit import CREST, EGRSD, GTPO, PBSD, RLSD, SCGRPO, CreditAssigner, Evidence, Oracle, TurnSight
+from gear_lightning.data import make_row
+from gear_lightning.engines import Sampling
+from gear_lightning.environments.base import Environment, Step
+from gear_lightning.environments.lookup_chain import LookupChainTasks
 from gear_lightning.errors import UserError
 from gear_lightning.noise_floor import anchor_tokens
+from gear_lightning.records import read_records
+from gear_lightning.rollout import AgentLoop, Budgets
 
 TEACHERS = [EGRSD(), CREST(), TurnSight(), PBSD()]
 
@@ -151,102 +161,6 @@ def test_oracle_weighs_nothing_where_no_such_decision_was_made():
 # against slow references ----------------------------------------------------------------------------------------------
 
 
-def sign_of(x: float) -> int:
-    return (x > 0) - (x < 0)
-
-
-def clamp(x: float, low: float, high: float) -> float:
-    return min(max(x, low), high)
-
-
-def gap(r: Rollout, t: int) -> float:
-    return r.teacher[t] - r.policy[t]
-
-
-def slow_egrsd(rule: EGRSD, r: Rollout) -> list[float]:
-    found = []
-    for t in r.actions:
-        ratio = clamp(math.exp(sign_of(r.base[t]) * gap(r, t)), 1 - rule.clip, 1 + rule.clip)
-        unsure = min(r.teacher_entropy[t] / rule.entropy_scale, 1)
-        gate = rule.gate_floor + (1 - rule.gate_floor) * (1 - unsure)
-        found.append(gate * ((1 - rule.mix) + rule.mix * ratio))
-    return found
-
-
-def slow_crest(rule: CREST, r: Rollout) -> list[float]:
-    z = slow_scale("zscore", [-r.policy[t] for t in r.actions]) if r.actions else []
-    found = []
-    for t, score in zip(r.actions, z, strict=True):
-        agrees = sign_of(r.base[t]) * gap(r, t)
-        ratio = clamp(math.exp(agrees / rule.temperature), 1 - rule.clip, 1 + rule.clip)
-        gate = 1 + rule.gate_slope * (2 / (1 + math.exp(-score)) - 1)
-        share = clamp(rule.mix * (agrees > 0) * gate, 0, rule.mix)
-        found.append(1 + share * (ratio - 1))
-    return found
-
-
-def slow_gtpo(rule: GTPO, r: Rollout) -> list[float]:
-    entropy = {t: max(r.entropy[t], rule.entropy_floor) for t in r.actions}
-    good, bad = ([t for t in r.actions if sign_of(r.base[t]) == s] for s in (1, -1))
-    found = []
-    for t in r.actions:
-        x = 1.0
-        if t in good:
-            x = entropy[t] / mean([entropy[u] for u in good])
-        if t in bad:
-            x = (1 / entropy[t]) / mean([1 / entropy[u] for u in bad])
-        found.append((rule.alpha1 + rule.alpha2 * x) / (rule.alpha1 + rule.alpha2))
-    return found
-
-
-def turns_of(r: Rollout) -> dict[int, list[int]]:
-    return {k: [t for t in r.actions if r.turns[t] == k] for k in sorted(set(r.turns) - {-1})}
-
-
-def slow_turnsight(rule: TurnSight, r: Rollout) -> list[float]:
-    means = {k: mean([gap(r, t) for t in columns]) for k, columns in turns_of(r).items()}
-    z = dict(zip(means, slow_scale("zscore", list(means.values())) if means else [], strict=True))
-    tanh = {t: math.tanh(sign_of(r.base[t]) * z[r.turns[t]]) for t in r.actions}
-    return [(1 - rule.mix) + rule.mix * (1 + rule.strength * tanh[t]) for t in r.actions]
-
-
-def slow_pbsd(rule: PBSD, r: Rollout) -> list[float]:
-    sums = {k: math.fsum(gap(r, t) for t in columns) for k, columns in turns_of(r).items()}
-    signal = {k: clamp(math.tanh(s / rule.delta), -rule.clip, rule.clip) for k, s in sums.items()}
-    return [1 + sign_of(r.base[t]) * signal[r.turns[t]] for t in r.actions]
-
-
-def slow_oracle(rule: Oracle, r: Rollout) -> list[float]:
-    chosen, runs, inside = set(), [], None
-    for t in r.actions:  # left to right: runs of wrong tokens to blame
-        wrong = r.decisions[t] < 0 and r.base[t] < 0
-        if wrong and inside == r.turns[t]:
-            runs[-1].append(t)
-        elif wrong:
-            runs.append([t])
-        inside = r.turns[t] if wrong else None
-        if r.decisions[t] > 0 and r.base[t] > 0:
-            chosen.add(t)
-    chosen |= {t for run in (runs[:1] if rule.blame == "first" else runs) for t in run}
-    weights = {}
-    for sign in (-1, 0, 1):
-        side = [t for t in r.actions if sign_of(r.base[t]) == sign]
-        raw = {t: 1 + rule.clip if t in chosen else 1 - rule.clip for t in side}
-        some = sign != 0 and any(t in chosen for t in side)
-        weights |= {t: raw[t] / mean(list(raw.values())) if some else 1.0 for t in side}
-    return [weights[t] for t in r.actions]
-
-
-SLOW = {
-    EGRSD: slow_egrsd,
-    CREST: slow_crest,
-    GTPO: slow_gtpo,
-    TurnSight: slow_turnsight,
-    PBSD: slow_pbsd,
-    Oracle: slow_oracle,
-}
-
-
 def drawn(rng: random.Random, kind: type) -> CreditAssigner:
     """A rule with random options."""
     share, positive = lambda: rng.choice([0.0, 0.3, 0.8, 1.0]), lambda: rng.choice([0.25, 1.0, 3.0])
@@ -340,6 +254,41 @@ def test_turns_begin_whatever_the_divergence_and_are_no_anchors_of_departures():
         credit = rule(evidence([TURNS]))
         assert (credit.anchor >= 0).any()
         assert not anchor_tokens(rule, credit).any()
+
+
+# in a run -------------------------------------------------------------------------------------------------------------
+
+
+class Tells(Environment):
+    """Calls the first relation of every turn wrong, and the entity right."""
+
+    def step(self, message):
+        told = [{"text": "r1", "right": False, "occurrence": 0}, {"text": "e1", "right": True}]
+        return Step([{"role": "tool", "name": "look", "content": "r1 e2"}], info={"decisions": told})
+
+
+def test_the_oracle_finds_the_decisions_of_a_played_rollout():
+    turn = 'r1 or r1 <tool_call>[{"name": "look", "arguments": {"relation": "r2", "entity": "e1"}}]</tool_call>'
+    loop = AgentLoop(CHAT, Scripted(turn, turn), Tells, Budgets(turns=2, tokens=4000, context=8000), Sampling())
+    (played,), _ = loop.run(torch.nn.Linear(1, 1), [(LookupChainTasks(2)[0], (0, 0, 0, 0))], policy_version=0)
+    for advantage, text, times in ((-1.0, "r1", 1), (1.0, "e1", 2)):  # the first wrong one; every right one
+        row = make_row(played, played.tokens[: played.prompt_length], advantage, group_id=0, index=0)
+        batch = collate([row], step_tokens=1, step_rollouts=1, temperature=1.0)
+        stats = TokenStats(torch.zeros(batch.tokens.shape), torch.zeros(batch.tokens.shape))
+        credit = Oracle()(Evidence.of(batch, stats, None))
+        chosen = batch.tokens[0, credit.weights[0] > 1].tolist()
+        assert CHAT.text(chosen) == text * times
+        if advantage < 0:
+            assert credit.weights[0, played.prompt_length] > 1, "the turn begins with it"
+        assert credit.weights[batch.action_mask].mean().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("rule", [*TEACHERS, SCGRPO(8), GTPO(), Oracle()], ids=lambda rule: type(rule).__name__)
+def test_training_with_each_rule(tmp_path, rule):
+    trainer(tmp_path, generation(), max_epochs=1).fit(module(rule), datamodule=data())
+    (record,) = read_records(tmp_path)
+    assert record.tensors["weights"].isfinite().all()
+    assert "credit/weight_deviation" in (tmp_path / "metrics.csv").read_text().splitlines()[0]
 
 
 # refusals -------------------------------------------------------------------------------------------------------------
