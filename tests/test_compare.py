@@ -29,7 +29,7 @@ model:
 data:
   seed: {seed}
   inner_epochs: 1
-  train_tasks: {{class_path: my.Tasks, init_args: {{hops: 4}}}}
+  train_tasks: {{class_path: my.Tasks, init_args: {{hops: 4, seed: {seed}}}}}
   val_tasks: {{class_path: my.Tasks, init_args: {{hops: {hops}, seed: {val_seed}}}}}
 """
 
@@ -248,7 +248,7 @@ def test_groups_and_names(tmp_path, capsys, monkeypatch):
 def test_the_newest_row_of_a_step_counts(tmp_path):
     """Killed at 40, gone on from 20, killed again at 30: the first attempt's 40 is no part of the run."""
     path = run(tmp_path / "a", [0.1, 0.2])
-    rows = [(0, 0.1), (20, 0.2), (30, 0.3), (40, 0.4), (20, ""), (30, 0.7)]
+    rows = [(0, 0.1), (20, 0.2), (30, 0.3), (40, 0.4), (20, ""), (30, 0.6), (30, 0.7)]
     (path / "metrics.csv").write_text("step,val/success\n" + "".join(f"{s},{v}\n" for s, v in rows))
     steps, values = read_run(path).columns["val/success"]
     assert steps.tolist() == [0, 20, 30]
