@@ -163,7 +163,7 @@ def _render(tables: list[Table], warnings: list[str]) -> str:
             title=Text(printable(table.title)), title_justify="left", box=None, header_style="bold", pad_edge=False
         )
         for place, name in enumerate(table.columns):
-            shown.add_column(Text(printable(name)), justify="right" if place else "left")
+            shown.add_column(Text(printable(name)), justify="right" if place else "left", overflow="fold")
         for row in table.rows:
             shown.add_row(*(Text(printable(cell)) for cell in row))
         console.print(shown)

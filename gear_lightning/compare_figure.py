@@ -2,7 +2,6 @@
 
 import html
 from io import BytesIO, StringIO
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +147,7 @@ def _panel(axes: Any, arms: list[Arm], metric: str, over: str, *, show_unit: boo
 def _label(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
     """Names at the right edge, as near to their lines' ends as their heights allow, and joined to them."""
     low, high = axes.get_ylim()
-    line = {"arrowstyle": "-", "linewidth": 1, "linestyle": ":", "shrinkA": 1, "shrinkB": 2}
+    line = {"arrowstyle": "-", "linewidth": 1, "linestyle": ":", "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 2}
     wanted = [(height - low) / (high - low) for _, height, _, _ in ends]
     gap = min(0.085, 1 / max(len(ends), 1))
     for (x, y, colour, name), place in zip(ends, _spread(wanted, gap), strict=True):
@@ -166,15 +165,21 @@ def _label(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
 
 
 def _spread(wanted: list[float], gap: float) -> list[float]:
-    """Heights at least ``gap`` apart, in the same order, none above 1 unless there are too many."""
+    """Heights at least ``gap`` apart, in the same order, as near to the wanted ones as that allows (least squares, by
+    pooling neighbours), and within 0 and 1 where they fit."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    blocks: list[tuple[float, int]] = []  # mean height of the first of neighbours that touch, and how many they are
+    for rank, here in enumerate(order):
+        mean, size = wanted[here] - rank * gap, 1
+        while blocks and blocks[-1][0] >= mean:
+            before, count = blocks.pop()
+            mean, size = (before * count + mean * size) / (count + size), count + size
+        blocks.append((mean, size))
+    heights = [mean for mean, size in blocks for _ in range(size)]
+    room = 1 - (len(order) - 1) * gap  # what is left for moving all of them
     placed = list(wanted)
-    for before, here in pairwise(order):
-        placed[here] = max(placed[here], placed[before] + gap)
-    above = 1.0
-    for here in reversed(order):
-        placed[here] = min(placed[here], above)
-        above = placed[here] - gap
+    for rank, here in enumerate(order):
+        placed[here] = min(max(heights[rank], 0.0), max(room, 0.0)) + rank * gap
     return placed
 
 

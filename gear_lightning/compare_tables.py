@@ -75,9 +75,9 @@ def difference_table(arms: list[Arm]) -> Table | None:
     keys = list(dict.fromkeys(key for arm in arms for key in arm.differs))
     if not keys:
         return None
-    rows = [[key, *(arm.differs[key] for arm in arms)] for key in keys]
+    rows = [[arm.name, *(arm.differs[key] for key in keys)] for arm in arms]
     note = "Options that come with a class, and those that only watch a run, are left out."
-    return Table("What the arms differ in", ["option", *(arm.name for arm in arms)], rows, [note])
+    return Table("What the arms differ in", ["arm", *keys], rows, [note])
 
 
 def _with(value: float, interval: Interval, sign: str = "") -> str:
