@@ -308,10 +308,11 @@ class GearCLI(LightningCLI):
             "checkpoints/last.ckpt": "to go on: fit with --ckpt_path last",
         }
         lines += [f"  {name:<27} {text}" for name, text in told.items() if (self.run_dir / name).exists()]
+        grpo = "  the same run with plain GRPO: add --config configs/credit/grpo.yaml"
         lines += [
             "What to try next:",
             f"  gear-lightning credit {self.run_dir}",
-            "  the same run with plain GRPO: add --config configs/credit/grpo.yaml",
+            *([grpo] if self.model.distillation is None else []),  # that config leaves a distillation as it is
             f"  gear-lightning export {self.run_dir}/checkpoints/last.ckpt DIR   (a Hugging Face model directory)",
         ]
         print("\n".join(lines))

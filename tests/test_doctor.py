@@ -101,6 +101,8 @@ def test_the_optimizers_state_is_measured(args, state, foreach):
         ([], 1000, True),
         (["--model.teacher.weights=frozen"], 1000, False),
         (["--model.teacher.weights=live"], 0, False),
+        (["--config=configs/credit/grpo.yaml"], 0, True),
+        (["--config=configs/credit/opsd.yaml"], 1000, False),  # only the distillation needs it
         (["--model.credit=Uniform"], 0, True),
         (["--config=configs/model/lora.yaml"], 1000, True),
         (["--config=configs/model/lora.yaml", "--model.teacher.weights=frozen"], 0, False),
