@@ -3,6 +3,7 @@
 import json
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -134,8 +135,8 @@ def pack_rollouts(
                 yield json.dumps(entry, allow_nan=False, separators=(",", ":"))
 
     packed, size = [], 0
-    for entry in entries():
-        if len(packed) == max_rollouts or (packed and size + len(entry) > max_bytes):
+    for entry in islice(entries(), max_rollouts):
+        if packed and size + len(entry) > max_bytes:
             break
         packed.append(entry)
         size += len(entry)

@@ -20,7 +20,9 @@ function refresh(t = selected, reading = false) {
   const r = current, charts = state.tab === "charts";
   $("tab-tokens").setAttribute("aria-pressed", String(!charts));
   $("tab-charts").setAttribute("aria-pressed", String(charts));
-  for (const id of ["top", "right"]) $(id).hidden = !r;
+  document.body.classList.toggle("charts", charts);
+  $("top").hidden = !r;
+  $("right").hidden = !r || charts;
   $("tokens").hidden = charts || !r;
   $("charts").hidden = !charts;
   mark();

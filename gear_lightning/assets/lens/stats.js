@@ -4,7 +4,7 @@ const GRID = 24;  // cells along each side of entropy against divergence
 const OFFSETS = [-50, -20, -10, -5, -2, -1, 0, 1, 2, 3, 6, 11, 21, 51];  // least offset of each bar but the first
 const OFFSET_NAMES = ["<−50", "−50…", "−20…", "−10…", "−5…−3", "−2", "−1", "0", "1", "2", "3…5", "…10", "…20", "…50", ">50"];
 
-const OFFSET_LABELS = [0, 2, 4, 7, 10, 12, 14];  // the bars whose names have room
+const OFFSET_LABELS = [0, 3, 5, 7, 9, 11, 14];  // the bars whose names have room
 
 // As numpy's default: linear between the two nearest. The values are sorted.
 function quantile(sorted, q) {
