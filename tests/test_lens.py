@@ -178,7 +178,7 @@ def test_tokens_and_anchors_are_walked_by_keys(lens):
     for t in sorted(both)[:3]:
         lens.key("a")
         assert lens.js("selected") == t
-        assert lens.text("#inspector").count(f"{t} (this)") >= 1
+        assert "this" in lens.texts("#inspector tr:nth-child(5) td")  # the anchor of one set or the other
     lens.key("ArrowRight")
     assert lens.js("[selected, document.activeElement.token]") == [t + 1, t + 1]
     lens.key("ArrowDown")

@@ -54,7 +54,7 @@ function inspect() {
           ...columns.map((c) => el("td", {}, number(c[k], 3, k > 0))),
           el("td", {}, number(columns[1][k] - columns[0][k], 3, true)))),
         el("tr", {}, el("th", {}, "anchor"),
-          ...sides.map((set) => el("td", {}, where(set).replace("no segment", "–").replace("(this token)", "(this)"))),
+          ...sides.map((set) => el("td", {}, where(set).replace("no segment", "–").replace(/.*this token.*/, "this"))),
           el("td")))]], null);
     }
     rows.push(["entropy", [number(at("h"))]]);
