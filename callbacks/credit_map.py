@@ -17,13 +17,13 @@ class CreditMap(L.Callback):
 
     Args:
         every_n_iterations: iterations between two pages; one more is written when training ends or fails.
-        max_rollouts: most rollouts on the page, newest iterations first.
+        max_rollouts: most rollouts on the page, newest iterations first; fewer where they need more than 40 MB.
 
     Raises:
         UserError: an argument below 1.
     """
 
-    def __init__(self, every_n_iterations: int = 10, max_rollouts: int = 200):
+    def __init__(self, every_n_iterations: int = 10, max_rollouts: int = 1000):
         for name, value in (("every_n_iterations", every_n_iterations), ("max_rollouts", max_rollouts)):
             if value < 1:
                 raise UserError(f"CreditMap: {name}={value} must be at least 1")

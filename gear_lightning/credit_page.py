@@ -5,64 +5,30 @@ page carries it as JSON and turns it into text nodes, the print has its control 
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
 from base64 import b64encode
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
+from .batch import Credit
+from .credit_pack import pack_rollouts
 from .credit_text import render_credit_text
 from .credit_trace import Decode, Trace, load_decoder, trace, visible
 from .errors import UserError
 from .files import replace_text
 from .records import Record, read_records, record_files
 
-# Short names of the page's columns; the rest of the page's data format is in `_entry`.
-_COLUMNS = {
-    "d": "divergence",
-    "h": "entropy",
-    "p": "policy_logprobs",
-    "t": "teacher_logprobs",
-    "s": "sampler_logprobs",
-    "w": "weights",
-    "a": "token_advantages",
-}
-
-
-def _thousandths(values: Tensor) -> list[int | None]:
-    """Integers are shorter than decimals, and a third decimal is more than a reader can use; null where not finite."""
-    scaled = (values.double().nan_to_num(0, 0, 0) * 1000).round().long().tolist()
-    if bool(values.isfinite().all()):
-        return scaled
-    return [x if finite else None for x, finite in zip(scaled, values.isfinite().tolist(), strict=True)]
-
-
-def _entry(record: Record, index: int, vocabulary: dict[int, int]) -> dict[str, Any]:
-    """One rollout as the page's script reads it: ``ids`` are places in the vocabulary, runs and columns as in `Trace`,
-    columns in thousandths; ``messages`` only where there are no tokens."""
-    one = trace(record, index)
-    keys = ["task_id", "group_id", "rollout", "reward", "reward_parts", "success", "status", "error", "turns"]
-    entry = {key: one.rollout.get(key) for key in [*keys, "policy_version"]}
-    entry |= {"iteration": record.iteration, "rank": record.rank, "index": index, "advantage": one.advantage}
-    if not one.tokens:
-        return entry | {"messages": one.rollout["messages"]}
-    return entry | {
-        "ids": [vocabulary.setdefault(token, len(vocabulary)) for token in one.tokens],
-        "sections": one.sections,
-        "segments": one.segments,
-        "columns": {key: _thousandths(one.columns[name]) for key, name in _COLUMNS.items() if name in one.columns},
-    }
+_SCRIPTS = ("base", "data", "stats", "filters", "rollout", "inspector", "trace", "charts", "main")
+_MAX_BYTES = 40_000_000  # rollouts beyond this are left out: a browser opens no page at ease that is much larger
 
 
 def render_credit_page(
@@ -70,8 +36,9 @@ def render_credit_page(
     decode: Decode,
     *,
     title: str = "Credit map",
-    max_rollouts: int = 200,
+    max_rollouts: int = 1000,
     left_out: int = 0,
+    others: Mapping[str, Sequence[Credit | None]] | None = None,
 ) -> str:
     """One HTML page that shows rollouts token by token, coloured by credit weight. It loads nothing from elsewhere.
 
@@ -79,29 +46,36 @@ def render_credit_page(
         records: what to show, in any order; the newest iterations come first on the page.
         decode: text of a token id.
         title: heading of the page.
-        max_rollouts: most rollouts on the page; the page says how many more there are.
+        max_rollouts: most rollouts on the page, and fewer where they need more than 40 MB; the page says how many more
+            there are.
         left_out: rollouts that the caller has left out already.
+        others: what other rules make of the same rollouts, to be shown beside the recorded credit: a name -> the credit
+            of each record, in the order of ``records`` (None for a record without tokens).
+
+    Raises:
+        UserError: credit of other records, or of another shape.
     """
-    newest = sorted(records, key=lambda record: (-record.iteration, record.rank))
-    places = [(record, index) for record in newest for index in range(len(record.rollouts))]
-    vocabulary: dict[int, int] = {}
-    data = {
-        "left_out": left_out + max(0, len(places) - max_rollouts),
-        "rollouts": [_entry(record, index, vocabulary) for record, index in places[:max_rollouts]],
-        "vocabulary": [[token, visible(decode(token))] for token in vocabulary],
-    }
+    data = pack_rollouts(records, decode, dict(others or {}), max_rollouts, _MAX_BYTES, left_out)
     # Without "<" nothing in the data can end the script element that holds it.
-    packed = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    head, tail = files("gear_lightning").joinpath("credit_page.html").read_text(encoding="utf-8").split("@DATA@")
-    safe = title.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    data = data.replace("<", "\\u003c")
+    assets = files("gear_lightning") / "assets" / "lens"
+    style = (assets / "lens.css").read_text(encoding="utf-8")
+    script = "\n" + "".join((assets / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
     # The browser runs the script of this digest and no other, wherever in the page it might stand.
-    script = tail.partition("<script>")[2].partition("</script>")[0]
     digest = "sha256-" + b64encode(sha256(script.encode()).digest()).decode()
-    return head.replace("@SCRIPT@", digest).replace("@TITLE@", safe) + packed + tail
+    safe = title.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    page = files("gear_lightning").joinpath("credit_page.html").read_text(encoding="utf-8")
+    head, tail = page.split("@DATA@")
+    head = head.replace("@STYLE@", style).replace("@SCRIPT@", digest).replace("@TITLE@", safe)
+    return head + data + tail.replace("@CODE@", script)
 
 
 def write_credit_page(
-    run: Path, out: Path | None = None, iterations: Iterable[int] | None = None, max_rollouts: int = 200
+    run: Path,
+    out: Path | None = None,
+    iterations: Iterable[int] | None = None,
+    max_rollouts: int = 1000,
+    others: Mapping[str, Callable[[Record], Credit]] | None = None,
 ) -> Path:
     """Write the page of a run atomically; records too old to be shown are counted, not read.
 
@@ -110,6 +84,7 @@ def write_credit_page(
         out: the file; None for ``run/credit_map.html``.
         iterations: only these; None for all.
         max_rollouts: see `render_credit_page`.
+        others: a name -> what another rule makes of a record; called for records that have tokens.
 
     Returns:
         The file written.
@@ -132,12 +107,18 @@ def write_credit_page(
         if sum(sizes[i] for i in shown) >= max_rollouts:
             break
         shown.append(iteration)
+    records = list(read_records(run, shown))
+    traced = [any(rollout["row"] is not None for rollout in record.rollouts) for record in records]
     page = render_credit_page(
-        list(read_records(run, shown)),
+        records,
         load_decoder(run),
         title=f"Credit map of {run.resolve().name}",
         max_rollouts=max_rollouts,
         left_out=sum(size for i, size in sizes.items() if i not in shown),
+        others={
+            name: [rule(record) if there else None for record, there in zip(records, traced, strict=True)]
+            for name, rule in (others or {}).items()
+        },
     )
     replace_text(out, page)
     return out

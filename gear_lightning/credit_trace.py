@@ -16,15 +16,8 @@ from .records import Record
 
 Decode = Callable[[int], str]
 Run = tuple[int, int, int]
-COLUMNS = (
-    "divergence",
-    "entropy",
-    "policy_logprobs",
-    "teacher_logprobs",
-    "sampler_logprobs",
-    "weights",
-    "token_advantages",
-)
+CREDIT_COLUMNS = ("weights", "token_advantages", "divergence")  # what a credit rule decides; the rest is evidence
+COLUMNS = ("entropy", "teacher_entropy", "policy_logprobs", "teacher_logprobs", "sampler_logprobs", *CREDIT_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -37,8 +30,11 @@ class Trace:
         tokens: T ids; empty without a row.
         sections: runs (turn, start, end) that cover all T tokens in order; turn -1 is prompt or observation.
         segments: runs (anchor, start, end) of the tokens that share an anchor, in order.
-        columns: N values each, under the names of `gear_lightning.records.TENSOR_KEYS`; a column of zeros for the
-            teacher's log-probs (no teacher ran) is left out.
+        columns: N values each, under the names of `gear_lightning.records.TENSOR_KEYS`; those of the teacher are left
+            out where they are zeros (no teacher ran).
+        decisions: runs (1 for right or -1 for wrong, start, end) of the tokens that the environment judged, none
+            across turns.
+        solved: solved rollouts of the group; None without a row.
     """
 
     rollout: dict[str, Any]
@@ -47,6 +43,8 @@ class Trace:
     sections: list[Run]
     segments: list[Run]
     columns: dict[str, Tensor]
+    decisions: list[Run]
+    solved: int | None
 
     @property
     def sampled(self) -> int:
@@ -82,7 +80,7 @@ def trace(record: Record, index: int) -> Trace:
     rollout, tensors = record.rollouts[index], record.tensors
     row = rollout["row"]
     if row is None:
-        return Trace(rollout, None, [], [], [], {})
+        return Trace(rollout, None, [], [], [], {}, [], None)
     if not 0 <= row < len(tensors["tokens"]):
         raise UserError(
             f"iteration {record.iteration}, rank {record.rank}: rollout {index} names row {row}, and the tensors have "
@@ -91,16 +89,22 @@ def trace(record: Record, index: int) -> Trace:
     length = int(tensors["valid"][row].sum())
     action = tensors["action_mask"][row, :length]
     columns = {name: tensors[name][row, :length][action] for name in COLUMNS}
-    if not columns["teacher_logprobs"].any():
-        del columns["teacher_logprobs"]
+    for name in ("teacher_logprobs", "teacher_entropy"):
+        if not columns[name].any():
+            del columns[name]
     advantage = float(tensors["advantages"][row])
+    turns = torch.where(action, tensors["turn_ids"][row, :length].clamp_min(0), -1)
+    marks = torch.where(action, tensors["decisions"][row, :length].sign(), 0)
+    sections = _runs(turns)
     return Trace(
         rollout,
         advantage if math.isfinite(advantage) else None,
         tensors["tokens"][row, :length].tolist(),
-        _runs(torch.where(action, tensors["turn_ids"][row, :length].clamp_min(0), -1)),
+        sections,
         [run for run in _runs(torch.where(action, tensors["anchor"][row, :length], -1)) if run[0] >= 0],
         columns,
+        [(m, start + a, start + b) for _, start, end in sections for m, a, b in _runs(marks[start:end]) if m],
+        int(tensors["solved"][row]),
     )
 
 

@@ -3,14 +3,17 @@
 import json
 import re
 import shutil
-import subprocess
+import struct
+from base64 import b64decode
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from chrome import dump
 
+from gear_lightning.batch import Credit
 from gear_lightning.callbacks.credit_map import CreditMap
 from gear_lightning.credit_page import (
     credit_command,
@@ -27,7 +30,6 @@ from gear_lightning.records import FORMAT, read_records, write_record
 LAYOUT = "ppAAAAooBBB"
 WORDS = ["task:", "look", "please", "open", "red", "door", "it", "is", "locked", "I", "quit"]
 ATTACK = "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def fake_tensors(layout: str = LAYOUT, padding: int = 2) -> dict[str, torch.Tensor]:
@@ -107,6 +109,16 @@ def page_data(page: str) -> dict[str, Any]:
     return json.loads(found[0])
 
 
+def unpack(packed: str | int, length: int) -> list[int | None]:
+    """A column as the page's script reads it: one number for all, or a letter and base64 of little-endian integers."""
+    if isinstance(packed, int):
+        return [packed] * length
+    code = {"s": "h", "l": "i"}[packed[0]]
+    numbers = [x for (x,) in struct.iter_unpack(f"<{code}", b64decode(packed[1:]))]
+    missing = -(2 ** (15 if code == "h" else 31))
+    return [None if x == missing else x for x in numbers]
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run directory with a tokenizer whose ids 10 to 20 are WORDS, and no records yet."""
@@ -148,22 +160,91 @@ def test_page_holds_the_numbers_in_thousandths(run):
     add(run, fake_rollout())
     data = page_data(render_credit_page(list(read_records(run)), decode))
     (rollout,) = data["rollouts"]
-    assert [data["vocabulary"][i] for i in rollout["ids"]] == [[10 + n, " " + w] for n, w in enumerate(WORDS)]
-    assert rollout["columns"]["w"] == [1000, 500, 1750, 1750, 1000, 1000, 1000]
-    assert rollout["columns"]["a"] == [-500, -250, -875, -875, -500, -500, -500]
-    assert rollout["columns"]["p"] == [-250, -375, -500, -625, -1000, -1125, -1250]
-    assert rollout["columns"]["d"][2] == 250
-    assert rollout["segments"] == [[4, 4, 6]]
-    assert rollout["advantage"] == -0.5
+    assert [data["vocabulary"][i] for i in unpack(rollout["ids"], 11)] == [
+        [10 + n, " " + w] for n, w in enumerate(WORDS)
+    ]
+    (credit,) = rollout["credits"]
+    assert data["sets"] == ["recorded"]
+    assert unpack(credit["w"], 7) == [1000, 500, 1750, 1750, 1000, 1000, 1000]
+    assert unpack(credit["a"], 7) == [-500, -250, -875, -875, -500, -500, -500]
+    assert unpack(credit["d"], 7)[2] == 250
+    assert credit["segments"] == [[4, 4, 6]]
+    assert unpack(rollout["columns"]["p"], 7) == [-250, -375, -500, -625, -1000, -1125, -1250]
+    assert rollout["columns"]["h"] == 250  # the same for all tokens
+    assert (rollout["advantage"], rollout["solved"], rollout["decisions"]) == (-0.5, 0, [])
+
+
+def test_large_numbers_take_more_room_and_are_kept(run):
+    divergence = torch.zeros(1, 13)
+    divergence[0, 2:6] = torch.tensor([40.0, -33.5, torch.inf, 1e30])
+    add(run, fake_rollout(), divergence=divergence)
+    (rollout,) = page_data(render_credit_page(list(read_records(run)), decode))["rollouts"]
+    assert unpack(rollout["credits"][0]["d"], 7) == [40_000, -33_500, None, 2**31 - 1, 0, 0, 0]
+
+
+def test_decisions_are_runs_that_end_with_their_turn(run):
+    decisions = torch.tensor([[1, 1, 1, -1, -1, 0, 0, 0, 5, 0, 0, 0, 0]])  # those of the prompt are none
+    add(run, fake_rollout(), decisions=decisions)
+    (rollout,) = page_data(render_credit_page(list(read_records(run)), decode))["rollouts"]
+    assert rollout["decisions"] == [[1, 2, 3], [-1, 3, 5], [1, 8, 9]]
+
+
+def other_credit() -> Credit:
+    """Credit that another rule could give to the rollout of `fake_tensors`."""
+    tensors = fake_tensors()
+    weights = torch.where(tensors["action_mask"], 2.0, 1.0)
+    anchor = torch.full_like(tensors["anchor"], -1)
+    anchor[0, 8:11] = 8
+    return Credit(weights, -0.5 * weights, tensors["divergence"], anchor)
+
+
+def test_other_credit_stands_beside_the_recorded(run):
+    add(run, fake_rollout())
+    add(run, fake_rollout(row=None, messages=[]), iteration=1)
+    records = list(read_records(run))
+    data = page_data(render_credit_page(records, decode, others={"Twice": [other_credit(), None]}))
+    assert data["sets"] == ["recorded", "Twice"]
+    first, second = data["rollouts"][1]["credits"]
+    assert (first["segments"], second["segments"]) == ([[4, 4, 6]], [[8, 8, 11]])
+    assert (second["w"], second["a"]) == (2000, -1000)
+    assert first["d"] == second["d"]
+    assert "credits" not in data["rollouts"][0]
+    seen = []
+    rule = lambda record: seen.append(record.iteration) or other_credit()  # noqa: E731
+    written = page_data(write_credit_page(run, others={"Twice": rule}).read_text())
+    assert written["rollouts"] == data["rollouts"]
+    assert seen == [0]  # the other record has no tokens
+
+
+def test_credit_of_other_rollouts_is_a_user_error(run):
+    add(run, fake_rollout())
+    records, credit = list(read_records(run)), other_credit()
+    cut = Credit(credit.weights[:, :5], credit.token_advantages[:, :5], credit.divergence[:, :5], credit.anchor[:, :5])
+    for credits, message in (
+        ([credit, credit], r"credit of X is for 2 records, expected 1"),
+        ([cut], r"iteration 0, rank 0: credit to compare with is \[1, 5\], expected \[1, 13\]"),
+        ([None], r"credit to compare with is none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            render_credit_page(records, decode, others={"X": credits})
+
+
+def test_a_page_holds_no_more_than_forty_megabytes(run, monkeypatch):
+    add(run, *(fake_rollout(rollout=n) for n in range(20)))
+    monkeypatch.setattr("gear_lightning.credit_page._MAX_BYTES", 3000)
+    data = page_data(render_credit_page(list(read_records(run)), decode))
+    assert 1 <= len(data["rollouts"]) < 10
+    assert len(json.dumps(data["rollouts"], separators=(",", ":"))) <= 3000 + len(data["rollouts"]) + 1
+    assert data["left_out"] == 20 - len(data["rollouts"])
 
 
 def test_page_has_no_column_for_a_teacher_that_did_not_run_and_null_for_nan(run):
     weights = torch.ones(1, 13)
     weights[0, 2] = torch.nan
     add(run, fake_rollout(), teacher_logprobs=torch.zeros(1, 13), weights=weights)
-    columns = page_data(render_credit_page(list(read_records(run)), decode))["rollouts"][0]["columns"]
-    assert "t" not in columns
-    assert columns["w"] == [None, *[1000] * 6]
+    (rollout,) = page_data(render_credit_page(list(read_records(run)), decode))["rollouts"]
+    assert "t" not in rollout["columns"]
+    assert unpack(rollout["credits"][0]["w"], 7) == [None, *[1000] * 6]
 
 
 def test_nothing_a_model_wrote_is_markup(run):
@@ -212,7 +293,7 @@ def test_newest_iterations_come_first_and_the_rest_is_counted(run):
     assert len(page_data(write_credit_page(run, iterations=[1]).read_text())["rollouts"]) == 4
 
 
-def test_page_needs_at_most_sixty_bytes_per_token(run):
+def test_page_needs_at_most_forty_bytes_per_token(run):
     torch.manual_seed(0)
     shape = (1, 4000)
     names = ("sampler_logprobs", "policy_logprobs", "teacher_logprobs", "entropy", "divergence", "token_advantages")
@@ -221,7 +302,8 @@ def test_page_needs_at_most_sixty_bytes_per_token(run):
     add(run, fake_rollout(row=None))
     empty = len(render_credit_page(list(read_records(run)), str))
     add(run, fake_rollout(), **tensors)
-    assert len(render_credit_page(list(read_records(run)), str)) - empty < 60 * 4000
+    # 21 for the columns and the ids, and the rest for a vocabulary as large as the rollout
+    assert len(render_credit_page(list(read_records(run)), str)) - empty < 40 * 4000
 
 
 def test_write_credit_page_is_atomic_and_names_what_is_missing(run):
@@ -369,22 +451,18 @@ def test_callback_is_silent_on_other_ranks_and_without_records_and_warns_on_fail
         CreditMap(every_n_iterations=0)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on the path")
 def test_browser_shows_every_token_and_runs_no_injected_script(run, tmp_path):
     tokens = fake_tensors()["tokens"].masked_fill(torch.arange(13)[None] == 9, 99)
     add(run, fake_rollout(task_id=ATTACK, error=ATTACK), tokens=tokens)
     page = tmp_path / "page.html"
     page.write_text(render_credit_page(list(read_records(run)), decode, title="Credit"))
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --virtual-time-budget=2000 --dump-dom"
-    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    dom = dump(page, tmp_path / "profile")
     assert "<title>Credit</title>" in dom
     shown = dom[dom.index('<section id="tokens"') : dom.index('<aside id="right"')]
     assert len(re.findall(r'<span class="tok\b', shown)) == len(LAYOUT)
     assert len(re.findall(r'<section class="turn"', shown)) == 2
     assert re.search(
-        r'<span class="seg"><span class="tok hi anchor".*?1\.75.*? red</span>.*? door</span></span>', shown
+        r'<span class="seg"><span class="tok hi anchor\b.*?1\.75.*? red</span>.*? door</span></span>', shown
     )
     assert "&lt;script&gt;document.title='pwned'&lt;/script&gt;" in shown
     assert "<img" not in dom
