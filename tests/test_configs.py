@@ -31,11 +31,14 @@ from gear_lightning.distillation import OPSD, SDAR, SDPG, SDPO
 from gear_lightning.errors import UserError
 from gear_lightning.loss import CISPO, GSPO, ClippedSurrogate
 from gear_lightning.module import GearModule
+from gear_lightning.study import Study
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
-RECIPES = sorted(CONFIGS.glob("*.yaml"))
-PIECES = sorted(p for p in CONFIGS.glob("*/**/*.yaml") if p.parent.name != "slurm")  # those: test_slurm_command.py
+PLANS = sorted(p for p in CONFIGS.glob("study/*.yaml") if "arms" in yaml.safe_load(p.read_text()))
+RECIPES = sorted([*CONFIGS.glob("*.yaml"), *(set(CONFIGS.glob("study/*.yaml")) - set(PLANS))])
+APART = ("slurm", "study")  # those of Slurm: test_slurm_command.py
+PIECES = sorted(p for p in CONFIGS.glob("*/**/*.yaml") if p.parent.name not in APART)
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
 
@@ -110,6 +113,18 @@ def leaves(tree, path=()):
             yield from leaves(value, (*path, key))
         elif isinstance(value, int | float | str) and key not in ("class_path", "environment", "accelerator"):
             yield (*path, key), value
+
+
+@pytest.mark.parametrize("file", PLANS, ids=lambda p: p.name)
+def test_every_run_of_a_study_instantiates(file, monkeypatch):
+    """One of each arm and point: every option of a plan is one that `fit` knows."""
+    monkeypatch.chdir(ROOT)
+    study = Study(**yaml.safe_load(file.read_text()))
+    assert study.baseline in study.arms
+    for run in study.runs:
+        if run.seed == 0:
+            cli = Built(["fit", *run.options])
+            assert cli.config["fit"]["data"]["seed"] == 0
 
 
 RULES = {

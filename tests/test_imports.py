@@ -20,7 +20,8 @@ EXCEPTIONS = {
     ("module", "chat"): "the module owns the tokenizer, which comes with the policy",
     ("module", "environments.base"): "types of the privileged prompt's task and messages",
 }
-COMMANDS = {"gear_lightning.doctor", "gear_lightning.noise_floor_command"}  # built on the command line's parser
+# built on the command line's parser, or forks of it
+COMMANDS = {"gear_lightning.doctor", "gear_lightning.noise_floor_command", "gear_lightning.study_child"}
 # they read whole recipes
 ABOVE = {"gear_lightning.cli", "gear_lightning.doctor_checks", "gear_lightning.refusals", *COMMANDS}
 
