@@ -1,6 +1,6 @@
 """Credit of recorded rollouts, computed anew by any rule, without the model."""
 
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import NamedTuple
 
 import torch
@@ -78,11 +78,6 @@ def recredit(record: Record, rule: CreditAssigner, *, divergence: bool = False) 
 def recorded_credit(record: Record) -> Credit:
     """The credit that training used."""
     return Credit(*(record.tensors[name] for name in CREDIT_KEYS))
-
-
-def with_credit(record: Record, credit: Credit) -> Record:
-    """The record as it would be, had its rollouts got this credit."""
-    return replace(record, tensors={**record.tensors, **{name: getattr(credit, name) for name in CREDIT_KEYS}})
 
 
 class Measured(NamedTuple):

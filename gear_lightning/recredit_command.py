@@ -16,12 +16,12 @@ from .credit_trace import Decode, load_decoder
 from .errors import UserError, printable
 from .files import replace_text
 from .records import Record, read_records, record_files
-from .recredit import recorded_credit, recredit, stands_in, told, with_credit
+from .recredit import recorded_credit, recredit, stands_in, told
 from .recredit_report import change_data, finite, report, rule_data
 from .rule_options import RULES, read_rule, run_rule, split
 
 PAGE = "recredit.html"
-ON_PAGE = 200  # rollouts
+ON_PAGE = 1000  # rollouts
 SHOWN = 10  # tokens
 
 
@@ -43,7 +43,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--iterations", metavar="A-B", help="only these, both ends included; or one number (default: all)")
     out.add_argument(
         "--html", nargs="?", type=Path, const=Path(), metavar="PATH",
-        help=f"write the credit page with the computed credit (default RUN/{PAGE}; the newest {ON_PAGE} rollouts)",
+        help=f"write the credit page with the computed credit beside the recorded one (default RUN/{PAGE}; the newest "
+        f"{ON_PAGE:,} rollouts)",
     )  # fmt: skip
     out.add_argument("--json", type=Path, metavar="PATH", help="write all figures, of every iteration, as JSON")
     return out
@@ -84,8 +85,8 @@ def recredit_command(argv: list[str]) -> int:
     print(printable(report(data)), end="")
     if page is not None:
         title = f"Credit of {run.resolve().name} by {told(rules[0].rule)}"
-        html = render_credit_page(found.kept, decode, title=title, max_rollouts=ON_PAGE, left_out=found.left_out)
-        replace_text(page, html)
+        kept = {"max_rollouts": ON_PAGE, "left_out": found.left_out, "others": found.others}
+        replace_text(page, render_credit_page([record for record, _ in found.kept], decode, title=title, **kept))
         opens = f"; {data['changes'][0]['page']} after a # opens the first of these" if data["changes"] else ""
         print(f"{page}: the credit page of it{opens}")
     if options.json is not None:
@@ -157,10 +158,10 @@ class _Findings:
         there: the rule to compare with; None: what was recorded.
         own: the run's own rule; None where it is not known.
         unknown: why it is not.
-        keep: hold records, with the credit of ``here``, for the page.
+        keep: hold records and their credits for the page.
         pairs: iteration -> both credits of its rollouts.
         changes: iteration -> its most changed tokens, as plain data.
-        kept: the newest records.
+        kept: the newest records, and what the rules make of each; nothing for one without tokens.
         left_out: rollouts of older ones.
         check: how the recomputed credit of ``own`` compares with the recorded one.
     """
@@ -172,7 +173,7 @@ class _Findings:
     keep: bool
     pairs: dict[int, list[Pair]] = field(default_factory=dict)
     changes: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-    kept: list[Record] = field(default_factory=list)
+    kept: list[tuple[Record, list[Credit]]] = field(default_factory=list)
     left_out: int = 0
     check: dict[str, Any] = field(default_factory=lambda: {"tokens": 0, "differ": 0, "largest": 0.0})
 
@@ -182,6 +183,7 @@ class _Findings:
         Raises:
             UserError: it does not hold what a rule needs.
         """
+        credits: list[Credit] = []
         if _learned(record):
             here, recorded = self.here.credit(record), recorded_credit(record)
             there = recorded if self.there is None else self.there.credit(record)
@@ -191,11 +193,20 @@ class _Findings:
             found = largest_changes(record, here, there, SHOWN)
             told_ones = [change_data(c, record.rollouts, places[c.row], decode) for c in found if c.row in places]
             self.changes[record.iteration] = _largest([*self.changes.get(record.iteration, []), *told_ones])
-            record = with_credit(record, here)
+            credits = [here] if self.there is None else [here, there]
         if self.keep:
-            self.kept.append(record)
-            while sum(len(r.rollouts) for r in self.kept if r.iteration > self.kept[0].iteration) >= ON_PAGE:
-                self.left_out += len(self.kept.pop(0).rollouts)
+            self.kept.append((record, credits))
+            while sum(len(r.rollouts) for r, _ in self.kept if r.iteration > self.kept[0][0].iteration) >= ON_PAGE:
+                self.left_out += len(self.kept.pop(0)[0].rollouts)
+
+    @property
+    def others(self) -> dict[str, list[Credit | None]]:
+        """What the rules make of the kept records, by their names."""
+        rules = [rule for rule in (self.here, self.there) if rule is not None]
+        return {
+            told(rule.rule): [credits[i] if credits else None for _, credits in self.kept]
+            for i, rule in enumerate(rules)
+        }
 
     def _check(self, record: Record, recorded: Credit) -> None:
         """Recompute the run's own rule, too: whether that gives what was recorded tells what the figures are worth."""

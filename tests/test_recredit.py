@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from test_cli import FIT, command  # noqa: F401  # the fixture
-from test_credit_page import add, fake_rollout, fake_tensors, page_data, run  # noqa: F401  # the fixture
+from test_credit_page import add, fake_rollout, fake_tensors, page_data, run, unpack  # noqa: F401  # the fixture
 from tiny import WORDS, AnyCall, data, generation, trainer
 
 from gear_lightning.credit import GEAR, RLSD, SCGRPO, CreditAssigner, Placebo, TokenOnly, Turn, Uniform
@@ -29,7 +29,7 @@ from gear_lightning.errors import UserError
 from gear_lightning.models import FromScratch
 from gear_lightning.module import GearModule
 from gear_lightning.records import Record, read_records
-from gear_lightning.recredit import CREDIT_KEYS, recorded_credit, recredit, stands_in, told, with_credit
+from gear_lightning.recredit import CREDIT_KEYS, recorded_credit, recredit, stands_in, told
 from gear_lightning.recredit_command import recredit_command
 from gear_lightning.rollout import Budgets
 from gear_lightning.teacher import TeacherOptions
@@ -386,21 +386,22 @@ def test_the_page_shows_the_computed_credit(run, capsys):  # noqa: F811
     assert recredit_command([str(run), "--credit", "TokenOnly", "--html"]) == 0
     left, shown = page_data((run / "recredit.html").read_text())["rollouts"]
     mask = record.tensors["action_mask"]
-    assert shown["columns"]["w"] == (credit.weights[mask] * 1000).round().int().tolist()
-    assert shown["columns"]["a"] == (credit.token_advantages[mask] * 1000).round().int().tolist()
-    assert shown["segments"] == []
-    assert "ids" not in left
+    recorded, computed = shown["credits"]
+    n = int(mask.sum())
+    for found, weights in ((recorded, record.tensors["weights"]), (computed, credit.weights)):
+        assert unpack(found["w"], n) == (weights[mask] * 1000).round().int().tolist()
+    assert unpack(computed["a"], n) == (credit.token_advantages[mask] * 1000).round().int().tolist()
+    assert "credits" not in left
     assert not (run / "credit_map.html").exists()
-    assert with_credit(record, credit).tensors["tokens"] is record.tensors["tokens"]
 
 
 def test_the_page_keeps_the_newest_rollouts(run):  # noqa: F811
     for iteration in range(3):
-        add(run, *(fake_rollout(rollout=n) for n in range(150)), iteration=iteration)
+        add(run, *(fake_rollout(rollout=n) for n in range(750)), iteration=iteration)
     assert recredit_command([str(run), "--credit", "RLSD", "--html", str(run / "x.html")]) == 0
     page = page_data((run / "x.html").read_text())
-    assert [sum(r["iteration"] == i for r in page["rollouts"]) for i in range(3)] == [0, 50, 150]
-    assert page["left_out"] == 250
+    assert [sum(r["iteration"] == i for r in page["rollouts"]) for i in range(3)] == [0, 250, 750]
+    assert page["left_out"] == 1250
 
 
 # -- what is wrong is told --------------------------------------------------------------------------------------------
@@ -409,9 +410,9 @@ def test_the_page_keeps_the_newest_rollouts(run):  # noqa: F811
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "--credit names one rule: GEAR, RLSD"),
+        ([], "--credit names one rule: CREST, EGRSD, GEAR"),
         (["--credit", "GEAR", "--credit", "RLSD"], "--credit names one rule"),
-        (["--credit", "GEER"], "--credit GEER: no class of gear_lightning.credit; there are GEAR, RLSD"),
+        (["--credit", "GEER"], "--credit GEER: no class of gear_lightning.credit; there are CREST, EGRSD, GEAR"),
         (["--credit", "GEAR", "--credit.kapa", "3"], "Option 'kapa' is not accepted"),
         (["--credit", "GEAR", "--credit.kappa", "x"], "Got value: x"),
         (["--credit", "GEAR", "--credit.clip", "-1"], "clip=-1.0 is outside"),
