@@ -69,8 +69,7 @@ class Oracle(CreditAssigner):
             blamed = first_run(blamed, mask, evidence.turn_ids)
         weights = torch.ones_like(evidence.base_advantages)
         for tokens, chosen in ((bad, blamed), (good, good & (evidence.decisions > 0))):
-            moved = torch.where(chosen, 1 + self.clip, 1 - self.clip).to(
-                weights.dtype
-            )  # equal everywhere: divided to 1
+            # where none is chosen all are equal, and divided to 1
+            moved = torch.where(chosen, 1 + self.clip, 1 - self.clip).to(weights.dtype)
             weights = weights * gear.normalise_weights(moved, tokens, "mean")
         return spread_credit(evidence, weights, by_teacher=False)
