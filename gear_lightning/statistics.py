@@ -257,30 +257,6 @@ def first_reach(x: np.ndarray, y: np.ndarray, threshold: float, *, stay: bool = 
     return float(x[int(reached.argmax())]) if reached.any() else float("inf")
 
 
-def ranking_auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve: probability that a positive item's score is above a negative one's, ties counted half.
-
-    The Mann-Whitney statistic from mid-ranks over the number of pairs. Source: Hanley and McNeil 1982.
-
-    Args:
-        scores: [items].
-        labels: [items], true for positive items.
-
-    Raises:
-        UserError: no positive or no negative item, or scores that are not finite.
-    """
-    from scipy.stats import rankdata
-
-    scores, labels = _finite(scores), np.asarray(labels, dtype=bool)
-    if scores.ndim != 1 or scores.shape != labels.shape:
-        raise UserError(f"scores and labels are of one length, got {list(scores.shape)} and {list(labels.shape)}")
-    positive = int(labels.sum())
-    pairs = positive * (len(labels) - positive)
-    if not pairs:
-        raise UserError("a ranking needs positive and negative items")
-    return float((rankdata(scores)[labels].sum() - positive * (positive + 1) / 2) / pairs)
-
-
 def _finite(values: np.ndarray) -> np.ndarray:
     """As floats.
 

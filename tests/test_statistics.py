@@ -20,7 +20,6 @@ from gear_lightning.statistics import (
     on_grid,
     paired_difference,
     probability_of_improvement,
-    ranking_auc,
     sign_test,
 )
 
@@ -95,27 +94,9 @@ def test_pairing_removes_what_a_seed_does_to_both():
     assert found.interval == pytest.approx((0.1, 0.1), abs=0.02)
 
 
-@given(SMALL, SMALL)
-@settings(max_examples=100, deadline=None)
-def test_probability_of_improvement_is_a_count_of_pairs(ours, theirs):
-    pairs = [(a > b) + 0.5 * (a == b) for a in ours for b in theirs]
-    assert probability_of_improvement(np.array([ours]), np.array([theirs])) == pytest.approx(np.mean(pairs))
-    assert ranking_auc(np.array(ours + theirs), np.array([1] * len(ours) + [0] * len(theirs))) == pytest.approx(
-        np.mean(pairs)
-    )
-
-
 def test_probability_of_improvement_is_a_mean_over_strata():
     # first task: 1 of 1; second: 0 of 1; the seeds of other tasks are not compared
     assert probability_of_improvement(np.array([[9.0, 9.0], [1, 1]]), np.array([[8.0, 8.0], [2, 2]])) == 0.5
-
-
-def test_ranking_auc_by_hand():
-    # positives 3, 2; negatives 2, 1, 0: 3 beats three, 2 beats two and ties one: (3 + 2.5) / 6
-    assert ranking_auc(np.array([3.0, 2, 2, 1, 0]), np.array([1, 1, 0, 0, 0])) == pytest.approx(5.5 / 6)
-    assert ranking_auc(np.array([0.0, 1, 2]), np.array([0, 0, 1])) == 1.0
-    with pytest.raises(UserError, match="positive and negative"):
-        ranking_auc(np.array([1.0, 2]), np.array([1, 1]))
 
 
 def test_collapse_rate_by_hand():
