@@ -97,7 +97,7 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def draw(curves: Curves, results: dict[str, Any], folder: Path) -> list[Path]:
-    """Write ``curves.png`` and ``differences.png``.
+    """Write ``curves.png`` and ``differences.png``; with a ceiling and a grid of several options, ``headroom.png``.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -108,6 +108,8 @@ def draw(curves: Curves, results: dict[str, Any], folder: Path) -> list[Path]:
     files = [_save(_curves(curves, results), folder / "curves.png")]
     if results["paired"]:
         files.append(_save(_differences(results), folder / "differences.png"))
+    if results["headroom"] and len(results["grid"]) > 1:
+        files.append(_save(_headroom(results), folder / "headroom.png"))
     return files
 
 
@@ -162,6 +164,36 @@ def _differences(results: dict[str, Any]) -> Any:
     axes[0].invert_yaxis()
     figure.supxlabel(f"mean over the curve, less that of {results['baseline']} (paired, 95 % interval)", fontsize=9)
     figure.set_layout_engine("constrained")
+    return figure
+
+
+def _headroom(results: dict[str, Any]) -> Any:
+    """Map of what the ceiling gains over the baseline: its columns are the grid's last option, its rows the others."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points, gains = results["points"], results["paired"][results["ceiling"]]["points"]
+    columns = list(dict.fromkeys(point[-1] for point in points))
+    lines = list(dict.fromkeys(tuple(point[:-1]) for point in points))
+    names = [key.rpartition(".")[2] for key in results["grid"]]
+    table = np.full((len(lines), len(columns)), np.nan)
+    figure, axis = plt.subplots(figsize=(2.6 + 1.5 * len(columns), 1.2 + 0.6 * len(lines)), layout="constrained")
+    for point, gain in zip(points, gains, strict=True):
+        table[lines.index(tuple(point[:-1])), columns.index(point[-1])] = gain["mean"]
+    bound = max(0.05, float(np.nanmax(np.abs(table))))
+    axis.imshow(table, cmap="PuOr_r", vmin=-bound, vmax=bound, aspect="auto")
+    for point, gain in zip(points, gains, strict=True):
+        place = columns.index(point[-1]), lines.index(tuple(point[:-1]))
+        ends = "" if gain["low"] is None else f"\n[{gain['low']:+.2f}, {gain['high']:+.2f}]"
+        ink = "white" if abs(gain["mean"]) > 0.6 * bound else "black"
+        axis.text(*place, f"{gain['mean']:+.3f}{ends}", ha="center", va="center", fontsize=8, color=ink)
+    axis.set_xticks(range(len(columns)), [f"{column}" for column in columns])
+    axis.set_xlabel(names[-1])
+    told = [", ".join(f"{n} {v}" for n, v in zip(names, line, strict=False)) for line in lines]
+    axis.set_yticks(range(len(lines)), told)
+    axis.set_title(f"{results['ceiling']} less {results['baseline']}, mean over the curve", fontsize=9)
     return figure
 
 

@@ -115,7 +115,9 @@ def analyse(study: Study, curves: Curves) -> dict[str, Any]:
     for name, family in families.items():
         adjusted = holm(np.array([d.test.p for _, d in family]))
         for (i, difference), p in zip(family, adjusted, strict=True):
-            told = {**asdict(difference), "holm": float(p)}
+            low, high = difference.interval or (None, None)
+            told = {**asdict(difference), "low": low, "high": high, "holm": float(p)}
+            del told["interval"]
             if name in ("all", "best"):
                 paired.setdefault(curves.arms[i], {})[name] = told
             else:

@@ -14,7 +14,7 @@ import pytest
 from gear_lightning.errors import UserError
 from gear_lightning.study import Study
 from gear_lightning.study_command import study_command
-from gear_lightning.study_report import label, markdown, rows
+from gear_lightning.study_report import draw, label, markdown, rows
 from gear_lightning.study_results import Curves, analyse, collect
 from gear_lightning.study_runner import is_done
 
@@ -253,3 +253,15 @@ def test_the_plan_can_be_printed_and_the_report_made_without_runs(carried, tmp_p
     with pytest.raises(UserError, match="no seed has been run under every arm"):
         study_command(["--config", str(file), "--report_only", "true", "--out", str(tmp_path / "empty")])
     assert json.loads((Path(study.out).parent / "study.json").read_text())["seeds"] == 2
+
+
+def test_a_grid_of_several_options_has_a_map_of_headroom(tmp_path):
+    same = [[[0.2, 0.4, 0.4]] * 2] * 4
+    more = [[[0.2, 0.4 + 0.1 * p, 0.6]] * 2 for p in range(4)]
+    study = plan(tmp_path, arms={"GRPO": {}, "Oracle": {}}, ceiling="Oracle", grid={"a.b": [1, 2], LR: [0.1, 0.2]})
+    curves = Curves(["GRPO", "Oracle"], study.points, [0, 1], np.array([0.0, 10, 20]), np.array([same, more]))
+    results = analyse(study, curves)
+    assert label(results, 2) == "b 2, lr 0.1"
+    names = [path.name for path in draw(curves, results, tmp_path)]
+    assert names == ["curves.png", "differences.png", "headroom.png"]
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
