@@ -34,6 +34,7 @@ from .callbacks.watchdog import Watchdog
 from .checkpoints import CompleteCheckpoints
 from .data import RolloutDataModule
 from .errors import Stopped, UserError, let_through_unions
+from .files import hold
 from .loggers import Board, MetricsFile
 from .module import GearModule
 from .refusals import WRONG_PRECISION, check_strategy, refusals, skeleton_of
@@ -227,17 +228,10 @@ class GearCLI(LightningCLI):
 
     def _lock(self) -> None:
         """Keep a second run out of the directory while this process lives."""
-        import fcntl
-
-        GearCLI.lock = (self.run_dir / ".lock").open("a+")
-        try:
-            fcntl.flock(GearCLI.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is training in {self.run_dir}; wait for it, or give another trainer.default_root_dir"
-            ) from None
-        except OSError:  # a file system without locks
-            return
+        GearCLI.lock = hold(
+            self.run_dir / ".lock",
+            f"another process is training in {self.run_dir}; wait for it, or give another trainer.default_root_dir",
+        )
 
     def _quiet_trainer(self, **kwargs: Any) -> L.Trainer:
         """A Trainer on the same hardware for another stage, which keeps no records."""

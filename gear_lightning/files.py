@@ -8,6 +8,8 @@ from typing import IO, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from .errors import UserError
+
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], Any], *, durable: bool = False) -> None:
     """Put a file in place of the one there, in one go: readers and kills see the old one or the new one.
@@ -77,3 +79,22 @@ def try_to_write(kind: str, write: Callable[[], Any]) -> bool:
         _failing.discard(kind)
         rank_zero_warn(f"The {kind} are written again.")
     return True
+
+
+def hold(path: Path, busy: str) -> IO[str]:
+    """Lock a file for as long as it is open, on file systems that have locks.
+
+    Raises:
+        UserError: another process holds it; says ``busy``.
+    """
+    import fcntl
+
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(busy) from None
+    except OSError:
+        return file
+    return file

@@ -6,6 +6,7 @@ the same seed begin with the same warm start and draw the same tasks in the same
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,16 +54,20 @@ class Study:
             list of files, on the recipe.
         grid: options -> values that are declared before the study and crossed with every arm (learning rates).
         options: of every run (dotted key -> value).
-        per_seed: options -> text in which ``{seed}`` and ``{block}`` are filled in.
+        per_seed: options -> text in which ``{seed}`` and ``{block}`` are filled in: what makes seeds differ.
         seeds: runs of each arm at each point of the grid.
-        blocks: warm starts; seed s has warm start s modulo blocks.
+        blocks: warm starts; seed s has warm start s modulo blocks. What decides a warm start (the policy, the
+            demonstrations, what the teacher is shown) must be equal in all arms, or they begin differently.
         metric: what is compared, a column of the runs' metrics.
         baseline: arm that the others are compared to.
         ceiling: arm that bounds what the others could reach; gains are told as shares of its gain. Null: none.
         threshold: the number of updates until the metric first reaches this is told.
-        collapse: a run that ends below this fraction of its best value so far has collapsed.
+        collapse: a run that ends below this fraction of its best value so far has collapsed; between 0 and 1.
         out: folder of the study.
         jobs: runs at a time. Null: one for each core.
+
+    Raises:
+        UserError: a plan that cannot be carried out; says what to change.
     """
 
     recipe: list[str]
@@ -84,14 +89,34 @@ class Study:
         for name in ("seeds", "blocks", "jobs"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
+        if not self.arms or not self.recipe:
+            raise UserError("a study needs a recipe and arms")
+        if not math.isfinite(self.threshold):
+            raise UserError(f"threshold={self.threshold} must be a number")
+        if not 0 <= self.collapse <= 1:
+            raise UserError(f"collapse={self.collapse} must lie between 0 and 1")
         for name in ("baseline", "ceiling"):
             if (arm := getattr(self, name)) is not None and arm not in self.arms:
                 raise UserError(f"{name}={arm} is none of the arms: {', '.join(self.arms)}")
         for arm in self.arms:
             if not arm or not all(c.isalnum() or c in "-_.+ " for c in arm) or arm.startswith("."):
                 raise UserError(f"arms: {arm!r} cannot name a folder; use letters, digits, spaces and -_.+")
-        if empty := [key for key, values in self.grid.items() if not values]:
-            raise UserError(f"grid: {empty[0]} has no values")
+        for key, values in self.grid.items():
+            if not isinstance(values, list) or not values:
+                raise UserError(f"grid: {key} has no values")
+            if len({_label(value) for value in values}) < len(values):
+                raise UserError(f"grid: {key} has the same value twice: {values}")
+        for name, given in (("options", self.options), *((f"arms: {arm}", own) for arm, own in self.arms.items())):
+            if nested := [key for key, value in given.items() if isinstance(value, dict)]:
+                raise UserError(
+                    f"{name}: {nested[0]} is a mapping; write options as in `fit`, `{nested[0]}.key: value`, in the "
+                    "study's file"
+                )
+        if self.seeds > 1 and not any("{seed}" in text for text in self.per_seed.values()):
+            raise UserError(
+                "per_seed names no option with {seed}, so that all seeds would be one run; give "
+                'per_seed: {data.seed: "{seed}"}'
+            )
         missing = [path for path in self.recipe if not Path(path).is_file()]
         for arm in self.arms.values():
             missing += [path for path in _files(arm) if not Path(path).is_file()]

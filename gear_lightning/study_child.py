@@ -15,9 +15,18 @@ from . import cli  # noqa: E402, F401
 from .__main__ import main  # noqa: E402
 
 
+def end_with_parent() -> None:
+    """Be told to stop when the process that this one was forked from ends, which it does when a study is killed."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def fit(arguments: list[str], log: str) -> None:
     """One run: ``gear-lightning`` with these arguments, its output in a file."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the study's to handle
+    end_with_parent()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)

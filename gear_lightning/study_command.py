@@ -3,15 +3,12 @@
 import json
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from .errors import UserError, require_extra
-from .files import replace_text
+from .files import hold, replace_text
 from .study import Study
-from .study_onset import onset_of
-from .study_report import draw, markdown, print_results
-from .study_results import analyse, collect, write_results
-from .study_runner import carry_out, is_done
 
 PLAN = "study.json"
 
@@ -47,22 +44,32 @@ def study_command(argv: list[str]) -> int:
             print("gear-lightning " + " ".join(_quoted(argument) for argument in run.arguments))
         return 0
     out = Path(study.out)
+    from .study_onset import onset_of  # not above: the plan alone needs none of their imports
+    from .study_report import draw, markdown, print_results
+    from .study_results import analyse, check_run, collect, write_results
+    from .study_runner import carry_out, is_done
+
     done = [run for run in study.runs if is_done(run)]
+    for run in done[:1]:
+        check_run(study, run)
     failed = []
     if not only:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            busy = f"out={study.out}: another study is at work there; wait for it, or give another --out"
+            lock = hold(out / ".lock", busy)
             replace_text(out / PLAN, json.dumps(asdict(study), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"out={study.out} cannot be written to ({error.strerror})") from None
         jobs = study.jobs or os.cpu_count() or 1
         print(f"{len(study.runs)} runs, {len(done)} of them done; {jobs} at a time, in {out / 'runs'}", flush=True)
         try:
-            failed = carry_out(study.runs, jobs, lambda line: print(line, flush=True))
+            failed = carry_out(study.runs, jobs, partial(check_run, study), partial(print, flush=True))
         except KeyboardInterrupt:
             kept = sum(is_done(run) for run in study.runs)
             print(f"\nstopped; {kept} of {len(study.runs)} runs are done, and the same command goes on with the others")
             return 130
+        lock.close()
         done = [run for run in study.runs if is_done(run)]
     curves = collect(study, done)
     results = {**analyse(study, curves), "onset": onset_of(done)}
@@ -73,6 +80,13 @@ def study_command(argv: list[str]) -> int:
     left_out = study.seeds - len(curves.seeds)
     if left_out:
         print(f"{left_out} of {study.seeds} seeds are not complete and are left out.")
+    if results["left_out"]:
+        print(f"Arms that no seed has completed, left out: {', '.join(results['left_out'])}.")
+    if results["begin_elsewhere"]:
+        print(
+            f"{', '.join(results['begin_elsewhere'])}: the first value is not that of {study.baseline}; more than the "
+            "arm differs (another warm start: the policy, the demonstrations or what the teacher is shown)."
+        )
     print("  ".join(str(path) for path in [out / "results.json", out / "curves.csv", out / "report.md", *files]))
     for run in failed:
         print(f"failed: {run} ({run.folder / 'log.txt'})")

@@ -37,7 +37,7 @@ class Curves:
     """The metric of the runs that are done.
 
     Attributes:
-        arms: names; an arm without a complete seed is left out.
+        arms: names; an arm is left out where no seed of it has all points of the grid.
         points: of the grid.
         seeds: those of which every arm has every point: the others cannot be paired.
         steps: [steps] optimizer steps at which the metric was measured.
@@ -49,6 +49,21 @@ class Curves:
     seeds: list[int]
     steps: np.ndarray
     values: np.ndarray
+
+
+def check_run(study: Study, run: Run) -> None:
+    """Look at a run that is done, before others like it are started.
+
+    Raises:
+        UserError: it was not measured at two steps at least; tells the metrics that it has.
+    """
+    rows = list(read_metrics(run))
+    if sum(study.metric in row for row in rows) < 2:
+        there = ", ".join(sorted({name for row in rows for name in row if "/" in name}))
+        raise UserError(
+            f"{run.folder}: metric={study.metric} was not measured at two steps at least "
+            f"(trainer.check_val_every_n_epoch and max_epochs decide); its metrics are {there}"
+        )
 
 
 def collect(study: Study, runs: list[Run]) -> Curves:
@@ -63,18 +78,22 @@ def collect(study: Study, runs: list[Run]) -> Curves:
         if not curve:
             raise UserError(f"{run.folder}: its metrics have no {study.metric}")
         found[run.arm, run.point, run.seed] = curve
-    every = [(arm, point) for arm in study.arms for point in study.points]
-    seeds = [seed for seed in range(study.seeds) if all((arm, point, seed) in found for arm, point in every)]
+    whole = {
+        arm: {s for s in range(study.seeds) if all((arm, point, s) in found for point in study.points)}
+        for arm in study.arms
+    }
+    arms = [arm for arm, complete in whole.items() if complete]
+    seeds = sorted(set.intersection(*(whole[arm] for arm in arms))) if study.baseline in arms else []
     if not seeds:
-        raise UserError("no seed has been run under every arm and every point of the grid yet: nothing can be paired")
-    kept = {key: curve for key, curve in found.items() if key[2] in seeds}
+        raise UserError("no seed of the baseline and the others has all points of the grid yet: nothing can be paired")
+    kept = {key: curve for key, curve in found.items() if key[0] in arms and key[2] in seeds}
     steps = sorted({tuple(step for step, _ in curve) for curve in kept.values()})
     if len(steps) > 1:
         raise UserError(f"runs were measured at different steps ({_short(steps[0])} and {_short(steps[1])})")
     values = np.array(
-        [[[[v for _, v in kept[arm, point, seed]] for seed in seeds] for point in study.points] for arm in study.arms]
+        [[[[v for _, v in kept[arm, point, seed]] for seed in seeds] for point in study.points] for arm in arms]
     )
-    return Curves(list(study.arms), study.points, seeds, np.array(steps[0], dtype=float), values)
+    return Curves(arms, study.points, seeds, np.array(steps[0], dtype=float), values)
 
 
 def _short(steps: tuple[int, ...]) -> str:
@@ -89,7 +108,8 @@ def analyse(study: Study, curves: Curves) -> dict[str, Any]:
         points, and its stratified bootstrap interval), ``to_threshold`` (median updates, null where most runs never
         reach it), ``collapsed``, and ``points`` with the same per point of the grid; ``paired``: against the baseline,
         per arm: ``all`` points (mean over them), ``best`` point of each, and each of the ``points``; ``headroom``: what
-        the ceiling gains, and each arm's share of it.
+        the ceiling gains, and each arm's share of it; ``left_out``: arms that no seed has completed;
+        ``begin_elsewhere``: those whose first values are not the baseline's, so that more than their name differs.
     """
     steps = curves.steps
     mean = np.array([[[mean_over_curve(steps, c) for c in seeds] for seeds in arm] for arm in curves.values])
@@ -129,6 +149,10 @@ def analyse(study: Study, curves: Curves) -> dict[str, Any]:
         "grid": list(study.grid),
         "points": [list(point) for point in curves.points],
         "seeds": len(curves.seeds),
+        "left_out": [arm for arm in study.arms if arm not in curves.arms],
+        "begin_elsewhere": [
+            arm for i, arm in enumerate(curves.arms) if (curves.values[i, ..., 0] != curves.values[base, ..., 0]).any()
+        ],
         "steps": [int(step) for step in steps],
         "start": float(curves.values[..., 0].mean()),
         "arms": arms,
@@ -161,7 +185,7 @@ def _with_interval(scores: np.ndarray) -> dict[str, float | None]:
 def _headroom(study: Study, paired: dict[str, Any]) -> dict[str, Any] | None:
     """What the ceiling gains over the baseline, and the other arms' shares of it; no shares where it gains nothing
     that its interval tells from zero."""
-    if study.ceiling is None or study.ceiling == study.baseline:
+    if study.ceiling is None or study.ceiling not in paired:
         return None
     top = paired[study.ceiling]["all"]
     there = top["low"] is not None and top["low"] > 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import replace_text
+from .files import hold, replace_text
 from .study import Run
 
 PLAN, LOG = "run.json", "log.txt"  # what a run was started with, and what it printed
@@ -46,8 +46,10 @@ def _some(options: set[str]) -> str:
     return " ".join(sorted(options)) or "the same options in another order"
 
 
-def carry_out(runs: list[Run], jobs: int, tell: Callable[[str], None] = print) -> list[Run]:
-    """Start what is not done, ``jobs`` at a time, and wait for it.
+def carry_out(
+    runs: list[Run], jobs: int, check: Callable[[Run], None], tell: Callable[[str], None] = print
+) -> list[Run]:
+    """Start what is not done, ``jobs`` at a time, and wait for it. One study at a time in a folder.
 
     The first run of each block goes ahead of the others of its block, which then find its warm start made. What a
     killed study left half done is begun again; a run that fails costs itself alone.
@@ -55,13 +57,14 @@ def carry_out(runs: list[Run], jobs: int, tell: Callable[[str], None] = print) -
     Args:
         runs: all of them; those that are done are passed over.
         jobs: processes at a time.
+        check: called with each run that is done, before others are started; it may raise.
         tell: called with a line for each run that ends.
 
     Returns:
         The runs that failed.
 
     Raises:
-        UserError: see `is_done`.
+        UserError: see `is_done`; or a run's folder is another process's.
         KeyboardInterrupt: asked to stop; the runs in progress have been ended.
     """
     waiting = [run for run in runs if not is_done(run)]
@@ -93,6 +96,7 @@ def carry_out(runs: list[Run], jobs: int, tell: Callable[[str], None] = print) -
                     failed.append(run)
                     what = f"FAILED (exit status {process.exitcode}; {run.folder / LOG})"
                 else:
+                    check(run)
                     what = f"{time.monotonic() - since:.0f} s"
                 rest = (time.monotonic() - started) / ended * (left - ended)
                 tell(f"[{total - left + ended}/{total}] {run}: {what}; about {rest / 60:.0f} min left")
@@ -118,6 +122,7 @@ def _next(waiting: list[Run], ready: set[int], active: dict[Any, tuple[Run, Any,
 
 def _start(context: Any, run: Run) -> Any:
     if run.folder.exists():  # an attempt that came to no end
+        hold(run.folder / ".lock", f"{run.folder}: a process is still training there; end it, or wait for it").close()
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True)
     replace_text(run.folder / PLAN, json.dumps({"arm": run.arm, "seed": run.seed, "options": list(run.options)}))

@@ -89,7 +89,8 @@ def slow_oracle(rule: Oracle, r: Rollout) -> list[float]:
         side = [t for t in r.actions if sign_of(r.base[t]) == sign]
         raw = {t: 1 + rule.clip if t in chosen else 1 - rule.clip for t in side}
         some = sign != 0 and any(t in chosen for t in side)
-        weights |= {t: raw[t] / mean(list(raw.values())) if some else 1.0 for t in side}
+        scale = mean(list(raw.values())) if some and rule.normalise == "mean" else 1.0
+        weights |= {t: raw[t] / scale if some else 1.0 for t in side}
     return [weights[t] for t in r.actions]
 
 

@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -130,32 +131,41 @@ DECIDED = Rollout(
 )
 
 
+moving = partial(Oracle, normalise="mean")
+
+
 def test_golden_oracle():
     # first wrong decision: two tokens at 1.9, four at 0.1: mean 4.2 / 6 = 0.7
     high, low = 1.9 / 0.7, 0.1 / 0.7
-    assert weights_of(Oracle(), DECIDED) == pytest.approx([low, high, high, low, low, low])
+    assert weights_of(moving(), DECIDED) == pytest.approx([low, high, high, low, low, low])
     # all wrong ones: four at 1.9, two at 0.1: mean 7.8 / 6 = 1.3
     high, low = 1.9 / 1.3, 0.1 / 1.3
-    assert weights_of(Oracle(blame="all"), DECIDED) == pytest.approx([low, high, high, high, low, high])
+    assert weights_of(moving(blame="all"), DECIDED) == pytest.approx([low, high, high, high, low, high])
     # A > 0: one right token: mean 2.4 / 6 = 0.4
     for blame in ("first", "all"):
-        praised = weights_of(Oracle(blame=blame), replace(DECIDED, advantage=1.0))
+        praised = weights_of(moving(blame=blame), replace(DECIDED, advantage=1.0))
         assert praised == pytest.approx([1.9 / 0.4, *[0.1 / 0.4] * 5])
     # clip 1: the others get nothing; 6 tokens' blame on two
-    assert weights_of(Oracle(clip=1.0), DECIDED) == pytest.approx([0, 3, 3, 0, 0, 0])
+    assert weights_of(moving(clip=1.0), DECIDED) == pytest.approx([0, 3, 3, 0, 0, 0])
+
+
+def test_golden_oracle_that_makes_credit():
+    assert weights_of(Oracle(), DECIDED) == pytest.approx([0.1, 1.9, 1.9, 0.1, 0.1, 0.1])
+    assert weights_of(Oracle(blame="all"), DECIDED) == pytest.approx([0.1, 1.9, 1.9, 1.9, 0.1, 1.9])
+    assert weights_of(Oracle(clip=0.5), replace(DECIDED, advantage=1.0)) == pytest.approx([1.5, *[0.5] * 5])
 
 
 def test_oracle_weighs_nothing_where_no_such_decision_was_made():
     right, wrong = [1, 1, 0, 0, 0, 0, 1], [0, -1, 0, 0, 0, 0, -1]
     for advantage, decisions in ((-1.0, right), (1.0, wrong), (1.0, None), (-1.0, None), (0.0, DECIDED.decisions)):
         r = replace(DECIDED, advantage=advantage, decisions=decisions)
-        for rule in (Oracle(), Oracle(clip=1.0), Oracle(blame="all")):
+        for rule in (Oracle(), moving(), moving(clip=1.0), moving(blame="all")):
             assert weights_of(rule, r) == [1.0] * 6
     # turns with advantages of their own: the turn that succeeded has its right decision, the other its wrong one
     r = replace(DECIDED, turn_advantages=[2.0] * 3 + [0.0] + [-1.0] * 3)
     # 1.9 0.1 0.1, mean 0.7 | 1.9 0.1 0.1
     expected = [1.9 / 0.7, 0.1 / 0.7, 0.1 / 0.7] * 2
-    assert weights_of(Oracle(), r) == pytest.approx(expected)
+    assert weights_of(moving(), r) == pytest.approx(expected)
 
 
 # against slow references ----------------------------------------------------------------------------------------------
@@ -171,7 +181,11 @@ def drawn(rng: random.Random, kind: type) -> CreditAssigner:
             GTPO: lambda: {"alpha1": share(), "alpha2": positive(), "entropy_floor": positive() / 10},
             TurnSight: lambda: {"mix": share(), "strength": share()},
             PBSD: lambda: {"delta": positive(), "clip": share()},
-            Oracle: lambda: {"clip": share(), "blame": rng.choice(["first", "all"])},
+            Oracle: lambda: {
+                "clip": share(),
+                "blame": rng.choice(["first", "all"]),
+                "normalise": rng.choice(["mean", "none"]),
+            },
         }[kind]()
     )
 
@@ -213,7 +227,7 @@ def test_rules_equal_their_slow_references(kind, seed):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.sampled_from([GTPO(), GTPO(alpha1=0.0), Oracle(), Oracle(blame="all"), Oracle(clip=1.0)]), SEEDS)
+@given(st.sampled_from([GTPO(), GTPO(alpha1=0.0), moving(), moving(blame="all"), moving(clip=1.0)]), SEEDS)
 def test_rules_without_a_teacher_move_credit_and_do_not_make_it(rule, seed):
     e = evidence(some_rollouts(seed))
     for w in on_actions(rule(replace(e, teacher=None)), e):
@@ -275,7 +289,7 @@ def test_the_oracle_finds_the_decisions_of_a_played_rollout():
         row = make_row(played, played.tokens[: played.prompt_length], advantage, group_id=0, index=0)
         batch = collate([row], step_tokens=1, step_rollouts=1, temperature=1.0)
         stats = TokenStats(torch.zeros(batch.tokens.shape), torch.zeros(batch.tokens.shape))
-        credit = Oracle()(Evidence.of(batch, stats, None))
+        credit = moving()(Evidence.of(batch, stats, None))
         chosen = batch.tokens[0, credit.weights[0] > 1].tolist()
         assert CHAT.text(chosen) == text * times
         if advantage < 0:
@@ -315,6 +329,7 @@ def test_training_with_each_rule(tmp_path, rule):
         (lambda: PBSD(clip=1.5), "PBSD: clip=1.5 is outside"),
         (lambda: Oracle(clip=1.1), "Oracle: clip=1.1 is outside"),
         (lambda: Oracle(blame="last"), "Oracle: blame=last must be first or all"),
+        (lambda: Oracle(normalise="geometric"), "Oracle: normalise=geometric must be mean or none"),
     ],
 )
 def test_bad_settings_are_refused(make, message):

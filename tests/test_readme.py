@@ -46,7 +46,7 @@ def test_every_file_and_option_that_the_readme_names_exists():
     from gear_lightning.credit import GEAR
     from gear_lightning.teacher import TeacherOptions
 
-    table = text.split("## Choices the paper leaves open")[1].split("| method |")[0]
+    table = text.split("## Choices the paper leaves open")[1].split("\n## ")[0]
     named = {
         name
         for row in table.splitlines()

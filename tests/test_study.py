@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from gear_lightning.errors import UserError
+from gear_lightning.files import hold
 from gear_lightning.study import Study
 from gear_lightning.study_command import study_command
 from gear_lightning.study_report import draw, label, markdown, rows
@@ -83,7 +85,13 @@ def test_every_arm_meets_every_point_and_seed(tmp_path):
         ({"grid": {LR: []}}, "grid: .*lr has no values"),
         ({"recipe": ["configs/none.yaml"]}, "configs/none.yaml: no such file"),
         ({"arms": {"GRPO": {"config": ["no.yaml"]}}}, "no.yaml: no such file"),
-        ({"per_seed": {"data.seed": "{number}"}}, "may hold {seed} and {block} alone"),
+        ({"per_seed": {"data.seed": "{seed}{number}"}}, "may hold {seed} and {block} alone"),
+        ({"per_seed": {"data.seed": "1"}}, "all seeds would be one run"),
+        ({"grid": {LR: [1e-3, 0.001]}}, "has the same value twice"),
+        ({"options": {"trainer": {"max_epochs": 5}}}, "options: trainer is a mapping; write options as in"),
+        ({"threshold": float("nan")}, "threshold=nan must be a number"),
+        ({"collapse": -3.0}, "collapse=-3.0 must lie between 0 and 1"),
+        ({"arms": {}}, "needs a recipe and arms"),
     ],
 )
 def test_plans_that_cannot_be_carried_out(tmp_path, options, error):
@@ -228,6 +236,61 @@ def test_another_study_does_not_take_over_the_folder(carried):
         [is_done(run) for run in other.runs]
 
 
+def test_an_arm_that_failed_is_left_out_and_one_that_begins_elsewhere_is_named(carried):
+    study, *_ = carried
+    with_third = replace(study, arms={**study.arms, "Third": {}})
+    curves = collect(with_third, study.runs)
+    assert curves.arms == ["GRPO", "GEAR"]
+    assert analyse(with_third, curves)["left_out"] == ["Third"]
+    with pytest.raises(UserError, match="nothing can be paired"):
+        collect(study, [run for run in study.runs if run.arm == "GEAR"])
+    assert analyse(study, curves)["begin_elsewhere"] == []
+    other = Curves(curves.arms, curves.points, curves.seeds, curves.steps, curves.values.copy())
+    other.values[1, 0, 0, 0] += 0.5
+    assert analyse(study, other)["begin_elsewhere"] == ["GEAR"]
+
+
+def test_one_study_at_a_time_and_no_run_under_anothers_feet(carried, monkeypatch):
+    study, *_ = carried
+    monkeypatch.chdir(ROOT)
+    file = Path(study.out).parent / "study.json"
+    with hold(Path(study.out) / ".lock", ""), pytest.raises(UserError, match="another study is at work there"):
+        study_command(["--config", str(file)])
+    run = study.runs[0]
+    (run.folder / "status.json").rename(run.folder / "aside")
+    try:
+        with hold(run.folder / ".lock", ""), pytest.raises(UserError, match="a process is still training there"):
+            study_command(["--config", str(file)])
+    finally:
+        (run.folder / "aside").rename(run.folder / "status.json")
+
+
+def test_a_metric_that_is_not_there_is_told_before_more_is_run(carried, monkeypatch):
+    study, *_ = carried
+    monkeypatch.chdir(ROOT)
+    file = Path(study.out).parent / "study.json"
+    with pytest.raises(UserError, match=r"metric=train/lossy was not measured .*train/loss"):
+        study_command(["--config", str(file), "--metric", "train/lossy", "--seeds", "3"])
+
+
+def test_runs_end_with_a_study_that_is_killed(tmp_path):
+    from dataclasses import asdict
+
+    study = plan(tmp_path / "out", options={**QUICK, "trainer.max_epochs": 10_000}, seeds=1, jobs=2, blocks=1)
+    (tmp_path / "study.json").write_text(json.dumps(asdict(study)))
+    env = {**os.environ, "GEAR_LIGHTNING_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen(command(tmp_path / "study.json"), env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
+    status, deadline = study.runs[0].folder / "status.json", time.monotonic() + 200
+    while not status.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process = json.loads(status.read_text())["process"]
+    killed.kill()
+    killed.wait()
+    while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not Path(f"/proc/{process}").exists(), "a run outlived its study"
+
+
 def test_a_run_that_did_not_finish_is_not_done(carried):
     study, *_ = carried
     broken = study.runs[0].folder
@@ -250,7 +313,7 @@ def test_the_plan_can_be_printed_and_the_report_made_without_runs(carried, tmp_p
     assert all(line.startswith("gear-lightning fit --config=") for line in lines)
     assert study_command(["--config", str(file), "--report_only", "true", "--seeds", "1"]) == 0
     assert "1 seeds" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no seed has been run under every arm"):
+    with pytest.raises(UserError, match="no seed of the baseline and the others has all points"):
         study_command(["--config", str(file), "--report_only", "true", "--out", str(tmp_path / "empty")])
     assert json.loads((Path(study.out).parent / "study.json").read_text())["seeds"] == 2
 

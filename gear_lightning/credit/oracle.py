@@ -31,15 +31,18 @@ class Oracle(CreditAssigner):
     """Credit where it is due, by an environment that tells which decisions were right: an upper bound, ours.
 
     Where A < 0, the tokens of the first wrong decision have weight 1 + clip and all others 1 - clip; where A > 0, the
-    tokens of all right decisions have 1 + clip and all others 1 - clip. Then each is divided by the rollout's mean over
-    the tokens of that sign, so that credit is moved and not made. Weights are 1 where there is no such decision. Two
-    decisions of a turn with no token between them count as one.
+    tokens of all right decisions have 1 + clip and all others 1 - clip. Weights are 1 where there is no such decision.
+    Two decisions of a turn with no token between them count as one.
+
+    Under ``normalise=mean`` each is divided by the rollout's mean over the tokens of that sign, so that credit is moved
+    and not made: the one wrong decision of a long rollout then carries the blame of all its tokens.
 
     Runs no teacher.
 
     Args:
         clip: how far weights are from 1 before they are divided by their mean.
         blame: a rollout's ``first`` wrong decision, or ``all`` of them.
+        normalise: divide by the ``mean`` weight, or not (``none``).
 
     Raises:
         UserError: values out of range; when called, rollouts without ``decisions``.
@@ -47,6 +50,7 @@ class Oracle(CreditAssigner):
 
     clip: float = 0.9
     blame: Literal["first", "all"] = "first"
+    normalise: Literal["mean", "none"] = "none"
 
     needs_teacher = False
     needs_decisions = True
@@ -55,6 +59,8 @@ class Oracle(CreditAssigner):
         check_range(self, 0, 1, "clip")
         if self.blame not in ("first", "all"):
             raise UserError(f"Oracle: blame={self.blame} must be first or all")
+        if self.normalise not in ("mean", "none"):
+            raise UserError(f"Oracle: normalise={self.normalise} must be mean or none")
 
     def __call__(self, evidence: Evidence) -> Credit:
         if evidence.decisions is None:
@@ -69,7 +75,8 @@ class Oracle(CreditAssigner):
             blamed = first_run(blamed, mask, evidence.turn_ids)
         weights = torch.ones_like(evidence.base_advantages)
         for tokens, chosen in ((bad, blamed), (good, good & (evidence.decisions > 0))):
-            # where none is chosen all are equal, and divided to 1
             moved = torch.where(chosen, 1 + self.clip, 1 - self.clip).to(weights.dtype)
-            weights = weights * gear.normalise_weights(moved, tokens, "mean")
+            if self.normalise == "mean":
+                moved = gear.normalise_weights(moved, tokens, "mean")
+            weights = torch.where(tokens & chosen.any(-1, keepdim=True), moved, weights)
         return spread_credit(evidence, weights, by_teacher=False)

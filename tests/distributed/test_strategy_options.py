@@ -19,7 +19,9 @@ from gear_lightning.errors import UserError
 from gear_lightning.parity import compare_weights
 from gear_lightning.strategies import FSDP2
 
-TOLERANCE = 1e-5
+# A five-hundredth of one step of AdamW at 1e-2, which makes a part of a step of the rounding of a gradient near zero:
+# 1.3e-5 on some processors, below 1e-5 on others. What is wrong in the sums shows as whole steps.
+TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module")
