@@ -228,6 +228,8 @@ class GearCLI(LightningCLI):
 
     def _lock(self) -> None:
         """Keep a second run out of the directory while this process lives."""
+        if GearCLI.lock is not None:  # of an earlier command line in this process
+            GearCLI.lock.close()
         GearCLI.lock = hold(
             self.run_dir / ".lock",
             f"another process is training in {self.run_dir}; wait for it, or give another trainer.default_root_dir",
