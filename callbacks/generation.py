@@ -1,5 +1,6 @@
 """The generation callback: engine, environments and agent loop, tied to the policy and the data module."""
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -56,6 +57,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
     ):
         if sampling.temperature == 0:
             raise UserError("generation.sampling.temperature=0 gives a group of equal rollouts; use it in val_sampling")
+        if not math.isfinite(success_threshold):
+            raise UserError(f"generation.success_threshold={success_threshold} must be a finite number")
         if overlong is not None and overlong.expected + overlong.buffer > budgets.tokens:
             raise UserError(
                 f"generation.overlong: expected + buffer = {overlong.expected + overlong.buffer} tokens is more than "
