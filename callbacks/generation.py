@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -236,9 +237,13 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         of_the_task = options.shows in ("reference", "answer")  # what else there is, rollouts tell
         if self._module.needs_teacher and of_the_task and privileged_text(task, options) is None:
             user, other = (credit, "credit=Uniform") if credit.needs_teacher else (self._module.distillation, None)
+            kind = "answer" if options.shows == "reference" else "reference"
+            there = privileged_text(task, replace(options, shows=kind)) is not None
+            missing = "add one, or use model.teacher.shows=peer"
+            instead = f"use model.teacher.shows={kind}, which it has," if there else missing
             raise UserError(
-                f"task {task.id} has no {options.shows}, and {type(user).__name__} needs one for its teacher; add one, "
-                f"or use model.teacher.shows=peer or model.{other or 'distillation=null'}"
+                f"task {task.id} has no {options.shows}, and {type(user).__name__} needs one for its teacher; "
+                f"{instead} or model.{other or 'distillation=null'}"
             )
         if task.tools:
             chat.check_tools()
