@@ -1,7 +1,9 @@
 """The generation callback: engine, environments and agent loop, tied to the policy and the data module."""
 
+import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -56,6 +58,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
     ):
         if sampling.temperature == 0:
             raise UserError("generation.sampling.temperature=0 gives a group of equal rollouts; use it in val_sampling")
+        if not math.isfinite(success_threshold):
+            raise UserError(f"generation.success_threshold={success_threshold} must be a finite number")
         if overlong is not None and overlong.expected + overlong.buffer > budgets.tokens:
             raise UserError(
                 f"generation.overlong: expected + buffer = {overlong.expected + overlong.buffer} tokens is more than "
@@ -233,9 +237,13 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         of_the_task = options.shows in ("reference", "answer")  # what else there is, rollouts tell
         if self._module.needs_teacher and of_the_task and privileged_text(task, options) is None:
             user, other = (credit, "credit=Uniform") if credit.needs_teacher else (self._module.distillation, None)
+            kind = "answer" if options.shows == "reference" else "reference"
+            there = privileged_text(task, replace(options, shows=kind)) is not None
+            missing = "add one, or use model.teacher.shows=peer"
+            instead = f"use model.teacher.shows={kind}, which it has," if there else missing
             raise UserError(
-                f"task {task.id} has no {options.shows}, and {type(user).__name__} needs one for its teacher; add one, "
-                f"or use model.teacher.shows=peer or model.{other or 'distillation=null'}"
+                f"task {task.id} has no {options.shows}, and {type(user).__name__} needs one for its teacher; "
+                f"{instead} or model.{other or 'distillation=null'}"
             )
         if task.tools:
             chat.check_tools()

@@ -14,18 +14,27 @@ ADVICE = (
     "raise data.group_size or generation.sampling.temperature, warm-start the policy (warm_start), or look at "
     "`gear-lightning credit RUN --list` for what the policy does."
 )
+BLIND = (
+    "model.teacher.shows={shows}, and no rollout had {lacks} for {n} iterations: the teacher sees nothing that the "
+    "policy does not see, and {user} does nothing. Use model.teacher.shows=reference (or answer), or an environment "
+    "whose steps tell feedback (Step.info)"
+)
 
 
 class Health(L.Callback):
     """Warns, then stops, when no group has any spread of rewards for many iterations in a row. Not where there is
     a ``model.distillation``, which needs no rewards.
 
+    Does the same where ``model.teacher.shows`` is ``feedback`` or ``peer_or_feedback`` and no rollout had any. Such a
+    run only warns and goes on where it learns without the teacher: by an objective under ``Uniform`` credit, or while
+    there is no peer yet.
+
     Also stops on a loss that is not a number, and warns once where the teacher disagrees with the policy far more at
     the first response token than elsewhere: then the two prompts end differently.
 
     Args:
-        warn_after: iterations without spread until a warning.
-        stop_after: iterations without spread until the run stops.
+        warn_after: iterations without spread, or without feedback, until a warning.
+        stop_after: iterations without spread, or without feedback, until the run stops.
     """
 
     def __init__(self, warn_after: int = 5, stop_after: int = 20):
@@ -34,6 +43,8 @@ class Health(L.Callback):
         self.warn_after = warn_after
         self.stop_after = stop_after
         self._barren = 0
+        self._blind = 0
+        self._rows = [0, 0]  # of this iteration, on this rank: all, and those whose teacher saw more than the policy
         self._gaps = [0.0, 0.0, 0.0, 0.0]  # sum and count of |log-ratio| at first response tokens, and at all others
         self._misaligned = False
 
@@ -46,6 +57,9 @@ class Health(L.Callback):
                 "clip gradients (trainer.gradient_clip_val) or use a wider precision"
             )
         if outputs["teacher"] is not None and not batch.inner_epoch:
+            real = batch.index >= 0
+            self._rows[0] += int(real.sum())
+            self._rows[1] += int((real & batch.privileged).sum())
             mask = batch.action_mask
             gap = (outputs["policy"].logprobs.detach() - outputs["teacher"].logprobs).abs()
             first = mask & (mask.cumsum(-1) == 1)
@@ -67,9 +81,12 @@ class Health(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stats = trainer.datamodule.stats  # pyright: ignore[reportAttributeAccessIssue]
-        counts = torch.tensor(stats.groups - stats.zero_spread, device=trainer.strategy.root_device)
-        with_spread = int(trainer.strategy.reduce(counts, reduce_op="sum"))
+        mine = [stats.groups - stats.zero_spread, self._rows[0], self._rows[1] + stats.overlong]
+        counts = torch.tensor(mine, device=trainer.strategy.root_device)
+        with_spread, rows, told = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        self._rows = [0, 0]
         self._check_alignment()
+        self._check_teacher(pl_module, rows, told)
         distils = getattr(pl_module, "distillation", None) is not None  # that needs no rewards
         self._barren = 0 if with_spread or distils else self._barren + 1
         if self._barren == self.warn_after:
@@ -77,8 +94,30 @@ class Health(L.Callback):
         if self._barren >= self.stop_after:
             raise UserError(f"no group had any spread of rewards for {self._barren} iterations. {ADVICE}")
 
-    def state_dict(self) -> dict[str, int]:
-        return {"barren": self._barren}
+    def _check_teacher(self, module: Any, rows: int, told: int) -> None:
+        """Count iterations in which there was nothing to show to the teacher.
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._barren = state_dict["barren"]
+        Args:
+            module: the `GearModule`.
+            rows: rollouts of the iteration that a teacher scored, over all processes.
+            told: those for which there was something, cut for length or not.
+        """
+        if not rows or "feedback" not in (shows := module.teacher_options.shows):
+            return
+        self._blind = 0 if told else self._blind + 1
+        user = module.credit if module.credit.needs_teacher else module.distillation
+        lacks = "feedback" if shows == "feedback" else "a successful peer or feedback"
+        text = BLIND.format(shows=shows, lacks=lacks, n=self._blind, user=type(user).__name__)
+        # a peer may come yet, and until then credit is uniform
+        idle = module.objective is None or (module.credit.needs_teacher and shows == "feedback")
+        if self._blind >= self.stop_after and idle:
+            raise UserError(text)
+        if self._blind == self.warn_after:
+            rank_zero_warn(text)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"barren": self._barren, "blind": self._blind, "rows": self._rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._barren, self._blind = state_dict["barren"], state_dict.get("blind", 0)
+        self._rows = list(state_dict.get("rows", [0, 0]))

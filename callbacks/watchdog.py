@@ -1,6 +1,7 @@
 """Ends a job that stands still or whose processes fail, with a word from every process on where it was."""
 
 import faulthandler
+import math
 import os
 import signal
 import socket
@@ -36,8 +37,8 @@ class Watchdog(L.Callback):
     """
 
     def __init__(self, seconds: float = 1800.0):
-        if seconds < 0:
-            raise UserError(f"watchdog.seconds={seconds} must be at least 0")
+        if not 0 <= seconds < math.inf:
+            raise UserError(f"watchdog.seconds={seconds} must be at least 0, and finite")
         self.seconds = seconds
         self._beats = 0
         self._phase = "start-up"

@@ -1,5 +1,6 @@
 """Group advantages: from the rewards of a task's rollouts to one advantage per rollout, or one per turn."""
 
+import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .checks import check_range
 from .errors import UserError
 
 
@@ -66,9 +68,15 @@ class GRPO(GroupAdvantage):
 
     Args:
         eps: added to the standard deviation.
+
+    Raises:
+        UserError: ``eps`` below 0, or not finite.
     """
 
     eps: float = 1e-6
+
+    def __post_init__(self):
+        check_range(self, 0, math.inf, "eps")
 
     def __call__(self, rewards: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
         if not has_spread(rewards):
@@ -127,9 +135,15 @@ class TurnGRPO(GroupAdvantage):
 
     Args:
         eps: added to the standard deviation.
+
+    Raises:
+        UserError: ``eps`` below 0, or not finite.
     """
 
     eps: float = 1e-6
+
+    def __post_init__(self):
+        check_range(self, 0, math.inf, "eps")
 
     def __call__(self, rewards: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
         return GRPO(self.eps)(rewards)
@@ -156,15 +170,14 @@ class MTGRPO(GroupAdvantage):
         eps: added to the standard deviations.
 
     Raises:
-        UserError: ``coef`` below 0.
+        UserError: ``coef`` or ``eps`` below 0, or not finite.
     """
 
     coef: float = 1.0
     eps: float = 1e-6
 
     def __post_init__(self):
-        if not self.coef >= 0:
-            raise UserError(f"MTGRPO: coef={self.coef} must be at least 0")
+        check_range(self, 0, math.inf, "coef", "eps")
 
     def __call__(self, rewards: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
         return GRPO(self.eps)(rewards)
@@ -197,7 +210,7 @@ class GiGPO(GroupAdvantage):
         eps: added to the standard deviations.
 
     Raises:
-        UserError: ``step_weight`` below 0, or ``gamma`` outside [0, 1].
+        UserError: ``step_weight`` or ``eps`` below 0 or not finite, or ``gamma`` outside [0, 1].
     """
 
     step_weight: float = 1.0
@@ -206,10 +219,8 @@ class GiGPO(GroupAdvantage):
     eps: float = 1e-6
 
     def __post_init__(self):
-        if not (self.step_weight >= 0 and 0 <= self.gamma <= 1):
-            raise UserError(
-                f"GiGPO: step_weight={self.step_weight} must be at least 0 and gamma={self.gamma} lie in [0, 1]"
-            )
+        check_range(self, 0, math.inf, "step_weight", "eps")
+        check_range(self, 0, 1, "gamma")
 
     def __call__(self, rewards: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
         return (GRPO(self.eps) if self.divide_by_std else DrGRPO())(rewards)

@@ -33,7 +33,7 @@ from .callbacks.throughput import Throughput
 from .callbacks.watchdog import Watchdog
 from .checkpoints import CompleteCheckpoints
 from .data import RolloutDataModule
-from .errors import Stopped, UserError, let_through_unions
+from .errors import Stopped, UserError, let_through_unions, list_classes
 from .files import hold
 from .loggers import Board, MetricsFile
 from .module import GearModule
@@ -81,6 +81,7 @@ def _same(given: Any, default: Any) -> bool:
 
 typehints.discard_init_args_on_class_path_change = _forget_other_class
 let_through_unions()
+list_classes()
 
 
 class GearCLI(LightningCLI):

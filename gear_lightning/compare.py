@@ -42,6 +42,9 @@ def compare_command(argv: list[str]) -> int:
         raise UserError(f"--threshold {options.threshold} is no finite number")
     require_extra("scipy")
     require_extra("matplotlib")
+    astray = [path for path in options.runs if options.names and not path.is_dir()]
+    if astray:
+        raise UserError(f"{astray[0]}: no such directory; --names takes its names with commas between: --names A,B")
     paths, groups = _paths(options.runs, options.group or [])
     runs = [read_run(path) for path in paths]
     check_metric(runs, options.metric)
@@ -81,7 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LABEL=GLOB",
         help="put the run directories of a pattern into one arm, whatever their configs; may be given again",
     )
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="names of the arms, in their order")
+    parser.add_argument(
+        "--names",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        metavar="NAME,NAME",
+        help="names of the arms, in their order, with commas between",
+    )
     parser.add_argument(
         "--out",
         action="append",
@@ -125,9 +133,9 @@ def _paths(given: list[Path], groups: list[str]) -> tuple[list[Path], dict[Path,
 def _named(arms: list[Arm], names: list[str] | None) -> list[Arm]:
     if names is None:
         return arms
-    if len(names) != len(arms) or len(set(names)) < len(names):
+    if len(names) != len(arms) or len(set(names)) < len(names) or "" in names:
         there = "; ".join(f"{arm.name} ({', '.join(str(run.path) for run in arm.runs)})" for arm in arms)
-        raise UserError(f"--names: give {len(arms)} different names, for the arms {there}")
+        raise UserError(f"--names: give {len(arms)} different names with commas between, for the arms {there}")
     return [replace(arm, name=name) for arm, name in zip(arms, names, strict=True)]
 
 

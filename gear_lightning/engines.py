@@ -4,6 +4,7 @@ An engine is driven turn by turn: `submit` asks for a turn, `poll` gives the fin
 conversation. The randomness of a turn comes from the request alone, so what is sampled does not depend on the batch.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,8 +33,8 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise UserError(f"sampling out of range: {self}; temperature >= 0, 0 < top_p <= 1, top_k >= 0")
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.top_k >= 0):
+            raise UserError(f"sampling out of range: {self}; temperature >= 0 and finite, 0 < top_p <= 1, top_k >= 0")
 
     @property
     def scoring_temperature(self) -> float:

@@ -81,7 +81,10 @@ def require_extra(module: str) -> None:
 
 def let_through_unions() -> None:
     """Make jsonargparse raise the `UserError` of a class that stands where several kinds of values may (a strategy: its
-    name or an object). It would tell of every kind in turn, and keep only the text of the error."""
+    name or an object). It would tell of every kind in turn, and keep only the text of the error.
+
+    Where the only other kind is None, what it says of None is left out: nobody meant that.
+    """
     import jsonargparse._typehints as typehints
 
     refuse = typehints.raise_union_unexpected_value
@@ -90,6 +93,26 @@ def let_through_unions() -> None:
         for error in exceptions:
             if isinstance(error, UserError):
                 raise error
+        if len(subtypes) == len(exceptions):
+            of_values = [e for kind, e in zip(subtypes, exceptions, strict=True) if kind is not type(None)]
+            if len(of_values) == 1:
+                raise ValueError(str(of_values[0])) from of_values[0]
         refuse(subtypes, val, exceptions)
 
     typehints.raise_union_unexpected_value = raise_ours  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def list_classes() -> None:
+    """Make jsonargparse list the classes that it knows by their bare name where a bare name is none of them."""
+    import jsonargparse._typehints as typehints
+
+    resolve = typehints.resolve_class_path_by_name
+
+    def resolve_or_list(cls: Any, name: str) -> str:
+        found = resolve(cls, name)
+        if "." in found or not getattr(cls, "__module__", "").startswith("gear_lightning."):
+            return found
+        known = [path.rpartition(".")[2] for path in typehints.get_all_subclass_paths(cls)]
+        raise ValueError(f"No class {name}; known by name are {', '.join(sorted(known))}; others by their import path")
+
+    typehints.resolve_class_path_by_name = resolve_or_list

@@ -129,7 +129,7 @@ def find_spikes(
     else:
         total = torch.nn.functional.pad(torch.where(mask, divergence, 0).cumsum(-1), (1, 0))
         here = torch.arange(divergence.shape[-1], device=divergence.device)
-        start = (here - int(level)).clamp_min(0)
+        start = (here - min(int(level), divergence.shape[-1])).clamp_min(0)
         before = (total[:, here] - total[:, start]) / (here - start).clamp_min(1)
         threshold = (before + floor).clamp_min(floor)
     spikes = mask & (divergence >= threshold)

@@ -6,6 +6,7 @@ that it was.
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -39,8 +40,8 @@ class LoRA:
     def __post_init__(self):
         if self.rank < 1:
             raise UserError(f"lora.rank={self.rank} must be at least 1")
-        if self.alpha <= 0:
-            raise UserError(f"lora.alpha={self.alpha} must be above 0")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"lora.alpha={self.alpha} must be above 0, and finite")
         if not self.targets or (isinstance(self.targets, str) and self.targets != "all-linear"):
             raise UserError(f"lora.targets={self.targets!r} must be all-linear, or a list of names of linear layers")
 

@@ -1,5 +1,6 @@
 """Policy losses: a loss for each token, with its own advantage, and one way to sum them with explicit denominators."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal
@@ -146,7 +147,7 @@ class TokenLoss(PolicyLoss):
             log-probs are those before top-p and top-k, so it corrects numbers, not the cut of those. Null: off.
 
     Raises:
-        UserError: ``constant_length`` missing, or given to another aggregation; ``sampler_cap`` below 1.
+        UserError: ``constant_length`` missing, or given to another aggregation; ``sampler_cap`` below 1, or not finite.
     """
 
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
@@ -158,8 +159,10 @@ class TokenLoss(PolicyLoss):
             raise UserError("aggregation=constant and constant_length go together: give both or neither")
         if self.constant_length is not None and self.constant_length < 1:
             raise UserError(f"constant_length={self.constant_length} must be at least 1 token")
-        if self.sampler_cap is not None and not self.sampler_cap >= 1:
-            raise UserError(f"sampler_cap={self.sampler_cap} must be at least 1 (2.0 is usual); null for no correction")
+        if self.sampler_cap is not None and not 1 <= self.sampler_cap < math.inf:
+            raise UserError(
+                f"sampler_cap={self.sampler_cap} must be at least 1 and finite (2.0 is usual); null for no correction"
+            )
 
     @abstractmethod
     def per_token(
@@ -191,9 +194,10 @@ class TokenLoss(PolicyLoss):
 
 
 def _check_bounds(kind: object, clip_low: float | None, clip_high: float) -> None:
-    if not ((clip_low is None or 0 < clip_low <= 1) and clip_high > 0):
+    if not ((clip_low is None or 0 < clip_low <= 1) and 0 < clip_high < math.inf):
         raise UserError(
-            f"{type(kind).__name__}: clip_low={clip_low} must lie in (0, 1] and clip_high={clip_high} above 0"
+            f"{type(kind).__name__}: clip_low={clip_low} must lie in (0, 1] and clip_high={clip_high} be above 0, "
+            "and finite"
         )
 
 
@@ -221,8 +225,8 @@ class ClippedSurrogate(TokenLoss):
     def __post_init__(self):
         super().__post_init__()
         _check_bounds(self, self.clip_low, self.clip_high)
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise UserError(f"dual_clip={self.dual_clip} must be above 1 (3.0 is usual)")
+        if self.dual_clip is not None and not 1 < self.dual_clip < math.inf:
+            raise UserError(f"dual_clip={self.dual_clip} must be above 1 and finite (3.0 is usual); null for none")
 
     def per_token(self, logprobs, old_logprobs, advantages, mask):
         return clipped_surrogate(

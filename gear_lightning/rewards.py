@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 from .environments.base import Message, RewardError, Task
@@ -223,10 +223,10 @@ class OverlongPenalty:
     factor: float = 1.0
 
     def __post_init__(self):
-        if not (self.expected >= 0 and self.buffer >= 1 and self.factor > 0):
+        if not (self.expected >= 0 and self.buffer >= 1 and 0 < self.factor < inf):
             raise UserError(
                 f"overlong.expected={self.expected} must be at least 0, overlong.buffer={self.buffer} at least 1 and "
-                f"overlong.factor={self.factor} above 0"
+                f"overlong.factor={self.factor} above 0 and finite"
             )
 
     def __call__(self, tokens: int) -> float:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import re
 import time
 from collections import Counter
@@ -156,8 +157,8 @@ class Budgets:
             raise UserError(f"budgets.retries={self.retries} must be at least 0")
         for name in ("turns", "tokens", "turn_tokens", "context", "step_seconds", "seconds", "output_bytes"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"budgets.{name}={value} must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"budgets.{name}={value} must be above 0, and finite")
 
 
 @dataclass

@@ -51,9 +51,10 @@ class WarmStart:
         for name in ("steps", "batch_size", "max_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"warm_start.{name}={getattr(self, name)} must be at least 1")
-        if not (self.learning_rate > 0 and self.warmup_steps >= 0):
+        if not (0 < self.learning_rate < math.inf and self.warmup_steps >= 0):
             raise UserError(
-                f"learning_rate={self.learning_rate} must be above 0, warmup_steps={self.warmup_steps} at least 0"
+                f"learning_rate={self.learning_rate} must be above 0 and finite, "
+                f"warmup_steps={self.warmup_steps} at least 0"
             )
 
 

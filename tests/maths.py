@@ -171,7 +171,7 @@ def random_rule(rng: random.Random, divergences: list[str], cls: type[GEAR] = GE
         **({"divergence_limit": rng.choice([None, 4.0])} if divergence in ("k1", "k3") else {"divergence_top_k": 8}),
         "scale": rng.choice([None, "none", "zscore"] + ([] if signed else ["saturate"])),
         "anchor_rule": rule,
-        "anchor_level": rng.choice([None, float(level.get(rule, 0.0))]) if rule != "zscore" else level[rule],
+        "anchor_level": level[rule] if rule == "zscore" else rng.choice([None, level.get(rule) and float(level[rule])]),
         # a rise of 0 over the mean of equal values that are not on the grid is a matter of rounding
         "anchor_floor": rng.choice([None, 0.25, 1.0] + [0.0] * (signed or rule != "rise")),
         "anchor_at": rng.choice(["onset", "peak"]),

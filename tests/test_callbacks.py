@@ -1,14 +1,17 @@
 """The plug-ins watch, warn and stop; training is the same without them."""
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny import data, generation, module, trainer
+from tiny import AnyCall, data, generation, module, trainer
 
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.callbacks.health import Health
 from gear_lightning.callbacks.sample_table import SampleTable
+from gear_lightning.credit import GEAR, Uniform
+from gear_lightning.distillation import OPSD
 from gear_lightning.environments.base import Step
 from gear_lightning.environments.lookup_chain import LookupChain
 from gear_lightning.errors import UserError
@@ -32,8 +35,70 @@ def test_a_run_that_cannot_learn_warns_and_then_stops_with_advice(tmp_path):
 
 def test_spread_starts_the_count_anew_and_survives_a_checkpoint():
     health = Health()
-    health.load_state_dict({"barren": 7})
-    assert health.state_dict() == {"barren": 7}
+    health.load_state_dict({"barren": 7, "blind": 2, "rows": [8, 0]})
+    assert health.state_dict() == {"barren": 7, "blind": 2, "rows": [8, 0]}
+
+
+class Telling(AnyCall):
+    """Tells feedback now and then."""
+
+    told = 0.0
+
+    def reset(self, task, *, seed):
+        self.luck = random.Random(seed)
+        return super().reset(task, seed=seed)
+
+    def step(self, message):
+        step = super().step(message)
+        if self.luck.random() < self.told:
+            step.info["feedback"] = "e1"
+        return step
+
+
+def blind_run(tmp_path, shows, environment=Telling, **options):
+    shown = TeacherOptions("frozen", shows=shows, template=" <ref> {reference}", feedback_template=" <ref> {feedback}")
+    run = trainer(tmp_path, generation(environment=environment), Health(warn_after=2, stop_after=3), max_epochs=4)
+    run.fit(module(teacher=shown, **options), datamodule=data())
+    return run.global_step
+
+
+@pytest.mark.parametrize("options", [{"credit": GEAR()}, {"credit": Uniform(), "objective": None}], ids=str)
+def test_a_teacher_that_is_never_told_anything_warns_and_then_stops(tmp_path, options):
+    if "objective" in options:
+        options = {**options, "distillation": OPSD()}
+    user = type(options.get("distillation", options["credit"])).__name__
+    with (
+        pytest.warns(UserWarning, match=r"shows=feedback, and no rollout had feedback for 2 iterations"),
+        pytest.raises(UserError, match=rf"for 3 iterations.*{user} does nothing.*shows=reference.*tell feedback"),
+    ):
+        blind_run(tmp_path, "feedback", **options)
+
+
+@pytest.mark.parametrize(
+    ("shows", "options"),
+    [("feedback", {"credit": Uniform(), "distillation": OPSD()}), ("peer_or_feedback", {"credit": GEAR()})],
+)
+def test_a_run_that_learns_without_its_teacher_warns_and_goes_on(tmp_path, shows, options):
+    with pytest.warns(UserWarning, match=rf"shows={shows}, and no rollout had .* for 2 iterations"):
+        assert blind_run(tmp_path, shows, **options) == 4
+
+
+def test_feedback_on_some_rollouts_is_enough(tmp_path, recwarn):
+    class Seldom(Telling):
+        told = 0.1
+
+    assert blind_run(tmp_path, "feedback", Seldom) == 4
+    assert not any("teacher.shows" in str(w.message) for w in recwarn)
+
+
+def test_feedback_that_is_cut_for_length_is_not_called_missing(tmp_path, recwarn):
+    class Always(Telling):
+        told = 1.0
+
+    shown = TeacherOptions("frozen", shows="feedback", feedback_template=" <ref> {feedback}", max_prompt=1)
+    run = trainer(tmp_path, generation(environment=Always), Health(1, 2), max_epochs=3)
+    run.fit(module(teacher=shown), datamodule=data())
+    assert not any("teacher.shows" in str(w.message) for w in recwarn)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):

@@ -54,6 +54,13 @@ def error_of(command, *args: object) -> str:
     [
         (["--model.credit.kapa", "3"], "'kapa' is not accepted"),
         (["--model.creditt", "GEAR"], "--model.creditt"),
+        (["--model.credit", "Nonsense"], "No class Nonsense; known by name are CREST, EGRSD, GEAR, GTPO, Oracle"),
+        (["--model.objective", "Nonsense"], "No class Nonsense; known by name are CISPO, ClippedSurrogate, GSPO;"),
+        (["--data.advantage", "GRPO", "--data.advantage.eps", "-5"], "GRPO: eps=-5.0 must be at least 0"),
+        (["--model.objective.dual_clip", ".nan"], "dual_clip=nan must be above 1 and finite"),
+        (["--model.credit.anchor_rule", "rise", "--model.credit.anchor_level", "1e400"], "anchor_level=inf must be a"),
+        (["--config", "configs/credit/sdpg.yaml"],
+         "SDPG needs one for its teacher; use model.teacher.shows=reference, which it has, or model.distillation=null"),
         (["--model.credit.divergence", "reverse_kl"], "sign_rule=symmetric, or divergence=k1"),
         (["--model.objective.constant_length", "5"], "aggregation=constant and constant_length go together"),
         (["--model.teacher.weights", "frozen", "--model.teacher.rate", "0.5"], "nothing with teacher.weights=frozen"),
@@ -78,6 +85,26 @@ def error_of(command, *args: object) -> str:
 def test_a_bad_setting_gives_one_clear_error_before_any_training(command, tmp_path, args, message):
     assert message in error_of(command, *FIT, "--trainer.default_root_dir", tmp_path / "run", *args)
     assert not (tmp_path / "run" / "rollouts").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "key", "last"),
+    [
+        (["--model.objective", "GSPO", "--model.objective.clip_low", "nan"], "model.objective", "Got value: nan"),
+        (
+            ["--generation.overlong.expected", "5"],
+            "generation.overlong",
+            "arguments are required: buffer",
+        ),
+        (["--model.lora.rnk", "4"], "model.lora", "Option 'rnk' is not accepted"),
+        (["--data.resample_rounds", "x"], "data.resample_rounds", "Expected a <class 'int'>. Got value: x"),
+    ],
+)
+def test_an_option_that_may_be_null_is_told_of_as_any_other(command, args, key, last):
+    lines = error_of(command, *FIT, *args).splitlines()
+    told = lines[lines.index(f'error: Parser key "{key}":') :]
+    assert len(told) <= 4
+    assert told[-1].endswith(last)
 
 
 def test_tasks_are_looked_at_before_the_warm_start(command, tmp_path):
@@ -112,7 +139,8 @@ def test_a_task_without_a_reference_or_a_reward_is_named(command, tmp_path):
     single = ["--generation.environment", "gear_lightning.environments.single_turn.SingleTurn"]
     assert "task mine: nothing says how it is scored" in error_of(command, *args, *single)
     with_reward = [*args, *single, "--generation.environment.reward", "contains"]
-    assert "task mine has no reference, and GEAR needs one" in error_of(command, *with_reward)
+    told = "task mine has no reference, and GEAR needs one for its teacher; use model.teacher.shows=answer, which it"
+    assert told in error_of(command, *with_reward)
     status, _, err = command(*with_reward, "--config", "configs/credit/grpo.yaml")
     assert status == 0, err
 

@@ -236,10 +236,14 @@ def test_groups_and_names(tmp_path, capsys, monkeypatch):
     assert compare_command(["--group", "slow=slow_*", "--group", "fast=fast_?", *out]) == 0
     assert re.search(r"fast +2 +\+0.125 \[\+0.125, \+0.125\] +2/0/0 +0.500", capsys.readouterr().out)
     given = ["slow_0", "slow_1", "fast_0", "fast_1"]
-    assert compare_command([*given, "--names", "S", "F0", "F1", *out]) == 0
-    assert re.search(r"\nF1 +1 +\+0.125 ", capsys.readouterr().out)
-    with pytest.raises(UserError, match=r"give 3 different names, for the arms lr=0.01 \(slow_0, slow_1\)"):
-        compare_command([*given, "--names", "S", "F"])
+    for line in ([*given, "--names", "S,F0,F1"], ["--names", "S, F0, F1", *given], ["--names=S,F0,F1", *given]):
+        assert compare_command([*line, *out]) == 0
+        assert re.search(r"\nF1 +1 +\+0.125 ", capsys.readouterr().out), line
+    for names in ("S,F", "S,F,F", "S,F,"):
+        with pytest.raises(UserError, match=r"give 3 different names .*for the arms lr=0.01 \(slow_0, slow_1\)"):
+            compare_command([*given, "--names", names])
+    with pytest.raises(UserError, match="F0: no such directory; --names takes its names with commas between"):
+        compare_command(["--names", "S", "F0", "F1", *given])
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -350,7 +354,7 @@ def test_names_are_text_wherever_they_are_shown(tmp_path, capsys):
     paths = [str(run(tmp_path / "a", [0, 1])), str(run(tmp_path / "b", [0, 1], credit="RLSD"))]
     hostile = ["<script>$x_{$</script>", "[red]\x1b[31m"]
     out = tmp_path / "x.html"
-    assert compare_command([*paths, "--names", *hostile, "--out", str(out)]) == 0
+    assert compare_command([*paths, "--names", ",".join(hostile), "--out", str(out)]) == 0
     assert "<script" not in out.read_text()
     assert "&lt;script&gt;$x_{$" in out.read_text()
     said = capsys.readouterr().out

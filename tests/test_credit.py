@@ -295,7 +295,7 @@ def test_degenerate_rollouts_stay_finite(cls, d, advantage):
 def test_extreme_settings_stay_finite(seed):
     rng = random.Random(seed)
     e = evidence(some_rollouts(seed))
-    for extreme in ({"kappa": 1e6}, {"clip": 1.0, "kappa": 100.0, "normalise": "mean"}, {"divergence_limit": 0.0}):
+    for extreme in ({"kappa": 1e6}, {"clip": 1.0, "kappa": 100.0, "normalise": "mean"}, {"divergence_limit": 1e-6}):
         credit = random_rule(rng, SAMPLED, **extreme)(e)
         assert credit.weights.isfinite().all()
 
@@ -309,10 +309,12 @@ def test_extreme_settings_stay_finite(seed):
         (lambda: GEAR(clip=float("nan")), "clip=nan is outside"),
         (lambda: GEAR(mix=-0.1), r"mix=-0.1 is outside \[0, 1\]"),
         (lambda: GEAR(entropy_quantile=2.0), r"entropy_quantile=2.0 is outside \[0, 1\]"),
-        (lambda: GEAR(kappa=-1.0), "kappa=-1.0 is outside"),
-        (lambda: GEAR(kappa=math.inf), "kappa=inf must be finite"),
-        (lambda: GEAR(divergence_limit=-1.0), "divergence_limit=-1.0 is outside"),
-        (lambda: GEAR(exclude_tail=-1), "exclude_tail=-1 is outside"),
+        (lambda: GEAR(kappa=-1.0), "GEAR: kappa=-1.0 must be at least 0, and finite"),
+        (lambda: GEAR(kappa=math.inf), "kappa=inf must be at least 0, and finite"),
+        (lambda: GEAR(divergence_limit=-1.0), "divergence_limit=-1.0 must be above 0, and finite"),
+        (lambda: GEAR(divergence_limit=0.0), "divergence_limit=0.0 must be above 0"),
+        (lambda: GEAR(divergence_limit=math.inf), "divergence_limit=inf must be above 0, and finite"),
+        (lambda: GEAR(exclude_tail=-1), "exclude_tail=-1 must be at least 0"),
         (lambda: GEAR(segment_max=0), "segment_max=0 must be at least 1"),
         (lambda: GEAR("jsd", sign_rule="symmetric", divergence_top_k=0), "divergence_top_k=0 must be at least 1"),
         (lambda: GEAR(divergence_top_k=10), "divergence_top_k does nothing with divergence=k1"),
@@ -320,10 +322,19 @@ def test_extreme_settings_stay_finite(seed):
         (lambda: GEAR(segment_end="turn", entropy_quantile=0.5), "entropy_quantile does nothing with segment_end=turn"),
         (lambda: GEAR(mix_decay=0), "mix_decay=0 must be at least 1"),
         (lambda: GEAR(anchor_level=2.0), "anchor_level=2.0 is not a quantile"),
-        (lambda: GEAR(anchor_rule="rise", anchor_level=0.0), "anchor_level=0.0 must be at least 1 token before"),
+        (lambda: GEAR(anchor_rule="rise", anchor_level=0.0), "anchor_level=0.0 must be a whole number of tokens"),
+        (lambda: GEAR(anchor_rule="rise", anchor_level=2.5), "anchor_level=2.5 must be a whole number of tokens"),
+        (lambda: GEAR(anchor_rule="rise", anchor_level=math.inf), "anchor_level=inf must be a whole number of tokens"),
+        (lambda: GEAR(anchor_rule="rise", anchor_level=math.nan), "anchor_level=nan must be a whole number of tokens"),
+        (lambda: GEAR(anchor_rule="zscore", anchor_level=math.nan), "anchor_level=nan must be finite"),
+        (lambda: GEAR(anchor_rule="zscore", anchor_level=-math.inf), "anchor_level=-inf must be finite"),
+        (lambda: GEAR(anchor_rule="absolute", anchor_level=7.0), "anchor_level does nothing with anchor_rule=absolute"),
+        (lambda: GEAR(anchor_floor=math.nan), "GEAR: anchor_floor=nan must be at least 0, and finite"),
+        (lambda: GEAR(anchor_floor=-5.0), "anchor_floor=-5.0 must be at least 0"),
+        (lambda: GEAR(anchor_floor=math.inf), "anchor_floor=inf must be at least 0, and finite"),
         (lambda: GEAR(normalise="geometric", clip=1.0), "no geometric mean; use clip below 1"),
         (lambda: TokenOnly(segment_end="turn"), "TokenOnly has no segments; use GEAR with segment_end"),
-        (lambda: TokenOnly(clip=2.0), "clip=2.0 is outside"),
+        (lambda: TokenOnly(clip=2.0), "TokenOnly: clip=2.0 is outside"),
         (lambda: RLSD(mix=1.5), r"RLSD: mix=1.5 and clip=0.2 must lie in \[0, 1\]"),
         (lambda: RLSD(mix_decay=0), "RLSD: mix_decay=0 must be at least 1"),
         (lambda: SCGRPO(top_k_tokens=0), "SCGRPO: top_k_tokens=0 must be at least 1"),

@@ -570,5 +570,5 @@ def test_a_task_without_a_reference_is_refused_where_only_the_distillation_needs
         def __getitem__(self, index):
             return replace(super().__getitem__(index), reference=None)
 
-    with pytest.raises(UserError, match=r"has no reference, and OPSD needs one.*model.distillation=null"):
+    with pytest.raises(UserError, match=r"and OPSD needs one.*add one, or use.*shows=peer or model.distillation=null"):
         watched(tmp_path, alone(OPSD()), data(train_tasks=Bare(2)))

@@ -350,8 +350,12 @@ def test_nothing_to_learn_still_has_a_gradient_of_zero(options):
     [
         ({"clip_low": 0.0}, r"clip_low=0.0 must lie in \(0, 1\]"),
         ({"clip_low": 1.5}, r"clip_low=1.5 must lie in \(0, 1\]"),
-        ({"clip_high": 0.0}, "clip_high=0.0 above 0"),
+        ({"clip_high": 0.0}, "clip_high=0.0 be above 0"),
         ({"dual_clip": 1.0}, "dual_clip=1.0 must be above 1"),
+        ({"clip_high": math.inf}, "clip_high=inf be above 0, and finite"),
+        ({"dual_clip": math.nan}, "dual_clip=nan must be above 1 and finite"),
+        ({"dual_clip": math.inf}, "dual_clip=inf must be above 1 and finite"),
+        ({"sampler_cap": math.inf}, "sampler_cap=inf must be at least 1 and finite"),
         ({"sampler_cap": 0.9}, "sampler_cap=0.9 must be at least 1"),
         ({"sampler_cap": math.nan}, "sampler_cap=nan must be at least 1"),
         ({"aggregation": "constant"}, "aggregation=constant and constant_length go together"),

@@ -261,10 +261,11 @@ def test_nothing_to_learn_still_has_a_gradient_of_zero(kind):
     ("kind", "options", "message"),
     [
         (GSPO, {"clip_low": 0.0}, r"GSPO: clip_low=0.0 must lie in \(0, 1\]"),
-        (GSPO, {"clip_high": -1.0}, "clip_high=-1.0 above 0"),
+        (GSPO, {"clip_high": -1.0}, "clip_high=-1.0 be above 0"),
         (GSPO, {"aggregation": "constant"}, "aggregation=constant and constant_length go together"),
         (CISPO, {"clip_low": 1.5}, r"CISPO: clip_low=1.5 must lie in \(0, 1\]"),
-        (CISPO, {"clip_high": 0.0}, "clip_high=0.0 above 0"),
+        (CISPO, {"clip_high": 0.0}, "clip_high=0.0 be above 0"),
+        (CISPO, {"clip_high": math.inf}, "clip_high=inf be above 0, and finite"),
         (CISPO, {"constant_length": 5}, "aggregation=constant and constant_length go together"),
         (CISPO, {"sampler_cap": 0.5}, "sampler_cap=0.5 must be at least 1"),
     ],

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -191,8 +192,15 @@ def test_advantages_of_rollouts_ask_for_rewards_alone(rule):
     ("make", "message"),
     [
         (lambda: MTGRPO(coef=-1.0), "coef=-1.0 must be at least 0"),
-        (lambda: GiGPO(gamma=1.5), r"gamma=1.5 lie in \[0, 1\]"),
+        (lambda: GiGPO(gamma=1.5), r"gamma=1.5 is outside \[0, 1\]"),
+        (lambda: MTGRPO(coef=math.inf), "coef=inf must be at least 0, and finite"),
         (lambda: GiGPO(step_weight=math.nan), "step_weight=nan must be at least 0"),
+        (lambda: GiGPO(step_weight=math.inf), "step_weight=inf must be at least 0, and finite"),
+        *[
+            (partial(kind, eps=eps), f"{kind.__name__}: eps={eps} must be at least 0, and finite")
+            for kind in (GRPO, TurnGRPO, MTGRPO, GiGPO)
+            for eps in (-5.0, math.nan, math.inf)
+        ],
     ],
 )
 def test_bad_settings_are_refused(make, message):

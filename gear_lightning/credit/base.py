@@ -1,6 +1,5 @@
 """What a credit rule is: evidence about the rollouts of a micro-batch in, an advantage for each of their tokens out."""
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
@@ -138,28 +137,6 @@ def spread_credit(
 def at_bound(weights: Float[Tensor, "batch seq"], clip: float) -> Bool[Tensor, "batch seq"]:
     """Where weights, as they come from `gear_lightning.gear.signal_weights`, sit at a bound of the clip."""
     return (weights == 1 - clip) | (weights == 1 + clip)
-
-
-def check_range(rule: object, low: float, high: float, *names: str) -> None:
-    """Check options of a rule, bounds included.
-
-    Raises:
-        UserError: one is outside, or not a number.
-    """
-    for name in names:
-        if not low <= (value := getattr(rule, name)) <= high:
-            raise UserError(f"{type(rule).__name__}: {name}={value} is outside [{low:g}, {high:g}]")
-
-
-def check_positive(rule: object, *names: str) -> None:
-    """Check options of a rule that divide something.
-
-    Raises:
-        UserError: one is not above 0, or not finite.
-    """
-    for name in names:
-        if not 0 < (value := getattr(rule, name)) < math.inf:
-            raise UserError(f"{type(rule).__name__}: {name}={value} must be above 0, and finite")
 
 
 def teacher_of(evidence: Evidence, rule: object) -> TokenStats:

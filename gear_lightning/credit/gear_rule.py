@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import gear
 from ..batch import Credit
+from ..checks import check_positive, check_range
 from ..errors import UserError
 from .base import CreditAssigner, Evidence, at_bound, mixing, spread_credit, teacher_of, top_of, turn_starts
 
@@ -33,6 +34,7 @@ class GEAR(CreditAssigner):
         anchor_rule: threshold of an anchor: ``quantile`` of the rollout, ``absolute`` (the floor alone), ``zscore`` of
             the rollout, ``rise`` over the mean of the tokens before.
         anchor_level: the quantile (default 0.95), the z-score (2.0) or the number of tokens before (16), by the rule.
+            Not for ``absolute``.
         anchor_floor: least divergence of an anchor, nats. Null: 0.5 for k1, 0.05 for the others.
         anchor_at: first token above the threshold (``onset``) or local maximum (``peak``).
         segment_end: what closes a segment besides the next anchor, the end of the turn and ``segment_max``:
@@ -89,33 +91,27 @@ class GEAR(CreditAssigner):
             )
         if self.signed and self.scale == "saturate":
             raise UserError("scale=saturate needs a divergence that is never negative; k1 is signed")
-        for name, low, high in (
-            ("clip", 0, 1),
-            ("mix", 0, 1),
-            ("entropy_quantile", 0, 1),
-            ("kappa", 0, math.inf),
-            ("divergence_limit", 0, math.inf),
-            ("exclude_tail", 0, math.inf),
-        ):
-            if (value := getattr(self, name)) is not None and not low <= value <= high:
-                raise UserError(f"GEAR: {name}={getattr(self, name)} is outside [{low}, {high}]")
-        for name in ("segment_max", "divergence_top_k", "mix_decay"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"GEAR: {name}={value} must be at least 1")
+        check_range(self, 0, 1, "clip", "mix", "entropy_quantile")
+        check_range(self, 0, math.inf, "kappa", "anchor_floor", "exclude_tail")
+        check_positive(self, "divergence_limit")
+        check_range(self, 1, math.inf, "segment_max", "divergence_top_k", "mix_decay")
         sampled = self.divergence in ("k1", "k3")
         self._refuse(("divergence_top_k" if sampled else "divergence_limit",), f"with divergence={self.divergence}")
         if self.segment_end not in ("entropy_high", "entropy_low"):
             self._refuse(("entropy", "entropy_quantile"), f"with segment_end={self.segment_end}")
         if self.segment_end == "none":
             self._refuse(SEGMENT_OPTIONS, "without segments")
+        if self.anchor_rule == "absolute":
+            self._refuse(("anchor_level",), "with anchor_rule=absolute, whose threshold is anchor_floor")
         if self.anchor_rule == "quantile" and not 0 <= self.level <= 1:
             raise UserError(f"GEAR: anchor_level={self.anchor_level} is not a quantile (0 to 1)")
-        if self.anchor_rule == "rise" and not self.level >= 1:
+        if self.anchor_rule == "zscore" and not math.isfinite(self.level):
+            raise UserError(f"GEAR: anchor_level={self.anchor_level} must be finite, for anchor_rule=zscore")
+        if self.anchor_rule == "rise" and not (self.level >= 1 and float(self.level).is_integer()):
             raise UserError(
-                f"GEAR: anchor_level={self.anchor_level} must be at least 1 token before, for anchor_rule=rise"
+                f"GEAR: anchor_level={self.anchor_level} must be a whole number of tokens before, at least 1, for "
+                "anchor_rule=rise"
             )
-        if not math.isfinite(self.kappa):
-            raise UserError(f"GEAR: kappa={self.kappa} must be finite")
         if self.normalise == "geometric" and self.clip == 1:
             raise UserError("GEAR: with clip=1 weights can be 0 and have no geometric mean; use clip below 1")
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import gear
 from ..batch import Credit
+from ..checks import check_range
 from ..errors import UserError
-from .base import CreditAssigner, Evidence, check_range, spread_credit
+from .base import CreditAssigner, Evidence, spread_credit
 
 
 def first_run(

@@ -7,13 +7,12 @@ import torch
 
 from .. import gear
 from ..batch import Credit
+from ..checks import check_positive, check_range
 from ..errors import UserError
 from .base import (
     CreditAssigner,
     Evidence,
     at_bound,
-    check_positive,
-    check_range,
     mixing,
     spread_credit,
     teacher_of,

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from .. import gear
 from ..batch import Credit
+from ..checks import check_positive, check_range
 from .base import (
     CreditAssigner,
     Evidence,
-    check_positive,
-    check_range,
     spread_credit,
     teacher_of,
     turn_starts,

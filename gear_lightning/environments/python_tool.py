@@ -1,5 +1,6 @@
 """A Python interpreter as a tool, each call in a confined process of its own."""
 
+import math
 import os
 import selectors
 import subprocess
@@ -117,8 +118,8 @@ class PythonTool(ToolEnvironment):
     ):
         super().__init__(reward, max_calls)
         for name, value in (("seconds", seconds), ("output_bytes", output_bytes)):
-            if value <= 0:
-                raise UserError(f"{name}={value} must be above 0")
+            if not 0 < value < math.inf:
+                raise UserError(f"{name}={value} must be above 0, and finite")
         self.seconds = seconds
         self.limits = limits
         self.network: Network = network

@@ -3,6 +3,7 @@
 import atexit
 import functools
 import json
+import math
 import os
 import pickle
 import socket
@@ -44,8 +45,8 @@ class Limits:
 
     def __post_init__(self):
         for name, value in self.told().items():
-            if value <= 0:
-                raise UserError(f"limits.{name}={value} must be above 0")
+            if not 0 < value < math.inf:
+                raise UserError(f"limits.{name}={value} must be above 0, and finite")
 
     def told(self) -> dict[str, float]:
         """As `confine` takes them."""
