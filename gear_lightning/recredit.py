@@ -90,7 +90,9 @@ def check_credit(record: Record, rule: CreditAssigner, credit: object) -> Credit
     """
     where = f"iteration {record.iteration}, rank {record.rank}"
     if not isinstance(credit, Credit):
-        raise UserError(f"{told(rule)} returned {type(credit).__name__} for {where}, expected a gear_lightning.Credit")
+        raise UserError(
+            f"{told(rule)} returned {type(credit).__name__} for {where}, expected a gear_lightning.batch.Credit"
+        )
     mask = record.tensors["action_mask"]
     for name in CREDIT_KEYS:
         value = getattr(credit, name)
