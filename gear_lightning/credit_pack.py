@@ -109,6 +109,7 @@ def pack_rollouts(
     max_rollouts: int,
     max_bytes: int,
     left_out: int,
+    opens: tuple[int, int],
 ) -> str:
     """The page's data as JSON, newest iterations first.
 
@@ -120,6 +121,7 @@ def pack_rollouts(
         max_rollouts: most rollouts.
         max_bytes: no more rollouts once they need this much.
         left_out: rollouts that are left out already.
+        opens: the sets of credit that the page shows first, left and right; of those it does not have, the last.
     """
     for name, credits in others.items():
         if len(credits) != len(records):
@@ -142,5 +144,7 @@ def pack_rollouts(
         size += len(entry)
     left_out += sum(len(record.rollouts) for record in records) - len(packed)
     words = json.dumps([[token, visible(decode(token))] for token in vocabulary], separators=(",", ":"))
-    names = json.dumps(["recorded", *others])
-    return f'{{"left_out":{left_out},"sets":{names},"vocabulary":{words},"rollouts":[{",".join(packed)}]}}'
+    names, first = json.dumps(["recorded", *others]), [min(n, len(others)) for n in opens]
+    return (
+        f'{{"left_out":{left_out},"sets":{names},"opens":{first},"vocabulary":{words},"rollouts":[{",".join(packed)}]}}'
+    )

@@ -24,7 +24,7 @@ from .credit_pack import pack_rollouts
 from .credit_text import render_credit_text
 from .credit_trace import Decode, Trace, load_decoder, trace, visible
 from .errors import UserError
-from .files import replace_text
+from .files import check_place, replace_text, write_asked
 from .records import Record, read_records, record_files
 
 _SCRIPTS = ("base", "data", "stats", "filters", "rollout", "inspector", "trace", "charts", "main")
@@ -39,6 +39,7 @@ def render_credit_page(
     max_rollouts: int = 1000,
     left_out: int = 0,
     others: Mapping[str, Sequence[Credit | None]] | None = None,
+    opens: tuple[int, int] = (0, 1),
 ) -> str:
     """One HTML page that shows rollouts token by token, coloured by credit weight. It loads nothing from elsewhere.
 
@@ -51,11 +52,12 @@ def render_credit_page(
         left_out: rollouts that the caller has left out already.
         others: what other rules make of the same rollouts, to be shown beside the recorded credit: a name -> the credit
             of each record, in the order of ``records`` (None for a record without tokens).
+        opens: which two the page shows first, left and right: 0 for the recorded credit, n for the n-th of ``others``.
 
     Raises:
         UserError: credit of other records, or of another shape.
     """
-    data = pack_rollouts(records, decode, dict(others or {}), max_rollouts, _MAX_BYTES, left_out)
+    data = pack_rollouts(records, decode, dict(others or {}), max_rollouts, _MAX_BYTES, left_out, opens)
     # Without "<" nothing in the data can end the script element that holds it.
     data = data.replace("<", "\\u003c")
     assets = files("gear_lightning") / "assets" / "lens"
@@ -90,12 +92,29 @@ def write_credit_page(
         The file written.
 
     Raises:
-        UserError: no records, records or a tokenizer that cannot be read, or an ``out`` in a missing folder.
+        UserError: no records, records or a tokenizer that cannot be read, or an ``out`` that is a folder, or in a
+            missing one.
+        OSError: the file cannot be written.
     """
+    out = _place(run, out)
+    replace_text(out, _page(run, iterations, max_rollouts, others or {}))
+    return out
+
+
+def _place(run: Path, out: Path | None) -> Path:
+    place = Path(out) if out else Path(run) / "credit_map.html"
+    check_place(place)
+    return place
+
+
+def _page(
+    run: Path,
+    iterations: Iterable[int] | None,
+    max_rollouts: int = 1000,
+    others: Mapping[str, Callable[[Record], Credit]] | None = None,
+) -> str:
+    """The page of a run; see `write_credit_page`."""
     run = Path(run)
-    out = Path(out) if out else run / "credit_map.html"
-    if not out.parent.is_dir():
-        raise UserError(f"{out}: the folder {out.parent} does not exist")
     _iterations(run)
     wanted = None if iterations is None else set(iterations)
     sizes: dict[int, int] = {}
@@ -109,7 +128,7 @@ def write_credit_page(
         shown.append(iteration)
     records = list(read_records(run, shown))
     traced = [any(rollout["row"] is not None for rollout in record.rollouts) for record in records]
-    page = render_credit_page(
+    return render_credit_page(
         records,
         load_decoder(run),
         title=f"Credit map of {run.resolve().name}",
@@ -120,8 +139,6 @@ def write_credit_page(
             for name, rule in (others or {}).items()
         },
     )
-    replace_text(out, page)
-    return out
 
 
 def credit_command(argv: list[str]) -> int:
@@ -134,7 +151,7 @@ def credit_command(argv: list[str]) -> int:
         The exit status.
 
     Raises:
-        UserError: no records, or an iteration, task or rollout that they do not hold.
+        UserError: no records, or an iteration, task or rollout that they do not hold; a page that cannot be written.
     """
     parser = argparse.ArgumentParser(
         prog="gear-lightning credit", description="Show the credit that each token of a recorded rollout got."
@@ -161,8 +178,9 @@ def credit_command(argv: list[str]) -> int:
             raise UserError("--html goes with --iteration only; the page has its own picker of tasks and rollouts")
         if args.iteration is not None:
             _find(args.run, args.iteration, None, None)
-        out = None if args.html == Path() else args.html
-        print(write_credit_page(args.run, out, None if args.iteration is None else [args.iteration]))
+        out = _place(args.run, None if args.html == Path() else args.html)
+        write_asked(out, _page(args.run, None if args.iteration is None else [args.iteration]))
+        print(out)
         return 0
     found = _find(args.run, args.iteration, args.task, args.rollout)
     colour = not args.no_colour and sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -53,6 +53,30 @@ def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
     replace_file(path, lambda file: file.write(text.encode("utf-8", "replace")), durable=durable)
 
 
+def check_place(path: Path) -> None:
+    """Look at whether a file that a command is to write has a place, before the work that it tells of.
+
+    Raises:
+        UserError: its folder is not there, or it is a folder itself.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it, as {path / 'NAME'}")
+
+
+def write_asked(path: Path, text: str) -> None:
+    """`replace_text` with what a command was asked for.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        replace_text(path, text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error})") from None
+
+
 _failing: set[str] = set()  # kinds of files that could not be written the last time
 
 

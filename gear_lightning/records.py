@@ -123,7 +123,8 @@ def read_records(run: Path, iterations: list[int] | None = None) -> Iterator[Rec
         iterations: only these; None for all.
 
     Raises:
-        UserError: no records, a record of another format, or a file that cannot be read; names the file and line.
+        UserError: no records, a record of another format, a file that cannot be read, or two that do not belong
+            together; names the file and line.
     """
     from safetensors.torch import load_file
 
@@ -142,6 +143,7 @@ def read_records(run: Path, iterations: list[int] | None = None) -> Iterator[Rec
             raise UserError(f"{tensor_file}: cannot be read ({error})") from None
         if any(rollout["row"] is not None for rollout in rollouts):
             _check_tensors(tensors, tensor_file)
+        _check_rows(rollouts, tensors, path, tensor_file)
         yield Record(iteration, rank, rollouts, tensors)
 
 
@@ -203,3 +205,32 @@ def _check_tensors(tensors: dict[str, Tensor], where: Path) -> None:
             raise UserError(f"{where}: {name} is {what}, expected {kind} {list(wanted)}")
     if bool((tensors["tokens"] < 0).any()):
         raise UserError(f"{where}: tokens holds negative ids")
+
+
+def _check_rows(rollouts: list[dict[str, Any]], tensors: dict[str, Tensor], path: Path, tensor_file: Path) -> None:
+    """Look at whether a record's two files are of the same rollouts.
+
+    Raises:
+        UserError: names the line, or the row that no line has.
+    """
+    lines = {rollout["row"]: number for number, rollout in enumerate(rollouts, 1) if rollout["row"] is not None}
+    groups = tensors.get("group_ids")
+    known = [] if groups is None or groups.dim() != 1 else groups.tolist()
+    for number, rollout in enumerate(rollouts, 1):
+        row = rollout["row"]
+        if row is None:
+            continue
+        if not 0 <= row < len(known):
+            raise UserError(f"{path}:{number}: names row {row}, and {tensor_file.name} has {len(known)} rows")
+        for name, there in (("group_id", known[row]), ("policy_version", int(tensors["policy_version"][row]))):
+            if rollout[name] != there:
+                raise UserError(
+                    f"{tensor_file}: row {row} has {name} {there}, and {path.name}:{number} says {rollout[name]}: "
+                    "these files are not of the same rollouts"
+                )
+    lost = [row for row, group in enumerate(known) if group >= 0 and row not in lines]  # -1: padding of a micro-batch
+    if lost:
+        raise UserError(
+            f"{path}: no line is of row {lost[0]} in {tensor_file.name} ({len(lost)} of {len(known)} rows have none); "
+            "lines are missing. Put the file back, or move both away to do without this iteration"
+        )

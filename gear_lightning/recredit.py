@@ -4,6 +4,7 @@ from dataclasses import fields, is_dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .batch import Credit, TokenStats
 from .credit import GEAR, SCGRPO, CreditAssigner, Evidence
@@ -78,6 +79,54 @@ def recredit(record: Record, rule: CreditAssigner, *, divergence: bool = False) 
 def recorded_credit(record: Record) -> Credit:
     """The credit that training used."""
     return Credit(*(record.tensors[name] for name in CREDIT_KEYS))
+
+
+def check_credit(record: Record, rule: CreditAssigner, credit: object) -> Credit:
+    """What a rule gave to a record's rollouts, once it is clear that it is credit: a user's own rule may give anything.
+
+    Raises:
+        UserError: it is no `Credit`, of another shape than the rollouts, or holds a weight or advantage of a sampled
+            token that is not finite.
+    """
+    where = f"iteration {record.iteration}, rank {record.rank}"
+    if not isinstance(credit, Credit):
+        raise UserError(
+            f"{told(rule)} returned {type(credit).__name__} for {where}, expected a gear_lightning.batch.Credit"
+        )
+    mask = record.tensors["action_mask"]
+    for name in CREDIT_KEYS:
+        value = getattr(credit, name)
+        if not isinstance(value, Tensor) or value.shape != mask.shape:
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(
+                f"{told(rule)} returned {name} {found} for {where}, expected {list(mask.shape)}, one value for each "
+                "token of each rollout"
+            )
+    for name in ("weights", "token_advantages"):
+        values = getattr(credit, name)
+        odd = (mask & ~values.isfinite()).nonzero()
+        if len(odd):
+            row, token = odd[0].tolist()
+            raise UserError(
+                f"{told(rule)} gives {_named(record, row)} of {where} {name} that are not finite: "
+                f"{float(values[row, token])} on token {token}, the first of {len(odd)}{_cause(record, row, mask[row])}"
+            )
+    return credit
+
+
+def _named(record: Record, row: int) -> str:
+    """Which rollout a row is."""
+    for rollout in record.rollouts:
+        if rollout["row"] == row:
+            return f"rollout {rollout['rollout']} of task {rollout['task_id']}"
+    return f"row {row}"
+
+
+def _cause(record: Record, row: int, mask: Tensor) -> str:
+    """What a rule may have it from: recorded evidence that is not finite."""
+    names = ("policy_logprobs", "entropy", "teacher_logprobs", "teacher_entropy", "divergence", "base_advantages")
+    odd = [name for name in names if not record.tensors[name][row][mask].isfinite().all()]
+    return f" (so are the recorded {', '.join(odd)})" if odd else ""
 
 
 class Measured(NamedTuple):

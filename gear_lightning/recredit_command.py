@@ -4,6 +4,8 @@ import argparse
 import heapq
 import json
 import re
+import sys
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,14 @@ from .credit_difference import CHANGED, Pair, compare, largest_changes, summary
 from .credit_page import render_credit_page
 from .credit_trace import Decode, load_decoder
 from .errors import UserError, printable
-from .files import replace_text
+from .files import check_place, write_asked
 from .records import Record, read_records, record_files
-from .recredit import recorded_credit, recredit, stands_in, told
+from .recredit import check_credit, recorded_credit, recredit, stands_in, told
 from .recredit_report import change_data, finite, report, rule_data
 from .rule_options import RULES, read_rule, run_rule, split
 
 PAGE = "recredit.html"
+UNCHECKED = "the run's own rule is not known, so nothing checks that recomputing gives what was recorded"
 ON_PAGE = 1000  # rollouts
 SHOWN = 10  # tokens
 
@@ -61,7 +64,8 @@ def recredit_command(argv: list[str]) -> int:
 
     Raises:
         UserError: a rule that cannot be made, or that needs what was not recorded; no records, or none of the
-            iterations asked for; a file that cannot be read, or a folder that is not there.
+            iterations asked for; a file that cannot be read or written, or a folder that is not there; a rule that
+            fails, or gives no finite credit.
         SystemExit: help was asked for, or an option is unknown; the parser has said so.
     """
     rest, typed = split(argv)
@@ -69,8 +73,8 @@ def recredit_command(argv: list[str]) -> int:
     run: Path = options.run
     page = run / PAGE if options.html == Path() else options.html
     for path in (page, options.json):
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"{path}: the folder {path.parent} does not exist")
+        if path is not None:
+            check_place(path)
     named = {name: read_rule(name, typed[name], run) for name in RULES if typed[name] or name == "--credit"}
     iterations = _iterations(run, options.iterations)
     own, unknown = run_rule(run, {path: type(rule) for rule, path in named.values()})
@@ -81,16 +85,20 @@ def recredit_command(argv: list[str]) -> int:
         found.take(record, decode)
     if not found.pairs:
         raise UserError(f"{run}: no rollout of these iterations has credit; none was learned from")
+    if found.own is None:
+        print(printable(f"gear-lightning: warning: {UNCHECKED} ({found.unknown})"), file=sys.stderr)
     data = found.data(run)
     print(printable(report(data)), end="")
     if page is not None:
-        title = f"Credit of {run.resolve().name} by {told(rules[0].rule)}"
-        kept = {"max_rollouts": ON_PAGE, "left_out": found.left_out, "others": found.others}
-        replace_text(page, render_credit_page([record for record, _ in found.kept], decode, title=title, **kept))
+        shown = told(rules[0].rule) if found.there is None else f"{told(rules[0].rule)} against {told(rules[1].rule)}"
+        # Of two rules those two are compared, as in all figures; the recorded credit is there to be chosen.
+        kept: dict[str, Any] = {"max_rollouts": ON_PAGE, "left_out": found.left_out, "others": found.others}
+        kept |= {"title": f"Credit of {run.resolve().name} by {shown}", "opens": (0, 1) if len(rules) == 1 else (2, 1)}
+        write_asked(page, render_credit_page([record for record, _ in found.kept], decode, **kept))
         opens = f"; {data['changes'][0]['page']} after a # opens the first of these" if data["changes"] else ""
         print(f"{page}: the credit page of it{opens}")
     if options.json is not None:
-        replace_text(options.json, json.dumps(data, indent=1, allow_nan=False) + "\n")
+        write_asked(options.json, json.dumps(data, indent=1, allow_nan=False) + "\n")
         print(f"{options.json}: all figures, of every iteration")
     return 0
 
@@ -124,7 +132,26 @@ class _Rule:
     divergence: bool
 
     def credit(self, record: Record) -> Credit:
-        return recredit(record, self.rule, divergence=self.divergence)
+        """What it gives to a record's rollouts.
+
+        Raises:
+            UserError: it fails, gives no credit, or none that is finite; or the record does not hold what it needs.
+        """
+        try:
+            credit = recredit(record, self.rule, divergence=self.divergence)
+        except UserError:
+            raise
+        except Exception as error:  # the rule may be a user's own
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"{told(self.rule)} failed on iteration {record.iteration}, rank {record.rank}: {_text(error)} "
+                f"(at {place.filename}:{place.lineno})"
+            ) from error
+        return check_credit(record, self.rule, credit)
+
+
+def _text(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _recordable(run: Path, rule: CreditAssigner, own: CreditAssigner | None, unknown: str) -> _Rule:
@@ -202,11 +229,10 @@ class _Findings:
     @property
     def others(self) -> dict[str, list[Credit | None]]:
         """What the rules make of the kept records, by their names."""
-        rules = [rule for rule in (self.here, self.there) if rule is not None]
-        return {
-            told(rule.rule): [credits[i] if credits else None for _, credits in self.kept]
-            for i, rule in enumerate(rules)
-        }
+        names = [told(rule.rule) for rule in (self.here, self.there) if rule is not None]
+        if len(set(names)) < len(names):  # classes of one name, or one rule twice
+            names[1] += " (against)"
+        return {name: [credits[i] if credits else None for _, credits in self.kept] for i, name in enumerate(names)}
 
     def _check(self, record: Record, recorded: Credit) -> None:
         """Recompute the run's own rule, too: whether that gives what was recorded tells what the figures are worth."""

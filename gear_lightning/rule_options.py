@@ -60,6 +60,10 @@ def read_rule(name: str, typed: list[str], run: Path) -> tuple[CreditAssigner, s
         return getattr(known.instantiate(found), name[2:]), found[name[2:]]["class_path"]
     except ArgumentError as error:
         raise UserError(f"{name}: {' '.join(str(error).split())}") from None
+    except UserError:
+        raise
+    except Exception as error:  # the class may be a user's own
+        raise UserError(f"{name}: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
 
 
 def run_rule(run: Path, named: dict[str, type[CreditAssigner]]) -> tuple[CreditAssigner | None, str]:

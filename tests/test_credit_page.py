@@ -24,7 +24,7 @@ from gear_lightning.credit_page import (
 )
 from gear_lightning.credit_trace import trace, visible
 from gear_lightning.errors import UserError
-from gear_lightning.records import FORMAT, read_records, write_record
+from gear_lightning.records import FORMAT, TENSOR_KEYS, Record, read_records, write_record
 
 # One letter per token: p prompt, A and B sampled in turns 0 and 1, o observation. Tokens 4 and 5 are one segment.
 LAYOUT = "ppAAAAooBBB"
@@ -95,7 +95,9 @@ def fake_rollout(**changes: Any) -> dict[str, Any]:
 def add(run: Path, *rollouts: dict[str, Any], iteration: int = 0, rank: int = 0, **tensors: torch.Tensor) -> None:
     """Write one record; all rollouts that have a row share row 0."""
     rollouts = tuple({**r, "iteration": iteration, "rank": rank} for r in rollouts)
-    write_record(run / "rollouts", iteration, rank, list(rollouts), {**fake_tensors(), **tensors})
+    learned = any(r.get("row") is not None for r in rollouts)
+    found = {**fake_tensors(), **tensors} if learned else {name: torch.zeros(0) for name in TENSOR_KEYS}
+    write_record(run / "rollouts", iteration, rank, list(rollouts), found)
 
 
 def decode(token: int) -> str:
@@ -143,9 +145,8 @@ def test_trace_cuts_a_row_into_runs_without_its_padding(run):
 
 
 def test_trace_names_the_record_of_a_missing_row(run):
-    add(run, fake_rollout(row=3))
     with pytest.raises(UserError, match=r"rollout 0 names row 3, .* 1 rows"):
-        trace(next(read_records(run)), 0)
+        trace(Record(0, 0, [fake_rollout(row=3)], fake_tensors()), 0)
 
 
 def test_visible_shows_whitespace_and_disarms_control_characters():
@@ -315,6 +316,9 @@ def test_write_credit_page_is_atomic_and_names_what_is_missing(run):
     assert not list(run.glob("*.partial"))
     with pytest.raises(UserError, match="does not exist"):
         write_credit_page(run, run / "nowhere" / "page.html")
+    for out, message in ((run, "is a folder; name a file in it"), ("/proc/x.html", "x.html cannot be written")):
+        with pytest.raises(UserError, match=message):
+            credit_command([str(run), "--html", str(out)])
     shutil.rmtree(run / "tokenizer")
     with pytest.raises(UserError, match="no tokenizer"):
         write_credit_page(run)

@@ -272,6 +272,66 @@ def test_the_difference_is_right_minus_left(lens):
     assert lens.texts("#tokens .turn .flag")[0] not in ("L", "R")
 
 
+def test_two_sets_are_named_and_their_difference_is_explained(lens):
+    lens.js("location.hash = '#r=i2.r0.1'")
+    lens.wait("current.key === 'i2.r0.1'")
+    assert lens.texts("#inspector th")[:3] == ["L", "R", "R − L"]
+    assert lens.js("[...document.querySelectorAll('#inspector th')].every((e) => e.scrollWidth <= e.clientWidth)")
+    assert lens.text("#inspector .sides") == f"L recordedR {OTHER}R − L right minus left"
+    assert "Segments, recorded" in lens.texts("#facts dt")
+    # the name of a set stands apart from the turn's
+    box = "document.querySelector('{}').getBoundingClientRect()"
+    assert lens.js(f"{box.format('.set')}.top - {box.format('.turn h3')}.bottom") >= 5
+
+
+def test_equal_divergences_are_seen_as_two(lens, tmp_path):
+    same = [replace(other, divergence=one.tensors["divergence"]) for one, other in zip(RECORDS, OTHERS, strict=True)]
+    name = "GEAR(divergence='reverse_kl', sign_rule='symmetric', kappa=2.0)"
+    (tmp_path / "page.html").write_text(render_credit_page(RECORDS, decode, others={name: same}))
+    for width in (1500, 420):
+        lens.size(width)
+        lens.open((tmp_path / "page.html").as_uri())
+        assert lens.text("#chart .aside").endswith("(equal)")
+        assert lens.js(
+            "document.querySelector('#chart .aside').parentNode.getBBox().width + 40 <= $('chart').clientWidth"
+        )
+        under, over = lens.js(
+            "['under', 'second'].map((c) => { "
+            "const s = getComputedStyle(document.querySelector(`#chart .curve.${c}`)); "
+            "return [parseFloat(s.strokeWidth), s.strokeDasharray]; })"
+        )
+        assert under[0] > 2 * over[0]
+        assert (under[1], over[1]) == ("none", "4px, 3px")
+
+
+def test_on_a_narrow_screen_the_panel_is_a_line_until_it_is_asked_for(lens):
+    height = "$('right').getBoundingClientRect().height"
+    assert lens.js("getComputedStyle($('fold')).display") == "none"
+    lens.size(420, 900)
+    lens.wait(f"{height} < 60")
+    assert lens.text("#inspector .brief").startswith("weight L ")
+    assert lens.js("document.documentElement.scrollWidth") <= 420
+    lens.click("#fold")
+    assert lens.js("[$('fold').textContent, $('fold').getAttribute('aria-expanded')]") == ["Less", "true"]
+    assert 150 < lens.js(height) <= 450
+    lens.click("#fold")
+    assert lens.js(height) < 60
+
+
+def test_a_weight_that_is_no_number_is_not_a_weight_of_one(lens, tmp_path):
+    one = RECORDS[2]
+    t = int(one.tensors["action_mask"][0].nonzero()[3])
+    weights = torch.where(one.tensors["action_mask"], 1.0, 1.0)
+    weights[0, t] = torch.nan
+    odd = replace(one, tensors={**one.tensors, "weights": weights})
+    (tmp_path / "page.html").write_text(render_credit_page([odd], decode))
+    lens.open((tmp_path / "page.html").as_uri() + "#r=i2.r0.0")
+    assert lens.js("[...document.querySelectorAll('#tokens .nan')].map((e) => e.token)") == [t]
+    assert lens.js("document.querySelectorAll('#chart .nan-bar').length") == 1
+    assert "weight is no finite number" in lens.text("#legend")
+    assert "every sampled token has weight 1" not in lens.text("#legend")
+
+
 def test_one_set_has_one_column_and_no_choice(lens, tmp_path):
     (tmp_path / "one.html").write_text(render_credit_page(RECORDS, decode))
     lens.open((tmp_path / "one.html").as_uri())

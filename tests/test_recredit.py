@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 import yaml
 from test_cli import FIT, command  # noqa: F401  # the fixture
 from test_credit_page import add, fake_rollout, fake_tensors, page_data, run, unpack  # noqa: F401  # the fixture
+from test_lens import browser  # noqa: F401  # the fixture
 from tiny import WORDS, AnyCall, data, generation, trainer
 
 from gear_lightning.credit import GEAR, RLSD, SCGRPO, CreditAssigner, Placebo, TokenOnly, Turn, Uniform
@@ -266,6 +267,65 @@ def test_an_own_rule_by_import_path_and_decisions(trained, run, tmp_path, capsys
     assert "decisions" not in capsys.readouterr().out
 
 
+@dataclass(frozen=True)
+class Unmade(CreditAssigner):
+    """Fails when it is made."""
+
+    def __post_init__(self):
+        raise RuntimeError("no such table")
+
+    def __call__(self, evidence): ...
+
+
+class Raises(CreditAssigner):
+    """Fails when it is asked."""
+
+    def __call__(self, evidence):
+        return {}["no such key"]
+
+
+class Nothing(CreditAssigner):
+    """Forgets to return anything."""
+
+    def __call__(self, evidence): ...
+
+
+class Narrow(CreditAssigner):
+    """Leaves the last token out."""
+
+    def __call__(self, evidence):
+        found = spread_credit(evidence, torch.ones(evidence.action_mask.shape))
+        return replace(found, weights=found.weights[:, 1:])
+
+
+@dataclass(frozen=True)
+class Odd(CreditAssigner):
+    """One weight, of the sampled token 8 in every rollout, is no number."""
+
+    weight: float = float("nan")
+
+    def __call__(self, evidence):
+        weights = torch.ones(evidence.action_mask.shape)
+        weights[:, 8] = self.weight
+        weights[:, 0] = torch.nan  # of a prompt's token, which counts for nothing
+        return spread_credit(evidence, weights)
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf"])
+def test_credit_that_is_no_number_is_refused(run, weight, tmp_path):  # noqa: F811
+    add(run, fake_rollout(rollout=4), iteration=6)
+    out = tmp_path / "x.json"
+    for rule in (["--credit", f"{__name__}.Odd", f"--credit.weight=.{weight}"],
+                 ["--credit", "RLSD", "--against", f"{__name__}.Odd", f"--against.weight=.{weight}"]):  # fmt: skip
+        with pytest.raises(UserError) as error:
+            recredit_command([str(run), *rule, "--json", str(out), "--html"])
+        wanted = "gives rollout 4 of task doors/1 of iteration 6, rank 0 weights that are not finite: "
+        assert f"{wanted}{weight} on token 8, the first of 1" in str(error.value)
+        assert str(error.value).startswith("Odd(weight=")
+    assert not out.exists()
+    assert not (run / "recredit.html").exists()
+
+
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +455,31 @@ def test_the_page_shows_the_computed_credit(run, capsys):  # noqa: F811
     assert not (run / "credit_map.html").exists()
 
 
+def test_the_page_of_two_rules_opens_on_them(run, browser):  # noqa: F811
+    add(run, fake_rollout(), fake_rollout(rollout=1))
+    add(run, fake_rollout(), iteration=1)
+    args = [str(run), "--credit", "RLSD", "--html", "--json", str(run / "x.json")]
+    assert recredit_command([*args, "--against", "TokenOnly"]) == 0
+    place = json.loads((run / "x.json").read_text())["changes"][0]["page"]
+    for address in ("", f"#{place}"):
+        browser.open((run / "recredit.html").as_uri() + address)
+        assert browser.js("data.sets") == ["recorded", "RLSD", "TokenOnly"]
+        assert browser.js("[data.sets[state.left], data.sets[state.right]]") == ["TokenOnly", "RLSD"]
+        assert browser.js("document.title") == f"Credit of {run.name} by RLSD against TokenOnly"
+        assert browser.js("shownSets()") == [2, 1]
+    assert browser.js("current.key") == place
+    browser.choose("#s-left", "0")
+    browser.open(browser.js("location.href"))
+    assert browser.js("[data.sets[state.left], data.sets[state.right]]") == ["recorded", "RLSD"]
+    assert recredit_command([*args, "--against", "RLSD"]) == 0  # one rule twice is two sets, too
+    assert page_data((run / "recredit.html").read_text())["sets"] == ["recorded", "RLSD", "RLSD (against)"]
+    assert recredit_command(args) == 0
+    browser.open((run / "recredit.html").as_uri())
+    assert browser.js("[data.sets[state.left], data.sets[state.right]]") == ["recorded", "RLSD"]
+    assert browser.js("document.title") == f"Credit of {run.name} by RLSD"
+    assert browser.errors == []
+
+
 def test_the_page_keeps_the_newest_rollouts(run):  # noqa: F811
     for iteration in range(3):
         add(run, *(fake_rollout(rollout=n) for n in range(750)), iteration=iteration)
@@ -426,6 +511,17 @@ def test_the_page_keeps_the_newest_rollouts(run):  # noqa: F811
         (["--credit", "RLSD", "--iterations", "7-"], "give one number, or two as 3-7"),
         (["--credit", "RLSD", "--html", "nowhere/x.html"], "the folder nowhere does not exist"),
         (["--credit", "RLSD", "--json", "nowhere/x.json"], "the folder nowhere does not exist"),
+        (["--credit", "RLSD", "--html", "configs"], "configs is a folder; name a file in it"),
+        (["--credit", "RLSD", "--json", "configs"], "configs is a folder; name a file in it"),
+        (["--credit", "RLSD", "--json", "/proc/x.json"], "/proc/x.json cannot be written"),
+        (["--credit", f"{__name__}.Unmade"], "--credit: RuntimeError: no such table"),
+        (["--credit", f"{__name__}.Raises"], "Raises failed on iteration 0, rank 0: KeyError: 'no such key' (at "),
+        (["--credit", "RLSD", "--against", f"{__name__}.Raises"], "Raises failed on iteration 0, rank 0: KeyError"),
+        (["--credit", f"{__name__}.Nothing"], "Nothing returned NoneType for iteration 0, rank 0, expected a gear_"),
+        (
+            ["--credit", f"{__name__}.Narrow"],
+            "Narrow returned weights [1, 12] for iteration 0, rank 0, expected [1, 13]",
+        ),
     ],
 )
 def test_what_is_asked_wrongly(run, args, message, repository, monkeypatch):  # noqa: F811
@@ -450,6 +546,38 @@ def test_records_that_cannot_be_read(run):  # noqa: F811
     add(run, fake_rollout(format=1))
     with pytest.raises(UserError, match="record format 1"):
         recredit_command([str(run), "--credit", "RLSD"])
+
+
+def test_files_that_do_not_belong_together(run):  # noqa: F811
+    two = {name: x.repeat(2, *[1] * (x.dim() - 1)) for name, x in fake_tensors().items()}
+    for iteration in range(2):
+        rollouts = [fake_rollout(row=n, rollout=n, policy_version=iteration, group_id=3 * iteration) for n in range(2)]
+        versions = {
+            name: torch.full((2,), value)
+            for name, value in (("policy_version", iteration), ("group_ids", 3 * iteration))
+        }
+        add(run, *rollouts, fake_rollout(row=None, group_id=9), iteration=iteration, **{**two, **versions})
+    assert len(list(read_records(run))) == 2
+    lines, tensors = (run / "rollouts" / f"iter_000001.rank_0.{kind}" for kind in ("jsonl", "safetensors"))
+    text, content = lines.read_text(), tensors.read_bytes()
+    ask = [str(run), "--credit", "RLSD"]
+    for kept, message in ((0, r"no line is of row 0 in .*\(2 of 2 rows have none\)"), (1, r"row 1 in .*\(1 of 2 rows")):
+        lines.write_text("".join(text.splitlines(keepends=True)[:kept]))
+        with pytest.raises(UserError, match=rf"iter_000001\.rank_0\.jsonl: .*{message}"):
+            recredit_command(ask)
+    lines.write_text(text)
+    tensors.write_bytes(tensors.with_name("iter_000000.rank_0.safetensors").read_bytes())
+    with pytest.raises(
+        UserError, match=r"iter_000001\.rank_0\.safetensors: row 0 has group_id 0, and .*jsonl:1 says 3"
+    ):
+        recredit_command(ask)
+    lines.write_text(text.replace('"group_id": 3', '"group_id": 0'))
+    with pytest.raises(UserError, match=r"safetensors: row 0 has policy_version 0, and .*jsonl:1 says 1: these files"):
+        recredit_command(ask)
+    tensors.write_bytes(content)
+    lines.write_text(text.replace('"row": 1', '"row": 7'))
+    with pytest.raises(UserError, match=r"jsonl:2: names row 7, and .*safetensors has 2 rows"):
+        recredit_command(ask)
 
 
 # -- files of others --------------------------------------------------------------------------------------------------
@@ -505,7 +633,11 @@ def test_any_config_is_a_config_that_is_not_known(run, text, capsys):  # noqa: F
     add(run, fake_rollout())
     (run / "config.yaml").write_text(text)
     assert recredit_command([str(run), "--credit", "RLSD"]) == 0
-    assert "check: none" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "check: none" in shown.out
+    assert shown.err.startswith("gear-lightning: warning: the run's own rule is not known, so nothing checks that ")
+    assert f"({run}/config.yaml: " in shown.err
+    assert shown.err.count("\n") == 1
 
 
 def test_numbers_that_are_none_are_shown(run, tmp_path, capsys):  # noqa: F811
@@ -513,12 +645,11 @@ def test_numbers_that_are_none_are_shown(run, tmp_path, capsys):  # noqa: F811
     shape = {"weights": weights, "token_advantages": torch.full((1, 13), torch.inf), "anchor": anchor}
     add(run, fake_rollout(), **shape, teacher_logprobs=torch.full((1, 13), torch.nan))
     (run / "config.yaml").write_text("model: {credit: {class_path: gear_lightning.credit.GEAR, init_args: {}}}")
-    for rule in ("RLSD", "Uniform", "GEAR", "Turn", "Placebo"):
-        assert recredit_command([str(run), "--credit", rule, "--html", "--json", str(tmp_path / "x.json")]) == 0
-        json.loads((tmp_path / "x.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    add(run, fake_rollout(row=7))
-    with pytest.raises(UserError, match=r"names row 7, and the tensors have 1"):
-        recredit_command([str(run), "--credit", "RLSD", "--html"])
+    assert recredit_command([str(run), "--credit", "Uniform", "--html", "--json", str(tmp_path / "x.json")]) == 0
+    json.loads((tmp_path / "x.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    told_from = r"RLSD gives .* weights that are not finite: nan on .*\(so are the recorded teacher_logprobs\)"
+    with pytest.raises(UserError, match=told_from):
+        recredit_command([str(run), "--credit", "RLSD"])
 
 
 def test_told_is_what_departs_from_the_defaults():

@@ -29,6 +29,7 @@ function extent(values) {
 
 // ---- colour: blue below weight 1, orange above; the underline says the same without colour -------------------------
 function paint(node, weight, spread = 1) {
+  if (weight !== weight) node.classList.add("nan");
   const away = Math.abs(weight - 1);
   if (!(away >= 0.005)) return node;
   node.classList.add(weight > 1 ? "hi" : "lo");

@@ -32,12 +32,13 @@ function inspect() {
   const chance = (x) => (known(x) ? [number(x), " ", el("small", {}, `${(100 * Math.exp(x)).toPrecision(3)} %`)] : ["–"]);
   const at = (key) => evidence(r, key)?.[place] ?? null;
   const rows = [["token id", [String(id)]], ["position", [String(t)]]];
-  const piece = el("div", { class: "piece" }, tokenText(r, t));
+  const piece = el("div", { class: "piece" }, tokenText(r, t)), brief = el("div", { class: "brief num" }, "no credit");
   if (place < 0) {
     rows.push(["part", [t < r.sections[0][2] ? "prompt" : "observation"]], ["credit", ["none"]]);
   } else {
     const mark = decided(r)[t], columns = sides.map((set) => ["w", "a", "d"].map((key) => credit(r, key, set)[place]));
     const spreading = reach(r);
+    brief.textContent = `weight ${columns.map((c, k) => (sides.length > 1 ? `${"LR"[k]} ` : "") + number(c[0], 2)).join(", ")}`;
     paint(piece, difference() ? 1 + columns[1][0] - columns[0][0] : columns[0][0], spreading);
     rows.push(["turn", [String(turnOf(r)[t])]], ["sampled token", [`${place + 1} of ${r.sampled.length}`]]);
     if (mark) rows.push(["decision", [mark < 0 ? "✗ wrong" : "✓ right"]]);
@@ -49,13 +50,16 @@ function inspect() {
         ["divergence", [number(columns[0][2], 3, true)]]);
     } else {
       rows.push(["", [el("table", {},
-        el("tr", {}, el("td"), ...sides.map((set) => el("th", { title: data.sets[set] }, data.sets[set])), el("th", {}, "R − L")),
+        el("tr", {}, el("td"), ...sides.map((set, k) => el("th", { title: data.sets[set] }, "LR"[k])),
+          el("th", { title: "right minus left" }, "R − L")),
         ...["weight", "advantage", "divergence"].map((name, k) => el("tr", {}, el("th", {}, name),
           ...columns.map((c) => el("td", {}, number(c[k], 3, k > 0))),
           el("td", {}, number(columns[1][k] - columns[0][k], 3, true)))),
         el("tr", {}, el("th", {}, "anchor"),
           ...sides.map((set) => el("td", {}, where(set).replace("no segment", "–").replace(/.*this token.*/, "this"))),
-          el("td")))]], null);
+          el("td"))),
+      el("p", { class: "sides" }, ...sides.flatMap((set, k) => [el("strong", {}, "LR"[k]), ` ${data.sets[set]}`, el("br")]),
+        el("strong", {}, "R − L"), " right minus left")]], null);
     }
     rows.push(["entropy", [number(at("h"))]]);
     if (evidence(r, "e")) rows.push(["teacher's entropy", [number(at("e"))]]);
@@ -70,7 +74,7 @@ function inspect() {
     else list.append(el("div", { class: "rule" }));
   }
   const heading = el("h3", { class: "muted" }, place < 0 ? "Token" : "Sampled token", el("small", {}, " · nats"));
-  $("inspector").replaceChildren(heading, piece, list);
+  $("inspector").replaceChildren(heading, piece, brief, list);
   moveCursor(t);
 }
 

@@ -1,6 +1,6 @@
 // ---- address: selection, filters and view; back and forward restore them ---------------------------------------------
 const VIEWS = [["both", "side by side"], ["difference", "difference"], ["left", "left only"], ["right", "right only"]];
-const DEFAULTS = { left: "0", right: String(Math.min(1, data.sets.length - 1)), view: "both", tab: "tokens" };
+const DEFAULTS = { left: String(data.opens[0]), right: String(data.opens[1]), view: "both", tab: "tokens" };
 
 function address() {
   const parts = new URLSearchParams();
@@ -29,10 +29,10 @@ function restore() {
   state.tab = parts.get("tab") === "charts" ? "charts" : "tokens";
   drawSets();
   apply();
-  const telling = (r) => anchors(r, 0).length && spread(r, 0) > 0.1;
+  const telling = (r) => anchors(r, state.left).length && spread(r, state.left) > 0.1;
   const chosen = rollouts.find((r) => r.key === parts.get("r"))
     ?? found.find((r) => telling(r) && r.kind === "failed") ?? found.find(telling)
-    ?? found.find((r) => anchors(r, 0).length) ?? found[0] ?? rollouts[0];
+    ?? found.find((r) => anchors(r, state.left).length) ?? found[0] ?? rollouts[0];
   if (chosen) show(chosen);
   else refresh();
   $("link").setAttribute("href", address());
@@ -77,6 +77,12 @@ document.addEventListener("keydown", (event) => {
 });
 $("prev").addEventListener("click", () => step(-1));
 $("next").addEventListener("click", () => step(1));
+function fold(folded) {  // the panel of a token, on a narrow screen alone
+  document.body.classList.toggle("folded", folded);
+  $("fold").setAttribute("aria-expanded", String(!folded));
+  $("fold").textContent = folded ? "More" : "Less";
+}
+$("fold").addEventListener("click", () => fold(!document.body.classList.contains("folded")));
 $("stretch").addEventListener("click", () => {
   state.stretched = !state.stretched;
   $("stretch").setAttribute("aria-pressed", String(state.stretched));
@@ -112,6 +118,7 @@ $("scope").textContent = rollouts.length === 0 ? "No rollouts"
   : `${count(rollouts.length, "rollout")} of ${iterations[0] === iterations.at(-1) ? `iteration ${iterations[0]}`
     : `iterations ${iterations.at(-1)} to ${iterations[0]}`}, newest first`;
 if (data.left_out) $("scope").textContent += `; ${count(data.left_out, "older rollout")} left out`;
+fold(true);
 drawFilters();
 restore();
 readAhead();

@@ -47,14 +47,15 @@ function drawFacts(r) {
   ];
   if (parts.length) facts.push(["Reward parts", el("small", {}, parts.join(", "))]);
   if (r.traced) {
+    const whose = data.sets.length > 1 ? `, ${data.sets[0]}` : "";
     const covered = r.credits[0].segments.reduce((sum, [, start, end]) => sum + end - start, 0);
     facts.push(
       ["Group advantage", number(r.advantage, 3, true)],
       ["Solved in group", short(r.solved)],
-      ["Segments", String(anchors(r, 0).length)],
-      ["Tokens in segments", el("span", {}, `${percent(covered / Math.max(1, r.sampled.length))} `,
+      [`Segments${whose}`, String(anchors(r, 0).length)],
+      [`Tokens in segments${whose}`, el("span", {}, `${percent(covered / Math.max(1, r.sampled.length))} `,
         el("small", {}, `${covered} of ${r.sampled.length}`))],
-      ["Weights", weights(r, 0).map((w) => number(w, 2)).join(" – ")],
+      [`Weights${whose}`, credit(r, "w", 0).some(known) ? weights(r, 0).map((w) => number(w, 2)).join(" – ") : "–"],
     );
   }
   facts.push(["Turns", short(r.turns)], ["Status", String(r.status).replaceAll("_", " ")],
@@ -82,8 +83,9 @@ function drawLegend(r) {
     ? steps.map((x) => [number(x * spreading, digits, true), 1 + x * spreading])
     : steps.map((x) => [number(Math.max(0, 1 + x * spreading), digits), Math.max(0, 1 + x * spreading)]);
   const sides = shownSets().map((set) => data.sets[set]);
+  const missing = shownSets().some((set) => credit(r, "w", set).some((w) => !known(w)));
   const reading = difference() ? `Weight of ${sides[1]} minus weight of ${sides[0]}: orange where ${sides[1]} gives more.`
-    : shownSets().every((set) => spread(r, set) < 0.005) ? "Credit is uniform in this rollout: every sampled token has weight 1."
+    : !missing && shownSets().every((set) => spread(r, set) < 0.005) ? "Credit is uniform in this rollout: every sampled token has weight 1."
     : r.advantage > 0 ? "The advantage is positive: orange tokens get more of the praise, blue ones less."
     : r.advantage < 0 ? "The advantage is negative: orange tokens take more of the blame, blue ones are spared."
     : "The advantage is zero or unknown: the weights move nothing.";
@@ -94,6 +96,7 @@ function drawLegend(r) {
       : el("span", {}, el("span", { class: "seg tok" }, flag("1.90", "anchor"), "anchor and its segment")),
     ...(r.decisions.length ? [el("span", {}, el("span", { class: "tok wrong" }, "✗ wrong"),
       el("span", { class: "tok right" }, "✓ right"), "decision")] : []),
+    ...(missing ? [el("span", {}, el("span", { class: "tok nan" }, "token"), "weight is no finite number")] : []),
     el("span", { class: "muted" }, "grey: prompt and observations"),
     el("span", { class: "muted" }, "⏎ line break, · space, ⇥ tab"),
     el("span", { id: "reading" }, reading));

@@ -50,8 +50,16 @@ function drawTrace(r) {
   };
   axis(floor < -0.15 * (ceiling - floor) ? [floor, 0, ceiling] : [0, ceiling], yd);
   axis(apart ? [wLow, 0, wHigh] : wHigh > 2.5 ? [0, 1, wHigh] : [0, 1, 2], yw);
-  const both = sides.length > 1, dashed = both ? ` — ${data.sets[sides[0]]}, dashed: ${data.sets[sides[1]]}` : "";
-  picture.append(svg("text", { class: "name", x: left, y: 11 }, "Divergence", svg("tspan", { class: "aside" }, dashed)),
+  const both = sides.length > 1, names = sides.map((set) => data.sets[set]);
+  const equal = both && divergences[0].every((v, i) => Object.is(v, divergences[1][i])) ? " (equal)" : "";
+  const room = Math.floor((width - left - right - 70) / 6.2) - `, dashed: ${equal}`.length;  // letters
+  const [first, second] = names.map((name, k) => {
+    const most = Math.max(8, room / 2, room - names[1 - k]?.length);
+    return name.length > most ? `${name.slice(0, most - 1)}…` : name;
+  });
+  picture.append(svg("text", { class: "name", x: left, y: 11 }, "Divergence",
+    both ? svg("tspan", { class: "aside" }, ` — ${first}, dashed: ${second}${equal}`) : null,
+    both ? svg("title", {}, `${names[0]}, dashed: ${names[1]}`) : null),
     svg("text", { class: "name", x: left, y: panels.w[0] - 8 }, apart ? "Weight, right − left" : "Weight"));
   const area = `M${left} ${yw(base)}${steps(heights[0], yw)}L${width - right} ${yw(base)}Z`;
   picture.append(svg("defs", {},
@@ -59,8 +67,12 @@ function drawTrace(r) {
     svg("clipPath", { id: "below" }, svg("rect", { x: 0, y: yw(base), width, height: 204 }))),
     svg("path", { d: area, "clip-path": "url(#above)", style: "fill: var(--hi)" }),
     svg("path", { d: area, "clip-path": "url(#below)", style: "fill: var(--lo)" }),
-    ...divergences.map((d, k) => svg("path", { d: line(d, yd), class: k ? "curve second" : "curve" })));
+    ...divergences.map((d, k) => svg("path", { d: line(d, yd), class: k ? "curve second" : both ? "curve under" : "curve" })));
   if (heights[1]) picture.append(svg("path", { d: "M" + steps(heights[1], yw).slice(1), class: "curve second" }));
+  for (const column of heights) column.forEach((v, i) => {  // no weight is none, and not a weight of 1
+    if (v === v) return;
+    picture.append(svg("rect", { class: "nan-bar", x: x(i) - half, y: panels.w[0], width: 2 * half, height: panels.w[1] }));
+  });
   const cursor = svg("line", { y1: top, y2: bottom, style: "stroke: var(--focus); stroke-width: 1.5",
     visibility: "hidden" });
   picture.append(cursor);
