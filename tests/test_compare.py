@@ -229,6 +229,7 @@ def test_options_that_come_with_a_class_are_not_told(tmp_path):
 
 def test_groups_and_names(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
     for seed in (0, 1):
         run(tmp_path / f"fast_{seed}", [0, 0.5], seed=seed, lr=0.1 * (seed + 1))
         run(tmp_path / f"slow_{seed}", [0, 0.25], seed=seed, lr=0.01)
