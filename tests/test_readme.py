@@ -82,9 +82,11 @@ def test_the_metrics_that_the_readme_explains_are_logged(tmp_path):
 
     from gear_lightning.callbacks.noise_floor import NoiseFloor
     from gear_lightning.credit import GEAR
+    from gear_lightning.distillation import SDAR
     from gear_lightning.loss import ClippedSurrogate
 
-    corrected = module(GEAR(anchor_floor=0.0), objective=ClippedSurrogate(sampler_cap=2.0))
+    options = {"objective": ClippedSurrogate(sampler_cap=2.0), "distillation": SDAR()}
+    corrected = module(GEAR(anchor_floor=0.0), **options)
     callbacks = generation(), NoiseFloor()
     trainer(tmp_path, *callbacks, max_epochs=1, limit_val_batches=None).fit(corrected, datamodule=data())
     with (tmp_path / "metrics.csv").open() as file:
