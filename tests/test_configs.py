@@ -124,7 +124,7 @@ def test_every_run_of_a_study_instantiates(file, monkeypatch):
     for run in study.runs:
         if run.seed == 0:
             cli = Built(["fit", *run.options])
-            assert cli.config["fit"]["data"]["seed"] == 0
+            assert f"--data.seed={cli.config['fit']['data']['seed']}" in run.options
 
 
 RULES = {
