@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .errors import UserError, require_extra
 from .files import hold, replace_text
-from .study import Study
+from .study import Run, Study
 
 PLAN = "study.json"
 
@@ -20,11 +20,10 @@ def study_command(argv: list[str]) -> int:
         argv: the arguments after ``study``.
 
     Returns:
-        0; 1 where runs failed.
+        0; 1 where runs failed; 130 where it was asked to stop.
 
     Raises:
-        UserError: a plan that cannot be carried out, or a folder of another study.
-        KeyboardInterrupt: asked to stop.
+        UserError: a plan that cannot be carried out, a folder of another study, or nothing to compare yet.
     """
     from jsonargparse import ArgumentParser
 
@@ -43,43 +42,60 @@ def study_command(argv: list[str]) -> int:
         for run in study.runs:
             print("gear-lightning " + " ".join(_quoted(argument) for argument in run.arguments))
         return 0
-    out = Path(study.out)
-    from .study_onset import onset_of  # not above: the plan alone needs none of their imports
-    from .study_report import draw, markdown, print_results
-    from .study_results import analyse, check_run, collect, write_results
+    from .study_runner import is_done  # not above: the plan alone needs none of these imports
+
+    failed = [] if only else _carry_out(study)
+    if failed is None:
+        return 130
+    for run in failed:
+        print(f"failed: {run} ({run.folder / 'log.txt'})", flush=True)
+    _report(study, [run for run in study.runs if is_done(run)])
+    return 1 if failed else 0
+
+
+def _carry_out(study: Study) -> list[Run] | None:
+    """Do what is not done. Returns the runs that failed; None where it was asked to stop."""
+    from .study_results import check_run
     from .study_runner import carry_out, is_done
 
+    out = Path(study.out)
     done = [run for run in study.runs if is_done(run)]
     for run in done[:1]:
         check_run(study, run)
-    failed = []
-    if not only:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            busy = f"out={study.out}: another study is at work there; wait for it, or give another --out"
-            lock = hold(out / ".lock", busy)
-            replace_text(out / PLAN, json.dumps(asdict(study), indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"out={study.out} cannot be written to ({error.strerror})") from None
-        jobs = study.jobs or os.cpu_count() or 1
-        print(f"{len(study.runs)} runs, {len(done)} of them done; {jobs} at a time, in {out / 'runs'}", flush=True)
-        try:
-            failed = carry_out(study.runs, jobs, partial(check_run, study), partial(print, flush=True))
-        except KeyboardInterrupt:
-            kept = sum(is_done(run) for run in study.runs)
-            print(f"\nstopped; {kept} of {len(study.runs)} runs are done, and the same command goes on with the others")
-            return 130
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        busy = f"out={study.out}: another study is at work there; wait for it, or give another --out"
+        lock = hold(out / ".lock", busy)
+        replace_text(out / PLAN, json.dumps(asdict(study), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"out={study.out} cannot be written to ({error.strerror})") from None
+    jobs = study.jobs or os.cpu_count() or 1
+    print(f"{len(study.runs)} runs, {len(done)} of them done; {jobs} at a time, in {out / 'runs'}", flush=True)
+    try:
+        return carry_out(study.runs, jobs, partial(check_run, study), partial(print, flush=True))
+    except KeyboardInterrupt:
+        kept = sum(is_done(run) for run in study.runs)
+        print(f"\nstopped; {kept} of {len(study.runs)} runs are done, and the same command goes on with the others")
+        return None
+    finally:
         lock.close()
-        done = [run for run in study.runs if is_done(run)]
+
+
+def _report(study: Study, done: list[Run]) -> None:
+    """Compare what is done: files in the study's folder, and a table here."""
+    from .study_onset import onset_of
+    from .study_report import draw, markdown, print_results
+    from .study_results import analyse, collect, write_results
+
+    out = Path(study.out)
     curves = collect(study, done)
     results = {**analyse(study, curves), "onset": onset_of(done)}
     write_results(study, curves, results)
     replace_text(out / "report.md", markdown(results))
     files = draw(curves, results, out)
     print_results(results)
-    left_out = study.seeds - len(curves.seeds)
-    if left_out:
-        print(f"{left_out} of {study.seeds} seeds are not complete and are left out.")
+    if len(curves.seeds) < study.seeds:
+        print(f"{study.seeds - len(curves.seeds)} of {study.seeds} seeds are not complete and are left out.")
     if results["left_out"]:
         print(f"Arms that no seed has completed, left out: {', '.join(results['left_out'])}.")
     if results["begin_elsewhere"]:
@@ -88,9 +104,6 @@ def study_command(argv: list[str]) -> int:
             "arm differs (another warm start: the policy, the demonstrations or what the teacher is shown)."
         )
     print("  ".join(str(path) for path in [out / "results.json", out / "curves.csv", out / "report.md", *files]))
-    for run in failed:
-        print(f"failed: {run} ({run.folder / 'log.txt'})")
-    return 1 if failed else 0
 
 
 def _quoted(text: str) -> str:
