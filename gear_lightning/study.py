@@ -60,7 +60,8 @@ class Study:
             demonstrations, what the teacher is shown) must be equal in all arms, or they begin differently.
         metric: what is compared, a column of the runs' metrics.
         baseline: arm that the others are compared to.
-        ceiling: arm that bounds what the others could reach; gains are told as shares of its gain. Null: none.
+        ceiling: arm that knows what the others must find out; gains are told as shares of its gain, and may be above
+            all of it. Null: none.
         threshold: the number of updates until the metric first reaches this is told.
         collapse: a run that ends below this fraction of its best value so far has collapsed; between 0 and 1.
         out: folder of the study.

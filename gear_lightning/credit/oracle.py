@@ -1,4 +1,4 @@
-"""Credit by what the environment knows of the decisions: an upper bound for rules that must find out."""
+"""Credit by what the environment knows of the decisions: a yardstick for rules that must find out."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -29,7 +29,8 @@ def first_run(
 
 @dataclass(frozen=True)
 class Oracle(CreditAssigner):
-    """Credit where it is due, by an environment that tells which decisions were right: an upper bound, ours.
+    """Credit where it is due, by an environment that tells which decisions were right: a yardstick, ours. It knows the
+    truth, but weights alone do not make it a bound: what it gains is a matter of the task and of the steps.
 
     Where A < 0, the tokens of the first wrong decision have weight 1 + clip and all others 1 - clip; where A > 0, the
     tokens of all right decisions have 1 + clip and all others 1 - clip. Weights are 1 where there is no such decision.
