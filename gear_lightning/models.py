@@ -300,8 +300,9 @@ class FromScratch(PolicySource):
         from transformers import LlamaForCausalLM
 
         config = self._config()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        # always a CPU's random numbers: Lightning calls this where tensors are made on the GPU
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
             return LlamaForCausalLM(config)
 
     def skeleton(self) -> Any:

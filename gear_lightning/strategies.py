@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from . import zero_state
 from .checkpoints import read_checkpoint, remove_checkpoint, resolve, write_checkpoint
@@ -372,6 +373,10 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
         # an evaluation before the fit has set it for itself
         self.config["gradient_accumulation_steps"] = trainer.accumulate_grad_batches
         super().setup(trainer)
+        # stage 3 leaves them behind: https://github.com/Lightning-AI/pytorch-lightning/issues/20258
+        for part in trainer.lightning_module.modules():
+            if isinstance(part, Metric):
+                part.to(self.root_device)
 
     # -- models -------------------------------------------------------------------------------------------------------
 

@@ -52,7 +52,8 @@ def carry_out(
     """Start what is not done, ``jobs`` at a time, and wait for it. One study at a time in a folder.
 
     The first run of each block goes ahead of the others of its block, which then find its warm start made. What a
-    killed study left half done is begun again; a run that fails costs itself alone.
+    killed study left half done is begun again; a run that fails costs itself alone. Where there are GPUs, each run sees
+    one of them, the one with the fewest runs.
 
     Args:
         runs: all of them; those that are done are passed over.
@@ -74,15 +75,18 @@ def carry_out(
     started, ended, failed = time.monotonic(), 0, []
     total, left = len(runs), len(waiting)
     active: dict[Any, tuple[Run, Any, float]] = {}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gear_lightning.study_child"])
+    gpus = visible_gpus()
+    # a process whose imports have asked about GPUs, as some do, cannot use CUDA after a fork
+    context = multiprocessing.get_context("spawn" if gpus else "forkserver")
+    if not gpus:
+        context.set_forkserver_preload(["gear_lightning.study_child"])  # pyright: ignore[reportAttributeAccessIssue]
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))  # read when torch is imported, there
     asked: list[int] = []  # signals; heard between two steps, so that no process is started and forgotten
     before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         while waiting or active:
             while len(active) < jobs and (run := _next(waiting, ready, active)):
-                process = _start(context, run)
+                process = _start(context, run, least_used(gpus, [process.gpu for _, process, _ in active.values()]))
                 active[process.sentinel] = run, process, time.monotonic()
             ended_now = wait(list(active), timeout=HEARING)
             if asked:
@@ -120,18 +124,35 @@ def _next(waiting: list[Run], ready: set[int], active: dict[Any, tuple[Run, Any,
     return None
 
 
-def _start(context: Any, run: Run) -> Any:
+def visible_gpus() -> list[str]:
+    """The names that CUDA_VISIBLE_DEVICES has for the GPUs that there are."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return (named or [str(i) for i in range(count)])[:count]
+
+
+def least_used(gpus: list[str], taken: list[str]) -> str | None:
+    """The GPU that stands least often, or first, in ``taken``; None where there are none."""
+    return min(gpus, key=taken.count, default=None)
+
+
+def _start(context: Any, run: Run, gpu: str | None) -> Any:
     if run.folder.exists():  # an attempt that came to no end
         hold(run.folder / ".lock", f"{run.folder}: a process is still training there; end it, or wait for it").close()
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True)
     replace_text(run.folder / PLAN, json.dumps({"arm": run.arm, "seed": run.seed, "options": list(run.options)}))
-    process = context.Process(target=_child, args=(run.arguments, str(run.folder / LOG)), name=str(run))
+    process = context.Process(target=_child, args=(run.arguments, str(run.folder / LOG), gpu), name=str(run))
+    process.gpu = gpu
     process.start()
     return process
 
 
-def _child(arguments: list[str], log: str) -> None:
+def _child(arguments: list[str], log: str, gpu: str | None) -> None:
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     from .study_child import fit  # not here at the top: the study itself does without its imports
 
     fit(arguments, log)

@@ -18,7 +18,7 @@ from gear_lightning.study import Study
 from gear_lightning.study_command import study_command
 from gear_lightning.study_report import draw, label, markdown, rows
 from gear_lightning.study_results import Curves, analyse, collect
-from gear_lightning.study_runner import is_done
+from gear_lightning.study_runner import carry_out, is_done, least_used, visible_gpus
 
 ROOT = Path(__file__).parents[1]
 LR = "model.optimizer.init_args.lr"
@@ -289,6 +289,24 @@ def test_runs_end_with_a_study_that_is_killed(tmp_path):
     while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not Path(f"/proc/{process}").exists(), "a run outlived its study"
+
+
+@pytest.mark.timeout(600)
+def test_runs_beside_gpus_start_afresh_and_take_turns_at_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("GEAR_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("gear_lightning.study_runner.visible_gpus", lambda: ["4", "6"])
+    study = plan(tmp_path / "out", grid={}, seeds=1, blocks=1)
+    assert not carry_out(study.runs, 2, lambda run: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6,7")
+    for count, names in ((0, []), (2, ["4", "6"])):
+        monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
+        assert visible_gpus() == names
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus() == ["0", "1"]
+    assert least_used(["4", "6"], []) == "4"
+    assert least_used(["4", "6"], ["4"]) == "6"
+    assert least_used(["4", "6"], ["4", "6", "4"]) == "6"
+    assert least_used([], []) is None
 
 
 def test_a_run_that_did_not_finish_is_not_done(carried):
