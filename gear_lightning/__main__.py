@@ -85,6 +85,11 @@ def main() -> None:
     except UserError as error:
         print(f"gear-lightning: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read the output has seen enough: `gear-lightning ... | head`
+        if command in LIGHTNING:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         line = one_line(error)
         if line is None:

@@ -291,6 +291,17 @@ def test_runs_end_with_a_study_that_is_killed(tmp_path):
     assert not Path(f"/proc/{process}").exists(), "a run outlived its study"
 
 
+def test_a_plan_can_be_read_in_part(tmp_path):
+    plan_command = command(ROOT / "configs/study/credit.yaml", "--seeds", "100", "--plan", "true")
+    reading = subprocess.Popen(plan_command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert reading.stdout is not None
+    assert reading.stderr is not None
+    assert reading.stdout.readline().startswith("gear-lightning fit --config=configs/study/lookup_chain.yaml")
+    reading.stdout.close()
+    assert reading.stderr.read() == ""
+    assert reading.wait(60) == 141
+
+
 @pytest.mark.timeout(600)
 def test_runs_beside_gpus_start_afresh_and_take_turns_at_them(tmp_path, monkeypatch):
     monkeypatch.setenv("GEAR_LIGHTNING_CACHE", str(tmp_path / "cache"))
