@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from lightning.pytorch.strategies import StrategyRegistry
+
 from .callbacks.generation import GenerationCallback
 from .data import RolloutDataModule
 from .errors import UserError
@@ -45,11 +47,16 @@ def check_strategy(trainer: Any) -> None:
     """Look at the strategy's name and the precision, on which a Trainer cannot be made.
 
     Raises:
-        UserError: the strategy shards, and is Lightning's own; or it does not go with the precision.
+        UserError: no strategy has the name; it shards, and is Lightning's own; or it does not go with the precision.
     """
     name, _ = named(trainer)
     strategy, _ = configured_strategy(trainer)
     lightnings = "." not in name or name.startswith("lightning.")
+    if "." not in name and name.lower() not in ("auto", *StrategyRegistry.available_strategies()):
+        raise UserError(
+            f"trainer.strategy={name}: there is no such strategy; give auto, ddp or the class of one, or a file of "
+            "configs/strategy/ (ddp, fsdp, zero1, zero2, zero3, zero3_offload)"
+        )
     if lightnings and (strategy not in (None, "ddp") or name.startswith("model_parallel")):
         raise UserError(
             f"trainer.strategy={name} is Lightning's own, which knows nothing of the teacher and is not supported; "

@@ -70,6 +70,7 @@ def error_of(command, *args: object) -> str:
         (["--trainer.accumulate_grad_batches", "3"], "accumulate_grad_batches follows from data.micro_batch_size"),
         (["--config", "configs/model/lora.yaml", "--model.teacher.park", "true"], "park does nothing with model.lora"),
         (["--generation.budgets.context", "500"], "context=500 is more than the 256 positions of LlamaForCausalLM"),
+        (["--trainer.strategy", "fsdx"], "trainer.strategy=fsdx: there is no such strategy; give auto, ddp or"),
         (["--trainer.strategy", "fsdp"], "Lightning's own, which knows nothing of the teacher"),
         (["--generation.sampling.temperature", "0"], "temperature=0 gives a group of equal rollouts"),
         (["--generation.budgets.context", "8"], "task lookup-train-0-0: its prompt has 8 tokens"),
