@@ -89,7 +89,9 @@ def _report(study: Study, done: list[Run]) -> None:
 
     out = Path(study.out)
     curves = collect(study, done)
-    results = {**analyse(study, curves), "onset": onset_of(done)}
+    results = analyse(study, curves)
+    best = {arm: study.points[place] for arm, place in results["best_point"].items()}
+    results["onset"] = onset_of(run for run in done if best.get(run.arm) == run.point)
     write_results(study, curves, results)
     replace_text(out / "report.md", markdown(results))
     files = draw(curves, results, out)

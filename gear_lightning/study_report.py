@@ -28,7 +28,7 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The comparison over all points of the grid as a table: header and rows of text."""
     head = ["arm", "mean over the curve", f"against {results['baseline']}", "p (sign, Holm)", "wins"]
     head += ["best point, mean", "against its best", "updates to threshold", "collapsed"]
-    head += ["of the headroom"] if results["headroom"] else []
+    head += ["of the headroom", "of its best's"] if results["headroom"] else []
     body = []
     for arm, told in results["arms"].items():
         paired, best = results["paired"].get(arm), results["best_point"][arm]
@@ -43,8 +43,8 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             row += [_interval(paired["best"], "mean", "+")]
         reached = told["to_threshold"]
         row += ["never" if reached is None else f"{reached:.0f}", f"{told['collapsed']:.0%}"]
-        if results["headroom"]:
-            share = results["headroom"]["shares"].get(arm)
+        for headroom in (results["headroom"] or {}).values():
+            share = headroom["shares"].get(arm)
             row += ["" if paired is None else "no headroom" if share is None else f"{share:.0%}"]
         body.append(row)
     return head, body
@@ -71,13 +71,18 @@ def markdown(results: dict[str, Any]) -> str:
     parts += ["Runs that collapsed:", "", _table(["", *arms], body), ""]
     if results.get("onset"):
         body = [
-            [arm, iteration, *(f"{told[name]:.3f}" for name in ("divergence", "segment")), str(told["first_wrong"])]
+            [arm, iteration, _area(told["divergence"]), _area(told["segment"]), str(told["first_wrong"])]
             for arm, iterations in results["onset"].items()
             for iteration, told in iterations.items()
         ]
         head = ["arm", "iteration", "AUC of the divergence", "AUC of the segments", "tokens of first wrong decisions"]
-        parts += ["First wrong decisions against the right ones before them:", "", _table(head, body), ""]
+        what = "First wrong decisions against the right ones before them, at the best point of each arm:"
+        parts += [what, "", _table(head, body), ""]
     return "\n".join(parts)
+
+
+def _area(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _table(head: list[str], body: list[list[str]]) -> str:

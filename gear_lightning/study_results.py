@@ -108,7 +108,7 @@ def analyse(study: Study, curves: Curves) -> dict[str, Any]:
         points, and its stratified bootstrap interval), ``to_threshold`` (median updates, null where most runs never
         reach it), ``collapsed``, and ``points`` with the same per point of the grid; ``paired``: against the baseline,
         per arm: ``all`` points (mean over them), ``best`` point of each, and each of the ``points``; ``headroom``: what
-        the ceiling gains, and each arm's share of it; ``left_out``: arms that no seed has completed;
+        the ceiling gains over ``all`` points and at its ``best``, and each arm's share of it; ``left_out``: arms that no seed has completed;
         ``begin_elsewhere``: those whose first values are not the baseline's, so that more than their name differs.
     """
     steps = curves.steps
@@ -183,13 +183,17 @@ def _with_interval(scores: np.ndarray) -> dict[str, float | None]:
 
 
 def _headroom(study: Study, paired: dict[str, Any]) -> dict[str, Any] | None:
-    """What the ceiling gains over the baseline, and the other arms' shares of it; no shares where it gains nothing
-    that its interval tells from zero."""
+    """What the ceiling gains over the baseline, and the other arms' shares of it, over all points and at the best of
+    each; no shares where it gains nothing that its interval tells from zero."""
     if study.ceiling is None or study.ceiling not in paired:
         return None
-    top = paired[study.ceiling]["all"]
+    return {name: _shares(study.ceiling, {arm: told[name] for arm, told in paired.items()}) for name in ("all", "best")}
+
+
+def _shares(ceiling: str, gains: dict[str, Any]) -> dict[str, Any]:
+    top = gains[ceiling]
     there = top["low"] is not None and top["low"] > 0
-    shares = {arm: told["all"]["mean"] / top["mean"] if there else None for arm, told in paired.items()}
+    shares = {arm: told["mean"] / top["mean"] if there else None for arm, told in gains.items()}
     return {"gain": top["mean"], "low": top["low"], "high": top["high"], "there": there, "shares": shares}
 
 

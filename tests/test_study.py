@@ -124,8 +124,9 @@ def test_means_differences_and_headroom_by_hand(tmp_path):
     assert results["arms"]["GRPO"]["mean"]["iqm"] == pytest.approx(0.4)
     assert results["paired"]["GEAR"]["all"]["mean"] == pytest.approx(0.1)
     assert results["paired"]["Oracle"]["all"]["mean"] == pytest.approx(0.25)
-    assert results["headroom"]["there"]
-    assert results["headroom"]["shares"]["GEAR"] == pytest.approx(0.4)
+    assert results["headroom"]["all"]["there"]
+    assert results["headroom"]["all"]["shares"]["GEAR"] == pytest.approx(0.4)
+    assert results["headroom"]["best"] == results["headroom"]["all"]  # there is one point
     assert results["arms"]["GEAR"]["to_threshold"] == 15.0  # 20 and 10
     assert results["arms"]["GRPO"]["to_threshold"] is None  # one of two never
     assert results["arms"]["GRPO"]["reached"] == 0.5
@@ -138,16 +139,28 @@ def test_no_headroom_gives_no_shares(tmp_path):
     same = [[[0.2, 0.4, 0.4], [0.2, 0.5, 0.6]]]
     worse = [[[0.2, 0.4, 0.5], [0.2, 0.5, 0.4]]]
     _, results = by_hand(tmp_path, {"GRPO": same, "Oracle": worse}, ceiling="Oracle")
-    assert not results["headroom"]["there"]
-    assert results["headroom"]["shares"] == {"Oracle": None}
+    assert not results["headroom"]["all"]["there"]
+    assert results["headroom"]["all"]["shares"] == {"Oracle": None}
     head, body = rows(results)
     assert body[1][head.index("of the headroom")] == "no headroom"
+
+
+def test_an_arm_without_segments_has_no_area_for_them(tmp_path):
+    same = [[[0.2, 0.4, 0.4], [0.2, 0.5, 0.6]]]
+    _, results = by_hand(tmp_path, {"GRPO": same, "TokenOnly": same})
+    told = {"divergence": 0.9, "segment": None, "first_wrong": 3, "right": 4}
+    assert "| TokenOnly | 15 | 0.900 | - | 3 |" in markdown({**results, "onset": {"TokenOnly": {"15": told}}})
 
 
 def test_the_best_point_is_each_arms_own(tmp_path):
     low, high = [[0.2, 0.2, 0.2], [0.2, 0.2, 0.2]], [[0.2, 0.8, 0.8], [0.2, 0.8, 0.8]]
     _, results = by_hand(tmp_path, {"GRPO": [low, high], "GEAR": [high, low]})
     assert results["best_point"] == {"GRPO": 1, "GEAR": 0}
+    assert results["headroom"] is None
+    top = [[0.2, 1.0, 1.0], [0.2, 1.0, 1.0]]
+    _, results = by_hand(tmp_path, {"GRPO": [low, high], "GEAR": [high, low], "Oracle": [low, top]}, ceiling="Oracle")
+    assert results["headroom"]["best"]["gain"] == pytest.approx(0.8 - 0.65)
+    assert results["headroom"]["best"]["shares"] == {"GEAR": pytest.approx(0.0), "Oracle": pytest.approx(1.0)}
     assert results["paired"]["GEAR"]["best"]["mean"] == pytest.approx(0)
     assert results["paired"]["GEAR"]["all"]["mean"] == pytest.approx(0)
     assert [p["mean"] for p in results["paired"]["GEAR"]["points"]] == pytest.approx([0.45, -0.45])
