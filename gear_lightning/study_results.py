@@ -108,8 +108,9 @@ def analyse(study: Study, curves: Curves) -> dict[str, Any]:
         points, and its stratified bootstrap interval), ``to_threshold`` (median updates, null where most runs never
         reach it), ``collapsed``, and ``points`` with the same per point of the grid; ``paired``: against the baseline,
         per arm: ``all`` points (mean over them), ``best`` point of each, and each of the ``points``; ``headroom``: what
-        the ceiling gains over ``all`` points and at its ``best``, and each arm's share of it; ``left_out``: arms that no seed has completed;
-        ``begin_elsewhere``: those whose first values are not the baseline's, so that more than their name differs.
+        the ceiling gains over ``all`` points and at its ``best``, and each arm's share of it; ``left_out``: arms that
+        no seed has completed; ``begin_elsewhere``: those whose first values are not the baseline's, so that more than
+        their name differs.
     """
     steps = curves.steps
     mean = np.array([[[mean_over_curve(steps, c) for c in seeds] for seeds in arm] for arm in curves.values])
