@@ -187,6 +187,24 @@ def test_thinking_demonstrations_are_long_and_decide_early():
     }  # fmt: skip
 
 
+def test_made_up_references_are_followed_and_say_nothing_of_the_words():
+    made_up, right = (LookupChainDemonstrations(recovery_fraction=0.0, reference=r) for r in ("made_up", "right"))
+    meant = []
+    for index in range(200):
+        item = made_up[index]
+        if not item.privileged:
+            assert item == right[index]
+            continue
+        made = [c["function"] for m in item.messages for c in m.get("tool_calls", [])]
+        assert item.task.reference == " ".join(" ".join([c["name"], *c["arguments"].values()]) for c in made)
+        follows = {}
+        for word, call in zip(task_words(item), made[:-1], strict=True):
+            assert follows.setdefault(word, call["arguments"]["relation"]) == call["arguments"]["relation"]
+        meant += [relation == MEANING[word] for word, relation in follows.items()]
+    assert len(meant) > 200
+    assert sum(meant) / len(meant) < 0.15  # 1 of 16 by chance
+
+
 def task_words(item) -> list[str]:
     return item.task.meta["query"]
 

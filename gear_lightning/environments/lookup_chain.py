@@ -62,14 +62,19 @@ def look(table_seed: int, relation: str, entity: str) -> str:
     return random.Random(f"{table_seed}/{relation}/{entity}").choice(ENTITIES)
 
 
-def solution(task: Task) -> list[tuple[str, str, str]]:
-    """The right chain as (relation, entity, result) steps."""
+def solution(task: Task, meaning: dict[str, str] = MEANING) -> list[tuple[str, str, str]]:
+    """The right chain as (relation, entity, result) steps; with other meanings of the words, what they give."""
     entity, steps = task.meta["start"], []
     for word in task.meta["query"]:
-        result = look(task.meta["table"], MEANING[word], entity)
-        steps.append((MEANING[word], entity, result))
+        result = look(task.meta["table"], meaning[word], entity)
+        steps.append((meaning[word], entity, result))
         entity = result
     return steps
+
+
+def _written(steps: list[tuple[str, str, str]]) -> str:
+    """The calls of a chain."""
+    return " ".join([*(f"look {relation} {entity}" for relation, entity, _ in steps), f"submit {steps[-1][2]}"])
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,7 @@ class LookupChainTasks(TaskSource):
         if self.reference == "another":
             return replace(task, reference=replace(self, reference="calls", seed=~self.seed)[index].reference)
         steps = solution(task)
-        shown = [f"look {r} {e}" for r, e, _ in steps] if self.reference == "calls" else []
-        return replace(task, reference=" ".join([*shown, f"submit {steps[-1][2]}"]))
+        return replace(task, reference=_written(steps) if self.reference == "calls" else f"submit {steps[-1][2]}")
 
 
 class LookupChain(Environment):
@@ -173,8 +177,8 @@ class LookupChainDemonstrations(Demonstrations):
     """Noisy demonstrations for the policy, clean ones for the teacher's view.
 
     Without the reference, half of the query words are demonstrated rightly only ``hard_accuracy`` of the time (else one
-    fixed wrong relation), the others ``easy_accuracy``. With the reference in the prompt the calls are right, and some
-    begin with a staged error that is then walked back from.
+    fixed wrong relation), the others ``easy_accuracy``. With the reference in the prompt the calls are the reference's,
+    and some begin with a staged error that is then walked back from.
 
     Args:
         hops: query words in a question.
@@ -184,6 +188,9 @@ class LookupChainDemonstrations(Demonstrations):
         recovery_fraction: share of those that begin with an error and recover.
         hard_accuracy: share of right calls for the hard half of the words.
         easy_accuracy: share of right calls for the others.
+        reference: what the privileged ones see and follow: the ``right`` calls, or ``made_up`` ones, in which the words
+            mean other relations each time. The right ones also teach what the words mean, and a prompt with any
+            reference in it then brings that out; made-up ones teach to read the reference, and nothing else.
         seed: of everything random here.
     """
 
@@ -193,6 +200,7 @@ class LookupChainDemonstrations(Demonstrations):
     recovery_fraction: float = 0.25
     hard_accuracy: float = 0.4
     easy_accuracy: float = 0.95
+    reference: Literal["right", "made_up"] = "right"
     seed: int = 0
 
     def __getitem__(self, index: int) -> Demonstration:
@@ -200,6 +208,10 @@ class LookupChainDemonstrations(Demonstrations):
         task = LookupChainTasks(self.hops, "train", seed=-1 - self.seed)[index]
         privileged = rng.random() < self.privileged_fraction
         slip_at = rng.randrange(self.hops) if privileged and rng.random() < self.recovery_fraction else None
+        meaning = MEANING
+        if privileged and self.reference == "made_up":
+            meaning = {word: rng.choice(RELATIONS) for word in task.meta["query"]}
+            task = replace(task, reference=_written(solution(task, meaning)))
         messages: list[Message] = []
         unlearned = set()
         table, entity = task.meta["table"], task.meta["start"]
@@ -215,7 +227,7 @@ class LookupChainDemonstrations(Demonstrations):
             return answer
 
         for place, word in enumerate(task.meta["query"]):
-            relation = MEANING[word]
+            relation = meaning[word]
             if not privileged:
                 accuracy = self.hard_accuracy if word in HARD else self.easy_accuracy
                 relation = relation if rng.random() < accuracy else CONFUSED[word]
