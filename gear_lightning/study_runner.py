@@ -76,10 +76,7 @@ def carry_out(
     total, left = len(runs), len(waiting)
     active: dict[Any, tuple[Run, Any, float]] = {}
     gpus = visible_gpus()
-    # a process whose imports have asked about GPUs, as some do, cannot use CUDA after a fork
-    context = multiprocessing.get_context("spawn" if gpus else "forkserver")
-    if not gpus:
-        context.set_forkserver_preload(["gear_lightning.study_child"])  # pyright: ignore[reportAttributeAccessIssue]
+    context = _context(gpus)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))  # read when torch is imported, there
     asked: list[int] = []  # signals; heard between two steps, so that no process is started and forgotten
     before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -113,6 +110,16 @@ def carry_out(
         for number, handler in before.items():
             signal.signal(number, handler)
     return failed
+
+
+def _context(gpus: list[str]) -> Any:
+    """How runs are started: forked from a process that has done the imports; not where there are GPUs, for a process
+    whose imports have asked about them, as some do, cannot use CUDA after a fork."""
+    if gpus:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gear_lightning.study_child"])
+    return context
 
 
 def _next(waiting: list[Run], ready: set[int], active: dict[Any, tuple[Run, Any, float]]) -> Run | None:
