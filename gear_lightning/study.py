@@ -65,7 +65,7 @@ class Study:
         threshold: the number of updates until the metric first reaches this is told.
         collapse: a run that ends below this fraction of its best value so far has collapsed; between 0 and 1.
         out: folder of the study.
-        jobs: runs at a time. Null: one for each core.
+        jobs: runs at a time. Null: one for each core. Where there are GPUs, each run sees one of them.
 
     Raises:
         UserError: a plan that cannot be carried out; says what to change.

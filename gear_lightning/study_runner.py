@@ -76,7 +76,7 @@ def carry_out(
     total, left = len(runs), len(waiting)
     active: dict[Any, tuple[Run, Any, float]] = {}
     gpus = visible_gpus()
-    context = _context(gpus)
+    context = start_context(gpus)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))  # read when torch is imported, there
     asked: list[int] = []  # signals; heard between two steps, so that no process is started and forgotten
     before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -112,7 +112,7 @@ def carry_out(
     return failed
 
 
-def _context(gpus: list[str]) -> Any:
+def start_context(gpus: list[str]) -> Any:
     """How runs are started: forked from a process that has done the imports; not where there are GPUs, for a process
     whose imports have asked about them, as some do, cannot use CUDA after a fork."""
     if gpus:

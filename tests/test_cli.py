@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -54,8 +55,6 @@ def error_of(command, *args: object) -> str:
     [
         (["--model.credit.kapa", "3"], "'kapa' is not accepted"),
         (["--model.creditt", "GEAR"], "--model.creditt"),
-        (["--model.credit", "Nonsense"], "No class Nonsense; known by name are "),
-        (["--model.objective", "Nonsense"], "ClippedSurrogate, GSPO"),
         (["--data.advantage", "GRPO", "--data.advantage.eps", "-5"], "GRPO: eps=-5.0 must be at least 0"),
         (["--model.objective.dual_clip", ".nan"], "dual_clip=nan must be above 1 and finite"),
         (["--model.credit.anchor_rule", "rise", "--model.credit.anchor_level", "1e400"], "anchor_level=inf must be a"),
@@ -86,6 +85,19 @@ def error_of(command, *args: object) -> str:
 def test_a_bad_setting_gives_one_clear_error_before_any_training(command, tmp_path, args, message):
     assert message in error_of(command, *FIT, "--trainer.default_root_dir", tmp_path / "run", *args)
     assert not (tmp_path / "run" / "rollouts").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "known"),
+    [
+        ("--model.credit", {"CREST", "EGRSD", "GEAR", "GTPO", "Oracle", "Uniform"}),
+        ("--model.objective", {"CISPO", "ClippedSurrogate", "GSPO"}),
+    ],
+)
+def test_an_unknown_class_lists_those_that_there_are(command, option, known):
+    listed = re.search(r"No class Nonsense; known by name are ([\w, ]+)", error_of(command, *FIT, option, "Nonsense"))
+    assert listed
+    assert known <= set(listed[1].split(", "))  # and what other tests have made
 
 
 @pytest.mark.parametrize(

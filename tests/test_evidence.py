@@ -15,7 +15,7 @@ def results(name: str) -> dict:
     return json.loads((EVIDENCE / name / "results.json").read_text())
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in EVIDENCE.iterdir()))
+@pytest.mark.parametrize("name", sorted(p.name for p in EVIDENCE.iterdir() if p.is_dir()))
 def test_results_are_those_of_the_shipped_plan(name):
     plan = yaml.safe_load((ROOT / f"configs/study/{name}.yaml").read_text())
     found = results(name)
@@ -49,4 +49,16 @@ def test_the_readme_and_the_evidence_say_what_the_credit_study_found():
             f"{point['mean']:+.3f} [{point['low']:.3f}, {point['high']:.3f}], "
             f"{point['test']['wins']}:{point['test']['losses']}"
             for point in found["paired"][arm]["points"]
+        ]
+
+
+def test_the_table_of_ablations_is_that_of_its_results():
+    found, text = results("ablations"), (ROOT / "docs/evidence.md").read_text().partition("## GEAR's choices")[2]
+    for arm, told in found["paired"].items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| {arm} |"))
+        gain, test = told["all"], told["all"]["test"]
+        assert [cell.strip() for cell in row.strip("|").split("|")][2:] == [
+            f"{gain['mean']:+.3f} [{gain['low']:.3f}, {gain['high']:.3f}]",
+            f"{test['wins']}:{test['losses']}",
+            str(round(found["arms"][arm]["collapsed"] * found["seeds"])),
         ]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from gear_lightning.study import Study
 from gear_lightning.study_command import study_command
 from gear_lightning.study_report import draw, label, markdown, rows
 from gear_lightning.study_results import Curves, analyse, collect
-from gear_lightning.study_runner import carry_out, is_done, least_used, visible_gpus
+from gear_lightning.study_runner import carry_out, is_done, least_used, start_context, visible_gpus
 
 ROOT = Path(__file__).parents[1]
 LR = "model.optimizer.init_args.lr"
@@ -319,8 +320,13 @@ def test_a_plan_can_be_read_in_part(tmp_path):
 def test_runs_beside_gpus_start_afresh_and_take_turns_at_them(tmp_path, monkeypatch):
     monkeypatch.setenv("GEAR_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("gear_lightning.study_runner.visible_gpus", lambda: ["4", "6"])
-    study = plan(tmp_path / "out", grid={}, seeds=1, blocks=1)
+    options = {**QUICK, "generation.environment": "tiny.TellsGPU"}
+    study = plan(tmp_path / "out", grid={}, seeds=1, blocks=1, options=options)
     assert not carry_out(study.runs, 2, lambda run: None)
+    seen = [set(re.findall(r"sees GPU (\w+)\.", (run.folder / "log.txt").read_text())) for run in study.runs]
+    assert all(len(gpus) == 1 and gpus <= {"4", "6"} for gpus in seen), seen
+    assert start_context([]).get_start_method() == "forkserver"
+    assert start_context(["0"]).get_start_method() == "spawn"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6,7")
     for count, names in ((0, []), (2, ["4", "6"])):
         monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)

@@ -1,5 +1,6 @@
 """Small pieces that tests build runs from: a tiny policy, a tiny run."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ def module(credit: CreditAssigner = GEAR(), **options: Any) -> GearModule:
     options.setdefault("teacher", TeacherOptions(template=" <ref> {reference}"))
     options.setdefault("optimizer", lambda p: torch.optim.AdamW(p, lr=1e-2))
     return GearModule(source(), credit, **options)
+
+
+class TellsGPU(LookupChain):
+    """Lookup chain that prints which GPUs its process sees."""
+
+    def __init__(self):
+        super().__init__()
+        print(f"sees GPU {os.environ.get('CUDA_VISIBLE_DEVICES')}.")
 
 
 class AnyCall(LookupChain):
