@@ -51,10 +51,12 @@ class Comparison:
         same_ids: whether all sampled ids are the same.
         worst: quantity -> largest difference, as a share of the largest value that the reference has of it; weights
             are compared tensor by tensor, and the loss is at least one of the mean size of its terms.
+        parted: where sampled ids differ for the first time, and how far the log-probs were apart until then.
     """
 
     same_ids: bool
     worst: dict[str, float]
+    parted: str = ""
 
     def within(self, tolerance: float) -> bool:
         """Whether the ids are the same and no quantity is further off than the tolerance."""
@@ -78,7 +80,10 @@ def _share(reference: Tensor, other: Tensor, at_least: float = 0.0) -> float:
     return float((reference - other).abs().max()) / (scale or 1.0)
 
 
-def read_rollouts(run: Path) -> dict[tuple[int, int, int], dict[str, Tensor]]:
+Rollouts = dict[tuple[int, int, int], dict[str, Tensor]]
+
+
+def read_rollouts(run: Path) -> Rollouts:
     """(iteration, group, rollout) -> what the records hold of it, without padding."""
     from .records import read_records
 
@@ -128,7 +133,29 @@ def compare(reference: Path, other: Path) -> Comparison:
     worst["train/grad_norm"] = _share(_metrics(reference, "train/grad_norm"), _metrics(other, "train/grad_norm"))
     states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True, mmap=True) for run in (reference, other)]
     worst.update(compare_weights(*(state["state_dict"] for state in states)))
-    return Comparison(same, worst)
+    return Comparison(same, worst, "" if same else parted(ours, theirs))
+
+
+def parted(ours: Rollouts, theirs: Rollouts) -> str:
+    """Where the ids of two runs differ for the first time: iteration (from 1), group, rollout and token (from 0)."""
+    gap = 0.0
+    for key in sorted(ours.keys() | theirs.keys()):
+        place = "iteration {}, group {}, rollout {}".format(key[0] + 1, *key[1:])
+        if key not in ours or key not in theirs:
+            return f"{place}, which only one of the runs has"
+        mine, other = (run[key].get("tokens") for run in (ours, theirs))
+        if mine is None or other is None:
+            if mine is not other:
+                return f"{place}, whose tokens only one of the runs has"
+            continue
+        length = min(len(mine), len(other))
+        differ = (mine[:length] != other[:length]).nonzero()
+        same = int(differ[0]) if len(differ) else length
+        before, after = (run[key]["policy_logprobs"][:same] for run in (ours, theirs))
+        gap = max([gap, *(before - after).abs().tolist()])
+        if same < max(len(mine), len(other)):
+            return f"{place}, token {same}; until there log-probs are within {gap:.1e} nats"
+    return "no sampled token, but in what counts as the policy's"
 
 
 def idle_iterations(run: Path) -> list[int]:
@@ -248,6 +275,14 @@ def _run(options: argparse.Namespace, names: list[str], known: dict[str, list[st
             "no spread: there, rollouts and credit were compared, and no update."
         )
     done = [r for r in results.values() if isinstance(r, Comparison)]
+    for name, result in results.items():
+        if isinstance(result, Comparison) and not result.same_ids:
+            print(f"\n{name}: sampled ids differ from {result.parted}.")
+    if not all(r.same_ids for r in done):
+        print(
+            "\nWhere log-probs agree until there, it is a token on the edge of two, which rounding decides; whatever "
+            "comes after it differs. Compare fewer iterations, or another seed."
+        )
     if any(not r.within(tolerance) and r.gradients_within(tolerance) for r in done):
         print(
             "\nWhere only weights differ, the optimizer made it: Adam divides a gradient by its own size, so that "

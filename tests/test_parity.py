@@ -8,13 +8,14 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from tiny import data, generation, module, trainer
 
 from gear_lightning import parity
 from gear_lightning.environments.lookup_chain import LookupChain
 from gear_lightning.errors import UserError
-from gear_lightning.parity import STRATEGIES, UNTRAINED, compare, idle_iterations, parity_command
+from gear_lightning.parity import STRATEGIES, UNTRAINED, compare, idle_iterations, parity_command, parted
 
 
 def played(run, environment=None, iterations=1, **options):
@@ -41,6 +42,25 @@ def test_a_loss_that_cancels_is_compared_on_the_scale_of_its_terms(tmp_path):
     other = compare(one, played(tmp_path / "other", group_size=3))
     assert not other.same_ids
     assert not other.within(1e-5)
+    assert "which only one of the runs has" in other.parted
+
+
+def test_where_sampled_ids_differ_first_is_told_with_the_gap_until_there():
+    def rollout(tokens, *logprobs):
+        return {"tokens": torch.tensor(tokens), "policy_logprobs": torch.tensor(logprobs)}
+
+    ours = {(0, 0, 0): rollout([5, 6], 0.0, -1.0), (1, 4, 1): rollout([5, 7, 8], 0.0, -2.0, -1.0), (2, 8, 0): {}}
+    close = rollout([5, 6], 0.0, -1.25)
+    assert parted(ours, {**ours, (1, 4, 1): rollout([5, 7, 9], 0.0, -2.5, -7.0)}) == (
+        "iteration 2, group 4, rollout 1, token 2; until there log-probs are within 5.0e-01 nats"
+    )
+    assert parted(ours, {**ours, (0, 0, 0): close, (1, 4, 1): rollout([5, 7], 0.0, -2.0)}) == (
+        "iteration 2, group 4, rollout 1, token 2; until there log-probs are within 2.5e-01 nats"
+    ), "one that ends earlier"
+    assert (
+        parted(ours, {**ours, (2, 8, 0): close})
+        == "iteration 3, group 8, rollout 0, whose tokens only one of the runs has"
+    )
 
 
 def test_a_strategy_is_the_same_here_and_as_a_config(repository):
