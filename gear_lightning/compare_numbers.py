@@ -15,6 +15,7 @@ from .statistics import (
     holm,
     interquartile_mean,
     iqm_statistic,
+    lower_median,
     mean_over_curve,
     on_grid,
     paired_difference,
@@ -145,7 +146,7 @@ def summarise(arm: Arm, what: Measure) -> Summary:
         _pair(bootstrap_interval(m)) if many else None,
         interquartile_mean(f),
         _pair(bootstrap_interval(f, iqm_statistic)) if many else None,
-        _median(reached) if reached else None,
+        lower_median(reached) if reached else None,
         int(np.isfinite(reached).sum()),
         float(np.mean(collapsed)),
     )
@@ -180,8 +181,3 @@ def _paired(ours: dict[str, float], theirs: dict[str, float]) -> PairedDifferenc
 
 def _pair(interval: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
     return float(interval[0]), float(interval[1])
-
-
-def _median(values: list[float]) -> float:
-    """The lower one of the middle two, for the mean of a number and infinity says nothing."""
-    return sorted(values)[(len(values) - 1) // 2]

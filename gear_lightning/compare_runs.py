@@ -1,8 +1,6 @@
 """Runs to be compared: what their directories hold, and which of them form one arm."""
 
-import csv
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UserError
+from .metrics_file import read_columns
 from .records import FORMAT
 
 # What a curve can be drawn over: axis -> metric of `callbacks.throughput.Throughput`, counted since the start.
@@ -107,7 +106,7 @@ def read_run(path: Path) -> Run:
     inner = config.get("data.inner_epochs", 1)
     if not isinstance(inner, int) or inner < 1:
         raise UserError(f"{path / 'config.yaml'}: data.inner_epochs={inner!r} is no number of epochs")
-    return Run(path, config, _columns(path / "metrics.csv"), inner)
+    return Run(path, config, read_columns(path / "metrics.csv"), inner)
 
 
 def _check_format(path: Path) -> None:
@@ -147,43 +146,6 @@ def _flat(config: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _flat(value, f"{name}.")
         else:
             yield name, value
-
-
-def _columns(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Columns of a metrics file. Its last line may be cut short. Where a step was logged again, by a run that went on
-    from an earlier checkpoint, the newest value counts, and rows after it that were not done again do not."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    whole = text if text.endswith("\n") else text[: text.rfind("\n") + 1]
-    lines = csv.reader(whole.splitlines(keepends=True))
-    names = next(lines, [])
-    if "step" not in names:
-        raise UserError(f"{path}: {'empty' if not text.strip() else 'no column named step in its first line'}")
-    rows: list[tuple[int, dict[str, float]]] = []
-    for cells in lines:
-        where = f"{path}:{lines.line_num}"
-        if len(cells) != len(names):
-            raise UserError(f"{where}: {len(cells)} cells in a table of {len(names)} columns; the file is torn")
-        try:
-            row = {name: float(cell) for name, cell in zip(names, cells, strict=True) if cell}
-        except ValueError as error:
-            raise UserError(f"{where}: {error}; the file is torn") from None
-        step = row.pop("step", math.nan)
-        if not (math.isfinite(step) and step >= 0 and step == int(step)):
-            raise UserError(f"{where}: step is no whole number; the file is torn")
-        while rows and rows[-1][0] > step:
-            rows.pop()
-        if rows and rows[-1][0] == step:
-            row = rows.pop()[1] | row
-        rows.append((int(step), row))
-    if not rows:
-        raise UserError(f"{path}: no row; the run has logged nothing yet")
-    found = {}
-    for name in names:
-        points = [(step, row[name]) for step, row in rows if math.isfinite(row.get(name, math.nan))]
-        if points and name != "step":
-            steps, values = zip(*points, strict=True)
-            found[name] = np.array(steps, dtype=float), np.array(values)
-    return found
 
 
 # -- arms -------------------------------------------------------------------------------------------------------------

@@ -61,7 +61,8 @@ def contrast_table(found: list[Contrast], base: Arm, what: Measure) -> Table:
         row += [f"{test.wins}/{test.losses}/{test.ties}", _p(test.p), _p(one.adjusted)]
         rows.append([*row, _with(one.final.mean, one.final.interval, "+"), f"{one.improvement:.2f}"])
     notes += [
-        "Differences of the runs of one seed. +/-/=: how many are above, below and at zero.",
+        "Differences of the runs of one seed; in brackets Student's 95 % intervals.",
+        "+/-/=: how many differences are above, below and at zero.",
         "p: exact sign test on the mean over the curve; Holm: corrected for the number of rows.",
         "P(higher): probability that a seed of this arm has the higher mean over the curve.",
     ]

@@ -1,11 +1,11 @@
 """Statistics of runs: pure functions on NumPy arrays (extra: ``study``).
 
 Scores are float arrays of shape [strata, seeds]: a stratum is a task or a setting, and the seeds are independent runs
-of it. Intervals are percentile bootstraps: with fewer than about ten seeds they are too narrow. All resampling is
-seeded, so that a number in a report can be made again.
+of it. Intervals of a level are percentile bootstraps: with fewer than about ten seeds they are too narrow. Intervals of
+paired differences are Student's. All resampling is seeded, so that a number in a report can be made again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,6 +49,7 @@ def bootstrap_interval(
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    together: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Percentile interval of a statistic by the stratified bootstrap: seeds are drawn anew within each stratum.
 
@@ -60,6 +61,8 @@ def bootstrap_interval(
         level: coverage, between 0 and 1.
         resamples: number of draws.
         seed: of the draws.
+        together: draw the same seeds in all strata: for strata whose seeds are the same (a seed's run at each learning
+            rate), which are no independent runs.
 
     Returns:
         Low and high end, of the shape of the further axes.
@@ -73,7 +76,7 @@ def bootstrap_interval(
     if scores.ndim < 2 or scores.shape[1] < 2:
         raise UserError(f"an interval needs scores [strata, seeds] of at least 2 seeds, got shape {list(scores.shape)}")
     strata, seeds = scores.shape[:2]
-    drawn = np.random.default_rng(seed).integers(0, seeds, (resamples, strata, seeds))
+    drawn = np.random.default_rng(seed).integers(0, seeds, (resamples, 1 if together else strata, seeds))
     found = statistic(scores[np.arange(strata)[None, :, None], drawn])
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
@@ -115,30 +118,33 @@ class PairedDifference:
     test: SignTest
 
 
-def paired_difference(
-    ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> PairedDifference:
-    """Mean of ``ours - theirs`` over pairs (same seed, same tasks), its bootstrap interval and the sign test.
+def paired_difference(ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.95) -> PairedDifference:
+    """Mean of ``ours - theirs`` over pairs (same seed, same tasks), its interval and the sign test.
+
+    The interval is Student's, mean ± t(pairs - 1) s / sqrt(pairs): a bootstrap of five pairs covers 83 % where it says
+    95 %. Source: Student 1908.
 
     Args:
         ours: [pairs].
         theirs: [pairs], in the same order.
-        level: coverage of the interval.
-        resamples: number of draws.
-        seed: of the draws.
+        level: coverage of the interval, between 0 and 1.
 
     Raises:
-        UserError: arrays of other lengths, no pairs, or scores that are not finite.
+        UserError: arrays of other lengths, no pairs, scores that are not finite, or a level outside (0, 1).
     """
+    from scipy.stats import sem, t
+
     ours, theirs = _finite(ours), _finite(theirs)
     if ours.ndim != 1 or ours.shape != theirs.shape:
         raise UserError(f"pairs are two lists of one length, got shapes {list(ours.shape)} and {list(theirs.shape)}")
+    if not 0 < level < 1:
+        raise UserError(f"level={level} must lie between 0 and 1")
     gaps = ours - theirs
-    interval = None
+    mean, interval = float(gaps.mean()), None
     if len(gaps) > 1:
-        low, high = bootstrap_interval(gaps[None], level=level, resamples=resamples, seed=seed)
-        interval = float(low), float(high)
-    return PairedDifference(float(gaps.mean()), interval, len(gaps), sign_test(gaps))
+        half = float(t.ppf((1 + level) / 2, len(gaps) - 1) * sem(gaps))
+        interval = mean - half, mean + half
+    return PairedDifference(mean, interval, len(gaps), sign_test(gaps))
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -255,6 +261,18 @@ def first_reach(x: np.ndarray, y: np.ndarray, threshold: float, *, stay: bool = 
     if stay:
         reached = np.logical_and.accumulate(reached[::-1])[::-1]
     return float(x[int(reached.argmax())]) if reached.any() else float("inf")
+
+
+def lower_median(values: Iterable[float]) -> float:
+    """The lower of the two middle values, so that it is one that was measured; infinity counts as a value.
+
+    Raises:
+        UserError: no values.
+    """
+    ordered = sorted(values)
+    if not ordered:
+        raise UserError("there are no values")
+    return float(ordered[(len(ordered) - 1) // 2])
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

@@ -36,6 +36,11 @@ class Run:
     options: tuple[str, ...]
 
     @property
+    def files(self) -> list[str]:
+        """The configuration files among the options."""
+        return [option.removeprefix("--config=") for option in self.options if option.startswith("--config=")]
+
+    @property
     def arguments(self) -> list[str]:
         """The command line after ``gear-lightning``."""
         return ["fit", *self.options, f"--trainer.default_root_dir={self.folder}"]
@@ -50,8 +55,8 @@ class Study:
 
     Args:
         recipe: configuration files of every run, stacked in this order.
-        arms: what differs: name -> options of ``fit`` (dotted key -> value). The key ``config`` stacks a file, or a
-            list of files, on the recipe.
+        arms: what differs: name -> options of ``fit`` (dotted key -> value), none of them in ``grid`` or ``per_seed``.
+            The key ``config`` stacks a file, or a list of files, on the recipe.
         grid: options -> values that are declared before the study and crossed with every arm (learning rates).
         options: of every run (dotted key -> value).
         per_seed: options -> text in which ``{seed}`` and ``{block}`` are filled in: what makes seeds differ.
@@ -118,6 +123,12 @@ class Study:
                 "per_seed names no option with {seed}, so that all seeds would be one run; give "
                 'per_seed: {data.seed: "{seed}"}'
             )
+        drawn = {**dict.fromkeys(self.grid, "grid"), **dict.fromkeys(self.per_seed, "per_seed")}
+        for name, own in (("options", self.options), *((f"arms: {arm}", own) for arm, own in self.arms.items())):
+            if twice := next((key for key in own if key in drawn), None):
+                raise UserError(f"{name}: {twice} is set by {drawn[twice]}, for all runs; take it out of one of them")
+        if twice := next((key for key in self.per_seed if key in self.grid), None):
+            raise UserError(f"per_seed and grid both set {twice}")
         missing = [path for path in self.recipe if not Path(path).is_file()]
         for arm in self.arms.values():
             missing += [path for path in _files(arm) if not Path(path).is_file()]

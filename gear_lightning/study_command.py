@@ -91,7 +91,11 @@ def _report(study: Study, done: list[Run]) -> None:
     curves = collect(study, done)
     results = analyse(study, curves)
     best = {arm: study.points[place] for arm, place in results["best_point"].items()}
-    results["onset"] = onset_of(run for run in done if best.get(run.arm) == run.point)
+    try:
+        results["onset"] = onset_of(run for run in done if best.get(run.arm) == run.point)
+    except UserError as error:  # records alone tell it, and the comparison needs none
+        results["onset"] = {}
+        print(f"Where credit finds the first wrong decision is left out: {error}")
     write_results(study, curves, results)
     replace_text(out / "report.md", markdown(results))
     files = draw(curves, results, out)

@@ -45,7 +45,8 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         row += ["never" if reached is None else f"{reached:.0f}", f"{told['collapsed']:.0%}"]
         for headroom in (results["headroom"] or {}).values():
             share = headroom["shares"].get(arm)
-            row += ["" if paired is None else "no headroom" if share is None else f"{share:.0%}"]
+            none = "no headroom" if headroom["there"] is False else "unknown"
+            row += ["" if paired is None else none if share is None else f"{share:.0%}"]
         body.append(row)
     return head, body
 
@@ -69,6 +70,12 @@ def markdown(results: dict[str, Any]) -> str:
         for p in range(len(results["points"]))
     ]
     parts += ["Runs that collapsed:", "", _table(["", *arms], body), ""]
+    blocks = results["blocks"]
+    if len(blocks["seeds"]) < results["seeds"]:
+        parts += [shared_warm_starts(results) + " Mean gain over all points by warm start:", ""]
+        body = [[arm, *(f"{gain:+.3f}" for gain in gains)] for arm, gains in blocks["gains"].items()]
+        head = ["arm", *(f"warm start {i} ({n} seeds)" for i, n in enumerate(blocks["seeds"]))]
+        parts += [_table(head, body), ""] if len(blocks["seeds"]) > 1 else []
     if results.get("onset"):
         body = [
             [arm, iteration, _area(told["divergence"]), _area(told["segment"]), str(told["first_wrong"])]
@@ -79,6 +86,13 @@ def markdown(results: dict[str, Any]) -> str:
         what = "First wrong decisions against the right ones before them, at the best point of each arm:"
         parts += [what, "", _table(head, body), ""]
     return "\n".join(parts)
+
+
+def shared_warm_starts(results: dict[str, Any]) -> str:
+    """What the intervals of a study whose seeds share warm starts can tell."""
+    count = len(results["blocks"]["seeds"])
+    what = "one warm start" if count == 1 else f"{count} warm starts"
+    return f"{results['seeds']} seeds share {what}: intervals and p tell of other seeds of the same, not of other ones."
 
 
 def _area(value: float | None) -> str:
@@ -99,6 +113,8 @@ def print_results(results: dict[str, Any]) -> None:
     for row in body:
         table.add_row(*row)
     Console(width=max(80, shutil.get_terminal_size((170, 24)).columns)).print(table)
+    if len(results["blocks"]["seeds"]) < results["seeds"]:
+        print(shared_warm_starts(results))
 
 
 def draw(curves: Curves, results: dict[str, Any], folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from .errors import UserError
 from .files import replace_text
+from .metrics_file import read_columns
 from .statistics import (
     bootstrap_interval,
     collapse_rate,
@@ -23,11 +25,11 @@ from .statistics import (
     holm,
     interquartile_mean,
     iqm_statistic,
+    lower_median,
     mean_over_curve,
     paired_difference,
 )
 from .study import Run, Study
-from .study_runner import read_metrics
 
 CURVES, RESULTS = "curves.csv", "results.json"
 
@@ -57,9 +59,9 @@ def check_run(study: Study, run: Run) -> None:
     Raises:
         UserError: it was not measured at two steps at least; tells the metrics that it has.
     """
-    rows = list(read_metrics(run))
-    if sum(study.metric in row for row in rows) < 2:
-        there = ", ".join(sorted({name for row in rows for name in row if "/" in name}))
+    columns = read_columns(run.folder / "metrics.csv")
+    if study.metric not in columns or len(columns[study.metric][0]) < 2:
+        there = ", ".join(sorted(name for name in columns if "/" in name))
         raise UserError(
             f"{run.folder}: metric={study.metric} was not measured at two steps at least "
             f"(trainer.check_val_every_n_epoch and max_epochs decide); its metrics are {there}"
@@ -72,12 +74,14 @@ def collect(study: Study, runs: list[Run]) -> Curves:
     Raises:
         UserError: no seed is complete, the metric is missing, or runs were measured at different steps.
     """
-    found: dict[tuple[str, tuple[Any, ...], int], list[tuple[int, float]]] = {}
+    found: dict[tuple[str, tuple[Any, ...], int], tuple[np.ndarray, np.ndarray]] = {}
+    folders: dict[tuple[str, tuple[Any, ...], int], Path] = {}
     for run in runs:
-        curve = [(int(row["step"]), row[study.metric]) for row in read_metrics(run) if study.metric in row]
-        if not curve:
+        columns = read_columns(run.folder / "metrics.csv")
+        if study.metric not in columns:
             raise UserError(f"{run.folder}: its metrics have no {study.metric}")
-        found[run.arm, run.point, run.seed] = curve
+        found[run.arm, run.point, run.seed] = columns[study.metric]
+        folders[run.arm, run.point, run.seed] = run.folder
     whole = {
         arm: {s for s in range(study.seeds) if all((arm, point, s) in found for point in study.points)}
         for arm in study.arms
@@ -87,17 +91,22 @@ def collect(study: Study, runs: list[Run]) -> Curves:
     if not seeds:
         raise UserError("no seed of the baseline and the others has all points of the grid yet: nothing can be paired")
     kept = {key: curve for key, curve in found.items() if key[0] in arms and key[2] in seeds}
-    steps = sorted({tuple(step for step, _ in curve) for curve in kept.values()})
-    if len(steps) > 1:
-        raise UserError(f"runs were measured at different steps ({_short(steps[0])} and {_short(steps[1])})")
-    values = np.array(
-        [[[[v for _, v in kept[arm, point, seed]] for seed in seeds] for point in study.points] for arm in arms]
-    )
-    return Curves(arms, study.points, seeds, np.array(steps[0], dtype=float), values)
+    at = Counter(tuple(steps.astype(int).tolist()) for steps, _ in kept.values())
+    usual = at.most_common(1)[0][0]
+    for key, (steps, _) in kept.items():
+        if (own := tuple(steps.astype(int).tolist())) != usual:
+            raise UserError(
+                f"{folders[key]}: {study.metric} was measured at other steps ({_some(own, usual)}) than in "
+                f"{at[usual]} of {len(kept)} runs ({_some(usual, own)}); remove that folder to have the run done again"
+            )
+    values = np.array([[[kept[arm, point, seed][1] for seed in seeds] for point in study.points] for arm in arms])
+    return Curves(arms, study.points, seeds, np.array(usual, dtype=float), values)
 
 
-def _short(steps: tuple[int, ...]) -> str:
-    return ", ".join(map(str, steps[:3])) + (", ..." if len(steps) > 3 else "")
+def _some(ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
+    """Steps that the other has not, and how many there are."""
+    own = [step for step in ours if step not in theirs]
+    return f"{len(ours)} in all" + (f", of them alone {', '.join(map(str, own[:3]))}" if own else "")
 
 
 def analyse(study: Study, curves: Curves) -> dict[str, Any]:
@@ -105,12 +114,13 @@ def analyse(study: Study, curves: Curves) -> dict[str, Any]:
 
     Returns:
         ``arms``: per arm ``mean`` and ``final`` (mean over the curve and last value: interquartile mean over seeds and
-        points, and its stratified bootstrap interval), ``to_threshold`` (median updates, null where most runs never
-        reach it), ``collapsed``, and ``points`` with the same per point of the grid; ``paired``: against the baseline,
-        per arm: ``all`` points (mean over them), ``best`` point of each, and each of the ``points``; ``headroom``: what
-        the ceiling gains over ``all`` points and at its ``best``, and each arm's share of it; ``left_out``: arms that
-        no seed has completed; ``begin_elsewhere``: those whose first values are not the baseline's, so that more than
-        their name differs.
+        points, and its bootstrap interval over seeds), ``to_threshold`` (lower median of the updates, null where most
+        runs never reach it), ``collapsed``, and ``points`` with the same per point of the grid; ``paired``: against the
+        baseline, per arm: ``all`` points (mean over them), ``best`` point of each, and each of the ``points``;
+        ``headroom``: what the ceiling gains over ``all`` points and at its ``best``, and each arm's share of it;
+        ``left_out``: arms that no seed has completed; ``begin_elsewhere``: those whose first values are not the
+        baseline's, so that more than their name differs; ``blocks``: the seeds of each warm start, and the mean gain
+        of each over all points (``gains``: arm -> warm starts).
     """
     steps = curves.steps
     mean = np.array([[[mean_over_curve(steps, c) for c in seeds] for seeds in arm] for arm in curves.values])
@@ -160,13 +170,24 @@ def analyse(study: Study, curves: Curves) -> dict[str, Any]:
         "best_point": {arm: best[i] for i, arm in enumerate(curves.arms)},
         "paired": paired,
         "headroom": _headroom(study, paired),
+        "blocks": _blocks(study, curves, mean, base),
     }
+
+
+def _blocks(study: Study, curves: Curves, mean: np.ndarray, base: int) -> dict[str, Any]:
+    """Of scores [arms, points, seeds]."""
+    of_seed = np.array([seed % study.blocks for seed in curves.seeds])
+    there = sorted(set(of_seed.tolist()))
+    gaps = (mean - mean[base]).mean(1)
+    gains = {arm: [float(gaps[i, of_seed == block].mean()) for block in there] for i, arm in enumerate(curves.arms)}
+    del gains[study.baseline]
+    return {"seeds": [int((of_seed == block).sum()) for block in there], "gains": gains}
 
 
 def _summary(mean: np.ndarray, final: np.ndarray, curves: np.ndarray, study: Study, steps: np.ndarray) -> dict:
     """Of scores [points, seeds] and curves [runs, steps]."""
     reached = [first_reach(steps, curve, study.threshold) for curve in curves]
-    median = float(np.median(reached))
+    median = lower_median(reached)
     return {
         "mean": _with_interval(mean),
         "final": _with_interval(final),
@@ -179,13 +200,13 @@ def _summary(mean: np.ndarray, final: np.ndarray, curves: np.ndarray, study: Stu
 def _with_interval(scores: np.ndarray) -> dict[str, float | None]:
     if scores.shape[1] < 2:
         return {"iqm": interquartile_mean(scores), "low": None, "high": None}
-    low, high = bootstrap_interval(scores, iqm_statistic)
+    low, high = bootstrap_interval(scores, iqm_statistic, together=True)  # a seed's runs at all points share its luck
     return {"iqm": interquartile_mean(scores), "low": float(low), "high": float(high)}
 
 
 def _headroom(study: Study, paired: dict[str, Any]) -> dict[str, Any] | None:
     """What the ceiling gains over the baseline, and the other arms' shares of it, over all points and at the best of
-    each; no shares where it gains nothing that its interval tells from zero."""
+    each; no shares where it gains nothing that its interval tells from zero, or there is no interval."""
     if study.ceiling is None or study.ceiling not in paired:
         return None
     return {name: _shares(study.ceiling, {arm: told[name] for arm, told in paired.items()}) for name in ("all", "best")}
@@ -193,7 +214,7 @@ def _headroom(study: Study, paired: dict[str, Any]) -> dict[str, Any] | None:
 
 def _shares(ceiling: str, gains: dict[str, Any]) -> dict[str, Any]:
     top = gains[ceiling]
-    there = top["low"] is not None and top["low"] > 0
+    there = None if top["low"] is None else top["low"] > 0
     shares = {arm: told["mean"] / top["mean"] if there else None for arm, told in gains.items()}
     return {"gain": top["mean"], "low": top["low"], "high": top["high"], "there": there, "shares": shares}
 

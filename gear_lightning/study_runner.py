@@ -1,15 +1,19 @@
 """Carries out the runs of a study: so many at a time, each in a process of its own, and none that is done again."""
 
+import hashlib
+import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from .errors import UserError
 from .files import hold, replace_text
@@ -21,25 +25,53 @@ PATIENCE = 20.0  # seconds that a run has to end when it is told to
 
 
 def is_done(run: Run) -> bool:
-    """Whether a run has finished, with the options it would be started with now.
+    """Whether a run has finished, with the options and configuration files it would be started with now.
 
     Raises:
-        UserError: it has finished with other options.
+        UserError: it has finished with others.
     """
-    try:
-        started = json.loads((run.folder / PLAN).read_text())
-        phase = json.loads((run.folder / "status.json").read_text())["phase"]
-    except (OSError, ValueError, KeyError):
+    started, status = _read(run.folder / PLAN), _read(run.folder / "status.json")
+    if status.get("phase") != "finished" or not isinstance(started.get("options"), list):
         return False
-    if phase != "finished":
-        return False
-    if started.get("options") != list(run.options):
-        before, now = set(started.get("options") or []), set(run.options)
+    otherwise = "give another --out, or remove that folder"
+    if started["options"] != list(run.options):
+        before, now = set(map(str, started["options"])), set(run.options)
         raise UserError(
-            f"{run.folder} was made with {_some(before - now)}, and this study has {_some(now - before)}; give another "
-            "--out, or remove that folder"
+            f"{run.folder} was made with {_some(before - now)}, and this study has {_some(now - before)}; {otherwise}"
         )
+    if started.get("files") != (now := _digests(run)):
+        before = started.get("files")
+        changed = next(f for f in now if not isinstance(before, dict) or before.get(f) != now[f])
+        raise UserError(f"{run.folder} was made with another {changed}, which has changed since; {otherwise}")
     return True
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Of a JSON object; empty where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _digests(run: Run) -> dict[str, str]:
+    """What the run's configuration files say, whatever their comments: file -> digest."""
+    found = {}
+    for file in run.files:
+        try:
+            told = os.stat(file)
+            found[file] = _digest(file, told.st_mtime_ns, told.st_size)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+    return found
+
+
+@cache
+def _digest(file: str, *state: int) -> str:
+    """Of a file in a state; one that is edited while a study runs is read again."""
+    said = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _some(options: set[str]) -> str:
@@ -51,9 +83,9 @@ def carry_out(
 ) -> list[Run]:
     """Start what is not done, ``jobs`` at a time, and wait for it. One study at a time in a folder.
 
-    The first run of each block goes ahead of the others of its block, which then find its warm start made. What a
-    killed study left half done is begun again; a run that fails costs itself alone. Where there are GPUs, each run sees
-    one of them, the one with the fewest runs.
+    The first run of each block goes ahead of the others of its block, which then find its warm start made. A run that
+    came to no end is begun again, and its folder set aside; a run that fails costs itself alone. Where there are GPUs,
+    each run sees one of them, the one with the fewest runs.
 
     Args:
         runs: all of them; those that are done are passed over.
@@ -83,6 +115,8 @@ def carry_out(
     try:
         while waiting or active:
             while len(active) < jobs and (run := _next(waiting, ready, active)):
+                if aside := _set_aside(run):
+                    tell(f"{run}: an earlier attempt came to no end, and is now in {aside}")
                 process = _start(context, run, least_used(gpus, [process.gpu for _, process, _ in active.values()]))
                 active[process.sentinel] = run, process, time.monotonic()
             ended_now = wait(list(active), timeout=HEARING)
@@ -145,12 +179,19 @@ def least_used(gpus: list[str], taken: list[str]) -> str | None:
     return min(gpus, key=taken.count, default=None)
 
 
+def _set_aside(run: Run) -> Path | None:
+    """Where the folder of an attempt that came to no end now is; None where there was none."""
+    if not run.folder.exists():
+        return None
+    hold(run.folder / ".lock", f"{run.folder}: a process is still training there; end it, or wait for it").close()
+    places = (run.folder.with_name(f"{run.folder.name}.unfinished-{number}") for number in itertools.count(1))
+    return run.folder.rename(next(place for place in places if not place.exists()))
+
+
 def _start(context: Any, run: Run, gpu: str | None) -> Any:
-    if run.folder.exists():  # an attempt that came to no end
-        hold(run.folder / ".lock", f"{run.folder}: a process is still training there; end it, or wait for it").close()
-        shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True)
-    replace_text(run.folder / PLAN, json.dumps({"arm": run.arm, "seed": run.seed, "options": list(run.options)}))
+    plan = {"arm": run.arm, "seed": run.seed, "options": list(run.options), "files": _digests(run)}
+    replace_text(run.folder / PLAN, json.dumps(plan))
     process = context.Process(target=_child, args=(run.arguments, str(run.folder / LOG), gpu), name=str(run))
     process.gpu = gpu
     process.start()
@@ -163,20 +204,3 @@ def _child(arguments: list[str], log: str, gpu: str | None) -> None:
     from .study_child import fit  # not here at the top: the study itself does without its imports
 
     fit(arguments, log)
-
-
-def read_metrics(run: Run) -> Iterator[dict[str, float]]:
-    """Rows of a run's metrics, as numbers; what is missing in a row is left out.
-
-    Raises:
-        UserError: the file is not there or cannot be read.
-    """
-    import csv
-
-    path = Path(run.folder) / "metrics.csv"
-    try:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                yield {key: float(value) for key, value in row.items() if key and value not in ("", None)}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None

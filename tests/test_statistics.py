@@ -81,10 +81,22 @@ def test_paired_difference_by_hand():
     found = paired_difference(np.array([0.8, 0.7, 0.9]), np.array([0.6, 0.7, 0.8]))
     assert found.mean == pytest.approx(0.1)  # (0.2 + 0 + 0.1) / 3
     assert (found.pairs, found.test.wins, found.test.losses, found.test.ties) == (3, 2, 0, 1)
-    # 3 of 27 draws take one pair three times, so that the ends lie at the smallest and the largest difference
-    assert found.interval == pytest.approx((0.0, 0.2))
+    # s = 0.1, s / sqrt(3) = 0.057735, and t(0.975, 2) = 4.302653
+    assert found.interval == pytest.approx((0.1 - 0.248414, 0.1 + 0.248414), abs=1e-6)
     alone = paired_difference(np.array([1.0]), np.array([0.5]))
     assert (alone.mean, alone.interval) == (0.5, None)
+
+
+@pytest.mark.parametrize("pairs", [3, 5, 10])
+def test_the_interval_of_few_pairs_covers_what_it_says(pairs):
+    rng = np.random.default_rng(7)
+    found = [paired_difference(rng.normal(2, 1, pairs), np.zeros(pairs)).interval for _ in range(1000)]
+    # 1000 trials have a standard error of 0.7 points
+    assert 0.93 <= np.mean([low <= 2 <= high for low, high in filter(None, found)]) <= 0.97
+
+
+def test_pairs_that_all_differ_alike_have_no_width():
+    assert paired_difference(np.ones(4), np.zeros(4)).interval == (1.0, 1.0)
 
 
 def test_pairing_removes_what_a_seed_does_to_both():
@@ -167,6 +179,14 @@ def test_strata_are_drawn_independently():
     assert widths[1] == pytest.approx(widths[0] / 4, rel=0.1)
 
 
+def test_the_same_seeds_in_all_strata_are_drawn_together():
+    """The mean of 16 copies of a task varies as much as that of one, and a stratum keeps its own scores."""
+    one = np.random.default_rng(5).normal(0, 1, (1, 20))
+    copies = np.repeat(one, 16, axis=0)
+    assert bootstrap_interval(copies, together=True) == pytest.approx(bootstrap_interval(one, together=True))
+    assert bootstrap_interval(np.concatenate([one, -one]), together=True) == pytest.approx((0, 0))
+
+
 def test_the_resampled_interquartile_mean_is_that_of_every_draw():
     drawn = np.random.default_rng(6).normal(0, 1, (5, 2, 6))
     assert iqm_statistic(drawn) == pytest.approx([interquartile_mean(scores) for scores in drawn])
@@ -210,6 +230,7 @@ def test_the_interval_covers_a_known_truth(statistic):
         (lambda: interquartile_mean(np.array([])), "no scores"),
         (lambda: interquartile_mean(np.array([1.0, np.nan])), "finite"),
         (lambda: paired_difference(np.array([1.0]), np.array([1.0, 2])), "one length"),
+        (lambda: paired_difference(np.array([1.0, 2]), np.array([1.0, 2]), level=1.0), "level"),
         (lambda: probability_of_improvement(np.ones((2, 3)), np.ones((1, 3))), "strata"),
         (lambda: holm(np.array([0.2, 1.2])), "between 0 and 1"),
         (lambda: collapse_rate(np.ones((1, 3)), 2.0), "fraction"),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from gear_lightning.study import Study
 from gear_lightning.study_command import study_command
 from gear_lightning.study_report import draw, label, markdown, rows
 from gear_lightning.study_results import Curves, analyse, collect
-from gear_lightning.study_runner import carry_out, is_done, least_used, start_context, visible_gpus
+from gear_lightning.study_runner import _digests, carry_out, is_done, least_used, start_context, visible_gpus
 
 ROOT = Path(__file__).parents[1]
 LR = "model.optimizer.init_args.lr"
@@ -93,6 +94,10 @@ def test_every_arm_meets_every_point_and_seed(tmp_path):
         ({"threshold": float("nan")}, "threshold=nan must be a number"),
         ({"collapse": -3.0}, "collapse=-3.0 must lie between 0 and 1"),
         ({"arms": {}}, "needs a recipe and arms"),
+        ({"arms": {"GRPO": {}, "Sure": {"data.seed": 7}}}, "arms: Sure: data.seed is set by per_seed, for all runs"),
+        ({"arms": {"GRPO": {}, "Fast": {LR: 1.0}}}, "arms: Fast: .*lr is set by grid"),
+        ({"options": {LR: 1.0}}, "options: .*lr is set by grid"),
+        ({"grid": {"data.seed": [1, 2]}}, "per_seed and grid both set data.seed"),
     ],
 )
 def test_plans_that_cannot_be_carried_out(tmp_path, options, error):
@@ -128,9 +133,10 @@ def test_means_differences_and_headroom_by_hand(tmp_path):
     assert results["headroom"]["all"]["there"]
     assert results["headroom"]["all"]["shares"]["GEAR"] == pytest.approx(0.4)
     assert results["headroom"]["best"] == results["headroom"]["all"]  # there is one point
-    assert results["arms"]["GEAR"]["to_threshold"] == 15.0  # 20 and 10
-    assert results["arms"]["GRPO"]["to_threshold"] is None  # one of two never
+    assert results["arms"]["GEAR"]["to_threshold"] == 10.0  # the lower of 20 and 10
+    assert results["arms"]["GRPO"]["to_threshold"] == 20.0  # the lower of 20 and never
     assert results["arms"]["GRPO"]["reached"] == 0.5
+    assert by_hand(tmp_path, values, threshold=0.7)[1]["arms"]["GRPO"]["to_threshold"] is None
     assert results["paired"]["GEAR"]["all"]["test"] == {"wins": 2, "losses": 0, "ties": 0, "p": 0.5}
     assert results["paired"]["GEAR"]["all"]["holm"] == 1.0  # 0.5 of two arms
     json.dumps(results, allow_nan=False)
@@ -144,6 +150,37 @@ def test_no_headroom_gives_no_shares(tmp_path):
     assert results["headroom"]["all"]["shares"] == {"Oracle": None}
     head, body = rows(results)
     assert body[1][head.index("of the headroom")] == "no headroom"
+
+
+def test_one_seed_tells_nothing_of_headroom(tmp_path):
+    values = {"GRPO": [[[0.2, 0.4, 0.4]]], "Oracle": [[[0.2, 0.6, 0.8]]]}
+    _, results = by_hand(tmp_path, values, ceiling="Oracle")
+    assert results["headroom"]["all"]["there"] is None
+    head, body = rows(results)
+    assert body[1][head.index("of the headroom")] == "unknown"
+
+
+def test_seeds_that_share_a_warm_start_are_told(tmp_path):
+    flat = [0.2, 0.2, 0.2]
+    values = {"GRPO": [[flat] * 4], "GEAR": [[[0.2, 0.2 + gain, 0.2] for gain in (0.2, 0.0, 0.4, 0.2)]]}
+    _, results = by_hand(tmp_path, values, blocks=2)
+    # half of the gain in the middle: 0.1 and 0.2 of the first warm start, 0 and 0.1 of the second
+    assert results["blocks"] == {"seeds": [2, 2], "gains": {"GEAR": pytest.approx([0.15, 0.05])}}
+    assert "4 seeds share 2 warm starts" in (told := markdown(results))
+    assert "| GEAR | +0.150 | +0.050 |" in told
+    assert "share one warm start" in markdown(by_hand(tmp_path, values, blocks=1)[1])
+    assert "warm start" not in markdown(by_hand(tmp_path, values, blocks=4)[1])
+
+
+def test_a_seeds_luck_at_all_points_is_drawn_together(tmp_path):
+    """Four copies of a point know no more of the seeds than one."""
+    point = [[0.2, 0.1 * seed, 0.3] for seed in range(4)]
+    widths = []
+    for points in (1, 4):
+        _, results = by_hand(tmp_path, {"GRPO": [point] * points})
+        told = results["arms"]["GRPO"]["mean"]
+        widths.append(told["high"] - told["low"])
+    assert widths[1] == pytest.approx(widths[0], rel=0.2)
 
 
 def test_an_arm_without_segments_has_no_area_for_them(tmp_path):
@@ -337,6 +374,79 @@ def test_runs_beside_gpus_start_afresh_and_take_turns_at_them(tmp_path, monkeypa
     assert least_used(["4", "6"], ["4"]) == "6"
     assert least_used(["4", "6"], ["4", "6", "4"]) == "6"
     assert least_used([], []) is None
+
+
+@pytest.fixture
+def copied(carried, tmp_path):
+    """A study that is done, which a test may damage, and its file."""
+    from dataclasses import asdict
+
+    study = replace(carried[0], out=str(tmp_path / "out"))
+    shutil.copytree(carried[0].out, study.out)
+    file = tmp_path / "study.json"
+    file.write_text(json.dumps(asdict(study)))
+    return study, file
+
+
+def test_a_configuration_file_that_has_changed_is_named(carried, copied, tmp_path, monkeypatch):
+    study, _ = copied
+    recipe = tmp_path / "recipe.yaml"
+    text = (ROOT / "configs/quickstart.yaml").read_text()
+    run = replace(study.runs[0], options=tuple(o.replace(study.recipe[0], str(recipe)) for o in study.runs[0].options))
+    recipe.write_text(text)
+    plan = {"options": list(run.options), "files": _digests(run)}
+    (run.folder / "run.json").write_text(json.dumps(plan))
+    assert is_done(run)
+    recipe.write_text(f"# a comment\n{text}")
+    assert is_done(run)
+    recipe.write_text(text.replace("max_epochs: ", "max_epochs: 1"))
+    with pytest.raises(UserError, match=r"was made with another .*recipe.yaml, which has changed since"):
+        is_done(run)
+
+
+@pytest.mark.parametrize(("name", "content"), [("status.json", '{"pha'), ("status.json", "[]"), ("run.json", "[1]")])
+def test_a_run_whose_files_are_damaged_is_set_aside_and_done_again(copied, name, content, monkeypatch, capsys):
+    study, _ = copied
+    run, before = study.runs[0], {p.name for p in study.runs[0].folder.iterdir()}
+    (run.folder / name).write_text(content)
+    assert not is_done(run)
+    started = []
+
+    class Ended:
+        sentinel, gpu, exitcode = os.open(os.devnull, os.O_RDONLY), None, 3
+
+        def join(self, *_): ...
+
+    monkeypatch.setattr("gear_lightning.study_runner._start", lambda context, run, gpu: started.append(run) or Ended())
+    monkeypatch.setattr("gear_lightning.study_runner.wait", lambda active, timeout: active)
+    assert carry_out(study.runs, 1, lambda run: None) == [run] == started
+    aside = run.folder.with_name("seed_00.unfinished-1")
+    assert {p.name for p in aside.iterdir()} == before
+    assert f"an earlier attempt came to no end, and is now in {aside}" in capsys.readouterr().out
+
+
+def test_metrics_that_are_torn_are_named_and_none_is_taken_for_a_number(copied, monkeypatch, capsys):
+    study, file = copied
+    monkeypatch.chdir(ROOT)
+    metrics = study.runs[3].folder / "metrics.csv"
+    metrics.write_text(metrics.read_text().rstrip("\n")[:-9])
+    (Path(study.out) / "results.json").unlink()
+    with pytest.raises(UserError, match=rf"{study.runs[3].folder}: val/success was measured at other steps \(2 in all"):
+        study_command(["--config", str(file), "--report_only", "true"])
+    metrics.write_text(metrics.read_text() + "\n")
+    with pytest.raises(UserError, match=rf"{metrics}:\d+: .*torn"):
+        study_command(["--config", str(file), "--report_only", "true"])
+    assert not (Path(study.out) / "results.json").exists()
+
+
+def test_records_that_cannot_be_read_cost_their_table_alone(copied, monkeypatch, capsys):
+    study, file = copied
+    monkeypatch.chdir(ROOT)
+    for record in Path(study.out).glob("runs/GEAR/*/*/rollouts/*.jsonl"):
+        record.write_text('{"format": 1}\n')
+    assert study_command(["--config", str(file), "--report_only", "true"]) == 0
+    assert "Where credit finds the first wrong decision is left out: " in capsys.readouterr().out
+    assert json.loads((Path(study.out) / "results.json").read_text())["onset"] == {}
 
 
 def test_a_run_that_did_not_finish_is_not_done(carried):
