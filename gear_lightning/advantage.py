@@ -35,6 +35,14 @@ class GroupAdvantage(ABC):
         """
         return None
 
+    def complaint(self, turn_rewards: list[list[float]]) -> str | None:
+        """What to warn of, where an iteration's rewards are not what the method is for; None: nothing.
+
+        Args:
+            turn_rewards: of each turn of each rollout of the iteration.
+        """
+        return None
+
     def has_signal(
         self, rewards: Float[Tensor, " group"], turn_rewards: list[list[float]], states: list[list[str]]
     ) -> bool:
@@ -152,6 +160,16 @@ class TurnGRPO(GroupAdvantage):
         self, rewards: Float[Tensor, " group"], turn_rewards: list[list[float]], states: list[list[str]]
     ) -> list[list[float]]:
         return among_equals(turn_rewards, [range(len(row)) for row in turn_rewards], GRPO(self.eps))
+
+    def complaint(self, turn_rewards: list[list[float]]) -> str | None:
+        paid = any(any(row) for row in turn_rewards)
+        if not paid or any(any(row[:-1]) for row in turn_rewards):
+            return None
+        return (
+            "data.advantage=TurnGRPO: only last turns were rewarded in this iteration. It compares turn k with turn k "
+            "of the other rollouts, so that one that succeeds later than they is blamed in the turn that ends theirs. "
+            "It is for environments that reward turns on the way."
+        )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from .advantage import GRPO, GroupAdvantage
 from .batch import RolloutBatch, RolloutRow, Sealed, collate
@@ -132,6 +133,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.groups: list[RolloutGroup] = []  # of the current iteration, on this rank
         self.position = 0  # micro-batches of the current iteration handed out so far
         self.stop: Callable[[], bool] = lambda: False  # whether the run is to stop here; called on all ranks
+        self._complained = False
         self.evaluation_due = False  # whether the newest evaluation has not come to its end
         self._before_rollouts: dict[str, Any] | None = None  # random state, while rollouts are made
         self._restored: dict[str, Any] | None = None  # this rank's state from a checkpoint, until it is taken up
@@ -309,6 +311,11 @@ class RolloutDataModule(L.LightningDataModule):
         """Rows of the rollouts that count in the loss, with their advantages."""
         assert self.generator is not None
         rows, self.stats.overlong = [], 0
+        if not self._complained:
+            told = self.advantage.complaint([turns for group in self.groups for turns in _told(group)[1]])
+            self._complained = told is not None
+            if told is not None:
+                rank_zero_warn(told)
         for g, group in enumerate(self.groups):
             if self.zero_spread != "keep" and not self._signal(group):
                 continue

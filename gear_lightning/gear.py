@@ -221,7 +221,7 @@ def signal_weights(
     With c the signal (large = departure) and A the advantage before credit, of the rollout or of each token:
     ``sign_aware``: exp(-sign(A) kappa c); ``symmetric``: 1 + kappa (c - mean c); ``negatives_only``: exp(kappa c) where
     A < 0, else 1; ``reversed_on_correct``: exp(kappa c) for both signs. ``direction_gate`` (from CREST) puts the weight
-    to 1 where it would shrink the token's share of the advantage.
+    to 1 where it would be lower.
     """
     sign = advantages.sign()
     if sign_rule == "symmetric":

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from .advantage import GroupAdvantage
 from .callbacks.generation import GenerationCallback
 from .data import RolloutDataModule
 from .errors import UserError
@@ -78,6 +79,25 @@ def skeleton_of(source: PolicySource) -> Any:
         return None
 
 
+def check_parts(module: GearModule, data: RolloutDataModule, generation: GenerationCallback) -> None:
+    """Look at whether the parts of a recipe have anything to do together.
+
+    Raises:
+        UserError: one does nothing beside the others; says what to change.
+    """
+    advantage, credit = type(data.advantage), type(module.credit).__name__
+    if module.objective is None and advantage.of_turns is not GroupAdvantage.of_turns:
+        raise UserError(
+            f"data.advantage={advantage.__name__} does nothing without a model.objective; add one, or "
+            "--data.advantage GRPO"
+        )
+    if generation.budgets.turns == 1 and module.credit.compares_turns:
+        raise UserError(
+            f"model.credit={credit} weighs the turns of a rollout against each other, and "
+            "generation.budgets.turns=1 leaves it one: every weight would be 1; use another rule, or more turns"
+        )
+
+
 def refusals(
     module: GearModule,
     data: RolloutDataModule,
@@ -106,6 +126,7 @@ def refusals(
         stage, offload = options.get("stage", 2), bool(options.get("offload_parameters"))
         rules.append(lambda: check_zero(stage, offload, str(trainer["gradient_clip_algorithm"])))
     if fitting:
+        rules.append(lambda: check_parts(module, data, generation))
         rules.append(lambda: data.check_processes(processes, trainer["accumulate_grad_batches"]))
     if model is not None:
         rules.append(lambda: generation.check_policy(module, model))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import credit
+from . import advantage, credit
 from .credit import CreditAssigner
 from .errors import UserError
 
@@ -112,6 +112,11 @@ def _start(name: str, value: str, run: Path) -> str:
     """
     if value.endswith((".yaml", ".yml")):
         found = _recipe(Path(value))
+        if found["class_path"] == "gear_lightning.credit.Uniform" and (other := _other_method(Path(value))):
+            raise UserError(
+                f"{name} {value}: its method is {other}, and its credit that of GRPO; only weights of tokens are "
+                f"recomputed here (GRPO's: {name} Uniform)"
+            )
         if Path(value).resolve().is_relative_to(run.resolve()) and _of_ours(found["class_path"]) is None:
             raise UserError(
                 f"{value} lies in the run and names {found['class_path']}, which is imported only where you name it: "
@@ -125,22 +130,42 @@ def _start(name: str, value: str, run: Path) -> str:
     return f"{name}=gear_lightning.credit.{value}"
 
 
+def _other_method(path: Path) -> str | None:
+    """The distillation, or the advantage of turns, that a file names; None for none of them."""
+    found = _yaml(path)
+    distillation = _at(found, "model", "distillation", "class_path")
+    if isinstance(distillation, str):
+        return f"model.distillation={distillation.rpartition('.')[2]}"
+    name = str(_at(found, "data", "advantage", "class_path")).rpartition(".")[2]
+    kind = getattr(advantage, name, None)
+    of_turns = getattr(kind, "of_turns", advantage.GroupAdvantage.of_turns)
+    return None if of_turns is advantage.GroupAdvantage.of_turns else f"data.advantage={name}"
+
+
+def _yaml(path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: no YAML ({' '.join(str(error).split())[:200]})") from None
+
+
+def _at(found: Any, *keys: str) -> Any:
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
 def _recipe(path: Path) -> dict[str, Any]:
     """``model.credit`` of a YAML file, as plain data.
 
     Raises:
         UserError: the file cannot be read, or names no rule.
     """
-    import yaml
-
-    try:
-        found: Any = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no YAML ({' '.join(str(error).split())[:200]})") from None
-    for key in ("model", "credit"):
-        found = found.get(key) if isinstance(found, dict) else None
+    found = _at(_yaml(path), "model", "credit")
     if not isinstance(found, dict) or not isinstance(found.get("class_path"), str):
         raise UserError(f"{path}: holds no model.credit.class_path")
     options = found.get("init_args") or {}

@@ -72,10 +72,11 @@ def markdown(results: dict[str, Any]) -> str:
     parts += ["Runs that collapsed:", "", _table(["", *arms], body), ""]
     blocks = results["blocks"]
     if len(blocks["seeds"]) < results["seeds"]:
-        parts += [shared_warm_starts(results) + " Mean gain over all points by warm start:", ""]
-        body = [[arm, *(f"{gain:+.3f}" for gain in gains)] for arm, gains in blocks["gains"].items()]
-        head = ["arm", *(f"warm start {i} ({n} seeds)" for i, n in enumerate(blocks["seeds"]))]
-        parts += [_table(head, body), ""] if len(blocks["seeds"]) > 1 else []
+        parts += [shared_beginnings(results), ""]
+        if len(blocks["seeds"]) > 1:
+            body = [[arm, *(f"{gain:+.3f}" for gain in gains)] for arm, gains in blocks["gains"].items()]
+            head = ["gain over all points", *(f"weights {i} ({n} seeds)" for i, n in enumerate(blocks["seeds"], 1))]
+            parts += [_table(head, body), ""]
     if results.get("onset"):
         body = [
             [arm, iteration, _area(told["divergence"]), _area(told["segment"]), str(told["first_wrong"])]
@@ -88,11 +89,11 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def shared_warm_starts(results: dict[str, Any]) -> str:
+def shared_beginnings(results: dict[str, Any]) -> str:
     """What the intervals of a study whose seeds share warm starts can tell."""
     count = len(results["blocks"]["seeds"])
-    what = "one warm start" if count == 1 else f"{count} warm starts"
-    return f"{results['seeds']} seeds share {what}: intervals and p tell of other seeds of the same, not of other ones."
+    what = "the same weights" if count == 1 else f"{count} sets of weights"
+    return f"{results['seeds']} seeds begin with {what}: intervals and p tell of other seeds, not of other beginnings."
 
 
 def _area(value: float | None) -> str:
@@ -114,7 +115,7 @@ def print_results(results: dict[str, Any]) -> None:
         table.add_row(*row)
     Console(width=max(80, shutil.get_terminal_size((170, 24)).columns)).print(table)
     if len(results["blocks"]["seeds"]) < results["seeds"]:
-        print(shared_warm_starts(results))
+        print(shared_beginnings(results))
 
 
 def draw(curves: Curves, results: dict[str, Any], folder: Path) -> list[Path]:

@@ -350,6 +350,8 @@ def test_a_checkpoint_directory_of_ones_own_is_where_last_looks(command, tmp_pat
         (["--recorder.every_n_iterations", "0"], "recorder.every_n_iterations=0 must be at least 1"),
         (["--health.stop_after", "0"], "health.stop_after=0 must be at least 1"),
         (["--generation.environment", "own_broken.Env"], "generation.environment cannot be made: KeyError: 'home'"),
+        (["--config", "configs/credit/opsd.yaml", "--data.advantage", "GiGPO"], "data.advantage=GiGPO does nothing wi"),
+        (["--model.credit", "TurnSight", "--generation.budgets.turns", "1"], "=1 leaves it one: every weight would be"),
         (["--generation.budgets.context", "300"], "budgets.context=300 is more than the 256 positions"),
         (["--trainer.accelerator", "gpu"], "gpu"),
         (["--trainer.enable_progress_bar", "false", "--ckpt_path", "best"], "best"),

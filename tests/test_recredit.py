@@ -198,6 +198,17 @@ def test_what_the_records_do_not_hold_is_refused(trained, name, rule, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "method"),
+    [("mt_grpo", "data.advantage=MTGRPO"), ("gigpo", "data.advantage=GiGPO"), ("sdar", "model.distillation=SDAR")],
+)
+def test_a_file_whose_method_is_no_rule_of_credit_is_refused(trained, file, method, repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    path = f"configs/credit/{file}.yaml"
+    with pytest.raises(UserError, match=f"--credit {path}: its method is {method}, and its credit that of GRPO"):
+        recredit_command([str(trained("gear")), "--credit", path])
+
+
 def test_the_recorded_divergence_stands_in_for_the_same_one_alone(trained):
     own = GEAR(divergence="forward_kl", exclude_stop=False, **SYMMETRIC)
     assert stands_in(SCGRPO(), own)  # it counts all tokens, and so did the run

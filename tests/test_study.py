@@ -166,10 +166,10 @@ def test_seeds_that_share_a_warm_start_are_told(tmp_path):
     _, results = by_hand(tmp_path, values, blocks=2)
     # half of the gain in the middle: 0.1 and 0.2 of the first warm start, 0 and 0.1 of the second
     assert results["blocks"] == {"seeds": [2, 2], "gains": {"GEAR": pytest.approx([0.15, 0.05])}}
-    assert "4 seeds share 2 warm starts" in (told := markdown(results))
+    assert "4 seeds begin with 2 sets of weights" in (told := markdown(results))
     assert "| GEAR | +0.150 | +0.050 |" in told
-    assert "share one warm start" in markdown(by_hand(tmp_path, values, blocks=1)[1])
-    assert "warm start" not in markdown(by_hand(tmp_path, values, blocks=4)[1])
+    assert "begin with the same weights" in markdown(by_hand(tmp_path, values, blocks=1)[1])
+    assert "begin with" not in markdown(by_hand(tmp_path, values, blocks=4)[1])
 
 
 def test_a_seeds_luck_at_all_points_is_drawn_together(tmp_path):

@@ -3,13 +3,14 @@
 import math
 import statistics
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import watched
+from laws import Talk, watched
 from scripted import answered
 from test_data import Finite, Told
 from test_sampling_match import policy, talking, tasks
@@ -17,10 +18,12 @@ from tiny import trainer
 from torch.testing import assert_close
 
 from gear_lightning.advantage import GRPO, MTGRPO, DrGRPO, GiGPO, GroupAdvantage, LeaveOneOut, TurnGRPO
+from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.environments.base import Environment, Step, Task
 from gear_lightning.errors import UserError
 from gear_lightning.records import read_records
+from gear_lightning.rollout import Budgets
 
 RULES = [TurnGRPO(), MTGRPO(), MTGRPO(coef=0.3), GiGPO(), GiGPO(step_weight=0.5, gamma=0.5, divide_by_std=False)]
 PLAIN = [GRPO(), DrGRPO(), LeaveOneOut()]
@@ -306,6 +309,25 @@ def test_a_run_trains_on_the_advantages_of_its_recorded_turns(tmp_path, rule):
                 checked += len(set(advantages)) > 1
     assert checked, "no rollout had turns of different advantages"
     assert len(watch.weights) == 3
+
+
+class PaysAtTheEnd(Talk):
+    """Pays in the last turn alone."""
+
+    def step(self, message):
+        step = super().step(message)
+        return step if step.done else replace(step, reward=0.0)
+
+
+def test_turn_grpo_says_where_only_last_turns_are_rewarded(tmp_path):
+    assert TurnGRPO().complaint([[0, 0], [0]]) is None, "nothing was paid yet"
+    assert TurnGRPO().complaint([[0, 0, 1], [0.5, 0]]) is None
+    assert "is blamed in the turn that ends theirs" in str(TurnGRPO().complaint([[0, 0, 1], [0, 0]]))
+    assert all(rule.complaint([[0, 0, 1], [0, 0]]) is None for rule in [*RULES[1:], *PLAIN])
+    played = GenerationCallback(PaysAtTheEnd, budgets=Budgets(4, 80, 24, 250))
+    with pytest.warns(UserWarning, match="only last turns were rewarded") as told:
+        watched(tmp_path, policy(), tasks(advantage=TurnGRPO()), played, max_epochs=3)
+    assert sum("only last turns" in str(one.message) for one in told) == 1
 
 
 class Opens(Environment):

@@ -91,6 +91,11 @@ class CreditAssigner(ABC):
     fixed_segments: bool = False
 
     @property
+    def compares_turns(self) -> bool:
+        """Whether it weighs the turns of a rollout against each other: one of a single turn has weight 1 throughout."""
+        return False
+
+    @property
     def top_k(self) -> int:
         """Number of the policy's most likely tokens to compare distributions on; 0 where sampled tokens suffice."""
         return 0

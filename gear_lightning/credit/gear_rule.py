@@ -48,7 +48,8 @@ class GEAR(CreditAssigner):
             ``negatives_only`` (C); ``reversed_on_correct`` (D): more blame, and more praise where they succeed.
         kappa: strength of the weighting, per nat (1/temperature).
         clip: weights stay within 1 - clip and 1 + clip before normalisation.
-        direction_gate: leave the weight at 1 where it would lower a token's share (from CREST).
+        direction_gate: put the weight to 1 where it would lower a token's share (from CREST). That is before
+            normalisation, which then lowers all of a rollout's weights alike: with ``normalise=none`` none is below 1.
         mix: share of the weighting; the rest is uniform.
         mix_decay: optimizer steps over which ``mix`` falls linearly to 0. Null: constant.
         normalise: divide by the rollout's ``mean`` weight, its ``geometric`` mean, or not at all.
@@ -235,6 +236,10 @@ class Turn(GEAR):
     """
 
     fixed_segments = True
+
+    @property
+    def compares_turns(self) -> bool:
+        return self.normalise != "none"
 
     def __post_init__(self):
         super().__post_init__()

@@ -54,6 +54,10 @@ class TurnSight(CreditAssigner):
 
     fixed_segments = True
 
+    @property
+    def compares_turns(self) -> bool:
+        return True
+
     def __post_init__(self):
         check_range(self, 0, 1, "mix", "strength")
 
