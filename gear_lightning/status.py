@@ -45,10 +45,10 @@ def status_of(run: Path) -> dict[str, Any]:
     try:
         status = json.loads(path.read_text())
         attempts = [json.loads(line) for line in _text(run / "attempts.jsonl").splitlines()]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{run}: its status files cannot be read ({error})") from None
-    age = time.time() - status["time"]
-    phase = status["phase"]
+        age = time.time() - status["time"]
+        phase = status["phase"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{run}: its status files cannot be read ({type(error).__name__}: {error})") from None
     ended = phase in ("finished", "stopped", "failed")
     state = phase if ended else "killed" if _gone(status) else "running" if age < SILENT else "silent"
     checkpoints = [p for p in (run / "checkpoints").glob("*.ckpt") if p.is_file() and not p.is_symlink()]

@@ -25,13 +25,16 @@ def study_command(argv: list[str]) -> int:
     Raises:
         UserError: a plan that cannot be carried out, a folder of another study, or nothing to compare yet.
     """
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ActionYesNo, ArgumentParser
 
     parser = ArgumentParser(prog="gear-lightning study", description="Compare arms of a recipe over seeds.")
     parser.add_argument("--config", action="config", help="The study as a file; options after it replace its own.")
     parser.add_class_arguments(Study, None)
-    parser.add_argument("--report_only", type=bool, default=False, help="Compare the runs that are done; start none.")
-    parser.add_argument("--plan", type=bool, default=False, help="Print the command of every run and start none.")
+    for name, what in (
+        ("--report_only", "Compare the runs that are done; start none."),
+        ("--plan", "Print the command of every run and start none."),
+    ):
+        parser.add_argument(name, action=ActionYesNo, nargs="?", default=False, help=what)
     given = parser.parse_args(argv)
     require_extra("scipy")
     options = given.as_dict()

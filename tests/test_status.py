@@ -49,3 +49,8 @@ def test_other_directories_are_errors_of_one_line(tmp_path):
     (tmp_path / "attempts.jsonl").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         status_of(tmp_path)
+    (tmp_path / "attempts.jsonl").unlink()
+    for torn in ("[]", '{"phase": "update"}', '{"pha'):
+        (tmp_path / "status.json").write_text(torn)
+        with pytest.raises(UserError, match="its status files cannot be read"):
+            status_of(tmp_path)

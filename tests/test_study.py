@@ -465,11 +465,11 @@ def test_the_plan_can_be_printed_and_the_report_made_without_runs(carried, tmp_p
     study, *_ = carried
     monkeypatch.chdir(ROOT)
     file = Path(study.out).parent / "study.json"
-    assert study_command(["--config", str(file), "--plan", "true"]) == 0
+    assert study_command(["--config", str(file), "--plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
     assert all(line.startswith("gear-lightning fit --config=") for line in lines)
-    assert study_command(["--config", str(file), "--report_only", "true", "--seeds", "1"]) == 0
+    assert study_command(["--config", str(file), "--report_only", "--seeds", "1"]) == 0
     assert "1 seeds" in capsys.readouterr().out
     with pytest.raises(UserError, match="no seed of the baseline and the others has all points"):
         study_command(["--config", str(file), "--report_only", "true", "--out", str(tmp_path / "empty")])
