@@ -18,6 +18,7 @@ train and evaluate (options: gear-lightning COMMAND --help)
 
 look at a model and a run
   template   check a model's chat template:  gear-lightning template MODEL
+  teacher-check  does the teacher's divergence tell anything:  gear-lightning teacher-check --config RECIPE
   status     where a run is, and what has failed:  gear-lightning status RUN
   credit     print where the credit went, or write the HTML page:  gear-lightning credit RUN
   study      compare arms of a recipe over seeds:  gear-lightning study --config configs/study/credit.yaml
@@ -43,6 +44,7 @@ COMMANDS = {  # module and function, called with the arguments that follow; retu
     "parity": ("parity", "parity_command"),
     "slurm": ("slurm", "slurm_command"),
     "study": ("study_command", "study_command"),
+    "teacher-check": ("teacher_check_command", "teacher_check_command"),
     "noise-floor": ("noise_floor_command", "noise_floor_command"),
 }
 

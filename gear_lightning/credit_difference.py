@@ -102,6 +102,13 @@ def first_wrong(decisions: Tensor) -> Tensor:
     return wrong & ((begun & ~wrong).cumsum(0) == 0)
 
 
+def onset(decisions: Tensor) -> tuple[Tensor, Tensor]:
+    """Where ``[T]`` the first wrong decision is, and where the right ones before it are. What comes after a wrong one
+    may be right or wrong because of it, and is in neither."""
+    wrong, where = first_wrong(decisions), torch.arange(len(decisions))
+    return wrong, (decisions == 1) & (where < (where[wrong].min() if wrong.any() else len(decisions)))
+
+
 def _side(credit: Credit, row: int, mask: Tensor, decisions: Tensor, fifth: Tensor) -> Side:
     anchor, divergence = credit.anchor[row][mask], credit.divergence[row][mask]
     advantages, first = credit.token_advantages[row].double(), first_wrong(decisions)

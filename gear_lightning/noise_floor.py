@@ -292,7 +292,7 @@ def _of_turns(turns: list[int], values: list[float]) -> list[float]:
     return [found.get(turn, 0.0) for turn in range(max(found) + 1)]
 
 
-def write_floor(path: Path, result: dict[str, Any]) -> None:
+def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a measurement, whole or not at all.
 
     Raises:

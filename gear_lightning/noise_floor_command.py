@@ -4,29 +4,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 
-from .callbacks.generation import GenerationCallback
-from .callbacks.progress import PhaseProgress
-from .callbacks.startup import StartupCheck
-from .cli import GearCLI, main
+from .cli import main
 from .errors import UserError
-from .noise_floor import FILE, MeasureNoise, recorded_batches, table, write_floor
-
-MEASURING = {  # one device, nothing written, and no limit of the recipe that ends the fit before it has begun
-    **{"strategy": "auto", "devices": 1, "num_nodes": 1, "logger": False, "callbacks": None},
-    **{"enable_checkpointing": False, "fast_dev_run": False, "limit_train_batches": None, "overfit_batches": 0.0},
-    **{"max_epochs": -1, "max_steps": -1, "min_epochs": None, "min_steps": None, "max_time": None},
-}
+from .noise_floor import FILE, MeasureNoise, recorded_batches, table, write_result
+from .probe_cli import ProbeCLI
 
 
-class NoiseFloorCLI(GearCLI):
-    """``gear-lightning noise-floor``: a ``fit`` that measures before its first step and leaves the run as it was."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {"fit": LightningCLI.subcommands()["fit"]}
+class NoiseFloorCLI(ProbeCLI):
+    """``gear-lightning noise-floor``."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -41,8 +28,10 @@ class NoiseFloorCLI(GearCLI):
             "--out", type=str | None, default=None, help=f"File for the result. Null: {FILE} in the run directory."
         )
 
+    def make_probe(self, options: Any) -> MeasureNoise:
+        return MeasureNoise(options["micro_batches"])
+
     def before_instantiate_classes(self) -> None:
-        self.save_config_callback = None
         if self.config["fit"]["micro_batches"] < 1:
             raise UserError(f"micro_batches={self.config['fit']['micro_batches']} must be at least 1")
         strategy = self.config["fit"]["trainer"]["strategy"]
@@ -52,31 +41,10 @@ class NoiseFloorCLI(GearCLI):
                 "more, and measures its own floor (callback noise_floor).",
                 file=sys.stderr,
             )
-        for key, value in MEASURING.items():
-            self.config["fit"]["trainer"][key] = value
-
-    def _lock(self) -> None:
-        """A run may go on meanwhile: nothing of it is written."""
-
-    def _set_aside_earlier_run(self) -> None:
-        """It stays where it is."""
-
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
-        kept = [c for c in callbacks if isinstance(c, GenerationCallback | PhaseProgress)]
-        self.probe = MeasureNoise(self.config["fit"]["micro_batches"])
-        return super()._instantiate_trainer(config, [*kept, self.probe])
-
-    def _unasked(self) -> list[L.Callback]:
-        return [StartupCheck()]  # the run's status is not this one's to write
+        super().before_instantiate_classes()
 
     def before_fit(self) -> None:
-        rule, data = self.model.credit, self.datamodule
-        if not rule.needs_teacher:
-            raise UserError(
-                f"model.credit={type(rule).__name__} has no teacher, so there is no divergence to measure; "
-                "add --config configs/credit/gear.yaml"
-            )
-        run = self.config["fit"]["rollouts"]
+        data, run = self.datamodule, self.config["fit"]["rollouts"]
         if run is not None:
             self.probe.recorded = recorded_batches(
                 Path(run),
@@ -86,14 +54,12 @@ class NoiseFloorCLI(GearCLI):
             )
         wanted = -(-self.probe.micro_batches * data.micro_batch_size // data.group_size)
         data.tasks_per_iteration = min(data.tasks_per_iteration, wanted)
-        data.zero_spread = "keep"  # noise needs no spread of rewards
-        data.val_tasks = None  # nothing is evaluated
         super().before_fit()
 
     def after_fit(self) -> None:
         out = Path(self.config["fit"]["out"] or self.run_dir / FILE)
         source = self.config["fit"]["rollouts"]
-        write_floor(out, {**self.probe.result, "rollouts_from": source or "generated for this measurement"})
+        write_result(out, {**self.probe.result, "rollouts_from": source or "generated for this measurement"})
         print(f"\n{table(self.probe.result, self.model.credit)}\n\n{out}: the same, for programs and for the run")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .credit_difference import auc, first_wrong
+from .credit_difference import auc, onset
 from .records import Record, read_records, record_files
 from .study import Run
 
@@ -14,8 +14,7 @@ from .study import Run
 def onset_scores(record: Record) -> dict[str, tuple[Tensor, Tensor]]:
     """Scores of the tokens that decide, in the rollouts of one record.
 
-    A rollout gives the tokens of its first wrong decision, and those of its right decisions before it; what comes after
-    a wrong decision may be right or wrong because of it, and is left out.
+    A rollout gives the tokens of its first wrong decision, and those of its right decisions before it.
 
     Returns:
         ``divergence`` (nats) and ``segment`` (1 inside a segment, else 0): scores on first wrong decisions, and on the
@@ -27,9 +26,7 @@ def onset_scores(record: Record) -> dict[str, tuple[Tensor, Tensor]]:
         return {}
     scores = {"divergence": tensors["divergence"], "segment": (tensors["anchor"] >= 0).float()}
     for row, decisions in enumerate(tensors["decisions"]):
-        wrong = first_wrong(decisions)
-        where = torch.arange(len(decisions))
-        before = (decisions == 1) & (where < (where[wrong].min() if wrong.any() else len(decisions)))
+        wrong, before = onset(decisions)
         for name, score in scores.items():
             found[name][0].append(score[row][wrong])
             found[name][1].append(score[row][before])
