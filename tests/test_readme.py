@@ -18,6 +18,7 @@ SHORTER = {
     "smollm2_gsm8k.yaml": "--trainer.max_epochs 1 --warm_start.steps 2 --data.tasks_per_iteration 1 --data.val_limit 2",
     "smollm2_arithmetic.yaml": "--trainer.max_epochs 1 --data.tasks_per_iteration 1 --data.val_limit 8",
     "strategy/fsdp.yaml": "--trainer.accelerator cpu --trainer.max_epochs 2 --trainer.check_val_every_n_epoch 2",
+    "gear-lightning study": "--plan",
     "parity": "--trainer.accelerator cpu --devices 2 --iterations 1",
     "grpo.yaml": "--trainer.max_epochs 2 --trainer.check_val_every_n_epoch 2",
 }
