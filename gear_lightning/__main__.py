@@ -21,7 +21,7 @@ look at a model and a run
   teacher-check  does the teacher's divergence tell anything:  gear-lightning teacher-check --config RECIPE
   status     where a run is, and what has failed:  gear-lightning status RUN
   credit     print where the credit went, or write the HTML page:  gear-lightning credit RUN
-  study      compare arms of a recipe over seeds:  gear-lightning study --config configs/study/credit.yaml
+  study      compare arms of a recipe over seeds:  gear-lightning study --config configs/study/reading.yaml
   compare    learning curves and numbers of runs, with intervals:  gear-lightning compare RUN RUN ...
   recredit   what another credit rule would have made of it:  gear-lightning recredit RUN --credit RLSD
   export     make a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR [--adapter]

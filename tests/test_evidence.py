@@ -28,37 +28,58 @@ def test_results_are_those_of_the_shipped_plan(name):
     assert lines == len(found["arms"]) * len(found["points"]) * found["seeds"] * len(found["steps"])
 
 
-def test_the_readme_and_the_evidence_say_what_the_credit_study_found():
-    found, text = results("credit"), (ROOT / "docs/evidence.md").read_text()
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    wins = sum(point["test"]["wins"] for point in found["paired"]["GEAR"]["points"])
+def gain(told: dict) -> str:
+    return f"{told['mean']:+.3f} [{told['low']:.3f}, {told['high']:.3f}]"
+
+
+@pytest.mark.parametrize(("name", "heading"), [("reading", "## Does it matter"), ("credit", "## The first study")])
+def test_the_tables_of_arms_are_those_of_their_results(name, heading):
+    found, text = results(name), (ROOT / "docs/evidence.md").read_text().partition(heading)[2]
     runs = found["seeds"] * len(found["points"])
-    share = f"{100 * found['headroom']['best']['shares']['GEAR']:.0f} %"
-    for said in (readme, " ".join(text.split())):
-        assert f"{wins} of {runs} paired runs" in said
-        assert f"{share} of what an oracle gains" in said
-    assert f"+{found['paired']['GEAR']['best']['mean']:.2f} success over the curve" in readme
     for arm, told in found["arms"].items():
         row = next(line for line in text.splitlines() if line.startswith(f"| {arm} |"))
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert int(cells[-1]) == round(told["collapsed"] * runs)
+        cells = [cell.strip() for cell in row.strip("|").split("|")][1:]
+        assert int(cells.pop()) == round(told["collapsed"] * runs)
         if arm == "GRPO":
-            assert cells[1:-1] == [f"{point['mean']['iqm']:.3f}" for point in told["points"]]
-            continue
-        assert cells[1:-1] == [
-            f"{point['mean']:+.3f} [{point['low']:.3f}, {point['high']:.3f}], "
-            f"{point['test']['wins']}:{point['test']['losses']}"
-            for point in found["paired"][arm]["points"]
-        ]
+            shown = [f"{point['mean']['iqm']:.3f}" for point in [*told["points"], told]]
+        else:
+            paired = found["paired"][arm]
+            shown = [
+                f"{gain(point)}, {point['test']['wins']}:{point['test']['losses']}"
+                for point in [*paired["points"], paired["all"]]
+            ]
+        assert cells == shown[: len(cells)]
+        assert len(cells) >= len(found["points"])
+
+
+def test_the_readme_and_the_evidence_say_what_the_main_study_found():
+    found = results("reading")
+    ours, everything = found["paired"]["GEAR"]["all"], found["headroom"]["all"]["shares"]["GEAR"]
+    readme, text = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/evidence.md"))
+    for said in (readme, text):
+        assert f"{ours['test']['wins']} of {found['seeds']} paired seeds" in said
+        assert f"p = {ours['holm']:.3f} after Holm's correction" in said
+        assert f"{100 * everything:.0f} % of what an oracle gains" in said
+    assert f"+{ours['mean']:.2f} success over the curve" in readme
+    assert f"+{ours['mean']:.3f} success over the curve" in text
+    assert f"and {100 * found['headroom']['best']['shares']['GEAR']:.0f} % where each arm" in text
+    other, placebo = (found["paired"][arm]["all"] for arm in ("reference of another task", "Placebo"))
+    assert other["high"] < 0, "worse than GRPO"
+    assert placebo["low"] < 0 < placebo["high"], "nothing"
+    onset = text.partition("## Does the divergence find")[2]
+    told = found["onset"]["GEAR"]
+    for name, shown in (("divergence", "divergence"), ("segment", "segments")):
+        assert f"| {shown} | " + " | ".join(f"{told[i][name]:.2f}" for i in ("0", "15", "30")) + " |" in onset
+    assert "| tokens of first wrong decisions | " + " | ".join(str(told[i]["first_wrong"]) for i in told) in onset
 
 
 def test_the_table_of_ablations_is_that_of_its_results():
     found, text = results("ablations"), (ROOT / "docs/evidence.md").read_text().partition("## GEAR's choices")[2]
     for arm, told in found["paired"].items():
         row = next(line for line in text.splitlines() if line.startswith(f"| {arm} |"))
-        gain, test = told["all"], told["all"]["test"]
+        test = told["all"]["test"]
         assert [cell.strip() for cell in row.strip("|").split("|")][2:] == [
-            f"{gain['mean']:+.3f} [{gain['low']:.3f}, {gain['high']:.3f}]",
+            gain(told["all"]),
             f"{test['wins']}:{test['losses']}",
             str(round(found["arms"][arm]["collapsed"] * found["seeds"])),
         ]
