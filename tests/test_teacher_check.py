@@ -1,13 +1,11 @@
 """`gear-lightning teacher-check`: whose text the teacher is shown, the figures by hand, the command on a recipe."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from test_noise_floor_command import command
 from tiny import AnyCall, data, generation, module, trainer
 
 from gear_lightning.environments.base import Task
@@ -105,14 +103,6 @@ COMMAND = [
     "teacher-check", "--config", "configs/quickstart.yaml", "--warm_start=null", "--model.policy.hidden_size", "32",
     "--model.policy.layers", "2", "--data.group_size", "2", "--data.val_limit", "4",
 ]  # fmt: skip
-
-
-def command(repository, *args: object) -> tuple[int, str, str]:
-    """Run ``gear-lightning`` in a process of its own: exit status, stdout, stderr."""
-    line = [sys.executable, "-m", "gear_lightning", *map(str, args)]
-    environment = {**os.environ, "PYTHONPATH": str(repository), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(line, cwd=repository, env=environment, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.usefixtures("starts_quickly")
