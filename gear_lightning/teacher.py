@@ -4,7 +4,7 @@ rollout or feedback."""
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -82,8 +82,8 @@ class TeacherOptions:
 def privileged_text(
     task: Task, options: TeacherOptions, peer: list[Message] | None = None, feedback: str | None = None
 ) -> str | None:
-    """What the teacher reads beyond the policy's prompt, in its template; None for nothing. The only reader of
-    ``Task.reference``.
+    """What the teacher reads beyond the policy's prompt, in its template; None for nothing. With
+    `shown_as` the only reader of ``Task.reference``.
 
     Args:
         task: the task.
@@ -105,6 +105,11 @@ def privileged_text(
     if "feedback" in shows and feedback is not None and feedback.strip():
         return options.feedback_template.replace("{feedback}", feedback)
     return None
+
+
+def shown_as(task: Task, other: Task) -> Task:
+    """A task whose teacher is shown another one's reference or answer."""
+    return replace(task, reference=other.reference, meta={**task.meta, "answer": other.meta.get("answer")})
 
 
 def privileged_prompt(

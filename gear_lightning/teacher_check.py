@@ -5,7 +5,7 @@ there with both is the way the teacher talks when it is shown something; only wh
 task. And where it is known which rollouts failed, or which decisions were wrong, the divergence should be higher there.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -19,6 +19,7 @@ from .data import RolloutDataModule, make_row
 from .environments.base import Task
 from .errors import UserError
 from .rollout import Rollout
+from .teacher import TeacherOptions, privileged_text, shown_as
 from .token_stats import token_stats
 
 FILE = "teacher_check.json"
@@ -46,23 +47,22 @@ class Scored:
     success: bool
 
 
-def pairs_of(tasks: list[Task], shows: str) -> dict[str, Task]:
-    """Each task as the one before it whose text is another: id -> the task with that one's reference and answer.
+def pairs_of(tasks: list[Task], options: TeacherOptions) -> dict[str, Task]:
+    """Each task with the text of the next one whose text is another: id -> see `shown_as`.
 
     Raises:
         UserError: all tasks have the same text, or one has none.
     """
-    texts = [task.reference if shows == "reference" else task.meta.get("answer") for task in tasks]
+    texts = [privileged_text(task, options) for task in tasks]
     if (bare := next((task for task, text in zip(tasks, texts, strict=True) if text is None), None)) is not None:
-        raise UserError(f"task {bare.id} has no {shows}, which model.teacher.shows={shows} shows the teacher")
+        raise UserError(f"task {bare.id} has no {options.shows}, which model.teacher.shows={options.shows} shows")
     found = {}
     for i, task in enumerate(tasks):
         others = (j % len(tasks) for j in range(i + 1, i + len(tasks)))
         there = next((j for j in others if texts[j] != texts[i]), None)
         if there is None:
-            raise UserError(f"all {len(tasks)} tasks have the same {shows}: there is no other to show the teacher")
-        meta = {**task.meta, "answer": tasks[there].meta.get("answer")}
-        found[task.id] = replace(task, reference=tasks[there].reference, meta=meta)
+            raise UserError(f"all {len(tasks)} tasks have the same {options.shows}: there is no other to show")
+        found[task.id] = shown_as(task, tasks[there])
     return found
 
 
@@ -173,7 +173,7 @@ class CheckTeacher(L.Callback):
     def _measure(self, trainer: L.Trainer, module: Any) -> dict[str, Any]:
         data: RolloutDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         assert data.generator is not None
-        pairs = pairs_of([group.task for group in data.groups], module.teacher_options.shows)
+        pairs = pairs_of([group.task for group in data.groups], module.teacher_options)
         rollouts = [r for group in data.groups for r in group.rollouts if r.learnable]
         rollouts.sort(key=lambda r: len(r.tokens))  # alike lengths together
         scored: list[Scored] = []

@@ -20,17 +20,17 @@ def task(name: str, reference: str | None, answer: str | None = None) -> Task:
 
 def test_every_task_is_paired_with_the_next_one_of_another_text():
     tasks = [task("a", "one", "1"), task("b", "one", "2"), task("c", "two", "3")]
-    found = pairs_of(tasks, "reference")
+    found = pairs_of(tasks, TeacherOptions())
     assert [found[t.id].reference for t in tasks] == ["two", "two", "one"]
     assert [found[t.id].meta for t in tasks] == [
         {"answer": "3", "kept": "a"}, {"answer": "3", "kept": "b"}, {"answer": "1", "kept": "c"}
     ]  # fmt: skip
     assert [found[t.id].messages for t in tasks] == [t.messages for t in tasks], "the question stays"
-    assert [pairs_of(tasks, "answer")[t.id].meta["answer"] for t in tasks] == ["2", "3", "1"]
+    assert [pairs_of(tasks, TeacherOptions(shows="answer"))[t.id].meta["answer"] for t in tasks] == ["2", "3", "1"]
     with pytest.raises(UserError, match="all 2 tasks have the same reference"):
-        pairs_of(tasks[:2], "reference")
+        pairs_of(tasks[:2], TeacherOptions())
     with pytest.raises(UserError, match=r"task d has no answer, which model.teacher.shows=answer shows"):
-        pairs_of([*tasks, task("d", "three")], "answer")
+        pairs_of([*tasks, task("d", "three")], TeacherOptions(shows="answer"))
 
 
 def scored(own: list[float], other: list[float], decisions: list[int], success: bool) -> Scored:
