@@ -25,7 +25,7 @@ from gear_lightning.noise_floor import (
     read_floor,
     summary,
     teacher_view,
-    write_floor,
+    write_result,
 )
 from gear_lightning.teacher import Teacher, TeacherOptions
 from gear_lightning.token_stats import token_stats
@@ -214,5 +214,5 @@ def test_measuring_takes_the_recipes_precision_and_takes_no_step(tmp_path, preci
     assert 0 < told["divergence"]["max"] < size
     assert (told["divergence"]["max"] > 1e-4) == (precision != "32-true")
     path = tmp_path / "out" / "floor.json"
-    write_floor(path, told)
+    write_result(path, told)
     assert read_floor(path) == told

@@ -19,7 +19,7 @@ from gear_lightning.module import GearModule
 from gear_lightning.noise_floor import (
     MeasureNoise,
     read_floor,
-    write_floor,
+    write_result,
 )
 from gear_lightning.rollout import Budgets
 from gear_lightning.teacher import TeacherOptions
@@ -108,13 +108,13 @@ def test_a_measured_file_takes_the_place_of_measuring(tmp_path):
     fit = trainer(tmp_path, generation(), probe, precision="32-true")
     fit.fit(module(), datamodule=data())
     high = {**probe.result, "divergence": dict.fromkeys(probe.result["divergence"], 50.0)}
-    write_floor(tmp_path / "noise_floor.json", high)
+    write_result(tmp_path / "noise_floor.json", high)
     said, _ = run(tmp_path, NoiseFloor(tokens=0), source=Sharp())
     assert len(said) == 1
     assert "already differ by 50 nats (p99)" in said[0]
     assert {row["credit/noise_p99"] for row in metrics(tmp_path)} == {"50.0"}
     # of another precision: said, and not used; asked for by name: refused
-    write_floor(tmp_path / "noise_floor.json", {**high, "precision": "bf16-true"})
+    write_result(tmp_path / "noise_floor.json", {**high, "precision": "bf16-true"})
     said, _ = run(tmp_path, NoiseFloor(tokens=0), source=Sharp())
     assert len(said) == 1
     assert "measured with precision bf16-true (here 32-true); measure again" in said[0]
