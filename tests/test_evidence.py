@@ -73,8 +73,11 @@ def test_the_readme_and_the_evidence_say_what_the_main_study_found():
     assert "| tokens of first wrong decisions | " + " | ".join(str(told[i]["first_wrong"]) for i in told) in onset
 
 
-def test_the_table_of_ablations_is_that_of_its_results():
-    found, text = results("ablations"), (ROOT / "docs/evidence.md").read_text().partition("## GEAR's choices")[2]
+@pytest.mark.parametrize(
+    ("name", "heading"), [("ablations", "## GEAR's choices"), ("reading_ablations", "### Again, with the teacher")]
+)
+def test_the_tables_of_ablations_are_those_of_their_results(name, heading):
+    found, text = results(name), (ROOT / "docs/evidence.md").read_text().partition(heading)[2]
     for arm, told in found["paired"].items():
         row = next(line for line in text.splitlines() if line.startswith(f"| {arm} |"))
         test = told["all"]["test"]
