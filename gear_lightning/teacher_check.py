@@ -201,6 +201,11 @@ def table(told: dict[str, Any]) -> str:
     ]
     lines = [
         f"{told['rollouts']} rollouts of {told['tasks']} tasks, {told['solved']} solved, {told['tokens']} tokens",
+        *(
+            [f"first wrong decisions: {told['first_wrong']} tokens; right ones before them: {told['right_before']}"]
+            if told["first_wrong"]
+            else []
+        ),
         *([f"{told['left_out']} left out: their privileged prompts are too long"] if told["left_out"] else []),
         "",
         f"{'the teacher is shown the ' + told['shows'] + ' of':<46}{'the task':>10}{'another':>10}",

@@ -56,8 +56,11 @@ def test_figures_by_hand():
     assert other["last"] == 0.5  # 2 and 4 against 3
     assert own["mean"] == 0.75  # 13 / 3 and 2 against 2: one above, one equal
     shown = table({"tasks": 3, "left_out": 0, "shows": "answer", **told}).splitlines()
-    assert shown[0] == "3 rollouts of 3 tasks, 1 solved, 9 tokens"
-    assert next(line for line in shown if "first wrong" in line).split()[-2:] == ["1.00", "0.42"]
+    assert shown[:2] == [
+        "3 rollouts of 3 tasks, 1 solved, 9 tokens",
+        "first wrong decisions: 2 tokens; right ones before them: 3",
+    ]
+    assert next(line for line in shown if "AUC of the first wrong" in line).split()[-2:] == ["1.00", "0.42"]
 
 
 def test_nothing_to_compare_is_no_area_and_nothing_to_measure_is_told():
