@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from .cli import GearCLI
-from .doctor_checks import Machine, Recipe, look_at_machine, problems
+from .doctor_checks import Machine, look_at_machine, problems
 from .engines import CachedEngine
 from .errors import UserError
 from .memory import STRATEGIES, Load, ModelShape, Setup, Strategy, element_bytes, estimate, model_shape, precision_name
 from .module import GearModule
+from .recipe import Recipe, configured_gpus, read_recipe
 from .refusals import configured_strategy
 from .strategy_rules import check_replicas
 
@@ -47,54 +47,6 @@ ROWS = {  # component -> what the table calls it
     "saving": "CPU memory: saving",
 }
 TIGHT = 0.9  # share of the memory above which the CUDA context and fragmentation decide
-
-
-class _Reader(GearCLI):
-    """Reads a recipe as ``fit`` does, and stops before the Trainer: no device is touched, no directory made."""
-
-    def _set_seed(self) -> None:
-        """No."""
-
-    def instantiate_classes(self) -> None:
-        trainer = self.config["fit"]["trainer"]
-        self.asked = trainer.clone()
-        # what may need a GPU, a package or an account that is not here
-        for name, value in {"strategy": "auto", "logger": False, "callbacks": None, "plugins": None}.items():
-            trainer[name] = value
-        self.config["fit"]["warm_start"] = None
-        self.config_init = self.parser.instantiate_classes(self.config)
-        self.model, self.datamodule = self._get(self.config_init, "model"), self._get(self.config_init, "data")
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """No."""
-
-
-def read_recipe(args: list[str]) -> Recipe:
-    """What ``fit`` with these options would use.
-
-    Raises:
-        UserError: a class of the recipe cannot be made.
-        SystemExit: an option is unknown or malformed; the parser has said so.
-    """
-    argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns of arguments that come from two places
-    try:
-        cli = _Reader(["fit", *args])
-    finally:
-        sys.argv = argv
-    return Recipe(cli.model, cli.datamodule, cli._get(cli.config_init, "generation"), cli.asked)
-
-
-def configured_gpus(trainer: Any) -> int:
-    """Processes that the recipe asks for; with ``devices: auto``, one for each GPU here."""
-    devices, nodes = trainer["devices"], trainer["num_nodes"] or 1
-    if isinstance(devices, str) and devices.lstrip("-").isdecimal():
-        devices = int(devices)
-    if isinstance(devices, str) and devices != "auto":
-        devices = [part for part in devices.split(",") if part]
-    if isinstance(devices, list | tuple):
-        return max(1, len(devices)) * nodes
-    here = torch.cuda.device_count() if trainer["accelerator"] not in ("cpu",) else 1
-    return (devices if isinstance(devices, int) and devices > 0 else max(1, here)) * nodes
 
 
 def skeleton_of(recipe: Recipe) -> Any:

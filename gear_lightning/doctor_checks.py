@@ -7,32 +7,13 @@ from typing import Any
 
 import torch
 
-from .callbacks.generation import GenerationCallback
-from .data import RolloutDataModule
 from .memory import Strategy
-from .module import GearModule
+from .recipe import Recipe
 from .refusals import named, refusals
 from .strategy_rules import whole_replicas
 
 PACKAGES = ("torch", "lightning", "pytorch-lightning", "transformers", "deepspeed", "peft")
 MALICIOUS = ("2.6.2", "2.6.3")  # of lightning and pytorch-lightning: GHSA-w37p-236h-pfx3
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The parts of a recipe that decide what it needs.
-
-    Args:
-        module: with policy, teacher and optimizer; no weights are loaded.
-        data: batch sizes.
-        generation: budgets and engine.
-        trainer: the ``trainer`` section as given, nothing of it made.
-    """
-
-    module: GearModule
-    data: RolloutDataModule
-    generation: GenerationCallback
-    trainer: Any
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ def _tasks(options: argparse.Namespace) -> int:
 
 def _read(rest: list[str], nodes: int, tasks: int) -> tuple[Any, int]:
     """The recipe's trainer section, and its tasks per iteration. A GPU of this machine is not looked at."""
-    from .doctor import read_recipe
+    from .recipe import read_recipe
 
     recipe = read_recipe([*rest, f"--trainer.num_nodes={nodes}", f"--trainer.devices={tasks}"])
     return recipe.trainer, recipe.data.tasks_per_iteration

@@ -97,7 +97,7 @@ def carry_out(
         The runs that failed.
 
     Raises:
-        UserError: see `is_done`; or a run's folder is another process's.
+        UserError: see `is_done`; an arm's recipe cannot be run, and none has been; or a run's folder is another's.
         KeyboardInterrupt: asked to stop; the runs in progress have been ended.
     """
     waiting = [run for run in runs if not is_done(run)]
@@ -110,6 +110,7 @@ def carry_out(
     gpus = visible_gpus()
     context = start_context(gpus)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))  # read when torch is imported, there
+    _rehearse(context, waiting, next(iter(gpus), None))
     asked: list[int] = []  # signals; heard between two steps, so that no process is started and forgotten
     before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -144,6 +145,26 @@ def carry_out(
         for number, handler in before.items():
             signal.signal(number, handler)
     return failed
+
+
+def _rehearse(context: Any, runs: list[Run], gpu: str | None) -> None:
+    """Have the recipe of every arm at every point of the grid read, before any of it is run."""
+    recipes: dict[str, list[str]] = {}
+    for run in runs:
+        recipes.setdefault(" ".join([run.arm, *map(str, run.point)]), list(run.options))
+    told, teller = multiprocessing.Pipe(duplex=False)
+    process = context.Process(target=_reader, args=(recipes, teller, gpu))
+    process.start()
+    teller.close()
+    try:
+        complaint = told.recv()
+    except EOFError:  # it has died: the runs will tell of what
+        complaint = None
+    finally:
+        process.terminate()
+        process.join()
+    if complaint:
+        raise UserError(complaint)
 
 
 def start_context(gpus: list[str]) -> Any:
@@ -196,6 +217,14 @@ def _start(context: Any, run: Run, gpu: str | None) -> Any:
     process.gpu = gpu
     process.start()
     return process
+
+
+def _reader(recipes: dict[str, list[str]], told: Any, gpu: str | None) -> None:
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    from .study_child import rehearse as read
+
+    read(recipes, told)
 
 
 def _child(arguments: list[str], log: str, gpu: str | None) -> None:

@@ -22,14 +22,20 @@ EXCEPTIONS = {
 }
 # built on the command line's parser, or forks of it
 COMMANDS = {
-    "gear_lightning.doctor",
+    "gear_lightning.recipe",
     "gear_lightning.probe_cli",
     "gear_lightning.noise_floor_command",
     "gear_lightning.teacher_check_command",
     "gear_lightning.study_child",
 }
 # they read whole recipes
-ABOVE = {"gear_lightning.cli", "gear_lightning.doctor_checks", "gear_lightning.refusals", *COMMANDS}
+ABOVE = {
+    "gear_lightning.cli",
+    "gear_lightning.doctor",
+    "gear_lightning.doctor_checks",
+    "gear_lightning.refusals",
+    *COMMANDS,
+}
 
 
 def module_name(path: Path) -> str:

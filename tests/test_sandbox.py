@@ -244,7 +244,7 @@ def test_where_the_kernel_gives_no_namespaces_the_network_must_be_allowed():
 
 
 def test_isolation_is_one_line_of_the_config(repository):
-    from gear_lightning.doctor import read_recipe
+    from gear_lightning.recipe import read_recipe
 
     config = {
         "class_path": "gear_lightning.environments.sandbox.Isolated",

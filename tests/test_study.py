@@ -301,6 +301,25 @@ def test_an_arm_that_failed_is_left_out_and_one_that_begins_elsewhere_is_named(c
     assert analyse(study, other)["begin_elsewhere"] == ["GEAR"]
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"model.credit.init_args.kapa": 2.0}, r"(?s)^GEAR 0\.0003: .*kapa"),
+        ({"model.credit": "Geer"}, r"(?s)^GEAR 0\.0003: .*Geer"),
+        ({"model.credit.init_args.kappa": -1.0}, r"(?s)^GEAR 0\.0003: .*kappa"),
+        ({"model.objective": None}, r"(?s)^GEAR 0\.0003: "),
+        ({"warm_start.stepps": 2}, r"(?s)^GEAR 0\.0003: .*stepps"),
+    ],
+)
+def test_an_arm_that_cannot_be_run_is_told_before_the_first_run(tmp_path, options, told):
+    arms = {"GRPO": {"config": str(ROOT / "configs/credit/grpo.yaml")}, "GEAR": options}
+    study = plan(tmp_path / "out", arms=arms)
+    with pytest.raises(UserError, match=told) as error:
+        carry_out(study.runs, 2, lambda run: None)
+    assert len(str(error.value)) < 1000
+    assert not Path(study.out, "runs").exists()
+
+
 def test_one_study_at_a_time_and_no_run_under_anothers_feet(carried, monkeypatch):
     study, *_ = carried
     monkeypatch.chdir(ROOT)
