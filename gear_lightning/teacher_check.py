@@ -188,6 +188,7 @@ READING = (
     "AUC: chance that the divergence is higher there than on right decisions before it, or than in a solved rollout;",
     "0.5 is chance. A divergence that is as high, in the same places, with another task's text is the way the teacher",
     "talks and no knowledge of the task: try another model.teacher.template or shows, or take plain GRPO.",
+    "Means tell whether it knows which rollouts fail; to place credit within one it must also know where.",
 )
 
 

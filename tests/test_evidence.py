@@ -15,7 +15,7 @@ def results(name: str) -> dict:
     return json.loads((EVIDENCE / name / "results.json").read_text())
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in EVIDENCE.iterdir() if p.is_dir()))
+@pytest.mark.parametrize("name", sorted(p.parent.name for p in EVIDENCE.glob("*/results.json")))
 def test_results_are_those_of_the_shipped_plan(name):
     plan = yaml.safe_load((ROOT / f"configs/study/{name}.yaml").read_text())
     found = results(name)
@@ -86,3 +86,25 @@ def test_the_tables_of_ablations_are_those_of_their_results(name, heading):
             f"{test['wins']}:{test['losses']}",
             str(round(found["arms"][arm]["collapsed"] * found["seeds"])),
         ]
+
+
+def test_the_table_of_teachers_is_that_of_their_checks():
+    text = (ROOT / "docs/evidence.md").read_text().partition("### Look at your own teacher")[2]
+    told = {p.stem: json.loads(p.read_text()) for p in (EVIDENCE / "teacher_check").glob("*.json")}
+    columns = [[told["first_study"]], [told["main_study"]], [told[f"smollm2_seed_{seed}"] for seed in range(3)]]
+    for what, name in (
+        ("size of the divergence (mean, absolute), nats", "size"),
+        ("AUC of the first wrong decision", "first_wrong"),
+        ("AUC of the last token of failed rollouts", "last"),
+        ("AUC of the mean of failed rollouts", "mean"),
+    ):
+        row = next(line for line in text.splitlines() if line.startswith(f"| {what} |"))
+        cells = [
+            "not known"
+            if checks[0]["own"][name] is None
+            else ", ".join(f"{check['own'][name]:.2f} / {check['other'][name]:.2f}" for check in checks)
+            for checks in columns
+        ]
+        assert [cell.strip() for cell in row.strip("|").split("|")][1:] == cells
+    shared = [", ".join(f"{check['shared']:.2f}" for check in checks) for checks in columns]
+    assert "| rank correlation of the two | " + " | ".join(shared) + " |" in text
