@@ -45,7 +45,7 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         row += ["never" if reached is None else f"{reached:.0f}", f"{told['collapsed']:.0%}"]
         for headroom in (results["headroom"] or {}).values():
             share = headroom["shares"].get(arm)
-            none = "no headroom" if headroom["there"] is False else "unknown"
+            none = "headroom not certain" if headroom["there"] is False else "unknown"
             row += ["" if paired is None else none if share is None else f"{share:.0%}"]
         body.append(row)
     return head, body
@@ -135,21 +135,28 @@ def draw(curves: Curves, results: dict[str, Any], folder: Path) -> list[Path]:
     return files
 
 
-def _figure(columns: int, height: float = 3.4) -> Any:
+def _figure(count: int, columns: int = 4, height: float = 3.4) -> tuple[Any, list[Any]]:
+    """A figure of so many panels, in rows of ``columns``; height of a row in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, columns, figsize=(max(4.2, 3.4 * columns), height), sharey=True, squeeze=False)
-    for axis in axes[0]:
+    columns = min(columns, count)
+    lines = -(-count // columns)
+    size = (max(4.2, 3.4 * columns), lines * height)
+    figure, axes = plt.subplots(lines, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis in axes.flat[count:]:
+        axis.remove()
+    for axis in axes.flat[:count]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
-    return figure, axes[0]
+    return figure, list(axes.flat[:count])
 
 
 def _curves(curves: Curves, results: dict[str, Any]) -> Any:
-    figure, axes = _figure(len(curves.points))
+    columns = len({point[-1] for point in curves.points}) if len(results["grid"]) > 1 else 4
+    figure, axes = _figure(len(curves.points), columns, 2.8 if len(curves.points) > columns else 3.4)
     for p, axis in enumerate(axes):
         for i, arm in enumerate(curves.arms):
             values = curves.values[i, p]
@@ -160,9 +167,8 @@ def _curves(curves: Curves, results: dict[str, Any]) -> Any:
                 axis.fill_between(curves.steps, low, high, color=colour, alpha=0.15, linewidth=0)
         axis.set_title(label(results, p), fontsize=9)
         axis.set_xlabel("updates")
-    axes[0].set_ylabel(results["metric"])
+    figure.supylabel(results["metric"], fontsize=10)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False, fontsize=8)
-    figure.set_layout_engine("constrained")
     return figure
 
 
@@ -170,7 +176,7 @@ def _differences(results: dict[str, Any]) -> Any:
     """Forest plot: what each arm gains over the baseline, over all points and at each of them."""
     arms = list(results["paired"])
     names = ["all", *(label(results, p) for p in range(len(results["points"])))]
-    figure, axes = _figure(len(names), 0.9 + 0.34 * len(arms))
+    figure, axes = _figure(len(names), height=0.9 + 0.34 * len(arms))
     for column, axis in enumerate(axes):
         axis.axvline(0, color="#888888", linewidth=1)
         for place, arm in enumerate(arms):
@@ -185,7 +191,6 @@ def _differences(results: dict[str, Any]) -> Any:
         axis.grid(False)
     axes[0].invert_yaxis()
     figure.supxlabel(f"mean over the curve, less that of {results['baseline']} (paired, 95 % interval)", fontsize=9)
-    figure.set_layout_engine("constrained")
     return figure
 
 

@@ -108,3 +108,23 @@ def test_the_table_of_teachers_is_that_of_their_checks():
         assert [cell.strip() for cell in row.strip("|").split("|")][1:] == cells
     shared = [", ".join(f"{check['shared']:.2f}" for check in checks) for checks in columns]
     assert "| rank correlation of the two | " + " | ".join(shared) + " |" in text
+
+
+def test_the_map_is_that_of_its_results():
+    found, text = results("map"), (ROOT / "docs/evidence.md").read_text().partition("## Where credit can matter")[2]
+    oracle, runs = found["paired"]["Oracle"], 3 * found["seeds"]
+    told = dict(zip(map(tuple, found["points"]), range(len(found["points"])), strict=True))
+    for thought, turns in ((0, "short"), (2, "long")):
+        for tasks in (2, 8):
+            row = next(line for line in text.splitlines() if line.startswith(f"| {turns} | {tasks} |"))
+            places = [told[thought, tasks, lr] for lr in (1.5e-4, 3e-4, 6e-4)]
+            collapsed = [
+                str(round(sum(found["arms"][arm]["points"][p]["collapsed"] for p in places) / 3 * runs))
+                for arm in ("GRPO", "Oracle")
+            ]
+            cells = [cell.strip() for cell in row.strip("|").split("|")][2:]
+            assert cells == [*(gain(oracle["points"][p]) for p in places), *collapsed]
+    wins = f"{oracle['all']['test']['wins']}:{oracle['all']['test']['losses']}"
+    assert (gain(oracle["all"]) in text, wins) == (True, "3:0")
+    assert all(point["mean"] > 0 for point in oracle["points"])
+    assert sum(point["low"] > 0 for point in oracle["points"]) == 3

@@ -149,7 +149,7 @@ def test_no_headroom_gives_no_shares(tmp_path):
     assert not results["headroom"]["all"]["there"]
     assert results["headroom"]["all"]["shares"] == {"Oracle": None}
     head, body = rows(results)
-    assert body[1][head.index("of the headroom")] == "no headroom"
+    assert body[1][head.index("of the headroom")] == "headroom not certain"
 
 
 def test_one_seed_tells_nothing_of_headroom(tmp_path):
