@@ -14,6 +14,8 @@ from typing import Any
 
 from .errors import UserError
 
+Value = str | bool | int | float | list[Any] | dict[str, Any] | None  # text first: a template with braces is no mapping
+
 
 @dataclass(frozen=True)
 class Run:
@@ -77,9 +79,9 @@ class Study:
     """
 
     recipe: list[str]
-    arms: dict[str, dict[str, Any]]
+    arms: dict[str, dict[str, Value]]
     grid: dict[str, list[Any]] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Value] = field(default_factory=dict)
     per_seed: dict[str, str] = field(default_factory=dict)
     seeds: int = 10
     blocks: int = 1

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -299,6 +300,18 @@ def test_an_arm_that_failed_is_left_out_and_one_that_begins_elsewhere_is_named(c
     other = Curves(curves.arms, curves.points, curves.seeds, curves.steps, curves.values.copy())
     other.values[1, 0, 0, 0] += 0.5
     assert analyse(study, other)["begin_elsewhere"] == ["GEAR"]
+
+
+def test_a_template_with_braces_is_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    file, template = tmp_path / "study.yaml", "\n\n{reference}"
+    told = {"recipe": ["configs/quickstart.yaml"], "arms": {"GRPO": {}, "GEAR": {"model.teacher.template": template}}}
+    told["options"] = {"trainer.max_epochs": 2, "model.optimizer.init_args.lr": 3.0e-4}
+    file.write_text(json.dumps({**told, "seeds": 1}))
+    assert study_command(["--config", str(file), "--plan"]) == 0
+    said = shlex.split(capsys.readouterr().out)
+    assert f"--model.teacher.template={template}" in said
+    assert {"--trainer.max_epochs=2", f"--{LR}=0.0003"} <= set(said)
 
 
 @pytest.mark.parametrize(
