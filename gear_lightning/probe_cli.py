@@ -51,8 +51,9 @@ class ProbeCLI(GearCLI):
     def before_fit(self) -> None:
         rule, data = self.model.credit, self.datamodule
         if not rule.needs_teacher:
+            other = "" if self.model.distillation is None else " (that of model.distillation gives no credit)"
             raise UserError(
-                f"model.credit={type(rule).__name__} has no teacher, so there is no divergence to measure; "
+                f"model.credit={type(rule).__name__} has no teacher{other}, so there is no divergence to measure; "
                 "add --config configs/credit/gear.yaml"
             )
         data.zero_spread = "keep"  # what is measured needs no spread of rewards

@@ -162,8 +162,9 @@ def _recordable(run: Path, rule: CreditAssigner, own: CreditAssigner | None, unk
     """
     if rule.needs_decisions and not any(_decided(record) for record in read_records(run)):
         raise UserError(
-            f"{told(rule)} needs to know which decisions were right, and {run} has recorded none: its environment does "
-            "not tell. Those with tells_decisions do (gear_lightning.environments.lookup_chain)"
+            f"{told(rule)} needs to know which decisions were right, and {run} has recorded none: the policy made "
+            "none, or the environment does not tell. Those with tells_decisions do "
+            "(gear_lightning.environments.lookup_chain)"
         )
     return _Rule(rule, stands_in(rule, own, unknown))
 

@@ -91,6 +91,12 @@ def check_parts(module: GearModule, data: RolloutDataModule, generation: Generat
             f"data.advantage={advantage.__name__} does nothing without a model.objective; add one, or "
             "--data.advantage GRPO"
         )
+    if module.objective is None and data.zero_spread != "keep":
+        rounds = " --data.resample_rounds null" if data.zero_spread == "resample" else ""
+        raise UserError(
+            f"data.zero_spread={data.zero_spread} chooses groups by their rewards, from which nothing learns without a "
+            f"model.objective; add one, or --data.zero_spread keep{rounds}"
+        )
     if generation.budgets.turns == 1 and module.credit.compares_turns:
         raise UserError(
             f"model.credit={credit} weighs the turns of a rollout against each other, and "

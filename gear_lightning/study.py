@@ -106,6 +106,10 @@ class Study:
         for name in ("baseline", "ceiling"):
             if (arm := getattr(self, name)) is not None and arm not in self.arms:
                 raise UserError(f"{name}={arm} is none of the arms: {', '.join(self.arms)}")
+        if self.ceiling == self.baseline:
+            raise UserError(f"ceiling={self.ceiling} is the baseline; a ceiling is an arm that knows more")
+        if "config" in self.options:
+            raise UserError("options: config would stack a file on those of the arms; add it to recipe")
         for arm in self.arms:
             if not arm or not all(c.isalnum() or c in "-_.+ " for c in arm) or arm.startswith("."):
                 raise UserError(f"arms: {arm!r} cannot name a folder; use letters, digits, spaces and -_.+")

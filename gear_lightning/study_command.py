@@ -31,7 +31,7 @@ def study_command(argv: list[str]) -> int:
     parser.add_argument("--config", action="config", help="The study as a file; options after it replace its own.")
     parser.add_class_arguments(Study, None)
     for name, what in (
-        ("--report_only", "Compare the runs that are done; start none."),
+        ("--report_only", "Compare the runs that are done; start none. Of another --metric: in a folder of its name."),
         ("--plan", "Print the command of every run and start none."),
     ):
         parser.add_argument(name, action=ActionYesNo, nargs="?", default=False, help=what)
@@ -52,7 +52,7 @@ def study_command(argv: list[str]) -> int:
         return 130
     for run in failed:
         print(f"failed: {run} ({run.folder / 'log.txt'})", flush=True)
-    _report(study, [run for run in study.runs if is_done(run)])
+    _report(study, [run for run in study.runs if is_done(run)], _place(study))
     return 1 if failed else 0
 
 
@@ -84,13 +84,22 @@ def _carry_out(study: Study) -> list[Run] | None:
         lock.close()
 
 
-def _report(study: Study, done: list[Run]) -> None:
-    """Compare what is done: files in the study's folder, and a table here."""
+def _place(study: Study) -> Path:
+    """Where a report goes: the study's folder; one in it for another metric than the study was carried out for."""
+    out = Path(study.out)
+    try:
+        own = json.loads((out / PLAN).read_text())["metric"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return out
+    return out if own == study.metric else out / study.metric.replace("/", "_")
+
+
+def _report(study: Study, done: list[Run], out: Path) -> None:
+    """Compare what is done: files in a folder, and a table here."""
     from .study_onset import onset_of
     from .study_report import draw, markdown, print_results
     from .study_results import analyse, collect, write_results
 
-    out = Path(study.out)
     curves = collect(study, done)
     results = analyse(study, curves)
     best = {arm: study.points[place] for arm, place in results["best_point"].items()}
@@ -99,7 +108,8 @@ def _report(study: Study, done: list[Run]) -> None:
     except UserError as error:  # records alone tell it, and the comparison needs none
         results["onset"] = {}
         print(f"Where credit finds the first wrong decision is left out: {error}")
-    write_results(study, curves, results)
+    out.mkdir(exist_ok=True)
+    write_results(study, curves, results, out)
     replace_text(out / "report.md", markdown(results))
     files = draw(curves, results, out)
     print_results(results)

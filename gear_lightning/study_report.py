@@ -107,7 +107,10 @@ def _table(head: list[str], body: list[list[str]]) -> str:
 def print_results(results: dict[str, Any]) -> None:
     """The comparison on a terminal, as wide as it is."""
     head, body = rows(results)
-    title = f"{results['metric']}, {results['seeds']} seeds, {len(results['points'])} points of the grid"
+    counts = [
+        f"{n} {what}{'s' * (n != 1)}" for n, what in ((results["seeds"], "seed"), (len(results["points"]), "point"))
+    ]
+    title = f"{results['metric']}, {counts[0]}, {counts[1]} of the grid"
     table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for name in head:
         table.add_column(name, overflow="fold")

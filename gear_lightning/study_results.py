@@ -59,13 +59,20 @@ def check_run(study: Study, run: Run) -> None:
     Raises:
         UserError: it was not measured at two steps at least; tells the metrics that it has.
     """
-    columns = read_columns(run.folder / "metrics.csv")
+    columns = _columns(run)
     if study.metric not in columns or len(columns[study.metric][0]) < 2:
         there = ", ".join(sorted(name for name in columns if "/" in name))
         raise UserError(
             f"{run.folder}: metric={study.metric} was not measured at two steps at least "
             f"(trainer.check_val_every_n_epoch and max_epochs decide); its metrics are {there}"
         )
+
+
+def _columns(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    try:
+        return read_columns(run.folder / "metrics.csv")
+    except UserError as error:
+        raise UserError(f"{error}; remove {run.folder} to have the run done again") from None
 
 
 def collect(study: Study, runs: list[Run]) -> Curves:
@@ -77,7 +84,7 @@ def collect(study: Study, runs: list[Run]) -> Curves:
     found: dict[tuple[str, tuple[Any, ...], int], tuple[np.ndarray, np.ndarray]] = {}
     folders: dict[tuple[str, tuple[Any, ...], int], Path] = {}
     for run in runs:
-        columns = read_columns(run.folder / "metrics.csv")
+        columns = _columns(run)
         if study.metric not in columns:
             raise UserError(f"{run.folder}: its metrics have no {study.metric}")
         found[run.arm, run.point, run.seed] = columns[study.metric]
@@ -219,8 +226,8 @@ def _shares(ceiling: str, gains: dict[str, Any]) -> dict[str, Any]:
     return {"gain": top["mean"], "low": top["low"], "high": top["high"], "there": there, "shares": shares}
 
 
-def write_results(study: Study, curves: Curves, results: dict[str, Any]) -> None:
-    """Put the curves (one line per measurement) and the comparison into the study's folder."""
+def write_results(study: Study, curves: Curves, results: dict[str, Any], folder: Path) -> None:
+    """Put the curves (one line per measurement) and the comparison into a folder."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["arm", *study.grid, "seed", "step", study.metric])
@@ -229,5 +236,5 @@ def write_results(study: Study, curves: Curves, results: dict[str, Any]) -> None
             for s, seed in enumerate(curves.seeds):
                 for step, value in zip(curves.steps, curves.values[i, p, s], strict=True):
                     writer.writerow([arm, *point, seed, int(step), f"{value:.6g}"])
-    replace_text(Path(study.out) / CURVES, text.getvalue())
-    replace_text(Path(study.out) / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    replace_text(folder / CURVES, text.getvalue())
+    replace_text(folder / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")

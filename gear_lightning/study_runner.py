@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from .errors import UserError
+from .errors import UserError, printable
 from .files import hold, replace_text
 from .study import Run
 
@@ -130,7 +130,7 @@ def carry_out(
                 ended += 1
                 if process.exitcode or not is_done(run):
                     failed.append(run)
-                    what = f"FAILED (exit status {process.exitcode}; {run.folder / LOG})"
+                    what = f"FAILED (exit status {process.exitcode}): {_last_line(run.folder / LOG)}"
                 else:
                     check(run)
                     what = f"{time.monotonic() - since:.0f} s"
@@ -165,6 +165,15 @@ def _rehearse(context: Any, runs: list[Run], gpu: str | None) -> None:
         process.join()
     if complaint:
         raise UserError(complaint)
+
+
+def _last_line(log: Path) -> str:
+    """Of what a run printed, which is why it failed, and where the rest is."""
+    try:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        lines = []
+    return f"{printable(lines[-1][-300:])} ({log})" if lines else str(log)
 
 
 def start_context(gpus: list[str]) -> Any:
@@ -205,7 +214,10 @@ def _set_aside(run: Run) -> Path | None:
     if not run.folder.exists():
         return None
     hold(run.folder / ".lock", f"{run.folder}: a process is still training there; end it, or wait for it").close()
-    places = (run.folder.with_name(f"{run.folder.name}.unfinished-{number}") for number in itertools.count(1))
+    runs = run.folder.parents[len(run.point) + 1]
+    aside = runs.with_name("unfinished") / run.folder.relative_to(runs)  # where no pattern of runs/ finds it
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    places = (aside.with_name(f"{aside.name}-{number}") for number in itertools.count(1))
     return run.folder.rename(next(place for place in places if not place.exists()))
 
 

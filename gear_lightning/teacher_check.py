@@ -208,6 +208,11 @@ def table(told: dict[str, Any]) -> str:
             else []
         ),
         *([f"{told['left_out']} left out: their privileged prompts are too long"] if told["left_out"] else []),
+        *(
+            ["Areas need solved and failed rollouts: take more --tasks, or a policy that solves some."]
+            if told["solved"] in (0, told["rollouts"])
+            else []
+        ),
         "",
         f"{'the teacher is shown the ' + told['shows'] + ' of':<46}{'the task':>10}{'another':>10}",
     ]

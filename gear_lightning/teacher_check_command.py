@@ -34,8 +34,10 @@ class TeacherCheckCLI(ProbeCLI):
         config = self.config["fit"]
         if config["tasks"] is not None:
             config["data"]["tasks_per_iteration"] = config["tasks"]
-        if config["data"]["tasks_per_iteration"] < 2:
-            raise UserError("tasks=1 has no other task whose reference could be shown; take 2 at least")
+        if (tasks := config["data"]["tasks_per_iteration"]) < 2:
+            raise UserError(f"tasks={tasks}: there is no other task whose reference could be shown; take 2 at least")
+        if config["out"] is not None and Path(config["out"]).is_dir():
+            raise UserError(f"out={config['out']} is a directory; give a file")
         super().before_instantiate_classes()
 
     def before_fit(self) -> None:

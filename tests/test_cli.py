@@ -65,6 +65,8 @@ def error_of(command, *args: object) -> str:
         (["--model.teacher.weights", "frozen", "--model.teacher.rate", "0.5"], "nothing with teacher.weights=frozen"),
         (["--data.group_size", "1"], "group_size=1 gives GRPO nothing to compare; use at least 2"),
         (["--data.resample_rounds", "2"], "resample_rounds does nothing with data.zero_spread=keep"),
+        (["--config", "configs/objective/dapo.yaml", "--config", "configs/credit/opsd.yaml"],
+         "data.zero_spread=resample chooses groups by their rewards, from which nothing learns without"),
         (["--data.micro_batch_size", "0"], "micro_batch_size=0 must be at least 1"),
         (["--trainer.accumulate_grad_batches", "3"], "accumulate_grad_batches follows from data.micro_batch_size"),
         (["--config", "configs/model/lora.yaml", "--model.teacher.park", "true"], "park does nothing with model.lora"),

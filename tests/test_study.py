@@ -84,6 +84,11 @@ def test_every_arm_meets_every_point_and_seed(tmp_path):
         ({"seeds": 0}, "seeds=0 must be at least 1"),
         ({"baseline": "PPO"}, "baseline=PPO is none of the arms: GRPO, GEAR"),
         ({"ceiling": "Oracle"}, "ceiling=Oracle is none of the arms"),
+        ({"ceiling": "GRPO"}, "ceiling=GRPO is the baseline"),
+        (
+            {"options": {"config": "configs/credit/gear.yaml"}},
+            "options: config would stack a file on those of the arms",
+        ),
         ({"arms": {"GRPO": {}, "../x": {}}}, "'../x' cannot name a folder"),
         ({"grid": {LR: []}}, "grid: .*lr has no values"),
         ({"recipe": ["configs/none.yaml"]}, "configs/none.yaml: no such file"),
@@ -452,9 +457,11 @@ def test_a_run_whose_files_are_damaged_is_set_aside_and_done_again(copied, name,
     monkeypatch.setattr("gear_lightning.study_runner._start", lambda context, run, gpu: started.append(run) or Ended())
     monkeypatch.setattr("gear_lightning.study_runner.wait", lambda active, timeout: active)
     assert carry_out(study.runs, 1, lambda run: None) == [run] == started
-    aside = run.folder.with_name("seed_00.unfinished-1")
+    aside = Path(study.out) / "unfinished" / run.folder.parent.relative_to(Path(study.out) / "runs") / "seed_00-1"
     assert {p.name for p in aside.iterdir()} == before
-    assert f"an earlier attempt came to no end, and is now in {aside}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"an earlier attempt came to no end, and is now in {aside}" in said
+    assert f"FAILED (exit status 3): {run.folder / 'log.txt'}" in said
 
 
 def test_metrics_that_are_torn_are_named_and_none_is_taken_for_a_number(copied, monkeypatch, capsys):
@@ -466,7 +473,7 @@ def test_metrics_that_are_torn_are_named_and_none_is_taken_for_a_number(copied, 
     with pytest.raises(UserError, match=rf"{study.runs[3].folder}: val/success was measured at other steps \(2 in all"):
         study_command(["--config", str(file), "--report_only", "true"])
     metrics.write_text(metrics.read_text() + "\n")
-    with pytest.raises(UserError, match=rf"{metrics}:\d+: .*torn"):
+    with pytest.raises(UserError, match=rf"{metrics}:\d+: .*torn; remove {study.runs[3].folder} to have the run"):
         study_command(["--config", str(file), "--report_only", "true"])
     assert not (Path(study.out) / "results.json").exists()
 
@@ -502,7 +509,12 @@ def test_the_plan_can_be_printed_and_the_report_made_without_runs(carried, tmp_p
     assert len(lines) == 8
     assert all(line.startswith("gear-lightning fit --config=") for line in lines)
     assert study_command(["--config", str(file), "--report_only", "--seeds", "1"]) == 0
-    assert "1 seeds" in capsys.readouterr().out
+    assert "1 seed, 2 points" in capsys.readouterr().out
+    before = (Path(study.out) / "results.json").read_text()
+    assert study_command(["--config", str(file), "--report_only", "--metric", "val/response_tokens"]) == 0
+    other = json.loads((Path(study.out) / "val_response_tokens" / "results.json").read_text())
+    assert other["metric"] == "val/response_tokens"
+    assert (Path(study.out) / "results.json").read_text() == before
     with pytest.raises(UserError, match="no seed of the baseline and the others has all points"):
         study_command(["--config", str(file), "--report_only", "true", "--out", str(tmp_path / "empty")])
     assert json.loads((Path(study.out).parent / "study.json").read_text())["seeds"] == 2

@@ -124,10 +124,12 @@ def test_the_command_measures_a_recipe_and_leaves_its_directory_alone(tmp_path, 
     [
         (["--config", "configs/credit/grpo.yaml"], "model.credit=Uniform has no teacher"),
         (["--model.teacher.shows", "peer"], "model.teacher.shows=peer shows no text of the task"),
-        (["--tasks", "1"], "tasks=1 has no other task whose reference could be shown"),
+        (["--config", "configs/credit/opsd.yaml"], "Uniform has no teacher (that of model.distillation gives no"),
+        (["--tasks", "1"], "tasks=1: there is no other task whose reference could be shown"),
+        (["--tasks", "0"], "tasks=0: there is no other task"),
+        (["--out", "."], "out=. is a directory"),
         (["--out", "configs/quickstart.yaml/x.json"], "configs/quickstart.yaml/x.json: cannot be written"),
     ],
-    ids=["no teacher", "no text", "one task", "no place"],
 )
 def test_what_cannot_be_measured_is_told_in_one_line(tmp_path, repository, args, message):
     status, _, err = command(repository, *COMMAND, "--trainer.default_root_dir", tmp_path / "run", *args)
