@@ -49,6 +49,7 @@ def rehearse(recipes: dict[str, list[str]], told: Any) -> None:
         recipes: name -> arguments of ``fit``.
         told: a connection, which is sent why the first of them cannot be run, with its name; or None.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
     for name, arguments in recipes.items():
         if complaint := _complaint(arguments):

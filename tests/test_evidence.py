@@ -128,3 +128,25 @@ def test_the_map_is_that_of_its_results():
     assert (gain(oracle["all"]) in text, wins) == (True, "3:0")
     assert all(point["mean"] > 0 for point in oracle["points"])
     assert sum(point["low"] > 0 for point in oracle["points"]) == 3
+
+
+def test_what_is_said_of_templates_is_what_was_measured():
+    text = (ROOT / "docs/evidence.md").read_text().partition("### A teacher that is asked for nothing")[2]
+    found = results("smollm2_template")
+    ours = found["paired"]["bare sum"]["all"]
+    assert gain(ours) + " over the curve" in " ".join(text.split())
+    with (EVIDENCE / "smollm2_template/curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    ends = {
+        (arm, step): sum(values) / len(values)
+        for arm in found["arms"]
+        for step in ("0", "25")
+        if (values := [float(r["val/success"]) for r in rows if (r["arm"], r["step"]) == (arm, step)])
+    }
+    said = f"{ends['GRPO', '0']:.2f} -> {ends['bare sum', '25']:.2f} for GEAR, {ends['GRPO', '25']:.2f} for GRPO"
+    assert said in text
+    shown = [line for line in text.splitlines() if line.startswith("|")][2:7]
+    for line, name in zip(shown, ["seed_0", *(f"template_{i}" for i in range(1, 5))], strict=True):
+        told = json.loads((EVIDENCE / f"teacher_check/smollm2_{name}.json").read_text())
+        cells = [f"{told['own'][key]:.2f} / {told['other'][key]:.2f}" for key in ("size", "last", "mean")]
+        assert [cell.strip() for cell in line.strip("|").split("|")][1:] == [*cells, f"{told['shared']:.2f}"]
