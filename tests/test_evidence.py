@@ -4,8 +4,11 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+
+from gear_lightning.statistics import mean_over_curve, paired_difference
 
 ROOT = Path(__file__).parents[1]
 EVIDENCE = ROOT / "docs/evidence"
@@ -150,3 +153,31 @@ def test_what_is_said_of_templates_is_what_was_measured():
         told = json.loads((EVIDENCE / f"teacher_check/smollm2_{name}.json").read_text())
         cells = [f"{told['own'][key]:.2f} / {told['other'][key]:.2f}" for key in ("size", "last", "mean")]
         assert [cell.strip() for cell in line.strip("|").split("|")][1:] == [*cells, f"{told['shared']:.2f}"]
+
+
+def test_the_maps_gains_at_best_rates_are_of_the_declared_mean():
+    text = " ".join((ROOT / "docs/evidence.md").read_text().partition("## Where credit can matter")[2].split())
+    with (EVIDENCE / "map/curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    curves: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    for row in rows:
+        *key, step, value = row.values()
+        curves.setdefault(tuple(key), []).append((float(step), float(value)))
+    means = {key: mean_over_curve(*map(np.array, zip(*curve, strict=True))) for key, curve in curves.items()}
+    shown = []
+    for thought, tasks in (("0", "2"), ("0", "8"), ("2", "2"), ("2", "8")):
+        best = {
+            arm: max(
+                (
+                    [means[arm, thought, tasks, lr, str(seed)] for seed in range(3)]
+                    for lr in ("0.00015", "0.0003", "0.0006")
+                ),
+                key=sum,
+            )
+            for arm in ("GRPO", "Oracle")
+        }
+        shown.append(paired_difference(np.array(best["Oracle"]), np.array(best["GRPO"])))
+    for told, tasks in zip(shown[:2], (2, 8), strict=True):
+        low, high = told.interval
+        assert f"{told.mean:+.3f} [{low:.3f}, {high:.3f}] with {tasks}" in text
+    assert f"{shown[2].mean:+.3f} and {shown[3].mean:+.3f} after long ones" in text
