@@ -181,7 +181,10 @@ class CheckTeacher(L.Callback):
             part = rollouts[start : start + data.micro_batch_size]
             with trainer.strategy.precision_plugin.train_step_context():
                 scored += score(module, part, pairs, data.generator.temperature)
-        return {"tasks": len(data.groups), "left_out": len(rollouts) - len(scored), **summary(scored)}
+        told, left_out = summary(scored), len(rollouts) - len(scored)
+        made = sum(len(group.rollouts) for group in data.groups)
+        empty = made - left_out - told["rollouts"]
+        return {"tasks": len(data.groups), "left_out": left_out, "empty": empty, **told}
 
 
 READING = (
@@ -207,6 +210,7 @@ def table(told: dict[str, Any]) -> str:
             if told["first_wrong"]
             else []
         ),
+        *([f"{told['empty']} more left out: only a stop token, or a failed environment"] if told["empty"] else []),
         *([f"{told['left_out']} left out: their privileged prompts are too long"] if told["left_out"] else []),
         *(
             ["Areas need solved and failed rollouts: take more --tasks, or a policy that solves some."]

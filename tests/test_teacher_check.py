@@ -55,7 +55,7 @@ def test_figures_by_hand():
     assert own["last"] == 0.5  # 7 and -1 against 3
     assert other["last"] == 0.5  # 2 and 4 against 3
     assert own["mean"] == 0.75  # 13 / 3 and 2 against 2: one above, one equal
-    shown = table({"tasks": 3, "left_out": 0, "shows": "answer", **told}).splitlines()
+    shown = table({"tasks": 3, "left_out": 0, "empty": 0, "shows": "answer", **told}).splitlines()
     assert shown[:2] == [
         "3 rollouts of 3 tasks, 1 solved, 9 tokens",
         "first wrong decisions: 2 tokens; right ones before them: 3",
@@ -68,8 +68,10 @@ def test_nothing_to_compare_is_no_area_and_nothing_to_measure_is_told():
     told = summary([alone])
     assert told["shared"] is None
     assert [told["own"][name] for name in ("first_wrong", "last", "mean")] == [None] * 3
-    shown = table({"tasks": 3, "left_out": 2, "shows": "answer", **told})
+    shown = table({"tasks": 3, "left_out": 2, "empty": 1, "shows": "answer", **told})
     assert "2 left out: their privileged prompts are too long" in shown
+    assert "1 more left out: only a stop token, or a failed environment" in shown
+    assert "Areas need solved and failed rollouts" in shown
     with pytest.raises(UserError, match="nothing to measure"):
         summary([replace(alone, counts=torch.zeros(4, dtype=torch.bool))])
     with pytest.raises(UserError, match="not finite"):
@@ -85,7 +87,7 @@ def measured(tmp_path, **teacher) -> dict:
 
 def test_it_scores_both_views_and_trains_nothing(tmp_path):
     told = measured(tmp_path, weights="live")
-    assert (told["rollouts"], told["tasks"], told["left_out"]) == (8, 2, 0)
+    assert (told["rollouts"], told["tasks"], told["left_out"], told["empty"]) == (8, 2, 0, 0)
     assert told["own"]["size"] > 0
     assert told["other"]["size"] > 0
     assert told["own"] != told["other"]
