@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from .memory import Strategy
-from .recipe import Recipe
-from .refusals import named, refusals
+from .recipe import Recipe, refused
+from .refusals import named
 from .strategy_rules import whole_replicas
 
 PACKAGES = ("torch", "lightning", "pytorch-lightning", "transformers", "deepspeed", "peft")
@@ -71,17 +71,6 @@ def package_problems(versions: dict[str, str | None]) -> list[str]:
     elif deepspeed.split(".")[:2] != ["0", "19"]:
         found.append(f"deepspeed {deepspeed}: zero1 to zero3 are tested with 0.19; pip install 'deepspeed>=0.19,<0.20'")
     return found
-
-
-def refused(recipe: Recipe, model: Any, gpus: int) -> list[str]:
-    """Why ``fit`` would stop at the recipe on so many processes.
-
-    Args:
-        recipe: what is to be run.
-        model: the policy on the meta device, without adapters.
-        gpus: processes.
-    """
-    return list(refusals(recipe.module, recipe.data, recipe.generation, recipe.trainer, gpus, model))
 
 
 def problems(recipe: Recipe, machine: Machine, model: Any, gpus: int, strategy: Strategy | None) -> list[str]:

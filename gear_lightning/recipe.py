@@ -10,6 +10,7 @@ from .callbacks.generation import GenerationCallback
 from .cli import GearCLI
 from .data import RolloutDataModule
 from .module import GearModule
+from .refusals import refusals
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,17 @@ def read_recipe(args: list[str]) -> Recipe:
     finally:
         sys.argv = argv
     return Recipe(cli.model, cli.datamodule, cli._get(cli.config_init, "generation"), cli.asked)
+
+
+def refused(recipe: Recipe, model: Any, gpus: int) -> list[str]:
+    """Why ``fit`` would stop at the recipe on so many processes.
+
+    Args:
+        recipe: what is to be run.
+        model: the policy on the meta device, without adapters.
+        gpus: processes.
+    """
+    return list(refusals(recipe.module, recipe.data, recipe.generation, recipe.trainer, gpus, model))
 
 
 def configured_gpus(trainer: Any) -> int:

@@ -16,9 +16,8 @@ import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
 from . import cli  # noqa: E402, F401
 from .__main__ import main  # noqa: E402
-from .doctor_checks import refused  # noqa: E402
 from .errors import UserError, one_line  # noqa: E402
-from .recipe import configured_gpus, read_recipe  # noqa: E402
+from .recipe import configured_gpus, read_recipe, refused  # noqa: E402
 from .refusals import skeleton_of  # noqa: E402
 
 
