@@ -2,7 +2,7 @@
 
 An adapted layer computes W x + (alpha / rank) B A x (LoRA, arXiv 2106.09685). A and B of the policy and those of the
 teacher lie side by side in the layer; `active` switches which pair takes part. The model stays the Hugging Face class
-that it was.
+that it was. Adapters are float32 whatever the precision of the base: see `Float32Linear`.
 """
 
 import copy
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import UserError, require_extra
 
@@ -22,9 +22,32 @@ POLICY, TEACHER = "policy", "teacher"  # names of the adapters; they are part of
 SEED = 0  # of the starting adapters: equal on all processes and in all runs
 
 
+class Float32Linear(nn.Linear):
+    """A or B of an adapter: float32 weights that take part in the precision of the layer's input.
+
+    In bfloat16 an Adam step of 1e-5 would be smaller than half the distance to the next number for most elements of A,
+    and would be lost. The product is computed in the input's precision, as autocast does: in training, in the teacher's
+    pass and in sampling alike, and without a float32 copy of the input for the backward pass.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move the weights, but never to a lower precision: Lightning and DeepSpeed cast whole modules."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            lower = moved.is_floating_point() and moved.dtype.itemsize < tensor.dtype.itemsize
+            return tensor.to(moved.device) if lower else moved
+
+        return super()._apply(keep, recurse)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype))
+
+
 @dataclass(frozen=True)
 class LoRA:
-    """Train low-rank adapters on frozen weights in place of all weights. They start without effect (B = 0).
+    """Train low-rank adapters on frozen weights in place of all weights. They start without effect (B = 0), and are
+    float32 whatever ``trainer.precision``.
 
     Args:
         rank: of the adapters.
@@ -111,11 +134,25 @@ def _inject(model: Any, config: Any, name: str) -> None:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(SEED)
         inject_adapter_in_model(config, model, adapter_name=name)
+        for layer in _adapted(model):
+            _make_float32(layer, name)
     model.peft_config = {**others, name: config}
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(_belongs(key, POLICY))
-    for layer in _adapted(model):
-        layer._active_adapter = [POLICY]
+
+
+def _make_float32(layer: Any, name: str) -> None:
+    """Put float32 starting weights in the place of those that peft has cast to the base's precision: A uniform in
+    +-1 / sqrt(inputs), as nn.Linear and peft have it, and B = 0."""
+    device = layer.get_base_layer().weight.device
+    for parts in (layer.lora_A, layer.lora_B):
+        size = parts[name].in_features, parts[name].out_features
+        made = Float32Linear(*size, bias=False, dtype=torch.float32, device="meta" if device.type == "meta" else None)
+        if parts is layer.lora_B:
+            nn.init.zeros_(made.weight)
+        parts[name] = made.to(device)
+    layer.cast_input_dtype_enabled = False  # the weights are cast to the input's precision, and not the reverse
+    layer._active_adapter = [POLICY]
 
 
 def _belongs(key: str, name: str) -> bool:

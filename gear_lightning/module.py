@@ -18,6 +18,7 @@ from .credit import GEAR, CreditAssigner, Evidence, Uniform
 from .distillation import Distillation
 from .environments.base import Message, Task
 from .errors import UserError, require_extra
+from .gradients import Float32Sums
 from .lora import LoRA, add_teacher
 from .loss import ClippedSurrogate, LossTerms, PolicyLoss
 from .metrics import Quantile
@@ -34,7 +35,7 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
 
 
-class GearModule(Float32Buffers, ModuleState):
+class GearModule(Float32Buffers, Float32Sums, ModuleState):
     """Trains a policy on rollouts, with credit assigned token by token.
 
     Args:
@@ -130,12 +131,14 @@ class GearModule(Float32Buffers, ModuleState):
             bare = partial(self._adapted, self._blank_policy, teacher=fitting)
             self.policy, *self._blank = place(strategy, whole, bare)
             self.policy.train()
+        low = self.trainer.precision in ("bf16-true", "16-true")
         if self.teacher is None and self.needs_teacher and fitting:
-            low = self.trainer.precision in ("bf16-true", "16-true")
             duplicate = self._spread_copy if spread else copy.deepcopy
             self.teacher = Teacher(self.policy, self.teacher_options, low_precision=low, duplicate=duplicate)
         if self.activation_checkpointing and fitting:  # after the teacher's copy, which keeps nothing anyway
             checkpoint_activations(self.policy)
+        if fitting:
+            self.prepare_sums(low_precision=low and self.lora is None)
 
     def _load_policy(self) -> Any:
         policy = without_dropout(self.source.model())
@@ -172,7 +175,9 @@ class GearModule(Float32Buffers, ModuleState):
         return privileged_prompt(task, opening, self.chat_format, self.teacher_options, peer, feedback)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        optimizer = self.optimizer(trained)
+        self.start_sums(trained)
         if self.trainer.precision == "bf16-mixed" and hasattr(optimizer, "_step_supports_amp_scaling"):
             # Lightning will not clip the gradients of a fused optimizer, which might unscale them again; bfloat16 has
             # no scaler (https://github.com/Lightning-AI/pytorch-lightning/issues/21435)

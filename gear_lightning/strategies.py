@@ -192,9 +192,8 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         blocks = layers_of(model)
-        options: dict[str, Any] = {"mesh": self.mesh}
-        if self.computes_in is not None:
-            options["mp_policy"] = MixedPrecisionPolicy(param_dtype=self.computes_in, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=self.computes_in, reduce_dtype=torch.float32)
+        options: dict[str, Any] = {"mesh": self.mesh, "mp_policy": policy}
         values = [p.detach() for p in model.parameters()]
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         replace_parameters(model, lambda p: nn.Parameter(p.detach().to("meta"), p.requires_grad))
@@ -364,8 +363,11 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
     def _format_config(self) -> None:
         super()._format_config()
         assert isinstance(self.config, dict)
-        if self.precision_plugin.precision == "bf16-mixed":
-            del self.config["bf16"]
+        # else DeepSpeed casts every trained weight to bfloat16, and sums and sends gradients in it. Without it each
+        # weight stays in its own precision: bfloat16 under bf16-true, where Lightning casts them, but float32 adapters
+        self.config.pop("bf16", None)
+        self.config["communication_data_type"] = "fp32"
+        self.config["data_types"] = {"grad_accum_dtype": "fp32"}
 
     def setup(self, trainer: Any) -> None:
         self._init_config_if_needed()
@@ -390,9 +392,16 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
         self._init_config_if_needed()
         kind = self.precision_plugin._desired_dtype if "true" in self.precision_plugin.precision else None
 
+        def cast(tensor: Tensor) -> Tensor:  # not buffers
+            weight = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+            return tensor.to(kind) if weight else tensor
+
+        if kind is not None:
+            model._apply(cast)  # as Lightning would: adapters stay float32
+
         def spread(p: nn.Parameter) -> nn.Parameter:
             value = torch.empty(p.shape, dtype=p.dtype) if p.is_meta else p.detach()
-            box = nn.ParameterList([nn.Parameter(value.to(kind or value.dtype), p.requires_grad)])
+            box = nn.ParameterList([nn.Parameter(value, p.requires_grad)])
             deepspeed.zero.Init(module=box, config_dict_or_path=self.config)  # broadcasts rank 0's values
             return box[0]
 

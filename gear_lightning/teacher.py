@@ -165,7 +165,7 @@ class Teacher(nn.Module):
         policy: the model at the start of training.
         options: see `TeacherOptions`.
         low_precision: the weights are below float32; then the average is kept in float32 beside the copy that scores,
-            for a bfloat16 average stops moving.
+            for a bfloat16 average stops moving. Adapters are float32 themselves.
         duplicate: makes a second model with the policy's values.
     """
 
@@ -179,11 +179,11 @@ class Teacher(nn.Module):
     ):
         super().__init__()
         self.options = options
-        self.low_precision = low_precision and options.weights == "ema"
+        self.adapted = is_adapted(policy)
+        self.low_precision = low_precision and options.weights == "ema" and not self.adapted
         self.parked = False
         self.shadow: list[Tensor] | None = None  # float32 averages of this rank's parts, made at the first update
         self.model = None
-        self.adapted = is_adapted(policy)
         if self.adapted and options.weights == "ema" and not has_teacher(policy):
             if is_sharded(policy):
                 raise UserError("with model.lora and a strategy that spreads the weights, fit before you validate")

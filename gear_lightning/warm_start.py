@@ -15,6 +15,7 @@ from .batch import RolloutRow, collate
 from .chat import Chat
 from .environments.base import Demonstration, Demonstrations
 from .errors import Stopped, UserError
+from .gradients import Float32Sums
 from .models import Float32Buffers, build_once, cache_dir, checkpoint_activations, without_dropout
 from .module import GearModule
 from .sharding import whole_copy
@@ -105,7 +106,7 @@ class _Batches(torch.utils.data.IterableDataset):
         raise UserError(f"warm_start.max_length={self.options.max_length}: 100 demonstrations in a row are longer")
 
 
-class WarmStartModule(Float32Buffers, L.LightningModule):
+class WarmStartModule(Float32Buffers, Float32Sums, L.LightningModule):
     """Cross-entropy on the learned tokens of demonstrations."""
 
     def __init__(self, gear: GearModule, options: WarmStart, check: Callable[[Any], None]):
@@ -124,6 +125,7 @@ class WarmStartModule(Float32Buffers, L.LightningModule):
             self.policy.train()
             if self.gear[0].activation_checkpointing:
                 checkpoint_activations(self.policy)
+            self.prepare_sums(low_precision=self.trainer.precision in ("bf16-true", "16-true"))
 
     def _load(self) -> Any:
         gear = self.gear[0]
@@ -146,6 +148,7 @@ class WarmStartModule(Float32Buffers, L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr=self.options.learning_rate, weight_decay=0.01)
+        self.start_sums(self.policy.parameters())
         warm, steps = self.options.warmup_steps, self.options.steps
 
         def factor(step: int) -> float:

@@ -29,11 +29,13 @@ def train(
     """
     only_evaluate = options.pop("only_evaluate", False)
     environment, callbacks = options.pop("environment", Chatter), options.pop("callbacks", ())
+    precision, lr = options.pop("precision", "32-true"), options.pop("lr", 1e-3)
     torch.manual_seed(0)
     model = GearModule(
-        Opinions(),
+        options.pop("policy", Opinions()),
         teacher=TeacherOptions(template=" <ref> {reference}", **options.pop("teacher", {})),
-        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=lr),
+        lora=options.pop("lora", None),
     )
     data = options.pop("data", RolloutDataModule)(
         TalkTasks(), TalkTasks(seed=1), tasks_per_iteration=4, group_size=2, micro_batch_size=2, val_limit=3,
@@ -45,7 +47,7 @@ def train(
     strategy = name if not isinstance(name, str) else "auto" if name == "one" else make_strategy(name, **options)
     trainer = L.Trainer(
         accelerator="cpu", devices=int(os.environ.get("WORLD_SIZE", "1")), strategy=strategy, default_root_dir=run,
-        callbacks=[generation, FirstEvaluation(), *callbacks], max_epochs=2, gradient_clip_val=0.1,
+        callbacks=[generation, FirstEvaluation(), *callbacks], max_epochs=2, gradient_clip_val=0.1, precision=precision,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1,
     )  # fmt: skip
