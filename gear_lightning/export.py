@@ -11,7 +11,7 @@ from .checkpoints import check_whole
 from .errors import UserError
 
 
-def export_checkpoint(checkpoint: Path, folder: Path, *, adapter: bool = False) -> str:
+def export_checkpoint(checkpoint: Path, folder: Path, *, adapter: bool = False, base: str | None = None) -> str:
     """Write the policy of a checkpoint as a directory that ``AutoModelForCausalLM.from_pretrained`` loads.
 
     Low-rank adapters are merged into the weights, in float32 whatever they were trained in: a sum rounded to bfloat16
@@ -22,12 +22,15 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, adapter: bool = False) 
         folder: must not exist, or be empty.
         adapter: write the adapters alone, as ``PeftModel.from_pretrained`` loads them, with the tokenizer. The base
             model comes along in ``base/`` where it is no model directory or hub id (a warm start, a GGUF file).
+        base: directory or hub id of the model that adapters were trained on, where it is not where it was in training.
+            It must have the same weights.
 
     Returns:
         The Python expression that loads the directory.
 
     Raises:
-        UserError: no such file, not one of ours, the folder holds something, or the checkpoint has no adapters.
+        UserError: no such file, not one of ours, the folder holds something, the checkpoint has no adapters, or the
+            model that they were trained on is gone or has changed.
     """
     import torch
 
@@ -42,16 +45,18 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, adapter: bool = False) 
     lora = state.get("lora")
     if adapter and lora is None:
         raise UserError(f"{checkpoint}: holds no adapters, all weights were trained; export it without --adapter")
+    if base is not None and not (lora or {}).get("frozen"):
+        raise UserError(f"{checkpoint}: holds all of its weights; export it without --base")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".partial-"))
     try:
         try:
             for name, data in files.items():
                 (partial / _file_name(name)).write_bytes(data.numpy().tobytes())
-            model = _policy(partial, weights, lora, merge=not adapter)
-            base = lora["base"] if adapter else None
-        except UserError:
-            raise
+            model = _policy(partial, weights, lora, base, merge=not adapter)
+            base = base or lora["base"] if adapter else None
+        except UserError as error:
+            raise UserError(f"{checkpoint}: {error}") from None
         except Exception as error:
             raise UserError(f"{checkpoint}: not a checkpoint of gear_lightning ({_first_line(error)})") from None
         if adapter:
@@ -95,23 +100,33 @@ def _check_size(config: Any, policy: dict[str, Any]) -> None:
         raise ValueError(f"its configuration is of {wanted:,} weights, and it holds {there:,}")
 
 
-def _policy(folder: Path, weights: dict[str, Any], lora: dict[str, Any] | None, *, merge: bool) -> Any:
+def _policy(
+    folder: Path, weights: dict[str, Any], lora: dict[str, Any] | None, base: str | None, *, merge: bool
+) -> Any:
     """The policy of a checkpoint.
 
     Args:
         folder: holds its configuration.
         weights: the checkpoint's state dict.
         lora: what the checkpoint says about adapters; None where it has none.
+        base: what has the frozen weights now, where the checkpoint leaves them out; None: what it names.
         merge: add the adapters to the weights.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from .lora import LoRA, remove, without_teacher
+    from .lora_base import PREFIX, add_adapters, load_base
 
+    policy = {key.removeprefix(PREFIX): value for key, value in weights.items() if key.startswith(PREFIX)}
+    if lora is not None and lora.get("frozen"):
+        model = load_base(lora, base)
+        LoRA(**lora["options"]).adapt(model)
+        add_adapters(model, without_teacher(policy))
+        if merge:
+            remove(model, merge=True)
+        return model
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    prefix = "policy."
-    policy = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     _check_size(config, policy)
     dtype = next((value.dtype for value in policy.values() if value.is_floating_point()), torch.float32)
     dtype = torch.float32 if lora and merge else dtype
@@ -150,12 +165,15 @@ def _first_line(error: Exception) -> str:
 
 
 def export_command(argv: list[str]) -> int:
-    """``gear-lightning export CHECKPOINT DIR [--adapter]``."""
+    """``gear-lightning export CHECKPOINT DIR [--adapter] [--base DIR|ID]``."""
     parser = argparse.ArgumentParser("gear-lightning export", description="Write a Hugging Face model directory.")
     parser.add_argument("checkpoint", type=Path, help="a .ckpt file")
     parser.add_argument("folder", type=Path, help="directory to write")
     parser.add_argument("--adapter", action="store_true", help="write the adapters alone, for peft, instead of merging")
+    parser.add_argument(
+        "--base", metavar="DIR|ID", help="the model that adapters were trained on, where it is not where it was"
+    )
     options = parser.parse_args(argv)
-    how = export_checkpoint(options.checkpoint, options.folder, adapter=options.adapter)
+    how = export_checkpoint(options.checkpoint, options.folder, adapter=options.adapter, base=options.base)
     print(f"{options.folder}: load it with {how}")
     return 0

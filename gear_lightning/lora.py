@@ -176,9 +176,19 @@ def has_teacher(model: nn.Module) -> bool:
     return TEACHER in getattr(model, "peft_config", {})
 
 
+def adapter_keys(model: nn.Module, name: str) -> list[str]:
+    """Names of one adapter's parameters (`POLICY` or `TEACHER`), in the same order for both."""
+    return [key for key, _ in model.named_parameters() if _belongs(key, name)]
+
+
 def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """Parameters of one adapter (`POLICY` or `TEACHER`), in the same order for both."""
+    """Parameters of one adapter, in the same order."""
     return [parameter for key, parameter in model.named_parameters() if _belongs(key, name)]
+
+
+def is_adapter(key: str) -> bool:
+    """Whether a key of a state dict belongs to an adapter."""
+    return _belongs(key, POLICY) or _belongs(key, TEACHER)
 
 
 def without_teacher(states: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .batch import Credit, TokenStats
 from .errors import UserError
-from .lora import LoRA, without_teacher
+from .lora import TEACHER, LoRA, adapter_keys, without_teacher
+from .lora_base import PREFIX, frozen_names, identify, take_up
 from .optimizers import plain_states, states_from_plain
 from .resume import rewind, undo_iteration_start
 from .sharding import shape
@@ -29,6 +30,7 @@ class ModuleState(L.LightningModule):
     optimizer: Any
     lora: LoRA | None
     base: str | None
+    _identity_of_base: dict[str, str] | None = None
     _frozen: dict[tuple[int, ...], tuple[Tensor, TokenStats | None, Credit]]
 
     @property
@@ -44,7 +46,9 @@ class ModuleState(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["policy_files"] = self.policy_files()
         checkpoint["identity"] = self._identity()
-        checkpoint["lora"] = None if self.lora is None else {"options": self.lora.plain(), "base": self.base}
+        checkpoint["lora"] = None if self.lora is None else self._adapters()
+        for key in self.left_out():
+            checkpoint["state_dict"].pop(key, None)
         if self.teacher is not None and (shadow := self.teacher.shadow_state(self.policy)):
             checkpoint["teacher_shadow"] = shadow
         if "optimizer_states" in checkpoint:  # not in one of weights alone
@@ -58,6 +62,18 @@ class ModuleState(L.LightningModule):
             undo_iteration_start(checkpoint)
         if data.inner_epochs > 1 and data.position:
             checkpoint["frozen"] = gather([_plain(key, *values) for key, values in self._frozen.items()])
+
+    def left_out(self) -> list[str]:
+        """Keys of the module's state dict that its checkpoints leave out: frozen weights that can be loaded again."""
+        return [] if self.base is None else frozen_names(self.state_dict(keep_vars=True))
+
+    def _adapters(self) -> dict[str, Any]:
+        """What a checkpoint says about its adapters."""
+        assert self.lora is not None
+        if self.base is not None and self._identity_of_base is None:
+            self._identity_of_base = identify(self.policy)  # once: they never change
+        frozen = None if self.base is None else self._identity_of_base
+        return {"options": self.lora.plain(), "base": self.base, "frozen": frozen}
 
     def policy_files(self) -> dict[str, Tensor]:
         """The policy's configuration, tokenizer and chat template as files: all that export needs beside the weights.
@@ -97,8 +113,6 @@ class ModuleState(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         self._check_identity(checkpoint.get("identity", {}), fitting)
-        if self.lora is not None:
-            self.base = checkpoint["lora"]["base"]
         if fitting and "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = states_from_plain(checkpoint["optimizer_states"])
         states = checkpoint["state_dict"]
@@ -111,7 +125,14 @@ class ModuleState(L.LightningModule):
                 "made with"
             )
         if self.teacher is not None:
-            self.teacher.load_shadow(self.policy, checkpoint.get("teacher_shadow", []))
+            shadow = checkpoint.get("teacher_shadow", [])
+            if self.teacher.adapted and shadow:  # of an older run, whose adapters were bfloat16
+                names = [PREFIX + key for key in adapter_keys(self.policy, TEACHER)]
+                checkpoint["state_dict"].update(zip(names, shadow, strict=True))
+            else:
+                self.teacher.load_shadow(self.policy, shadow)
+        if self.lora is not None:
+            take_up(self, checkpoint, fitting)
         ranks = checkpoint.get("frozen", [])
         if len(ranks) == self.trainer.world_size:
             self._frozen = {

@@ -6,7 +6,7 @@ holds this rank's part, flattened and padded). Everything that must not care ask
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from types import MethodType
 from typing import Any, TypeVar
@@ -159,15 +159,15 @@ def whole_copy(model: Any, blank: Any, device: torch.device | str, dtype: torch.
     return copied.to(device).eval()
 
 
-def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+def fingerprint(model: nn.Module | Iterable[Any], dtype: torch.dtype | None = None) -> str:
     """Tells whether two models hold the same weights to the last bit, however they are spread. All ranks must call it.
 
     Args:
-        model: whole or sharded.
+        model: whole or sharded; or some of a model's parameters.
         dtype: compare the weights as rounded to this type.
     """
     sums, groups = [], []
-    for parameter in model.parameters():
+    for parameter in model.parameters() if isinstance(model, nn.Module) else model:
         values = local(parameter)
         if is_zero3(parameter):
             values = values[: _zero3_length(parameter)]

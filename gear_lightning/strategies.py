@@ -62,7 +62,9 @@ class WholeCheckpoints(Strategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
         done: dict[int, Tensor | None] = {}  # tied weights: once
+        left_out = set(getattr(self.lightning_module, "left_out", list)())
         states = self.lightning_module.state_dict(keep_vars=True)
+        states = {name: value for name, value in states.items() if name not in left_out}
         for value in states.values():
             if id(value) not in done:
                 done[id(value)] = self._to_rank_zero(full(value))
