@@ -179,21 +179,6 @@ def test_the_average_follows_the_recurrence_over_fifty_steps(tmp_path, every, lr
             assert torch.equal(p, base[name.replace(".base_layer", "")]), f"{name} moved"
 
 
-def test_under_bfloat16_weights_the_average_is_float32(tmp_path):
-    rate = 1e-3
-    model = module(teacher=TeacherOptions("ema", rate, template=TEMPLATE), lora=SMALL)
-    path = watched(tmp_path, model, max_epochs=4, precision="bf16-true").weights
-    policy, teacher = split(path, model, "policy"), split(path, model, "teacher")
-    expected = policy[0]
-    for new in policy[1:]:
-        expected = (1 - rate) * expected + rate * new
-    average = model.teacher.shadow
-    assert {p.dtype for p in average} == {torch.float32}
-    assert (flat(average) - expected).abs().max() < 1e-6
-    assert (flat(average) != policy[0]).float().mean() > 0.5
-    assert torch.equal(teacher[-1], flat(p.bfloat16() for p in average)), "not what scores"
-
-
 def test_the_teacher_scores_with_its_own_adapters(tmp_path):
     """Against a model that has the teacher's weights for its own."""
     for weights in ("ema", "frozen", "live"):
