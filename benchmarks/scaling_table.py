@@ -70,7 +70,7 @@ def table() -> str:
                     gib = numbers["total"] / 2**30
                     cells.append(f"{gib:.0f}" if gib <= 0.9 * ROOM else f"({gib:.0f})")
                 saved = found["ddp"]["saving"] / 2**30
-                rows.append(f"| {size} | {way} | " + " | ".join(cells) + f" | {saved:.0f} |")
+                rows.append(f"| {size} | {way} | " + " | ".join(cells) + f" | {saved:.{0 if saved >= 1 else 1}f} |")
     return "\n".join(rows)
 
 

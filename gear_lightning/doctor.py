@@ -121,7 +121,8 @@ def setup_of(recipe: Recipe, trainable: int, options: dict[str, Any], on_gpu: bo
         on_gpu: whether training is on a GPU.
     """
     module, precision, generation = recipe.module, recipe.trainer["precision"], recipe.generation
-    stored = {4: torch.float32, 2: torch.bfloat16}[element_bytes(precision)[0]]
+    low = module.lora is None and element_bytes(precision)[0] < 4  # adapters are float32
+    stored = torch.bfloat16 if low else torch.float32
     needs = optimizer_needs(module, stored, on_gpu)
     teacher = module.teacher_options
     # of adapters the frozen teacher is the base without them
@@ -142,6 +143,7 @@ def setup_of(recipe: Recipe, trainable: int, options: dict[str, Any], on_gpu: bo
         bucket=int(options.get("bucket_size") or options.get("reduce_bucket_size") or Setup.bucket),
         bucket_view=bool(options.get("gradient_as_bucket_view")),
         offload_optimizer=bool(options.get("offload_optimizer")),
+        saves_frozen=module.lora is None or recipe.warm_start or module.source.published() is None,
     )
 
 

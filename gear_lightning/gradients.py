@@ -27,9 +27,7 @@ class GradientSums:
         group: ranks to average over. None: somebody else does it.
     """
 
-    def __init__(
-        self, parameters: Iterable[nn.Parameter], micro_batches: Callable[[], int], group: Any = None
-    ):
+    def __init__(self, parameters: Iterable[nn.Parameter], micro_batches: Callable[[], int], group: Any = None):
         self._parameters = [p for p in parameters if p.requires_grad and p.dtype.itemsize < 4]
         self._micro_batches = micro_batches
         self._group = group
@@ -104,6 +102,7 @@ class Float32Sums(L.LightningModule):
             UserError: DDP was given a hook for its communication, which is going to be ours.
         """
         strategy: Any = self.trainer.strategy
+        self._ddp_params_and_buffers_to_ignore: list[str] = []  # by this name DDP looks for it
         if not low_precision or not isinstance(strategy, DDPStrategy) or not self._sums_here():
             return
         if strategy._ddp_comm_hook is not None:
@@ -112,9 +111,7 @@ class Float32Sums(L.LightningModule):
                 "gradients are reduced in float32; leave it out"
             )
         trained = sorted((p.numel(), name) for name, p in self.named_parameters() if p.requires_grad)
-        # it wants at least one
-        ignored = [name for _, name in trained[1:]]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ignored)
+        self._ddp_params_and_buffers_to_ignore = [name for _, name in trained[1:]]  # it wants at least one
 
     def start_sums(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take gradients from now on.

@@ -106,8 +106,8 @@ def take_up(module: Any, checkpoint: dict[str, Any], fitting: bool) -> None:
             module.base = None
         elif module.base is not None and not same_weights(module.policy, states):
             rank_zero_warn(
-                f"The checkpoint's frozen weights are not those of {module.base}, and take their place: the checkpoints "
-                "of this run hold them too."
+                f"The checkpoint's frozen weights are not those of {module.base}, and take their place: the "
+                "checkpoints of this run hold them too."
             )
             module.base = None
         return

@@ -71,6 +71,11 @@ class ModelShape:
         """Parameters outside the layers, without norms."""
         return self.embedding + self.head
 
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are trained on frozen weights."""
+        return self.trainable < self.parameters
+
 
 @dataclass(frozen=True)
 class Load:
@@ -101,7 +106,7 @@ class Setup:
 
     Args:
         precision: as ``trainer.precision``.
-        state_bytes: optimizer state per trainable parameter: 8 for Adam on float32.
+        state_bytes: optimizer state per trainable parameter: 8 for Adam on float32, which adapters always are.
         float32_state_bytes: the same on float32 parameters, which are what DeepSpeed's optimizer always works on.
         foreach: the optimizer works on all parameters at once and needs a copy of them for it (on GPUs, unless fused).
         teacher_parameters: parameters that the teacher keeps for itself; 0 for a live one or none.
@@ -115,6 +120,7 @@ class Setup:
         bucket: elements of a DeepSpeed reduce bucket (``bucket_size``).
         bucket_view: DDP's gradients are views of its buckets (``gradient_as_bucket_view``); else they are kept twice.
         offload_optimizer: DeepSpeed keeps gradients, its partition and the optimizer's state in CPU memory.
+        saves_frozen: checkpoints hold frozen weights too, for nothing else has them.
     """
 
     precision: str = "32-true"
@@ -132,6 +138,7 @@ class Setup:
     bucket: int = 50_000_000
     bucket_view: bool = True
     offload_optimizer: bool = False
+    saves_frozen: bool = True
 
 
 def precision_name(precision: Any) -> str:
@@ -282,19 +289,23 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
     offload = zero and (setup.offload_optimizer or strategy == "zero3_offload")
     over = (gpus // setup.replicas if strategy == "fsdp" else gpus) if sharded else 1
     states_over = 1 if strategy == "ddp" else over if sharded else gpus
-    trained = shape.trainable
+    trained, frozen = shape.trainable, shape.parameters - shape.trainable
+    kind = 4 if shape.adapted else weight  # bytes of a trained weight: adapters are float32
     # FSDP2 gathers in bfloat16, and all of a layer is in it; autocast alone leaves what is between matrices float32
     flow = compute if strategy == "fsdp" and setup.precision == "bf16-mixed" else weight
     kept = {
-        "weights": shape.parameters * weight // over,
+        "weights": (frozen * weight + trained * kind) // over,
         "fp32_partition": trained * 4 // gpus if zero else 0,
         "optimizer": int(trained * (setup.float32_state_bytes if zero else setup.state_bytes)) // states_over,
-        "teacher": setup.teacher_parameters * weight // over,
-        "teacher_shadow": setup.teacher_parameters * 4 // over if setup.averaged and weight < 4 else 0,
+        "teacher": setup.teacher_parameters * kind // over,
+        "teacher_shadow": setup.teacher_parameters * 4 // over if setup.averaged and kind < 4 else 0,
     }
-    gradients = trained * weight // (gpus if strategy == "zero2" else over)
-    saved = shape.parameters * weight + setup.teacher_parameters * weight + kept["optimizer"] * states_over
-    saved += kept["teacher_shadow"] * over
+    # added up in float32, over several micro-batches and over the ranks of ddp; then rounded to the weights' precision
+    summed = 4 if zero or load.micro_batches > 1 or (strategy == "ddp" and gpus > 1) else kind
+    gradients = trained * summed // (gpus if strategy == "zero2" else over)
+    rounded = 0 if zero else gradients - trained * kind // over
+    saved = trained * kind + (frozen * weight if setup.saves_frozen else 0)
+    saved += setup.teacher_parameters * kind + kept["optimizer"] * states_over + kept["teacher_shadow"] * over
     moved = ["teacher", "teacher_shadow"] if setup.parked else []
     parked = kept["teacher"] if setup.parked else 0
     if offload:
@@ -308,39 +319,45 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
     if offload and strategy != "zero1":
         host, gradients = host + gradients, 0
     buckets = 0
-    if strategy == "ddp" and gpus > 1 and not setup.bucket_view:
-        buckets = trained * weight
-    elif zero:  # ZeRO-1 and 2 fill one while the other is sent
-        buckets = setup.bucket * weight * (1 if sharded else 2)
+    # DDP has none of low-precision weights, whose gradients are reduced in float32
+    bucketed = strategy == "ddp" and gpus > 1 and kind == 4
+    if bucketed and not setup.bucket_view:
+        buckets = trained * kind
+    elif zero:  # sent in float32; ZeRO-1 and 2 fill one while the other is sent
+        buckets = setup.bucket * 4 * (1 if sharded else 2)
     # what is there in rollouts too: DDP's gradients lie in its buckets, ZeRO-3 has a place for them
     standing = sum(kept.values()) + (gradients + buckets if zero and sharded else 0)
-    standing += gradients if strategy == "ddp" and gpus > 1 else 0
+    standing += gradients if bucketed else 0
     growing = sum(kept.values()) + gradients + buckets - standing
 
     chunks = load.rows * load.sampled * shape.vocab > LOGITS
     update = {
         "parked_teacher": parked,
         # DeepSpeed's own linear layer keeps none
-        "autocast_copy": _casts(shape, setup, compute) if mixed and flow == weight and not (zero and sharded) else 0,
+        "autocast_copy": _casts(shape, setup, compute)
+        if mixed and flow == weight and not (zero and sharded)
+        else 0
+        if mixed or kind == weight
+        else compute * trained,
         "gathered": _gathered(shape, strategy, setup, weight, flow),
         "activations": _activations(shape, load, setup, flow, compute),
         "logits": _logits(shape, load, compute),
-        "new_gradient": min(shape.largest, trained) * weight if load.micro_batches > 1 or chunks else 0,
+        "new_gradient": min(shape.largest, trained) * kind if load.micro_batches > 1 or chunks else 0,
     }
-    size = 4 if zero else weight
+    size = 4 if zero else kind
     scratch = trained * 4 // gpus if zero else 0  # DeepSpeed joins the gradients
     if offload:
         scratch = 0
     elif setup.foreach and setup.state_bytes:
         scratch += trained * size // states_over
     else:  # DeepSpeed's optimizer sees one parameter
-        scratch += 2 * (trained * size // gpus if zero else min(shape.largest, trained) * weight // over)
+        scratch += 2 * (trained * size // gpus if zero else min(shape.largest, trained) * kind // over)
     # the first forward of an iteration finds no gradients; they come while the activations go
     first = sum(update.values()) + (growing if load.micro_batches > 1 else 0)
     last_layer = load.rows * load.length * _layer(shape, flow, compute) + update["gathered"]
     rollout = _rollout(shape, strategy, load, setup, flow)
     sums = {
-        "update": standing + max(first, growing + max(scratch, last_layer)),
+        "update": standing + max(first, growing + max(scratch - rounded, last_layer)),
         "rollout": standing + sum(rollout.values()),
     }
     return {
@@ -368,7 +385,7 @@ def _gathered(shape: ModelShape, strategy: Strategy, setup: Setup, weight: int, 
     if strategy == "fsdp":
         share, some = shape.trainable / shape.parameters, shape.root + 2 * shape.layer
         whole = some if setup.reshard else shape.parameters
-        reduced = 0 if flow == weight else weight * shape.layer
+        reduced = 4 * shape.layer if flow < 4 else 0
         return int(flow * whole + max(share * (flow * some + reduced), flow * shape.root))
     if strategy not in SHARDED:
         return 0

@@ -22,12 +22,14 @@ class Recipe:
         data: batch sizes.
         generation: budgets and engine.
         trainer: the ``trainer`` section as given, nothing of it made.
+        warm_start: whether the policy is taught from demonstrations first.
     """
 
     module: GearModule
     data: RolloutDataModule
     generation: GenerationCallback
     trainer: Any
+    warm_start: bool = False
 
 
 class _Reader(GearCLI):
@@ -42,6 +44,7 @@ class _Reader(GearCLI):
         # what may need a GPU, a package or an account that is not here
         for name, value in {"strategy": "auto", "logger": False, "callbacks": None, "plugins": None}.items():
             trainer[name] = value
+        self.warm_start = self.config["fit"]["warm_start"] is not None
         self.config["fit"]["warm_start"] = None
         self.config_init = self.parser.instantiate_classes(self.config)
         self.model, self.datamodule = self._get(self.config_init, "model"), self._get(self.config_init, "data")
@@ -62,7 +65,8 @@ def read_recipe(args: list[str]) -> Recipe:
         cli = _Reader(["fit", *args])
     finally:
         sys.argv = argv
-    return Recipe(cli.model, cli.datamodule, cli._get(cli.config_init, "generation"), cli.asked)
+    generation = cli._get(cli.config_init, "generation")
+    return Recipe(cli.model, cli.datamodule, generation, cli.asked, cli.warm_start)
 
 
 def refused(recipe: Recipe, model: Any, gpus: int) -> list[str]:

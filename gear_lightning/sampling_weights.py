@@ -94,8 +94,7 @@ class SamplingWeights:
             )
         if self.mode != "auto" or not streams:
             return "gather" if self.mode == "auto" else self.mode
-        size = (self.dtype or next(policy.parameters()).dtype).itemsize
-        need = sum(shape(p).numel() for p in policy.parameters()) * size + cache_bytes
+        need = sum(shape(p).numel() * (self.dtype or p.dtype).itemsize for p in policy.parameters()) + cache_bytes
         free = 0 if self._copy is not None else _free_bytes(next(policy.parameters()).device)
         fits = self._copy is not None or need < 0.9 * free
         if all(gather(fits)):  # one way for all ranks

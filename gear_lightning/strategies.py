@@ -325,7 +325,7 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
         self.config["zero_force_ds_cpu_optimizer"] = False  # offload works with the configured optimizer, uncompiled
         # a parameter that DeepSpeed keeps gathered beside its parts would not follow the teacher's average
         self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        self.shards = stage == 3
+        self.stage, self.shards = stage, stage == 3
         self._parameters: list[Any] = []  # in the optimizer's order
 
     # -- on a CPU, where Lightning refuses DeepSpeed -----------------------------------------------------------------
@@ -426,6 +426,8 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
             lr_scheduler=lr_scheduler,
             dist_init_required=False,
         )
+        if self.stage < 3 and wrapped.dtype == torch.bfloat16:
+            wrapped.check_grad_overflow = True  # DeepSpeed's own default, which it does not take without its "bf16"
         return engine, wrapped
 
     @property

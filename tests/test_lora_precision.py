@@ -14,6 +14,7 @@ from gear_lightning.lora import LoRA, adapter_parameters, is_adapter
 from gear_lightning.sharding import fingerprint, whole_copy
 from gear_lightning.teacher import TeacherOptions
 
+
 class Gradients(L.Callback):
     """Precisions of the adapters' gradients."""
 

@@ -114,15 +114,17 @@ def test_the_quickstarts_model_by_hand():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bytes_of_each_precision(strategy):
-    """bf16-mixed keeps everything in float32 and a cast copy; bf16-true halves all but averages and DeepSpeed's own."""
+    """bf16-mixed keeps everything in float32 and a cast copy; bf16-true halves all but averages, DeepSpeed's own and
+    the sums of gradients."""
     shape, setup = shape_8b(), Setup(teacher_parameters=FULL)
     full, mixed, low = (
         estimate(shape, strategy, 4, LOAD, replace(setup, precision=p, state_bytes=b))
         for p, b in (("32-true", 8.0), ("bf16-mixed", 8.0), ("bf16-true", 4.0))
     )
-    for part in ("weights", "gradients", "teacher"):
+    for part in ("weights", "teacher"):
         assert mixed[part] == full[part]
         assert low[part] == full[part] // 2
+    assert low["gradients"] == mixed["gradients"] == full["gradients"], "added up in float32"
     for part in ("fp32_partition", "optimizer"):
         assert mixed[part] == full[part]
     if strategy in ("ddp", "fsdp"):
@@ -149,7 +151,24 @@ def test_fsdp_computes_in_bfloat16_throughout_under_bf16_mixed():
     mixed, low = (estimate(shape, "fsdp", 8, LOAD, replace(setup, precision=p)) for p in ("bf16-mixed", "bf16-true"))
     for part in ("activations", "logits", "kv_cache", "sampling", "generation"):
         assert mixed[part] == low[part]
-    assert mixed["gathered"] == low["gathered"] + 4 * shape.layer, "a layer's gradients are reduced in float32"
+    assert mixed["gathered"] == low["gathered"], "with a layer's gradients, which are reduced in float32"
+
+
+def test_gradients_of_bfloat16_weights_are_added_up_in_float32_where_there_is_more_than_one():
+    low, once = Setup(precision="bf16-true"), replace(LOAD, micro_batches=1)
+    for strategy, gpus, load, each in (
+        ("ddp", 1, once, 2), ("ddp", 1, LOAD, 4), ("ddp", 2, once, 4), ("fsdp", 1, once, 2), ("fsdp", 1, LOAD, 4),
+        ("zero1", 1, once, 4), ("zero2", 1, once, 4), ("zero3", 1, once, 4),
+    ):  # fmt: skip
+        assert estimate(shape_8b(), strategy, gpus, load, low)["gradients"] == each * FULL, (strategy, gpus)
+    found = estimate(shape_8b(), "ddp", 2, LOAD, replace(low, bucket_view=False))
+    assert found["buckets"] == 0, "DDP has none"
+    assert found["rollout"] == sum(
+        found[k] for k in ("weights", "optimizer", "teacher", "teacher_shadow", "kv_cache", "sampling")
+    ), "no gradients in rollouts"
+    assert [estimate(shape_8b(), z, 2, LOAD, low)["buckets"] for z in ("zero1", "zero2", "zero3")] == [
+        400_000_000, 400_000_000, 200_000_000,
+    ]  # fmt: skip
 
 
 def test_gradients_are_there_from_the_second_forward_on():
@@ -206,6 +225,15 @@ def test_a_small_trained_part_needs_little():
     assert found["weights"] == 4 * FULL
     parts = ("gradients", "optimizer", "teacher", "step_scratch")
     assert [found[k] for k in parts] == [80_000_000, 160_000_000, 80_000_000, 80_000_000]
+    # float32 on bfloat16 weights too, and their average needs no other
+    low = estimate(small, "ddp", 2, LOAD, Setup(precision="bf16-true", teacher_parameters=20_000_000))
+    assert [low[k] for k in parts] == [found[k] for k in parts]
+    assert low["weights"] == 2 * (FULL - 20_000_000) + 80_000_000
+    assert low["teacher_shadow"] == 0
+    # a checkpoint: adapters, the teacher's, Adam's averages; and the frozen weights where nothing else has them
+    assert low["saving"] == 2 * (FULL - 20_000_000) + 4 * 80_000_000
+    alone = Setup(precision="bf16-true", teacher_parameters=20_000_000, saves_frozen=False)
+    assert estimate(small, "ddp", 2, LOAD, alone)["saving"] == 4 * 80_000_000
     # a frozen weight is cast anew at each use, and its cast kept for backward unless the layer is computed again
     mixed = Setup(precision="bf16-mixed")
     casts = [
@@ -285,10 +313,12 @@ def test_the_phases_do_not_overlap(strategy, precision):
     always = sum(found[k] for k in ("weights", "fp32_partition", "optimizer", "teacher", "teacher_shadow"))
     update = ("autocast_copy", "gathered", "activations", "logits", "new_gradient")
     trained = always + found["gradients"] + found["buckets"]
-    assert found["update"] >= trained + max(sum(found[k] for k in update), found["step_scratch"])
+    # the step works on gradients in the precision of the weights
+    rounded = found["gradients"] // 2 if precision == "bf16-true" and strategy in ("ddp", "fsdp") else 0
+    assert found["update"] >= trained + max(sum(found[k] for k in update), found["step_scratch"] - rounded)
     rest = found["rollout"] - sum(found[k] for k in ("generation", "kv_cache", "sampling")) - always
     assert rest == {
-        "ddp": found["gradients"],
+        "ddp": 0 if precision == "bf16-true" else found["gradients"],
         "zero3": found["gradients"] + found["buckets"],
         "zero3_offload": found["buckets"],
     }.get(strategy, 0)

@@ -26,10 +26,13 @@ def train(
     """Two iterations with an evaluation before, between and after. Returns what this rank had to do and all metrics.
 
     ``name`` is that of a strategy, or the strategy; with ``only_evaluate`` the metrics of an evaluation come back.
+    ``resume`` is a checkpoint to go on from; with ``whole`` the one at the end can be gone on from, and there are no
+    evaluations.
     """
     only_evaluate = options.pop("only_evaluate", False)
     environment, callbacks = options.pop("environment", Chatter), options.pop("callbacks", ())
     precision, lr = options.pop("precision", "32-true"), options.pop("lr", 1e-3)
+    epochs, resume, whole = options.pop("max_epochs", 2), options.pop("resume", None), options.pop("whole", False)
     torch.manual_seed(0)
     model = GearModule(
         options.pop("policy", Opinions()),
@@ -47,7 +50,8 @@ def train(
     strategy = name if not isinstance(name, str) else "auto" if name == "one" else make_strategy(name, **options)
     trainer = L.Trainer(
         accelerator="cpu", devices=int(os.environ.get("WORLD_SIZE", "1")), strategy=strategy, default_root_dir=run,
-        callbacks=[generation, FirstEvaluation(), *callbacks], max_epochs=2, gradient_clip_val=0.1, precision=precision,
+        callbacks=[generation, *([] if whole else [FirstEvaluation()]), *callbacks], max_epochs=epochs,
+        gradient_clip_val=0.1, precision=precision, limit_val_batches=0 if whole else None,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1,
     )  # fmt: skip
@@ -55,10 +59,10 @@ def train(
         return trainer.validate(model, datamodule=data, verbose=False)
     before, token_stats.LOGITS = token_stats.LOGITS, logits or token_stats.LOGITS
     try:
-        trainer.fit(model, datamodule=data)
+        trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
     finally:
         token_stats.LOGITS = before
-    trainer.save_checkpoint(run / "end.ckpt", weights_only=True)
+    trainer.save_checkpoint(run / "end.ckpt", weights_only=not whole)
     work = {"tokens": data.stats.tokens}
     metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith(("train/", "val/"))}
     return {**work, "spread": data.stats.groups - data.stats.zero_spread, "metrics": metrics}

@@ -1,4 +1,4 @@
-"""Low-precision weights under every strategy: gradients are added up in float32."""
+"""Low-precision weights under every strategy: gradients are added up in float32, and adapters are float32."""
 
 import os
 from pathlib import Path
@@ -8,10 +8,14 @@ import lightning as L
 import pytest
 import torch
 from distributed.group import make_strategy
+from distributed.pieces import Opinions
+from distributed.short import train
 from torch import nn
 
+from gear_lightning.errors import UserError
 from gear_lightning.gradients import Float32Sums
-from gear_lightning.models import Float32Buffers
+from gear_lightning.lora import LoRA, is_adapter
+from gear_lightning.models import Float32Buffers, Pretrained
 from gear_lightning.sharding import full
 from gear_lightning.strategies import place
 
@@ -107,8 +111,109 @@ def test_one_process_adds_micro_batches_up_in_float32(tmp_path):
     assert seen == [torch.bfloat16] * 2, "what clips gradients, or looks at them, does not find them"
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
 def test_gradients_of_micro_batches_and_ranks_are_added_up_in_float32(pair, tmp_path, name):
     for error, seen in pair.run(one_step, tmp_path, name, {}):
         assert error < ROUNDING
         assert seen == ([] if "zero" in name else [torch.bfloat16] * 2)
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+LORA = LoRA(rank=4, alpha=8)
+STEP = 1e-5  # of the learning rate: on most numbers of A a bfloat16 adapter would not move
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Pretrained:
+    """A model directory."""
+    folder = tmp_path_factory.mktemp("base")
+    Opinions().model().save_pretrained(folder)
+    Opinions().tokenizer().save_pretrained(folder)
+    return Pretrained(str(folder))
+
+
+class Types(L.Callback):
+    """Precisions of base, adapters, their gradients and the optimizer's state."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, set[torch.dtype]] = {"base": set(), "adapters": set(), "gradients": set(), "state": set()}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        for name, p in pl_module.policy.named_parameters():
+            self.found["adapters" if is_adapter(name) else "base"].add(p.dtype)
+            if p.grad is not None:
+                self.found["gradients"].add(p.grad.dtype)
+
+    def on_train_end(self, trainer, pl_module):
+        for optimizer in trainer.optimizers:
+            for state in getattr(optimizer, "optimizer", optimizer).state.values():
+                self.found["state"] |= {v.dtype for v in state.values()}
+
+
+def adapters(run: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """One more iteration of adapters, and its checkpoint."""
+    types = Types()
+    found = train(run, name, lora=LORA, callbacks=[types], whole=True, **options)
+    return {"gap": found["metrics"]["train/sampler_gap_max"], **types.found}
+
+
+def chain(pair: Any, run: Path, base: Pretrained, names: list[str], precision: str, lr: float) -> list[dict[str, Any]]:
+    """The checkpoints of a run whose every iteration is under another strategy; each takes up the one before."""
+    states, resume = [], None
+    for number, name in enumerate(names):
+        folder = run / f"{number}-{name}"
+        folder.mkdir()
+        options = {"policy": base, "precision": precision, "lr": lr, "max_epochs": number + 1, "resume": resume}
+        results = [adapters(folder, name, options)] if name == "one" else pair.run(adapters, folder, name, options)
+        low = precision == "bf16-true"
+        for found in results:
+            assert found["gap"] < (0.2 if low else 1e-4)
+            assert found["base"] == {torch.bfloat16 if low else torch.float32}
+            assert found["adapters"] == found["state"] == {torch.float32}
+            assert found["gradients"] == {torch.float32} or "zero" in name
+        resume = folder / "end.ckpt"
+        states.append(torch.load(resume, weights_only=True))
+    return states
+
+
+def test_float32_adapters_on_a_bfloat16_base_go_from_strategy_to_strategy(pair, base, tmp_path):
+    states = chain(pair, tmp_path, base, ["ddp", "fsdp", "zero1", "zero2", "zero3"], "bf16-true", STEP)
+    for state in states:
+        assert all(is_adapter(key) for key in state["state_dict"]), "frozen weights were saved"
+        assert {v.dtype for v in state["state_dict"].values()} == {torch.float32}
+        assert state["lora"] == states[0]["lora"], "the base's fingerprint depends on the strategy"
+    first, last = (state["state_dict"] for state in (states[0], states[-1]))
+    for key, value in first.items():
+        if ".lora_A.policy." in key:
+            assert (last[key] != value).float().mean() > 0.9, key
+
+
+def test_adapters_trained_under_several_strategies_are_those_of_one_process(pair, base, tmp_path):
+    states = chain(pair, tmp_path, base, ["fsdp", "zero3", "one"], "32-true", 1e-3)
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    adapters(folder, "one", {"policy": base, "max_epochs": 3})
+    whole = torch.load(folder / "end.ckpt", weights_only=True)["state_dict"]
+    for key, value in states[-1]["state_dict"].items():
+        scale = max(float(value.abs().max()), 1e-3)
+        assert (value - whole[key]).abs().max() <= 2e-5 * scale, key
+
+
+def refused(run: Path, name: str, options: dict[str, Any]) -> str:
+    try:
+        adapters(run, name, options)
+    except UserError as error:
+        return str(error)
+    return "went on"
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero3"])
+def test_adapters_of_another_base_are_refused_by_all_ranks(pair, base, tmp_path, name):
+    adapters(tmp_path, "one", {"policy": base, "max_epochs": 1})
+    Opinions(seed=3).model().save_pretrained(tmp_path / "other")
+    Opinions().tokenizer().save_pretrained(tmp_path / "other")
+    other = Pretrained(str(tmp_path / "other"))
+    for said in pair.run(refused, tmp_path, name, {"policy": other, "resume": tmp_path / "end.ckpt"}):
+        assert "those of" in said
+        assert "are other ones" in said
