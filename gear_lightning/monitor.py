@@ -54,7 +54,7 @@ def mode_of(option: str, monitor: str, mode: Mode | None) -> Mode:
             )
         return mode
     if mode == "min":
-        raise UserError(f"{option}=min takes the smallest {monitor} for the best; give max")
+        raise UserError(f"{option}=min takes the smallest {monitor} for the best; give {option}=max")
     return "max"
 
 
@@ -87,13 +87,13 @@ def check_monitor(option: str, monitor: str, evaluates: bool, own_callbacks: boo
     Raises:
         UserError: it will not.
     """
+    if monitor not in NAMES and own_callbacks:
+        raise UserError(f"{option}={monitor}: there is no such metric; there are {', '.join(sorted(NAMES))}")
     if monitor.startswith("val/") and not evaluates:
         raise UserError(
             f"{option}={monitor} is never measured: this run has no evaluation (data.val_tasks, "
             "trainer.limit_val_batches, trainer.check_val_every_n_epoch); give a metric of the training, or evaluate"
         )
-    if monitor not in NAMES and own_callbacks:
-        raise UserError(f"{option}={monitor}: there is no such metric; there are {', '.join(sorted(NAMES))}")
 
 
 def check_early_stopping(monitor: str, mode: Mode, at_every_end: bool | None, every: int | None) -> None:
