@@ -5,7 +5,7 @@ import math
 import torch
 from maths import Rollout, mean, quantile, sign_of, slow_scale, trust
 
-from gear_lightning.credit import CREST, EGRSD, GTPO, PBSD, Oracle, RoundingNoise, SCGRPO, TurnSight
+from gear_lightning.credit import CREST, EGRSD, GTPO, PBSD, SCGRPO, Oracle, RoundingNoise, TurnSight
 
 
 def clamp(x: float, low: float, high: float) -> float:

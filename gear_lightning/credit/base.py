@@ -13,8 +13,8 @@ from ..errors import UserError
 
 
 class RoundingNoise(NamedTuple):
-    """Size of what rounding alone makes, as 99th percentiles of absolute values, nats: a constant of a run, measured once
-    with equal weights and nothing privileged (`gear_lightning.noise_floor`). 0: not known, or none.
+    """Size of what rounding alone makes, as 99th percentiles of absolute values, nats: a constant of a run, measured
+    once with equal weights and nothing privileged (`gear_lightning.noise_floor`). 0: not known, or none.
 
     Attributes:
         log_ratio: of log p_policy - log p_teacher at the sampled tokens.
@@ -108,8 +108,11 @@ class CreditAssigner(ABC):
         needs_teacher: whether it looks at the teacher.
         needs_decisions: whether it looks at which decisions were right, which few environments can tell.
         fixed_segments: whether its segments begin at fixed places (every turn, say), whatever the divergence there.
+        lacks: what it lacks compared with the paper that it is named after, where that is too much for results under
+            the paper's name; told where results are shown.
     """
 
+    lacks: str = ""
     needs_teacher: bool = True
     needs_decisions: bool = False
     fixed_segments: bool = False

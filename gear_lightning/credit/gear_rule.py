@@ -57,9 +57,9 @@ class GEAR(CreditAssigner):
             normalisation, which then lowers all of a rollout's weights alike: with ``normalise=none`` none is below 1.
         mix: share of the weighting; the rest is uniform.
         mix_decay: optimizer steps over which ``mix`` falls linearly to 0. Null: constant.
-        normalise: divide by the ``mean`` weight of the rollout's tokens of one sign, their ``geometric`` mean, or not at
-            all; each token counts in it by the size of its advantage, so that ``mean`` keeps praise and blame what they
-            were.
+        normalise: divide by the ``mean`` weight of the rollout's tokens of one sign, their ``geometric`` mean, or not
+            at all. Each token counts in the mean by the size of its advantage, so that ``mean`` keeps praise and blame
+            what they were.
         exclude_stop: no divergence on stop tokens.
         exclude_tail: no divergence on the last so many action tokens (the answer, where spikes repeat the reward).
 

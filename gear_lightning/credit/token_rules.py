@@ -74,6 +74,8 @@ class EGRSD(CreditAssigner):
         UserError: values out of range.
     """
 
+    lacks = "the paper's formula: we had only its abstract, and the gate's form, place and values are ours"
+
     mix: float = 0.5
     clip: float = 0.2
     gate_floor: float = 0.1
@@ -163,6 +165,8 @@ class GTPO(CreditAssigner):
     Raises:
         UserError: values out of range.
     """
+
+    lacks = "the comparison with the group's tokens at one position, and the shaping of rewards"
 
     alpha1: float = 1.0
     alpha2: float = 0.1

@@ -52,6 +52,8 @@ class TurnSight(CreditAssigner):
         UserError: values out of range.
     """
 
+    lacks = "the comparison with the group's turns, and the teacher's look at tool results to come"
+
     mix: float = 0.5
     strength: float = 0.5
 
