@@ -61,8 +61,8 @@ class RolloutRow:
 
     @cached_property
     def columns(self) -> dict[str, Tensor]:
-        """What `RolloutBatch` holds about each token, by its names there, without padding. Made from the lists once, for
-        the device waits meanwhile, and a row is collated again in every inner epoch."""
+        """The token columns of `RolloutBatch`, without padding. Made once: the device waits meanwhile, and a row is
+        collated again in every inner epoch."""
         tokens, turns = _tensor(self.tokens, np.int64), _tensor(self.turn_ids, np.int64)
         mask = _tensor(self.action_mask, np.bool_)
         if self.turn_advantages is None:
@@ -98,7 +98,8 @@ class RolloutBatch:
     a blank row (a rank with nothing to learn still takes part in the step). ``privileged`` rows have a teacher's view
     that differs from the policy's; the others get uniform credit. ``base_advantages`` are those of the action tokens
     before credit: the rollout's, or their turn's. ``decisions`` is 1 on tokens of decisions that the environment calls
-    right, -1 on those of wrong ones; ``solved`` counts the solved rollouts of the row's group.
+    right, -1 on those of wrong ones; ``solved`` counts the solved rollouts of the row's group. The rows take part in
+    ``inner_epochs`` optimizer steps, and this is number ``inner_epoch`` of them, from 0.
     """
 
     tokens: Int[Tensor, "batch seq"]
@@ -124,6 +125,7 @@ class RolloutBatch:
     step_rollouts: Int[Tensor, ""]
     temperature: float
     inner_epoch: int = 0
+    inner_epochs: int = 1
 
     def to(self, device: torch.device | str, **kwargs) -> "RolloutBatch":
         """The batch with its tensors on ``device`` (Lightning calls this)."""
@@ -185,7 +187,13 @@ def _pad(parts: list[Tensor], fill: int) -> Tensor:
 
 
 def collate(
-    rows: list[RolloutRow], *, step_tokens: int, step_rollouts: int, temperature: float, inner_epoch: int = 0
+    rows: list[RolloutRow],
+    *,
+    step_tokens: int,
+    step_rollouts: int,
+    temperature: float,
+    inner_epoch: int = 0,
+    inner_epochs: int = 1,
 ) -> RolloutBatch:
     """Make a micro-batch of rows; no rows give one blank row that adds nothing to any sum."""
     blank = RolloutRow([0, 0], [False] * 2, [-1] * 2, [False] * 2, [0.0] * 2, 1, [0], 0.0, False, 0.0, -1, 0, -1)
@@ -208,4 +216,5 @@ def collate(
         step_rollouts=torch.tensor(step_rollouts),
         temperature=temperature,
         inner_epoch=inner_epoch,
+        inner_epochs=inner_epochs,
     )

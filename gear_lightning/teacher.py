@@ -273,11 +273,19 @@ class Teacher(nn.Module):
             place.data = place.data.cpu().pin_memory() if place.is_cuda else place.data
 
     @torch.no_grad()
-    def shadow_state(self, policy: nn.Module) -> list[Tensor]:
-        """The float32 averages as whole tensors in CPU memory; none where there are none yet. Collective."""
-        if self.shadow is None:
-            return []
-        return [whole_of(p, mine).cpu().clone() for p, mine in zip(self._pair(policy)[0], self.shadow, strict=True)]
+    def shadow_state(self, policy: nn.Module, keep: bool = True) -> list[Tensor]:
+        """The float32 averages as whole tensors in CPU memory; none where there are none yet. Collective.
+
+        Args:
+            policy: that the teacher follows.
+            keep: False on a rank that only takes part; it gets none.
+        """
+        states = []
+        for parameter, mine in zip(self._pair(policy)[0], self.shadow or (), strict=self.shadow is not None):
+            whole = whole_of(parameter, mine)
+            if keep:
+                states.append(whole.cpu().clone())
+        return states
 
     def load_shadow(self, policy: nn.Module, saved: list[Tensor]) -> None:
         """Inverse of `shadow_state`."""
