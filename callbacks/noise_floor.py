@@ -52,7 +52,7 @@ class NoiseFloor(L.Callback):
         path = Path(trainer.default_root_dir) / FILE if self.file is None else Path(self.file)
         if stage != "fit" or not rule.needs_teacher or (self.file is None and not path.exists()):
             return
-        found, now = read_floor(path), conditions(trainer, rule)
+        found, now = read_floor(path), conditions(trainer, pl_module)
         other = [f"{name} {found.get(name)} (here {now[name]})" for name in now if found.get(name) != now[name]]
         if not other:
             self._given = float(found["divergence"]["p99"])
