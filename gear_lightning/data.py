@@ -131,6 +131,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.resolved_config: dict[str, str] = {}  # of the command line, to be equal on all processes
         self.cursor = 0  # tasks drawn so far, over all processes
         self.groups: list[RolloutGroup] = []  # of the current iteration, on this rank
+        self.rows: list[RolloutRow] = []  # of those of its rollouts that are learned from
         self.position = 0  # micro-batches of the current iteration handed out so far
         self.stop: Callable[[], bool] = lambda: False  # whether the run is to stop here; called on all ranks
         self._complained = False
@@ -242,7 +243,7 @@ class RolloutDataModule(L.LightningDataModule):
         first = self._take_up()
         if first is None:
             self._generate()
-        rows = self._rows()
+        rows = self.rows = self._rows()
         counts = torch.tensor([sum(map(sum, (r.action_mask for r in rows))), len(rows)], device=self._device)
         tokens, rollouts = self._trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         order = sorted(rows, key=lambda r: (r.length + r.teacher_length, r.length, r.index))  # alike ones together
@@ -266,7 +267,7 @@ class RolloutDataModule(L.LightningDataModule):
         started = time.perf_counter()
         world, rank = self._trainer.world_size, self._trainer.global_rank
         share = self.tasks_per_iteration // world
-        self.groups, self.stats, self.position = [], IterationStats(), 0
+        self.groups, self.rows, self.stats, self.position = [], [], IterationStats(), 0
         begun, self._before_rollouts = self.cursor, random_state()
         for _ in range(self.resample_rounds if self.zero_spread == "resample" else 1):
             first = self.cursor + rank * share

@@ -14,7 +14,7 @@ from torchmetrics import MaxMetric, MeanMetric
 
 from .batch import Credit, RolloutBatch, TokenStats
 from .chat import Chat, ChatOptions
-from .credit import GEAR, CreditAssigner, Evidence, Uniform
+from .credit import GEAR, CreditAssigner, Evidence, RoundingNoise, Uniform
 from .distillation import Distillation
 from .environments.base import Message, Task
 from .errors import UserError, require_extra
@@ -105,6 +105,7 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
         self.teacher: Teacher | None = None
         self._chat: Chat | None = None
         self._frozen: dict[tuple[int, ...], tuple[Tensor, TokenStats | None, Credit]] = {}
+        self.noise = RoundingNoise()  # for the credit rule; the callback NoiseFloor measures it before the first step
         self.divergence_p95, self.sampler_gap_p95, self.sampler_gap_max = Quantile(0.95), Quantile(0.95), MaxMetric()
         self.val_success, self.val_reward, self.val_turns, self.val_tokens = (MeanMetric() for _ in range(4))
 
@@ -265,7 +266,7 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
         teacher = None
         if self.teacher is not None:
             teacher = self.teacher.score(self.policy, batch, batch.action_mask, policy.top_ids)
-        frozen = policy.logprobs.detach(), teacher, self.credit(Evidence.of(batch, policy, teacher))
+        frozen = policy.logprobs.detach(), teacher, self.credit(Evidence.of(batch, policy, teacher, self.noise))
         self._frozen[key] = frozen
         return frozen
 
