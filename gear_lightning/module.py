@@ -113,7 +113,7 @@ class GearModule(Float32Buffers, ModuleState):
     def chat_format(self) -> Chat:
         """Tokenizer and chat template of the policy."""
         if self._chat is None:
-            self._chat = Chat(self.source.tokenizer(), self.chat_options)
+            self._chat = Chat(self.source.tokenizer(), self.chat_options, self.source.stop_ids())
         return self._chat
 
     @property
