@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import Strategy
 
 from .errors import UserError
 from .files import replace_file
+from .step_guard import all_finite
 from .together import together
 
 FORMAT = 1
@@ -53,6 +54,19 @@ def manifest_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def non_finite(checkpoint: dict[str, Any]) -> str | None:
+    """Which of the tensors that a run goes on with holds a number that is not finite; None where none does."""
+
+    def search(value: Any, name: str) -> str | None:
+        if isinstance(value, torch.Tensor):
+            return None if all_finite([value]) else name
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        return next((found for key, part in items if (found := search(part, f"{name}.{key}")) is not None), None)
+
+    parts = {name: checkpoint.get(name) for name in ("state_dict", "teacher_shadow", "optimizer_states")}
+    return next((found for name, part in parts.items() if (found := search(part, name)) is not None), None)
+
+
 class UnwrittenCheckpoint(UserError):
     """A checkpoint that could not be written. Raised on rank 0 alone, which alone writes: see `failing_together`."""
 
@@ -61,10 +75,17 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint, then its manifest.
 
     Raises:
-        UnwrittenCheckpoint: it cannot be written; nothing of it is left behind, and the others are untouched, one of
-            the same name included.
+        UnwrittenCheckpoint: it cannot be written, or holds numbers that are not finite; nothing of it is left behind,
+            and the others are untouched, one of the same name included.
     """
     from . import __version__
+
+    if (name := non_finite(checkpoint)) is not None:
+        raise UnwrittenCheckpoint(
+            f"the checkpoint {path} is not written: {name} holds numbers that are not finite after "
+            f"{checkpoint.get('global_step', 0)} optimizer steps{_to_go_on_from(path.parent)}. Lower the learning "
+            "rate, clip gradients (trainer.gradient_clip_val) or use a wider trainer.precision"
+        )
 
     hashing: list[_Hashing] = []
 
@@ -79,6 +100,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
             "iteration": checkpoint.get("epoch", 0),
             "time": time.time(),
             "gear_lightning": __version__,
+            "finite": True,
             "world_size": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
         }
         manifest.write(json.dumps(told, indent=1).encode() + b"\n")
@@ -97,9 +119,14 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
             raise
         reason = cause.strerror or str(cause)
         after = f" after {_in_words(hashing[0].size)}" if hashing else ""
-        whole = next((known.name for known, _ in known_checkpoints(path.parent) if damage(known) is None), None)
-        kept = f"; {whole} is there to go on from" if whole else ""
+        kept = _to_go_on_from(path.parent)
         raise UnwrittenCheckpoint(f"the checkpoint {path} cannot be written: {reason}{after}{kept}") from error
+
+
+def _to_go_on_from(folder: Path) -> str:
+    """The newest checkpoint of a folder that a run can resume from, as the end of a sentence."""
+    whole = next((known.name for known, _ in known_checkpoints(folder) if unusable(known) is None), None)
+    return f"; {whole} is there to go on from" if whole else ""
 
 
 def _check_room(path: Path) -> None:
@@ -159,6 +186,25 @@ def damage(path: Path) -> str | None:
     return None if content.hexdigest() == manifest["sha256"] else "its content has changed since it was written"
 
 
+def poison(path: Path) -> str | None:
+    """Which numbers of a checkpoint are not finite; None where all are. Reads the file only where its manifest, of an
+    earlier version, does not say so."""
+    manifest = _manifest(path.resolve())
+    if isinstance(manifest, dict) and manifest.get("finite"):
+        return None
+    try:
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception:  # whoever loads it reports this
+        return None
+    name = non_finite(found) if isinstance(found, dict) else None
+    return None if name is None else f"{name} holds numbers that are not finite"
+
+
+def unusable(path: Path) -> str | None:
+    """Why a run cannot resume from a checkpoint: `damage`, else `poison`; None where it can."""
+    return damage(path) or poison(path)
+
+
 def _manifest(path: Path) -> dict[str, Any] | str:
     """The manifest of a checkpoint, or what is wrong with it."""
     place = manifest_path(path)
@@ -182,14 +228,14 @@ def known_checkpoints(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The checkpoint that has come farthest and is complete, None where there is none.
+    """The checkpoint that has come farthest, is complete and holds finite numbers; None where there is none.
 
     Others that would have gone before it are named on stderr, with what is wrong, and left where they are.
     """
     known = known_checkpoints(folder)
     chosen, bad = None, {}
     for path, _ in known:
-        if (wrong := damage(path)) is None:
+        if (wrong := unusable(path)) is None:
             chosen = path
             break
         bad[path] = wrong
@@ -234,7 +280,7 @@ def check_whole(path: Path) -> None:
     """Look at a checkpoint that was asked for by name; one without a manifest is taken, with a word.
 
     Raises:
-        UserError: no such file, or it differs from its manifest; says how.
+        UserError: no such file, it differs from its manifest, or it holds numbers that are not finite; says how.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
@@ -242,6 +288,8 @@ def check_whole(path: Path) -> None:
         print(f"{path} has no manifest ({path.name}.json): whether it is whole is not known", file=sys.stderr)
     elif (wrong := damage(path)) is not None:
         raise UserError(f"{path} is damaged: {wrong}")
+    if (wrong := poison(path)) is not None:
+        raise UserError(f"{path} is not used: {wrong}; give an earlier checkpoint")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

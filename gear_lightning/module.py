@@ -23,7 +23,7 @@ from .loss import ClippedSurrogate, LossTerms, PolicyLoss
 from .metrics import Quantile
 from .models import Float32Buffers, PolicySource, checkpoint_activations, without_dropout
 from .module_state import ModuleState
-from .sharding import full
+from .step_guard import StepGuard
 from .strategies import place
 from .teacher import Teacher, TeacherOptions, privileged_prompt
 from .token_stats import check_head, token_stats
@@ -34,7 +34,7 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
 
 
-class GearModule(Float32Buffers, ModuleState):
+class GearModule(Float32Buffers, StepGuard, ModuleState):
     """Trains a policy on rollouts, with credit assigned token by token.
 
     Args:
@@ -274,21 +274,16 @@ class GearModule(Float32Buffers, ModuleState):
 
     def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(epoch, batch_idx, *args, **kwargs)
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
-            return  # DeepSpeed counts micro-batches itself, and Lightning calls this for every one
-        # here and not in on_train_batch_end: callbacks that save a checkpoint run before the module's own hook
-        if self.teacher is not None:
+        if not self.steps_after(batch_idx):
+            return
+        skipped = float(self.step_skipped)
+        self.log("train/skipped_steps", skipped, on_step=False, on_epoch=True, reduce_fx="sum", batch_size=1)
+        if not skipped:
+            self._log("train/grad_norm", torch.tensor(self.gradient_norm, device=self.device), 1)
+        # here and not in on_train_batch_end: callbacks that save a checkpoint run before the module's own hook. An
+        # average over several steps is due even if the last of them was not taken
+        if self.teacher is not None and (self.step_taken or self.teacher_options.every > 1):
             self.teacher.update(self.policy, self.global_step + 1)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        if grads:  # DeepSpeed keeps them to itself
-            self._log("train/grad_norm", full(torch.nn.utils.get_total_norm(grads)), 1)
-
-    def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
-        engine: Any = self.trainer.strategy.model
-        if hasattr(engine, "get_global_grad_norm") and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self._log("train/grad_norm", torch.as_tensor(engine.get_global_grad_norm(), device=self.device), 1)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 

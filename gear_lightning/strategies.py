@@ -415,6 +415,7 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
             lr_scheduler=lr_scheduler,
             dist_init_required=False,
         )
+        zero_state.keep_idle_steps_idle(wrapped)
         return engine, wrapped
 
     @property

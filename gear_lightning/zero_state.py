@@ -128,6 +128,21 @@ def load_whole_state(optimizer: Any, parameters: list[Any], saved: Mapping[str, 
             mine[name] = as_kept(optimizer.optimizer, flat, name, mine[name])
 
 
+def keep_idle_steps_idle(optimizer: Any) -> None:
+    """Make a ZeRO optimizer leave weights and states as they are where the whole gradient is 0.
+
+    It leaves them itself where the gradient is not finite. It has no hook between its norm and its step, so the step of
+    each flat group is wrapped.
+    """
+    step = optimizer._optimizer_step
+
+    def step_on_a_gradient(group: int) -> None:
+        if float(optimizer._global_grad_norm) > 0:
+            step(group)
+
+    optimizer._optimizer_step = step_on_a_gradient
+
+
 def piece_bytes(optimizer: Any) -> int:
     """Bytes of the flat pieces that a ZeRO optimizer holds on this rank; 0 for any other optimizer."""
     optimizer = getattr(optimizer, "_optimizer", optimizer)
