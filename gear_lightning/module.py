@@ -98,6 +98,8 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
         self._blank: list[Any] = [None]  # see `blank`; in a list, for it is no part of this module
         self.teacher: Teacher | None = None
         self._chat: Chat | None = None
+        self._shipped: dict[str, bytes] = {}  # files of the published model, and its hub id
+        self._base_model: str | None = None
         self._frozen: dict[tuple[int, ...], tuple[Tensor, TokenStats | None, Credit]] = {}
         self.divergence_p95, self.sampler_gap_p95, self.sampler_gap_max = Quantile(0.95), Quantile(0.95), MaxMetric()
         self.val_success, self.val_reward, self.val_turns, self.val_tokens = (MeanMetric() for _ in range(4))
@@ -114,6 +116,7 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
         """Tokenizer and chat template of the policy."""
         if self._chat is None:
             self._chat = Chat(self.source.tokenizer(), self.chat_options, self.source.stop_ids())
+            self.take_origin()
         return self._chat
 
     @property

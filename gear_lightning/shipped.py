@@ -42,16 +42,24 @@ def shipped_files(where: str) -> dict[str, bytes]:
     for name in KEPT:
         path = Path(where) / name if Path(where).is_dir() else _of_hub(where, name)
         try:
-            if path is not None and path.is_file() and path.stat().st_size <= LARGEST:
+            if path is not None and path.is_file() and _inside(path) and 0 < path.stat().st_size <= LARGEST:
                 found[name] = path.read_bytes()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     return found
 
 
+def _inside(path: Path) -> bool:
+    """Whether a file is in its folder: a link in a model from elsewhere must not publish a file of this machine. The
+    hub's cache links from its snapshots to its blobs."""
+    folder = path.parent.resolve()
+    allowed = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+    return path.resolve().is_relative_to(folder) or path.resolve().is_relative_to(allowed)
+
+
 def _of_hub(model: str, name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         fetch = name in (CONFIG, GENERATION)
@@ -174,7 +182,11 @@ def file_name(name: Any) -> str:
     Raises:
         ValueError: it is none of these.
     """
-    plain = isinstance(name, str) and any(re.fullmatch(p, name) for p in (_PLAIN, _CHAT_TEMPLATES, _TERMS))
-    if not plain or name.startswith("adapter_"):
+    plain = (
+        isinstance(name, str)
+        and len(name) < 200
+        and any(re.fullmatch(p, name) for p in (_PLAIN, _CHAT_TEMPLATES, _TERMS))
+    )
+    if not plain or name.startswith("adapter_") or name.endswith(".index.json"):
         raise ValueError(f"it holds a file {name!r}, which is no part of a tokenizer or a configuration")
     return name

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from .chat import Chat, ChatOptions
+from .chat import Chat, ChatOptions, ignored_stops
 from .credit_trace import visible
 from .environments.base import Message, tool_call, tool_result
 from .environments.calculator import CALCULATOR
