@@ -104,6 +104,8 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
         self._blank: list[Any] = [None]  # see `blank`; in a list, for it is no part of this module
         self.teacher: Teacher | None = None
         self._chat: Chat | None = None
+        self._shipped: dict[str, bytes] = {}  # files of the published model, and its hub id
+        self._base_model: str | None = None
         self._frozen: dict[tuple[int, ...], tuple[Tensor, TokenStats | None, Credit]] = {}
         self.noise = RoundingNoise()  # for the credit rule; the callback NoiseFloor measures it before the first step
         self.divergence_p95, self.sampler_gap_p95, self.sampler_gap_max = Quantile(0.95), Quantile(0.95), MaxMetric()
@@ -120,7 +122,8 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
     def chat_format(self) -> Chat:
         """Tokenizer and chat template of the policy."""
         if self._chat is None:
-            self._chat = Chat(self.source.tokenizer(), self.chat_options)
+            self._chat = Chat(self.source.tokenizer(), self.chat_options, self.source.stop_ids())
+            self.take_origin()
         return self._chat
 
     @property
