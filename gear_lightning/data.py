@@ -18,7 +18,7 @@ from .errors import Stopped, UserError
 from .packing import balanced_split
 from .resume import random_state, restore_random_state
 from .rollout import Rollout, RolloutGroup
-from .together import check_same, gather
+from .together import check_same, gather_on_first
 
 ZeroSpread = Literal["keep", "drop", "resample"]
 
@@ -257,6 +257,7 @@ class RolloutDataModule(L.LightningDataModule):
                 step_rollouts=rollouts,
                 temperature=self.generator.temperature,
                 inner_epoch=inner,
+                inner_epochs=self.inner_epochs,
             )
             if self.position < len(plan) and self.stop():
                 raise Stopped
@@ -365,6 +366,12 @@ class RolloutDataModule(L.LightningDataModule):
         return 0 if over else self.position % self.micro_batches
 
     @property
+    def done(self) -> int:
+        """Micro-batches of an iteration that is not over which a resume does not do again; 0 between iterations."""
+        over = self.position >= self.micro_batches * self.inner_epochs
+        return 0 if over else self.position - self.unfinished
+
+    @property
     def in_rollouts(self) -> bool:
         """Whether an iteration has begun whose rollouts are not all there."""
         return self._before_rollouts is not None
@@ -372,12 +379,13 @@ class RolloutDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         mine: dict[str, Any] = {"random": self._before_rollouts or random_state(), "position": 0, "groups": None}
         if 0 < self.position < self.micro_batches * self.inner_epochs:
-            mine["position"] = self.position - self.unfinished
+            mine["position"] = self.done
             mine["groups"] = [
                 {"group_id": group.group_id, "rollouts": [r.state_dict() for r in group.rollouts]}
                 for group in self.groups
             ]
-        return {"cursor": self.cursor, "ranks": gather(mine), "evaluation_due": self.evaluation_due}
+        # on rank 0, which writes them
+        return {"cursor": self.cursor, "ranks": gather_on_first(mine), "evaluation_due": self.evaluation_due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.cursor = state_dict["cursor"]

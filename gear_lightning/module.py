@@ -18,6 +18,7 @@ from .credit import GEAR, CreditAssigner, Evidence, RoundingNoise, Uniform
 from .distillation import Distillation
 from .environments.base import Message, Task
 from .errors import UserError, require_extra
+from .frozen import Kept, Scored, keep, recall
 from .head import HeadPrecision, head_in_float32, use_float32_head
 from .lora import LoRA, add_teacher
 from .loss import ClippedSurrogate, LossTerms, PolicyLoss
@@ -106,7 +107,7 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
         self._chat: Chat | None = None
         self._shipped: dict[str, bytes] = {}  # files of the published model, and its hub id
         self._base_model: str | None = None
-        self._frozen: dict[tuple[int, ...], tuple[Tensor, TokenStats | None, Credit]] = {}
+        self._frozen: dict[tuple[int, ...], Kept] = {}  # of this iteration, where later inner epochs use it
         self.noise = RoundingNoise()  # for the credit rule; the callback NoiseFloor measures it before the first step
         self.divergence_p95, self.sampler_gap_p95, self.sampler_gap_max = Quantile(0.95), Quantile(0.95), MaxMetric()
         self.val_success, self.val_reward, self.val_turns, self.val_tokens = (MeanMetric() for _ in range(4))
@@ -204,8 +205,9 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
         self._check_version(batch)
-        policy = self._policy_stats(batch)
-        old_logprobs, teacher, credit = self._freeze(batch, policy)
+        frozen = recall(self._frozen[_key(batch)], batch.action_mask) if batch.inner_epoch else None
+        policy = self._policy_stats(batch, frozen)
+        old_logprobs, teacher, credit = frozen or self._freeze(batch, policy)
         terms = distilled = None
         if self.objective is not None:
             terms = self.objective(
@@ -236,17 +238,17 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
         loss = share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
         return {"loss": loss, "credit": credit, "policy": policy, "teacher": teacher}
 
-    def _policy_stats(self, batch: RolloutBatch) -> TokenStats:
+    def _policy_stats(self, batch: RolloutBatch, frozen: Scored | None) -> TokenStats:
         """What the policy says now. Later inner epochs look at the tokens that the frozen teacher was asked about."""
         distilled = 0 if self.distillation is None else self.distillation.top_k
-        teacher = self._frozen[tuple(batch.index.tolist())][1] if batch.inner_epoch and distilled else None
+        teacher = None if frozen is None else frozen[1]
         return token_stats(
             self.policy,
             batch.tokens,
             batch.valid,
             batch.action_mask,
             temperature=batch.temperature,
-            top_k=max(self.credit.top_k, distilled),
+            top_k=max(self.credit.top_k, distilled) if frozen is None else 0,
             top_ids=None if teacher is None else teacher.top_ids,
             top_grad=distilled > 0,
         )
@@ -261,20 +263,16 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
             )
 
     @torch.no_grad()
-    def _freeze(self, batch: RolloutBatch, policy: TokenStats) -> tuple[Tensor, TokenStats | None, Credit]:
-        """Old log-probs, teacher stats and credit: fixed when a rollout is first scored, reused by later epochs."""
-        key = tuple(batch.index.tolist())
-        if batch.inner_epoch:
-            return self._frozen[key]
+    def _freeze(self, batch: RolloutBatch, policy: TokenStats) -> Scored:
+        """Old log-probs, teacher stats and credit: fixed when a rollout is first scored, and kept for later epochs."""
         teacher = None
         if self.teacher is not None:
             teacher = self.teacher.score(self.policy, batch, batch.action_mask, policy.top_ids)
         frozen = policy.logprobs.detach(), teacher, self.credit(Evidence.of(batch, policy, teacher, self.noise))
-        self._frozen[key] = frozen
+        if batch.inner_epochs > 1:
+            asked = None if self.distillation is None else self.distillation.top_k
+            self._frozen[_key(batch)] = keep(frozen, batch.action_mask, asked)
         return frozen
-
-    def on_train_epoch_start(self) -> None:
-        self._frozen.clear()
 
     def _log_position(self) -> None:
         """Put metrics at the number of optimizer steps taken, so that 0 is the policy before its first update."""
@@ -283,6 +281,7 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
 
     def on_train_epoch_end(self) -> None:
         self._log_position()
+        self._frozen.clear()
         for parameter in self.policy.parameters():  # room for the next rollouts
             parameter.grad = None
 
@@ -390,3 +389,8 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
         # Lightning averages the weights over the ranks as integers, rounded down: make the average one
         weight *= self.trainer.world_size
         self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
+
+
+def _key(batch: RolloutBatch) -> tuple[int, ...]:
+    """What tells a micro-batch from the others of its iteration, in every inner epoch."""
+    return tuple(batch.index.tolist())

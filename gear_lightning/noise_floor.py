@@ -287,7 +287,6 @@ class MeasureNoise(L.Callback):
         self.result = {
             "format": FORMAT,
             **conditions(trainer, pl_module),
-            **conditions(trainer, rule),
             "weights_dtype": str(next(pl_module.policy.parameters()).dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "versions": versions(),
