@@ -141,6 +141,7 @@ def rollout_json(trainer: L.Trainer, rollout: Rollout, group_id: int, number: in
         "success": rollout.success,
         "status": rollout.status,
         "error": rollout.error,
+        "side_error": rollout.side_error,
         "retries": rollout.retries,
         "turns": rollout.turns,
         "turn_rewards": rollout.turn_rewards,

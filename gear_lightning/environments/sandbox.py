@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from . import confine
-from .base import Environment, EnvironmentFailure, FloodError, Message, RewardError, Step, Task, TransientError
+from .base import Environment, EnvironmentFailure, FloodError, Message, RewardError, Task, TransientError
+from .checks import CheckedStep
 from .served import LARGEST, receive, send
 
 Network = Literal["none", "allow"]
@@ -114,8 +115,8 @@ class Isolated(Environment):
         self._line = self._server().open()
         return self._ask("reset", task, seed)["messages"]
 
-    def step(self, message: Message) -> Step:
-        return Step(**self._ask("step", message))
+    def step(self, message: Message) -> CheckedStep:
+        return CheckedStep(**self._ask("step", message))
 
     def close(self) -> None:
         line, self._line = self._line, None
