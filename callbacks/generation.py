@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from gear_lightning.data import RolloutDataModule, RolloutGenerator
 from gear_lightning.engines import CachedEngine, GenerationEngine, Sampling
 from gear_lightning.environments.base import Environment, Task
+from gear_lightning.environments.checks import refuse_async_methods
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.errors import UserError
 from gear_lightning.module import GearModule
@@ -180,7 +181,9 @@ class GenerationCallback(L.Callback, RolloutGenerator):
 
     def _new_environment(self) -> Environment:
         try:
-            return self.environment()
+            environment = self.environment()
+            refuse_async_methods(environment)
+            return environment
         except (UserError, KeyboardInterrupt):
             raise
         except BaseException as error:  # its constructor may raise anything, SystemExit included

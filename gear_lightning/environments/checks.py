@@ -1,5 +1,6 @@
 """Looks at what environments answer, so that nonsense costs one rollout and is told where it arose."""
 
+import functools
 import inspect
 import json
 from dataclasses import dataclass
@@ -7,11 +8,47 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..errors import UserError
 from .base import EnvironmentFailure, FloodError, Message, RewardError, Step
 
 MAX_REWARD = 1e15  # its square, in a variance, must fit into float32
 MAX_PARTS = 10_000  # bytes of the names of a reward's parts
 MAX_ERROR = 2000  # characters of an error's text that are kept
+
+
+def refuse_async(function: Any, what: str) -> None:
+    """Refuse a function whose result is not what it returns: nothing here awaits or iterates over it.
+
+    Args:
+        function: a function, a method, a partial of one, or an object with ``__call__``.
+        what: what it is for, for the error.
+
+    Raises:
+        UserError: it is ``async``, or yields.
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    call = function if inspect.isroutine(function) else type(function).__call__
+    if inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call):
+        raise UserError(
+            f"{what} is async, and nothing awaits it: make it a plain function (asyncio.run in it runs async code)"
+        )
+    if inspect.isgeneratorfunction(call):
+        raise UserError(f"{what} yields, and nothing iterates over it: make it return its result")
+
+
+def refuse_async_methods(environment: Any) -> None:
+    """Refuse an environment with a method that is ``async`` or yields.
+
+    Raises:
+        UserError: names the method.
+    """
+    if inspect.iscoroutine(environment):
+        environment.close()
+        raise UserError("generation.environment is an async function; give a class, or a plain function that makes one")
+    for name in ("check", "reset", "step", "close", "call"):
+        if (method := getattr(environment, name, None)) is not None:
+            refuse_async(method, f"{type(environment).__name__}.{name}")
 
 
 def checked_messages(messages: Any, what: str, room: int) -> list[Message]:

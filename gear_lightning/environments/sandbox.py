@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ..errors import UserError
 from . import confine
 from .base import Environment, EnvironmentFailure, FloodError, Message, RewardError, Task, TransientError
-from .checks import CheckedStep
+from .checks import CheckedStep, refuse_async_methods
 from .served import LARGEST, receive, send
 
 Network = Literal["none", "allow"]
@@ -102,6 +102,7 @@ class Isolated(Environment):
             raise
         except Exception as error:
             raise UserError(f"Isolated's environment cannot be made: {type(error).__name__}: {error}") from error
+        refuse_async_methods(inner)
         inner.check(task)
         self.tells_decisions = inner.tells_decisions
         try:
