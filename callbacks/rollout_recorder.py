@@ -150,6 +150,7 @@ def rollout_json(
         "success": rollout.success,
         "status": rollout.status,
         "error": rollout.error,
+        "side_error": rollout.side_error,
         "retries": rollout.retries,
         "turns": rollout.turns,
         "turn_rewards": rollout.turn_rewards,
