@@ -155,8 +155,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         if found is not None and not self._warned:
             self._warned = True
             warnings.warn(
-                f"task {found.task.id}: the environment failed beside the outcome of a rollout ({found.side_error}). The "
-                "rollout keeps its reward; rollouts/side_errors counts such rollouts, and this is said once.",
+                f"task {found.task.id}: the environment failed beside the outcome of a rollout ({found.side_error}). "
+                "The rollout keeps its reward; rollouts/side_errors counts such rollouts, and this is said once.",
                 stacklevel=2,
             )
 
