@@ -14,7 +14,7 @@ from torchmetrics import MaxMetric, MeanMetric
 
 from .batch import Credit, RolloutBatch, TokenStats
 from .chat import Chat, ChatOptions
-from .credit import GEAR, CreditAssigner, Evidence, Uniform
+from .credit import GEAR, CreditAssigner, Evidence, RoundingNoise, Uniform
 from .distillation import Distillation
 from .environments.base import Message, Task
 from .errors import UserError, require_extra
@@ -105,7 +105,10 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
         self._blank: list[Any] = [None]  # see `blank`; in a list, for it is no part of this module
         self.teacher: Teacher | None = None
         self._chat: Chat | None = None
+        self._shipped: dict[str, bytes] = {}  # files of the published model, and its hub id
+        self._base_model: str | None = None
         self._frozen: dict[tuple[int, ...], Kept] = {}  # of this iteration, where later inner epochs use it
+        self.noise = RoundingNoise()  # for the credit rule; the callback NoiseFloor measures it before the first step
         self.divergence_p95, self.sampler_gap_p95, self.sampler_gap_max = Quantile(0.95), Quantile(0.95), MaxMetric()
         self.val_success, self.val_reward, self.val_turns, self.val_tokens = (MeanMetric() for _ in range(4))
 
@@ -120,7 +123,8 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
     def chat_format(self) -> Chat:
         """Tokenizer and chat template of the policy."""
         if self._chat is None:
-            self._chat = Chat(self.source.tokenizer(), self.chat_options)
+            self._chat = Chat(self.source.tokenizer(), self.chat_options, self.source.stop_ids())
+            self.take_origin()
         return self._chat
 
     @property
@@ -264,7 +268,7 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
         teacher = None
         if self.teacher is not None:
             teacher = self.teacher.score(self.policy, batch, batch.action_mask, policy.top_ids)
-        frozen = policy.logprobs.detach(), teacher, self.credit(Evidence.of(batch, policy, teacher))
+        frozen = policy.logprobs.detach(), teacher, self.credit(Evidence.of(batch, policy, teacher, self.noise))
         if batch.inner_epochs > 1:
             asked = None if self.distillation is None else self.distillation.top_k
             self._frozen[_key(batch)] = keep(frozen, batch.action_mask, asked)

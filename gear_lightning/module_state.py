@@ -1,6 +1,8 @@
 """What a checkpoint of the module holds beside its weights, and how a run takes it up."""
 
 import hashlib
+import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,12 @@ from torch import Tensor
 from .errors import UserError
 from .frozen import Kept
 from .lora import LoRA, without_teacher
+from .models import PolicySource
 from .optimizers import plain_states, states_from_plain
+from .provenance import code_version
 from .resume import rewind, undo_iteration_start
 from .sharding import shape
+from .shipped import CONFIG, policy_files
 from .teacher import Teacher, TeacherOptions
 from .together import gather_on_first
 
@@ -23,12 +28,15 @@ from .together import gather_on_first
 class ModuleState(L.LightningModule):
     """The part of `gear_lightning.module.GearModule` that saves and loads."""
 
+    source: PolicySource
     policy: Any
     teacher: Teacher | None
     teacher_options: TeacherOptions
     optimizer: Any
     lora: LoRA | None
     base: str | None
+    _shipped: dict[str, bytes]
+    _base_model: str | None
     _frozen: dict[tuple[int, ...], Kept]
 
     @property
@@ -43,6 +51,7 @@ class ModuleState(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["policy_files"] = self.policy_files()
+        checkpoint["made_by"] = {**code_version(), "base_model": self._base_model}
         checkpoint["identity"] = self._identity()
         checkpoint["lora"] = None if self.lora is None else {"options": self.lora.plain(), "base": self.base}
         writes = self.trainer.is_global_zero
@@ -67,12 +76,21 @@ class ModuleState(L.LightningModule):
             File name -> bytes, as uint8.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.policy.config.save_pretrained(folder)
-            if getattr(self.policy, "generation_config", None) is not None:
-                self.policy.generation_config.save_pretrained(folder)
             self.chat_format.tokenizer.save_pretrained(folder)
-            files = sorted(p for p in Path(folder).iterdir() if p.is_file())
-            return {p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8) for p in files}
+            files = [p for p in Path(folder).rglob("*") if p.is_file()]  # several chat templates lie in a folder
+            made = {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+        # neither is written by its own `save_pretrained`, which refuses what it has loaded (see `shipped`)
+        made[CONFIG] = self.policy.config.to_json_string().encode()
+        generation = getattr(self.policy, "generation_config", None)
+        own = {} if generation is None else json.loads(generation.to_json_string(keys_to_pop=["compile_config"]))
+        files = policy_files(made, self._shipped, own, self.chat_format.stop_ids)
+        return {n: torch.frombuffer(bytearray(files[n]), dtype=torch.uint8) for n in sorted(files) if files[n]}
+
+    def take_origin(self) -> None:
+        """Note what is known of the published model now: its files may be gone when a checkpoint is written."""
+        self._shipped = self.source.shipped()
+        published = self.source.published()
+        self._base_model = None if published is None or os.path.isabs(published) else published
 
     def _identity(self) -> dict[str, str]:
         """What a checkpoint's tensors fit to."""
