@@ -5,6 +5,7 @@ its part lies in it. Stage 3 holds every parameter's part at an offset of a flat
 interface for writing state before the first step.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -72,7 +73,7 @@ def whole_state(optimizer: Any, parameters: list[Any], keep: Callable[[Tensor], 
             state[i][name] = keep(_whole(optimizer, parameter, name, floats))
     groups = []
     for group, members in zip(optimizer.optimizer.param_groups, _members(optimizer, parameters), strict=True):
-        groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": members})
+        groups.append({**{k: copy.deepcopy(v) for k, v in group.items() if k != "params"}, "params": members})
     return {"state": {i: s for i, s in state.items() if s}, "param_groups": groups}
 
 
