@@ -1,4 +1,4 @@
-"""``export --push``: one line for whatever is missing, nothing half-done on either side, one commit where all is well."""
+"""``export --push``: one line for whatever is missing, nothing half-done on either side, else one commit."""
 
 import base64
 import json
