@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from .batch import Credit, TokenStats
 from .errors import UserError
+from .frozen import Kept
 from .lora import LoRA, without_teacher
 from .models import PolicySource
 from .optimizers import plain_states, states_from_plain
@@ -22,7 +22,7 @@ from .resume import rewind, undo_iteration_start
 from .sharding import shape
 from .shipped import CONFIG, policy_files
 from .teacher import Teacher, TeacherOptions
-from .together import gather
+from .together import gather_on_first
 
 
 class ModuleState(L.LightningModule):
@@ -37,7 +37,7 @@ class ModuleState(L.LightningModule):
     base: str | None
     _shipped: dict[str, bytes]
     _base_model: str | None
-    _frozen: dict[tuple[int, ...], tuple[Tensor, TokenStats | None, Credit]]
+    _frozen: dict[tuple[int, ...], Kept]
 
     @property
     def chat_format(self) -> Any:
@@ -54,7 +54,8 @@ class ModuleState(L.LightningModule):
         checkpoint["made_by"] = {**code_version(), "base_model": self._base_model}
         checkpoint["identity"] = self._identity()
         checkpoint["lora"] = None if self.lora is None else {"options": self.lora.plain(), "base": self.base}
-        if self.teacher is not None and (shadow := self.teacher.shadow_state(self.policy)):
+        writes = self.trainer.is_global_zero
+        if self.teacher is not None and (shadow := self.teacher.shadow_state(self.policy, keep=writes)):
             checkpoint["teacher_shadow"] = shadow
         if "optimizer_states" in checkpoint:  # not in one of weights alone
             checkpoint["optimizer_states"] = plain_states(checkpoint["optimizer_states"])
@@ -65,8 +66,8 @@ class ModuleState(L.LightningModule):
             rewind(checkpoint, data.unfinished)
         if data.in_rollouts or (data.unfinished and data.unfinished == data.position):
             undo_iteration_start(checkpoint)
-        if data.inner_epochs > 1 and data.position:
-            checkpoint["frozen"] = gather([_plain(key, *values) for key, values in self._frozen.items()])
+        if data.inner_epochs > 1 and data.done:
+            checkpoint["frozen"] = gather_on_first([{"key": list(key), **kept} for key, kept in self._frozen.items()])
 
     def policy_files(self) -> dict[str, Tensor]:
         """The policy's configuration, tokenizer and chat template as files: all that export needs beside the weights.
@@ -132,21 +133,5 @@ class ModuleState(L.LightningModule):
             self.teacher.load_shadow(self.policy, checkpoint.get("teacher_shadow", []))
         ranks = checkpoint.get("frozen", [])
         if len(ranks) == self.trainer.world_size:
-            self._frozen = {
-                tuple(item["key"]): (
-                    item["old_logprobs"],
-                    None if item["teacher"] is None else TokenStats(**item["teacher"]),
-                    Credit(**item["credit"]),
-                )
-                for item in ranks[self.trainer.global_rank]
-            }
-
-
-def _plain(key: tuple[int, ...], old_logprobs: Tensor, teacher: TokenStats | None, credit: Credit) -> dict[str, Any]:
-    """Frozen evidence of one micro-batch as plain data."""
-    return {
-        "key": list(key),
-        "old_logprobs": old_logprobs,
-        "teacher": None if teacher is None else dict(vars(teacher)),
-        "credit": dict(vars(credit)),
-    }
+            mine = [dict(item) for item in ranks[self.trainer.global_rank]]
+            self._frozen = {tuple(item.pop("key")): item for item in mine}
