@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .optimizers import as_kept, in_floats
 from .sharding import is_zero3, shape
@@ -126,6 +127,21 @@ def load_whole_state(optimizer: Any, parameters: list[Any], saved: Mapping[str, 
         mine = state[flat]
         for name in [k for k, v in mine.items() if isinstance(v, Tensor) and v.shape == flat.shape]:
             mine[name] = as_kept(optimizer.optimizer, flat, name, mine[name])
+
+
+def whole_gradient(parameter: Any) -> Tensor | None:
+    """The whole gradient of a parameter under any strategy, between the backward pass and the optimizer's step: the
+    sum over all ranks and micro-batches, before clipping. All ranks must call it.
+
+    Returns:
+        None where the parameter has no gradient.
+    """
+    if is_zero3(parameter) or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+    gradient = parameter.grad
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
 def piece_bytes(optimizer: Any) -> int:
