@@ -168,7 +168,8 @@ def _report(results: dict[str, Comparison | str], reference: str, tolerance: Tol
         if result.faults:
             print(f"\n{name}: {result.faults[0]}. Rounding does not explain this.")
         elif result.parted:
-            print(f"\n{name}: compared for {result.iterations} iterations; then {result.parted}. Rounding explains this.")
+            told = f"compared for {result.iterations} iterations; then {result.parted}"
+            print(f"\n{name}: {told}. Rounding explains this.")
     if any(result.verdict == "NOT COMPARED" for result in done.values()):
         print(f"\n{_uncompared(precision)}")
     if len(done) < len(results) or any(result.faults for result in done.values()):

@@ -174,8 +174,17 @@ def _same_length(mine: dict[str, Tensor], other: dict[str, Tensor]) -> int | Non
 
 def _share(name: str, ours: Rollouts, theirs: Rollouts, same: dict[Key, int | None], tolerance: Tolerance) -> float:
     """Mean difference over an iteration's sampled tokens, until rollouts part, as a share of the mean size."""
-    gap = size = 0.0
-    count = 0
+    gap, size, count = _sums(name, ours, theirs, same)
+    room = count * tolerance.nats if name in IN_NATS else 0.0
+    if name == "divergence":  # a difference of two models' log-probs
+        room = max(room, 2 * _sums("policy_logprobs", ours, theirs, same)[0])
+    size += room / tolerance.share
+    return gap / size if size else gap
+
+
+def _sums(name: str, ours: Rollouts, theirs: Rollouts, same: dict[Key, int | None]) -> tuple[float, float, int]:
+    """Of the tokens that `_share` looks at: sum of differences, sum of sizes, and how many."""
+    gap, size, count = 0.0, 0.0, 0
     for key, length in same.items():
         if ours[key] and theirs[key]:
             mask = ours[key]["action_mask"][:length]
@@ -185,9 +194,7 @@ def _share(name: str, ours: Rollouts, theirs: Rollouts, same: dict[Key, int | No
                 size + float(mine.abs().sum()),
                 count + len(mine),
             )
-    if name in IN_NATS:
-        size += count * tolerance.nats / tolerance.share
-    return gap / size if size else gap
+    return gap, size, count
 
 
 def _judge_parting(
@@ -248,7 +255,8 @@ def _judge_credit(found: Comparison, iteration: int, ours: Rollouts, theirs: Rol
     tokens = sum(int(rollout["action_mask"].sum()) for rollout in ours.values() if rollout)
     # an anchor at its threshold: about as often as a token of the relative difference
     if len(off) <= 1 + UNLIKELY * tokens * divergence:
-        found.parted = f"credit differs in {len(off)} of {len(ours)} rollouts, first in {_place(off[0])}, at a threshold"
+        many = f"{len(off)} of {len(ours)} rollouts"
+        found.parted = f"credit differs in {many}, first in {_place(off[0])}, at a threshold"
         return
     found.faults.append(
         f"iteration {iteration + 1}: credit differs in {len(off)} of {len(ours)} rollouts, first in {_place(off[0])}, "

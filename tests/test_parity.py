@@ -22,16 +22,17 @@ from gear_lightning.environments.lookup_chain import LookupChain
 from gear_lightning.errors import UserError
 from gear_lightning.module import GearModule
 from gear_lightning.parity import STRATEGIES, UNCOMPARED, idle_iterations, parity_command
-from gear_lightning.parity_compare import compare
+from gear_lightning.parity_compare import compare, tolerance_of
 
 
-def played(run, environment=None, iterations=1, callbacks=(), make=module, **options):
+def played(run, environment=None, iterations=1, callbacks=(), make=module, precision="32-true", **options):
     fit = trainer(
         run,
         generation(**({"environment": environment} if environment else {})),
         *callbacks,
         StepRecorder(),
         max_epochs=iterations,
+        precision=precision,
     )
     fit.fit(make(), datamodule=data(**options))
     fit.save_checkpoint(run / "checkpoints" / "last.ckpt")
@@ -77,7 +78,7 @@ def reference(tmp_path_factory):
 class Scaled(GearModule):
     """Every gradient is 1 % too large, as where a mean over ranks counts one wrongly."""
 
-    factor, batches = 1.01, (0, 1)
+    factor, batches = 1.01, range(8)
 
     def training_step(self, batch, batch_idx):
         out = super().training_step(batch, batch_idx)
@@ -95,6 +96,15 @@ class FarTeacher(GearModule):
 
     def _freeze(self, batch, policy):
         return super()._freeze(replace(batch, teacher_tokens=batch.teacher_tokens.flip(0)), policy)
+
+
+class BatchCredit(GearModule):
+    """A credit rule that looks at the others of its micro-batch."""
+
+    def _freeze(self, batch, policy):
+        old, teacher, credit = super()._freeze(batch, policy)
+        scale = 1 + torch.arange(len(batch.index))[:, None] / 10
+        return old, teacher, replace(credit, token_advantages=credit.token_advantages * scale)
 
 
 class Half(L.Callback):
@@ -172,6 +182,7 @@ FAULTS = {
     "a teacher that stays": ({"callbacks": [NoUpdate()]}, "does not follow the policy as it does in the reference"),
     "another learning rate": ({"callbacks": [OtherRate()]}, "learning rate 0.001 in the reference and"),
     "other random numbers": ({"callbacks": [OtherDraws()]}, "more often than rounding makes them"),
+    "credit that depends on the batch": ({"make": partial(trained, kind=BatchCredit)}, "credit differs in 6 of 8"),
     "another teacher's view": ({"make": partial(trained, kind=FarTeacher)}, "iteration 1: divergence differs by"),
 }
 
@@ -194,6 +205,59 @@ def test_a_checkpoint_that_holds_other_weights_is_found(reference, tmp_path):
     assert compare(reference, run).faults == [
         "the run's last.ckpt holds another policy.model.layers.0.mlp.up_proj.weight than the run had"
     ]
+
+
+class OneDraw(L.Callback):
+    """In one iteration, one rollout is drawn with another number: a token on the edge of two."""
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def on_train_start(self, trainer, pl_module):
+        generate = trainer.datamodule.generator.generate
+
+        def drawn(jobs, stage):
+            if trainer.current_epoch == self.iteration:
+                jobs = [*jobs[:-1], (jobs[-1][0], (*jobs[-1][1], 1))]
+            return generate(jobs, stage)
+
+        trainer.datamodule.generator.generate = drawn
+
+
+class OneCredit(GearModule):
+    """One rollout's credit differs, as where an anchor lies at its threshold."""
+
+    def _freeze(self, batch, policy):
+        old, teacher, credit = super()._freeze(batch, policy)
+        credit.token_advantages[batch.index == 0] *= 1.5
+        return old, teacher, credit
+
+
+def test_what_rounding_decides_is_compared_until_there(reference, tmp_path):
+    late = compare(reference, played(tmp_path / "late", iterations=2, make=trained, callbacks=[OneDraw(1)]))
+    assert (late.verdict, late.iterations, late.steps, late.faults) == ("equal to 1", 1, 1, [])
+    assert late.parted.startswith("sampled ids differ in 1 of 8 rollouts, first at iteration 2, group ")
+    both = played(tmp_path / "both", iterations=2, make=partial(trained, kind=Scaled), callbacks=[OneDraw(1)])
+    assert "the gradient differs" in compare(reference, both).faults[0], "what was wrong before is found"
+    early = compare(reference, played(tmp_path / "early", make=trained, callbacks=[OneDraw(0)]))
+    assert (early.verdict, early.iterations, early.faults) == ("NOT COMPARED", 0, [])
+    credit = compare(reference, played(tmp_path / "credit", make=partial(trained, kind=OneCredit)))
+    assert (credit.verdict, credit.faults) == ("NOT COMPARED", [])
+    assert (
+        credit.parted == "credit differs in 1 of 8 rollouts, first in iteration 1, group 0, rollout 0, at a threshold"
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_low_precision_rounds_more_and_shows_a_wrong_scale_all_the_same(tmp_path, precision):
+    low = partial(played, make=trained, precision=precision)
+    one, tolerance = low(tmp_path / "one", micro_batch_size=8), tolerance_of(precision)
+    equal = compare(one, low(tmp_path / "split", micro_batch_size=2), tolerance)
+    assert equal.verdict == "equal", equal
+    assert 1e-4 < equal.worst["gradient"] < tolerance.share / 2
+    assert equal.worst["norm"] < tolerance.norm / 2
+    wrong = compare(one, low(tmp_path / "wrong", micro_batch_size=2, make=partial(trained, kind=Scaled)), tolerance)
+    assert "the gradient's norm differs by" in wrong.faults[0]
 
 
 class Rounds(L.Callback):
