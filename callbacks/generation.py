@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,11 +15,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from gear_lightning.data import RolloutDataModule, RolloutGenerator
 from gear_lightning.engines import CachedEngine, GenerationEngine, Sampling
 from gear_lightning.environments.base import Environment, Task
+from gear_lightning.environments.checks import refuse_async_methods
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.errors import UserError
 from gear_lightning.module import GearModule
 from gear_lightning.rewards import OverlongPenalty
-from gear_lightning.rollout import AgentLoop, Budgets, Rollout
+from gear_lightning.rollout import STATUSES, AgentLoop, Budgets, Rollout
 from gear_lightning.sampling_weights import SamplingWeights, WeightsMode
 from gear_lightning.sharding import shape
 from gear_lightning.teacher import privileged_text
@@ -78,7 +80,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self._weights = SamplingWeights(weights)
         self.listeners: list[Callable[[str, int, int, int], None]] = []  # (stage, finished, rollouts, tokens)
         self.stop: Callable[[], bool] = lambda: False  # whether this process's rollouts are to end now
-        self._checked = self._told = False
+        self._checked = self._told = self._warned = False
         self._module: GearModule | None = None
         self._trainer: L.Trainer | None = None
 
@@ -134,6 +136,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 self._checked = True
             started = time.monotonic()
             rollouts, _ = loop.run(model, jobs, policy_version=version, check=check)
+        self._warn_of_side_errors(rollouts)
         if stage == "fit" and self.overlong is not None:
             for rollout in rollouts:
                 _penalise(rollout, self.overlong)
@@ -145,6 +148,17 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 "generation.weights=gather is faster where a whole copy fits."
             )
         return rollouts
+
+    def _warn_of_side_errors(self, rollouts: list[Rollout]) -> None:
+        """Report the first failure of an environment that changed no outcome; ``rollouts/side_errors`` counts them."""
+        found = next((r for r in rollouts if r.side_error is not None), None)
+        if found is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"task {found.task.id}: the environment failed beside the outcome of a rollout ({found.side_error}). "
+                "The rollout keeps its reward; rollouts/side_errors counts such rollouts, and this is said once.",
+                stacklevel=2,
+            )
 
     def _cache_bytes(self, rollouts: int) -> int:
         """Keys and values of so many whole contexts."""
@@ -167,7 +181,9 @@ class GenerationCallback(L.Callback, RolloutGenerator):
 
     def _new_environment(self) -> Environment:
         try:
-            return self.environment()
+            environment = self.environment()
+            refuse_async_methods(environment)
+            return environment
         except (UserError, KeyboardInterrupt):
             raise
         except BaseException as error:  # its constructor may raise anything, SystemExit included
@@ -273,7 +289,10 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         pl_module.log("teacher/overlong", float(stats.overlong), batch_size=1, sync_dist=True, reduce_fx="sum")
         total = sum(stats.statuses.values())
         log("rollouts/retried", stats.retried / max(total, 1), total)
-        for status in STATUSES:
+        log("rollouts/side_errors", stats.side_errors / max(total, 1), total)
+        if data.truncated == "mask":
+            log("rollouts/masked", stats.masked / max(total, 1), total)
+        for status in STATUSES[1:]:  # all but done
             log(f"rollouts/{status}", stats.statuses[status] / max(total, 1), total)
 
 
@@ -285,15 +304,3 @@ def _penalise(rollout: Rollout, overlong: OverlongPenalty) -> None:
     rollout.reward -= penalty
     rollout.turn_rewards[-1] -= penalty
     rollout.reward_parts["overlong"] = 0.0 - penalty  # not -0.0
-
-
-STATUSES = (
-    "truncated",
-    "invalid_tool_call",
-    "empty_response",
-    "prompt_too_long",
-    "environment_error",
-    "environment_timeout",
-    "environment_flood",
-    "invalid_reward",
-)

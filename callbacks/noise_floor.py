@@ -68,7 +68,7 @@ class NoiseFloor(L.Callback):
         rule: Any = pl_module.credit
         if stage != "fit" or not rule.needs_teacher:
             return
-        self._conditions = conditions(trainer, rule)
+        self._conditions = conditions(trainer, pl_module)
         path = Path(trainer.default_root_dir) / FILE if self.file is None else Path(self.file)
         if self.file is None and not path.exists():
             return

@@ -123,9 +123,9 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer's files, each whole or not at all: a full disk leaves those of an earlier start."""
     with tempfile.TemporaryDirectory() as aside:
         tokenizer.save_pretrained(aside)
-        for path in Path(aside).iterdir():
+        for path in (p for p in Path(aside).rglob("*") if p.is_file()):  # several chat templates lie in a folder
             content = path.read_bytes()
-            replace_file(folder / path.name, lambda file, content=content: file.write(content))
+            replace_file(folder / path.relative_to(aside), lambda file, content=content: file.write(content))
 
 
 def rollout_json(
@@ -151,6 +151,7 @@ def rollout_json(
         "success": rollout.success,
         "status": rollout.status,
         "error": rollout.error,
+        "side_error": rollout.side_error,
         "retries": rollout.retries,
         "turns": rollout.turns,
         "turn_rewards": rollout.turn_rewards,

@@ -42,7 +42,7 @@ from .warm_start import WarmStart, run_warm_start
 
 RUN_FILES = (
     "*config.yaml", "*metrics.csv", "tensorboard", "checkpoints", "rollouts", "predictions", "tokenizer",
-    "credit_map.html", "recredit.html", "status.json", "attempts.jsonl", "crash",
+    "steps", "credit_map.html", "recredit.html", "status.json", "attempts.jsonl", "crash",
 )  # fmt: skip
 
 

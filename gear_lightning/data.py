@@ -18,9 +18,10 @@ from .errors import Stopped, UserError
 from .packing import balanced_split
 from .resume import random_state, restore_random_state
 from .rollout import Rollout, RolloutGroup
-from .together import check_same, gather
+from .together import check_same, gather_on_first
 
 ZeroSpread = Literal["keep", "drop", "resample"]
+Truncated = Literal["learn", "mask"]
 
 
 class RolloutGenerator(ABC):
@@ -52,7 +53,10 @@ class IterationStats:
     zero_spread: int = 0
     overlong: int = 0
     retried: int = 0
+    masked: int = 0
+    side_errors: int = 0
     statuses: Counter = field(default_factory=Counter)
+    left_out: Counter = field(default_factory=Counter)  # statuses of the rollouts that are not in the loss
     rewards: list[float] = field(default_factory=list)
     successes: list[bool] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -76,6 +80,11 @@ class RolloutDataModule(L.LightningDataModule):
             whose turns have 0): ``keep`` them (no gradient, but their tokens count in the loss's denominator),
             ``drop`` them (not counted), or ``resample`` other tasks in their place.
         resample_rounds: most rounds of generation in an iteration. Null: 4 under ``resample``.
+        truncated: rollouts that a budget cut short (``rollouts/truncated``): ``learn`` from them with the reward so
+            far, or ``mask`` them: their tokens are in no loss and no denominator, and ``rollouts/masked`` counts them
+            (DAPO's overlong filtering, arXiv 2503.14476). A masked rollout's reward still counts in the group's
+            baseline, as in TRL's ``mask_truncated_completions``, less its ``generation.overlong`` penalty; a group has
+            a signal only where a rollout that is not masked has an advantage.
         val_limit: number of validation tasks.
         val_rollouts: rollouts of each validation task.
         eval_batch_size: rollouts that are generated together in evaluation, per process.
@@ -93,6 +102,7 @@ class RolloutDataModule(L.LightningDataModule):
         advantage: GroupAdvantage = GRPO(),
         zero_spread: ZeroSpread = "keep",
         resample_rounds: int | None = None,
+        truncated: Truncated = "learn",
         val_limit: int = 200,
         val_rollouts: int = 1,
         eval_batch_size: int = 128,
@@ -123,6 +133,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.advantage = advantage
         self.zero_spread = zero_spread
         self.resample_rounds = 4 if resample_rounds is None else resample_rounds
+        self.truncated = truncated
         self.val_limit = val_limit
         self.val_rollouts = val_rollouts
         self.eval_batch_size = eval_batch_size
@@ -257,6 +268,7 @@ class RolloutDataModule(L.LightningDataModule):
                 step_rollouts=rollouts,
                 temperature=self.generator.temperature,
                 inner_epoch=inner,
+                inner_epochs=self.inner_epochs,
             )
             if self.position < len(plan) and self.stop():
                 raise Stopped
@@ -290,7 +302,18 @@ class RolloutDataModule(L.LightningDataModule):
             self.groups = sorted(self.groups, key=lambda g: not self._signal(g))[:share]
 
     def _signal(self, group: RolloutGroup) -> bool:
-        return self.advantage.has_signal(*_told(group))
+        """Whether there is anything to learn from the group."""
+        told = _told(group)
+        if not self.advantage.has_signal(*told):
+            return False
+        usable = [r for r in group.rollouts if r.learnable]
+        if not any(map(self._masked, usable)):
+            return True
+        turns = self.advantage.of_turns(*told) or [[a] for a in self.advantage(told[0]).tolist()]
+        return any(a != 0 for r, row in zip(usable, turns, strict=True) if not self._masked(r) for a in row)
+
+    def _masked(self, rollout: Rollout) -> bool:
+        return self.truncated == "mask" and rollout.status == "truncated"
 
     def _count(self, seconds: float) -> None:
         stats = self.stats
@@ -301,6 +324,9 @@ class RolloutDataModule(L.LightningDataModule):
             for rollout in group.rollouts:
                 stats.statuses[rollout.status] += 1
                 stats.retried += rollout.retries > 0
+                stats.masked += self._masked(rollout)
+                stats.side_errors += rollout.side_error is not None
+                stats.left_out[rollout.status] += self._masked(rollout) or not rollout.learnable
                 stats.tokens += sum(rollout.action_mask)
                 if rollout.learnable:
                     stats.rewards.append(rollout.reward)
@@ -324,6 +350,8 @@ class RolloutDataModule(L.LightningDataModule):
             told = _told(group)
             of_turns = self.advantage.of_turns(*told) or [None] * len(usable)
             for (i, rollout), advantage, turns in zip(usable, self.advantage(told[0]).tolist(), of_turns, strict=True):
+                if self._masked(rollout):
+                    continue
                 prompt, dropped = self.generator.teacher_prompt(rollout, group.peer(i))
                 self.stats.overlong += dropped
                 index = g * self.group_size + i
@@ -365,6 +393,12 @@ class RolloutDataModule(L.LightningDataModule):
         return 0 if over else self.position % self.micro_batches
 
     @property
+    def done(self) -> int:
+        """Micro-batches of an iteration that is not over which a resume does not do again; 0 between iterations."""
+        over = self.position >= self.micro_batches * self.inner_epochs
+        return 0 if over else self.position - self.unfinished
+
+    @property
     def in_rollouts(self) -> bool:
         """Whether an iteration has begun whose rollouts are not all there."""
         return self._before_rollouts is not None
@@ -372,12 +406,13 @@ class RolloutDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         mine: dict[str, Any] = {"random": self._before_rollouts or random_state(), "position": 0, "groups": None}
         if 0 < self.position < self.micro_batches * self.inner_epochs:
-            mine["position"] = self.position - self.unfinished
+            mine["position"] = self.done
             mine["groups"] = [
                 {"group_id": group.group_id, "rollouts": [r.state_dict() for r in group.rollouts]}
                 for group in self.groups
             ]
-        return {"cursor": self.cursor, "ranks": gather(mine), "evaluation_due": self.evaluation_due}
+        # on rank 0, which writes them
+        return {"cursor": self.cursor, "ranks": gather_on_first(mine), "evaluation_due": self.evaluation_due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.cursor = state_dict["cursor"]

@@ -32,6 +32,7 @@ from .batch import Credit, RolloutBatch, RolloutRow, TokenStats, collate
 from .credit import CreditAssigner, Evidence, RoundingNoise
 from .errors import UserError
 from .gear import masked_quantile
+from .head import head_in_float32
 from .records import read_records, record_files
 from .teacher import Teacher, TeacherOptions
 from .token_stats import token_stats
@@ -228,11 +229,12 @@ def summary(parts: list[Noise]) -> dict[str, Any]:
     }
 
 
-def conditions(trainer: L.Trainer, rule: CreditAssigner) -> dict[str, Any]:
-    """What a floor holds for: another precision or divergence has another one."""
-    gathered = getattr(trainer.strategy, "computes_in", None)
+def conditions(trainer: L.Trainer, module: Any) -> dict[str, Any]:
+    """What a floor holds for: another precision, of the layers or of the head, or divergence has another one."""
+    rule, gathered = module.credit, getattr(trainer.strategy, "computes_in", None)
+    head = ", head in float32" if head_in_float32(module.head_precision, str(trainer.precision)) else ""
     return {
-        "precision": str(trainer.precision) + ("" if gathered is None else f", gathered in {gathered}"),
+        "precision": str(trainer.precision) + ("" if gathered is None else f", gathered in {gathered}") + head,
         "rule": type(rule).__name__,
         "divergence_kind": getattr(rule, "divergence", None),
     }
@@ -284,7 +286,7 @@ class MeasureNoise(L.Callback):
         device = pl_module.device
         self.result = {
             "format": FORMAT,
-            **conditions(trainer, rule),
+            **conditions(trainer, pl_module),
             "weights_dtype": str(next(pl_module.policy.parameters()).dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "versions": versions(),

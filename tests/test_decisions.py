@@ -20,7 +20,7 @@ from gear_lightning.environments.lookup_chain import (
     solution,
 )
 from gear_lightning.models import FromScratch
-from gear_lightning.rollout import AgentLoop, Budgets, Rollout, _find
+from gear_lightning.rollout import AgentLoop, Budgets, Rollout
 
 CALL = '<tool_call>[{"name": "look", "arguments": {"relation": "r1", "entity": "e1"}}]</tool_call>'
 
@@ -116,7 +116,7 @@ def test_a_state_beyond_the_budget_of_text_is_a_flood():
     ],
 )
 def test_find(pieces, text, occurrence, places):
-    assert _find(pieces, text, occurrence) == places
+    assert find(pieces, text, occurrence) == places
 
 
 # the lookup chain -----------------------------------------------------------------------------------------------------
