@@ -103,7 +103,7 @@ def test_ratio_of_means_by_hand():
     a, b, c = 16 - 6.170940, 8 - 3.085470, 4 - 6.170940  # b^2 - a c = 24.1526 + 21.3383 = 45.4909, its root 6.744692
     assert found.interval == pytest.approx(((b - 6.744692) / a, (b + 6.744692) / a), abs=1e-5)
     assert b**2 - a * c == pytest.approx(6.744692**2, abs=1e-4)
-    twice = ratio_of_means(np.array([2.0, 4, 7]), np.array([1.0, 2, 3.5]))
+    twice = ratio_of_means(np.array([6.0, 6.4, 7]), np.array([3.0, 3.2, 3.5]))
     assert (twice.ratio, twice.interval) == (pytest.approx(2), pytest.approx((2, 2)))
     assert ratio_of_means(np.array([1.0]), np.array([2.0])).interval is None
 

@@ -160,6 +160,18 @@ def test_means_over_uneven_ranks_are_those_of_one_process(runs, name):
         assert other == pytest.approx(one, rel=1e-4, abs=1e-6), metric
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_size_of_rounding_is_one_number_on_all_ranks_and_in_all_iterations(runs, name):
+    from gear_lightning.records import read_records
+    from gear_lightning.recredit import recorded_noise
+
+    found = {recorded_noise(record) for record in read_records(runs[name])}
+    assert len(found) == 1
+    (one,) = {recorded_noise(record) for record in read_records(runs["one"])}
+    assert 0.2 < found.pop().log_ratio / one.log_ratio < 5
+    assert 0 < one.log_ratio < 1e-4
+
+
 def records(run: Path):
     from gear_lightning.records import record_files
 
