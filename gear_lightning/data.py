@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from .advantage import GRPO, GroupAdvantage
@@ -88,7 +89,8 @@ class RolloutDataModule(L.LightningDataModule):
         val_limit: number of validation tasks.
         val_rollouts: rollouts of each validation task.
         eval_batch_size: rollouts that are generated together in evaluation, per process.
-        seed: of the order of tasks and of all sampling.
+        seed: of the order of tasks and of all sampling, 0 to 2^32 - 1. Null: that of ``seed_everything`` on the command
+            line, 0 in Python. The other seeds are in docs/slurm.md.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class RolloutDataModule(L.LightningDataModule):
         val_limit: int = 200,
         val_rollouts: int = 1,
         eval_batch_size: int = 128,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__()
         for name in (
@@ -121,6 +123,8 @@ class RolloutDataModule(L.LightningDataModule):
         ):
             if (value := locals()[name]) is not None and value < 1:
                 raise UserError(f"data.{name}={value} must be at least 1")
+        if seed is not None and not 0 <= seed < 1 << 32:
+            raise UserError(f"data.seed={seed} must be at least 0, and below 2^32")
         advantage.check_group_size(group_size)
         if resample_rounds is not None and zero_spread != "resample":
             raise UserError(f"data.resample_rounds does nothing with data.zero_spread={zero_spread}; leave it out")
@@ -137,7 +141,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.val_limit = val_limit
         self.val_rollouts = val_rollouts
         self.eval_batch_size = eval_batch_size
-        self.seed = seed
+        self.seed = 0 if seed is None else seed
         self.generator: RolloutGenerator | None = None
         self.resolved_config: dict[str, str] = {}  # of the command line, to be equal on all processes
         self.cursor = 0  # tasks drawn so far, over all processes
@@ -412,12 +416,19 @@ class RolloutDataModule(L.LightningDataModule):
                 for group in self.groups
             ]
         # on rank 0, which writes them
-        return {"cursor": self.cursor, "ranks": gather_on_first(mine), "evaluation_due": self.evaluation_due}
+        return {
+            "cursor": self.cursor,
+            "ranks": gather_on_first(mine),
+            "evaluation_due": self.evaluation_due,
+            "seed": self.seed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.cursor = state_dict["cursor"]
         self.evaluation_due = state_dict.get("evaluation_due", False)
         ranks, trainer = state_dict["ranks"], self._trainer
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check_seed(state_dict.get("seed", self.seed), any(rank["groups"] is not None for rank in ranks))
         if len(ranks) == trainer.world_size:
             self._restored = ranks[trainer.global_rank]
         elif any(rank["groups"] is not None for rank in ranks):
@@ -425,6 +436,24 @@ class RolloutDataModule(L.LightningDataModule):
                 f"this checkpoint was written by {len(ranks)} processes in the middle of an iteration; resume with as "
                 f"many, or from a checkpoint between iterations (now {trainer.world_size} processes)"
             )
+
+    def _check_seed(self, before: int, within: bool) -> None:
+        """Report another seed than that of the checkpoint's run.
+
+        Raises:
+            UserError: the checkpoint holds rollouts of an iteration, whose tasks the new seed would not find again.
+        """
+        if before == self.seed:
+            return
+        if within:
+            raise UserError(
+                f"this checkpoint was written in the middle of an iteration with data.seed={before}; resume with it, "
+                f"or from a checkpoint between iterations (now data.seed={self.seed})"
+            )
+        rank_zero_warn(
+            f"data.seed={self.seed} (that of seed_everything, unless it is given), and the checkpoint's run had "
+            f"{before}: from here on, tasks and rollouts are drawn with {self.seed}."
+        )
 
     def _take_up(self) -> int | None:
         """Take up this rank's state from a checkpoint: the micro-batches that are done, None to generate afresh."""
