@@ -18,6 +18,7 @@ from gear_lightning.credit import (
     GTPO,
     PBSD,
     RLSD,
+    SCGRPO,
     CreditAssigner,
     Oracle,
     Placebo,
@@ -141,3 +142,18 @@ def test_shifting_both_models_changes_nothing():
     rows = some_rollouts(3)
     shifted = [replace(r, policy=[x - 2 for x in r.policy], teacher=[x - 2 for x in r.teacher]) for r in rows]
     assert torch.equal(GEAR()(evidence(rows)).weights, GEAR()(evidence(shifted)).weights)
+
+
+@pytest.mark.parametrize("rule", [kind() for kind in dict.fromkeys([*RANDOM, *COMPARING, *OTHERS, SCGRPO])], ids=repr)
+@pytest.mark.parametrize("advantage", [-1.0, 2.0])
+@pytest.mark.parametrize("turns", [[-1, 0], [-1, 0, 0, -1, 1]])
+def test_an_answer_of_a_stop_token_alone_is_praised_and_blamed_under_every_rule(rule, advantage, turns):
+    n = len(turns)
+    top = [[math.log(0.6), math.log(0.4)]] * n
+    teacher = [[math.log(0.2), math.log(0.8)]] * n
+    for d in (-3.0, 0.0, 3.0):
+        stop = [turn >= 0 and turn not in turns[t + 1 :] for t, turn in enumerate(turns)]
+        row = rollout([d] * n, turns=turns, stop=stop, advantage=advantage, policy_top=top, teacher_top=teacher)
+        credit = rule(evidence([row, some_rollouts(0, vocabulary=2)[0]]))
+        assert credit.token_advantages.isfinite().all()
+        assert credit.token_advantages[0, n - 1].sign() == math.copysign(1, advantage)

@@ -217,11 +217,14 @@ def _check_ids(lines: IndexedLines, ids: np.ndarray, look: Look) -> None:
         UserError: names the line where one is repeated, and the earlier one.
     """
     order = np.argsort(ids, kind="stable")
-    again = np.flatnonzero(ids[order][1:] == ids[order][:-1])
-    for earlier, later in sorted(zip(order[again], order[again + 1], strict=True), key=lambda pair: pair[1]):
-        (first, before), (number, now) = lines[earlier], lines[later]
-        if (name := look(number, now)) == look(first, before):
-            raise UserError(f"{lines.path}:{number}: found id {name!r} again (line {first}), expected a new one")
+    same = ids[order][1:] == ids[order][:-1]
+    seen: dict[str | None, int] = {}
+    for place in np.unique(np.concatenate([order[1:][same], order[:-1][same]])).tolist():
+        number, line = lines[place]
+        name = look(number, line)
+        if name in seen:
+            raise UserError(f"{lines.path}:{number}: found id {name!r} again (line {seen[name]}), expected a new one")
+        seen[name] = number
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
