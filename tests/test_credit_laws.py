@@ -300,3 +300,18 @@ def test_placebo_permutes_within_praise_and_within_blame():
         for row in range(len(real)):
             assert sorted(real[row, side[row]].tolist()) == sorted(placebo[row, side[row]].tolist())
     assert not torch.equal(real, placebo)
+
+
+@pytest.mark.parametrize("rule", [kind() for kind in dict.fromkeys([*RANDOM, *COMPARING, *OTHERS, SCGRPO])], ids=repr)
+@pytest.mark.parametrize("advantage", [-1.0, 2.0])
+@pytest.mark.parametrize("turns", [[-1, 0], [-1, 0, 0, -1, 1]])
+def test_an_answer_of_a_stop_token_alone_is_praised_and_blamed_under_every_rule(rule, advantage, turns):
+    n = len(turns)
+    top = [[math.log(0.6), math.log(0.4)]] * n
+    teacher = [[math.log(0.2), math.log(0.8)]] * n
+    for d in (-3.0, 0.0, 3.0):
+        stop = [turn >= 0 and turn not in turns[t + 1 :] for t, turn in enumerate(turns)]
+        row = rollout([d] * n, turns=turns, stop=stop, advantage=advantage, policy_top=top, teacher_top=teacher)
+        credit = rule(evidence([row, some_rollouts(0, vocabulary=2)[0]]))
+        assert credit.token_advantages.isfinite().all()
+        assert credit.token_advantages[0, n - 1].sign() == math.copysign(1, advantage)
