@@ -4,17 +4,26 @@ import math
 import os
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from gear_lightning.checkpoint_files import check_filename, put_aside
-from gear_lightning.checkpoints import failing_together, known_checkpoints
+from gear_lightning.background import WRITER
+from gear_lightning.callbacks.background_saves import BackgroundSaves
+from gear_lightning.checkpoint_files import (
+    FileNameValues,
+    check_cadence,
+    check_choice,
+    check_filename,
+    check_places,
+    put_aside,
+)
+from gear_lightning.checkpoints import known_checkpoints
 from gear_lightning.errors import UserError
 from gear_lightning.iterations import last_iteration
 from gear_lightning.loggers import MetricsFile
@@ -29,7 +38,7 @@ from gear_lightning.monitor import (
 )
 
 
-class IterationCheckpoint(ModelCheckpoint):
+class IterationCheckpoint(BackgroundSaves):
     """Writes checkpoints and says which are kept.
 
     Two are kept always: the newest, to which ``last.ckpt`` is a link, and the one before it, in case the newest is
@@ -67,9 +76,15 @@ class IterationCheckpoint(ModelCheckpoint):
         save_on_train_epoch_end: false: only after iterations that had an evaluation.
         enable_version_counter: keep a file that has the new checkpoint's name, and append a number. False: an iteration
             that is done again after a kill replaces its file.
+        background: write from a copy in CPU memory while training goes on. False: training waits for every file.
+        min_interval: least seconds from the start of a save to the next one; a checkpoint that is due earlier is left
+            to a later iteration. 0: save whenever one is due. Null: as long as training waits for saves for less than 5
+            % of the time, and files are written for less than 25 %; whenever one is due where a checkpoint has less
+            than 256 MiB, where there is a ``monitor``, or where ``every_n_epochs``, ``every_n_train_steps`` or
+            ``train_time_interval`` is given. The state at the end of a run is always saved.
 
     Raises:
-        UserError: options that contradict one another, or of which one would do nothing.
+        UserError: options that contradict one another, or of which one would do nothing or is out of range.
     """
 
     def __init__(
@@ -89,9 +104,11 @@ class IterationCheckpoint(ModelCheckpoint):
         every_n_epochs: int | None = None,
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
+        background: bool = True,
+        min_interval: float | None = None,
     ):
-        _check_choice(monitor, mode, save_top_k, save_on_exception)
-        _check_cadence(every_n_train_steps, every_n_epochs, train_time_interval, save_on_train_epoch_end)
+        check_choice(monitor, mode, save_top_k, save_on_exception)
+        check_cadence(every_n_train_steps, every_n_epochs, train_time_interval, save_on_train_epoch_end)
         super().__init__(
             dirpath,
             filename,
@@ -109,6 +126,12 @@ class IterationCheckpoint(ModelCheckpoint):
             enable_version_counter=enable_version_counter,
         )
         check_filename(filename, lambda: self._format_checkpoint_name(filename, {}, None, auto_insert_metric_name))
+        if min_interval is not None and not 0 <= min_interval < math.inf:
+            raise UserError(f"checkpoint.min_interval={min_interval} must be at least 0, and finite")
+        self.background = background
+        self.min_interval = min_interval
+        cadence = (every_n_epochs, every_n_train_steps, train_time_interval)
+        self.asked = monitor is not None or any(value is not None for value in cadence)
         self._monitor = None if monitor is None else Monitor("checkpoint.monitor", monitor)
         self._newest = self._spare = ""  # paths
         self._files: list[str] = []  # written here, and not removed yet
@@ -143,7 +166,7 @@ class IterationCheckpoint(ModelCheckpoint):
         if self.monitor is not None:
             own = own_callbacks_only([*trainer.callbacks, trainer.lightning_module])  # pyright: ignore
             check_monitor("checkpoint.monitor", self.monitor, evaluates or resumes, own)
-        check_places(self, evaluates or resumes)
+        check_places(self._save_on_train_epoch_end, evaluates or resumes)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._saved = False
@@ -151,7 +174,8 @@ class IterationCheckpoint(ModelCheckpoint):
             return  # the iteration's end comes next
         stepped = pl_module.steps_after(batch_idx)
         over = stepped and 0 <= trainer.max_steps <= trainer.global_step
-        if over or (stepped and self._due_by_steps(trainer)) or (self.monitor is None and self._due_by_time(trainer)):
+        due = (stepped and self._due_by_steps(trainer)) or (self.monitor is None and self._due_by_time(trainer))
+        if over or (due and not self.postponed(trainer)):
             self._save(trainer, self._path(trainer, trainer.current_epoch, {}, middle=True))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -165,6 +189,7 @@ class IterationCheckpoint(ModelCheckpoint):
         missing = self._monitor.missing(trainer) if self._monitor is not None and value is None else None
         due = self._due_by_epochs(trainer, bool(pl_module.evaluated)) or self._due_by_steps(trainer)
         due |= self._due_by_time(trainer)
+        due = due and not self.postponed(trainer)
         if due or missing or pl_module.failure is not None or last_iteration(trainer):
             self._save(trainer, self._path(trainer, trainer.current_epoch, values), value)
         if missing:
@@ -173,12 +198,10 @@ class IterationCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not self._saved and self._writes(trainer):  # a callback after this one has ended the run
             self._save_iteration(trainer, trainer.current_epoch - 1, {**(self._row or {}), **pl_module.evaluated})
+        self._settle(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Nothing: a checkpoint is written when the iteration is over, with its row of metrics."""
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Nothing: see ``save_on_exception``."""
 
     def _writes(self, trainer: L.Trainer) -> bool:
         return trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run and not trainer.sanity_checking  # pyright: ignore
@@ -216,7 +239,7 @@ class IterationCheckpoint(ModelCheckpoint):
         if self.save_top_k != -1:
             self._files = [*(file for file in self._files if file != path), path]
         if self.save_last:
-            self.last_model_path = self._link
+            self.last_model_path = self._last
         self._save_checkpoint(trainer, path)
         self._saved, self._last_time_checked = True, time.monotonic()
         self.point_last_to(trainer, path)
@@ -246,7 +269,7 @@ class IterationCheckpoint(ModelCheckpoint):
 
     def _path(self, trainer: L.Trainer, iteration: int, values: dict[str, Any], middle: bool = False) -> str:
         step = trainer.global_step
-        known = _Values({**values, "epoch": torch.tensor(iteration), "step": torch.tensor(step)})
+        known = FileNameValues({**values, "epoch": torch.tensor(iteration), "step": torch.tensor(step)})
         steps = f"-step={step:05d}" if middle and "{step" not in (self.filename or "{step}") else ""
 
         def numbered(version: int | None) -> str:
@@ -259,26 +282,19 @@ class IterationCheckpoint(ModelCheckpoint):
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        with failing_together(trainer.strategy):
-            super()._save_checkpoint(trainer, filepath)
-
     @property
-    def _link(self) -> str:
+    def _last(self) -> str:
         return self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
 
     def point_last_to(self, trainer: L.Trainer, path: str | Path) -> None:
         """Make ``last.ckpt`` a link to a checkpoint, where it is asked for. All ranks must call it."""
         if self.save_last:
-            self._link_checkpoint(trainer, str(path), self._link)
+            self._link_checkpoint(trainer, str(path), self._last)
 
     @staticmethod
     def _link_checkpoint(trainer: Any, filepath: str, linkpath: str) -> None:
         if trainer.is_global_zero:
-            fresh = f"{linkpath}.new"
-            Path(fresh).unlink(missing_ok=True)
-            os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), fresh)
-            os.replace(fresh, linkpath)
+            WRITER.then(partial(_link, filepath, linkpath))
         trainer.strategy.barrier()
 
     def _look_at_files(self, trainer: L.Trainer) -> None:
@@ -337,62 +353,8 @@ class IterationCheckpoint(ModelCheckpoint):
         return str(Path(str(self.dirpath)) / name) if name.endswith(self.FILE_EXTENSION) else ""
 
 
-class _Values(dict):
-    """Metrics for a file name; those that were not measured are NaN, where Lightning writes 0."""
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-    def __missing__(self, name: str) -> torch.Tensor:
-        return torch.tensor(math.nan)
-
-
-def _check_choice(monitor: str | None, mode: Mode | None, save_top_k: int, save_on_exception: bool) -> None:
-    if save_on_exception:
-        raise UserError(
-            "checkpoint.save_on_exception is not supported: after an error the state may be half an update, and other "
-            "processes may wait elsewhere; write checkpoints often instead (checkpoint.every_n_epochs)"
-        )
-    if monitor is None and save_top_k > 1:
-        raise UserError(
-            f"checkpoint.save_top_k={save_top_k} keeps the best checkpoints, and checkpoint.monitor does not say by "
-            "which metric; give one, as val/success, or save_top_k=-1 to keep all"
-        )
-    if monitor is None and mode == "max":  # min is in the configs of earlier versions
-        raise UserError("checkpoint.mode=max does nothing without checkpoint.monitor; give a metric, as val/success")
-    if monitor is not None and save_top_k == 0:
-        raise UserError(
-            f"checkpoint.monitor={monitor} does nothing with checkpoint.save_top_k=0; give a number of best "
-            "checkpoints to keep, or leave the monitor out: the newest is kept in any case"
-        )
-    if save_top_k < -1:
-        raise UserError(f"checkpoint.save_top_k={save_top_k} must be at least -1, which keeps all")
-
-
-def _check_cadence(
-    steps: int | None, epochs: int | None, interval: timedelta | None, save_on_train_epoch_end: bool | None
-) -> None:
-    given = {"every_n_train_steps": steps, "every_n_epochs": epochs, "train_time_interval": interval}
-    for name in ("every_n_train_steps", "every_n_epochs"):
-        if (value := given[name]) is not None and value < 0:
-            raise UserError(f"checkpoint.{name}={value} must be at least 0")
-    if len(several := [name for name, value in given.items() if value]) > 1:
-        raise UserError(f"checkpoint.{' and checkpoint.'.join(several)} exclude one another; give one of them")
-    if save_on_train_epoch_end is False and (steps or interval):
-        raise UserError(
-            "checkpoint.save_on_train_epoch_end=false is about iterations, and does nothing with "
-            "every_n_train_steps or train_time_interval; leave it out, or use every_n_epochs"
-        )
-
-
-def check_places(checkpoint: IterationCheckpoint, evaluates: bool) -> None:
-    """Look at whether a run has places where its checkpoints are to be written.
-
-    Raises:
-        UserError: they would be written after evaluations, and it has none.
-    """
-    if checkpoint._save_on_train_epoch_end is False and not evaluates:
-        raise UserError(
-            "checkpoint.save_on_train_epoch_end=false writes checkpoints after evaluations, and this run has none "
-            "(data.val_tasks, trainer.limit_val_batches, trainer.check_val_every_n_epoch); leave it out, or evaluate"
-        )
+def _link(filepath: str, linkpath: str) -> None:
+    fresh = f"{linkpath}.new"
+    Path(fresh).unlink(missing_ok=True)
+    os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), fresh)
+    os.replace(fresh, linkpath)

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,14 +12,17 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from gear_lightning import __version__
 from gear_lightning.data import RolloutDataModule, RolloutGenerator
 from gear_lightning.engines import CachedEngine, GenerationEngine, Sampling
 from gear_lightning.environments.base import Environment, Task
+from gear_lightning.environments.checks import refuse_async_methods
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.errors import UserError
+from gear_lightning.identity import UnknownIdentityError, identity_of
 from gear_lightning.module import GearModule
 from gear_lightning.rewards import OverlongPenalty
-from gear_lightning.rollout import AgentLoop, Budgets, Rollout
+from gear_lightning.rollout import STATUSES, AgentLoop, Budgets, Rollout
 from gear_lightning.sampling_weights import SamplingWeights, WeightsMode
 from gear_lightning.sharding import shape
 from gear_lightning.teacher import privileged_text
@@ -78,7 +82,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self._weights = SamplingWeights(weights)
         self.listeners: list[Callable[[str, int, int, int], None]] = []  # (stage, finished, rollouts, tokens)
         self.stop: Callable[[], bool] = lambda: False  # whether this process's rollouts are to end now
-        self._checked = self._told = False
+        self._checked = self._told = self._warned = self._told_of_prompt = False
         self._module: GearModule | None = None
         self._trainer: L.Trainer | None = None
 
@@ -134,6 +138,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 self._checked = True
             started = time.monotonic()
             rollouts, _ = loop.run(model, jobs, policy_version=version, check=check)
+        self._warn_of_side_errors(rollouts)
         if stage == "fit" and self.overlong is not None:
             for rollout in rollouts:
                 _penalise(rollout, self.overlong)
@@ -145,6 +150,17 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 "generation.weights=gather is faster where a whole copy fits."
             )
         return rollouts
+
+    def _warn_of_side_errors(self, rollouts: list[Rollout]) -> None:
+        """Report the first failure of an environment that changed no outcome; ``rollouts/side_errors`` counts them."""
+        found = next((r for r in rollouts if r.side_error is not None), None)
+        if found is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"task {found.task.id}: the environment failed beside the outcome of a rollout ({found.side_error}). "
+                "The rollout keeps its reward; rollouts/side_errors counts such rollouts, and this is said once.",
+                stacklevel=2,
+            )
 
     def _cache_bytes(self, rollouts: int) -> int:
         """Keys and values of so many whole contexts."""
@@ -167,7 +183,9 @@ class GenerationCallback(L.Callback, RolloutGenerator):
 
     def _new_environment(self) -> Environment:
         try:
-            return self.environment()
+            environment = self.environment()
+            refuse_async_methods(environment)
+            return environment
         except (UserError, KeyboardInterrupt):
             raise
         except BaseException as error:  # its constructor may raise anything, SystemExit included
@@ -221,7 +239,31 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         assert self._module is not None
         said = None if peer is None else peer.messages[peer.opening_messages :]
         opening = rollout.messages[: rollout.opening_messages]
-        return self._module.privileged_prompt(rollout.task, opening, said, rollout.feedback)
+        try:
+            return self._module.privileged_prompt(rollout.task, opening, said, rollout.feedback)
+        except Exception as error:  # of a task that the check before training did not see, or of a peer's messages
+            if not self._told_of_prompt:
+                self._told_of_prompt = True
+                warnings.warn(
+                    f"task {rollout.task.id}: the teacher's prompt cannot be made ({error}). Its rollouts get uniform "
+                    "credit; teacher/overlong counts such rollouts, and this is said once.",
+                    stacklevel=2,
+                )
+            return rollout.tokens[: rollout.prompt_length], True
+
+    def check_key(self) -> str | None:
+        module = self._module
+        assert module is not None
+        tokenizer = module.chat_format.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        parts = [module.chat_format.options, module.teacher_options, module.credit, module.distillation]
+        try:
+            if backend is None:
+                return None
+            made_of = identity_of([*parts, self.budgets, self._new_environment(), tokenizer.chat_template])
+        except UnknownIdentityError:
+            return None
+        return repr([__version__, made_of, backend.to_str(), sorted(tokenizer.get_added_vocab())])
 
     def check_task(self, task: Task) -> None:
         assert self._module is not None
@@ -273,7 +315,10 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         pl_module.log("teacher/overlong", float(stats.overlong), batch_size=1, sync_dist=True, reduce_fx="sum")
         total = sum(stats.statuses.values())
         log("rollouts/retried", stats.retried / max(total, 1), total)
-        for status in STATUSES:
+        log("rollouts/side_errors", stats.side_errors / max(total, 1), total)
+        if data.truncated == "mask":
+            log("rollouts/masked", stats.masked / max(total, 1), total)
+        for status in STATUSES[1:]:  # all but done
             log(f"rollouts/{status}", stats.statuses[status] / max(total, 1), total)
 
 
@@ -285,15 +330,3 @@ def _penalise(rollout: Rollout, overlong: OverlongPenalty) -> None:
     rollout.reward -= penalty
     rollout.turn_rewards[-1] -= penalty
     rollout.reward_parts["overlong"] = 0.0 - penalty  # not -0.0
-
-
-STATUSES = (
-    "truncated",
-    "invalid_tool_call",
-    "empty_response",
-    "prompt_too_long",
-    "environment_error",
-    "environment_timeout",
-    "environment_flood",
-    "invalid_reward",
-)

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from gear_lightning.errors import UserError
+from gear_lightning.rollout import STATUSES
 
 FIRST_TOKEN_GAP = 1.0  # nats
 ADVICE = (
@@ -28,6 +29,9 @@ class Health(L.Callback):
     Does the same where ``model.teacher.shows`` is ``feedback`` or ``peer_or_feedback`` and no rollout had any. Such a
     run only warns and goes on where it learns without the teacher: by an objective under ``Uniform`` credit, or while
     there is no peer yet.
+
+    Warns once for each kind of failure that leaves more than half of an iteration's rollouts out of learning: it says
+    nothing about the policy, and a policy that brings it about is not corrected.
 
     A run that is stopped ends with an error, when its state is saved. It does not resume from there, unless the
     checkpoint is given by its name.
@@ -57,6 +61,7 @@ class Health(L.Callback):
         self._gaps = [0.0, 0.0, 0.0, 0.0]  # sum and count of |log-ratio| at first response tokens, and at all others
         self._misaligned = False
         self.why: str | None = None  # it has ended the run
+        self._reported: set[str] = set()  # kinds of failures that were warned of
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.why = None
@@ -97,9 +102,11 @@ class Health(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stats = trainer.datamodule.stats  # pyright: ignore[reportAttributeAccessIssue]
         mine = [stats.groups - stats.zero_spread, self._rows[0], self._rows[1] + stats.overlong]
+        mine += [sum(stats.statuses.values()), *(stats.left_out[status] for status in STATUSES)]
         counts = torch.tensor(mine, device=trainer.strategy.root_device)
-        with_spread, rows, told = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        with_spread, rows, told, rollouts, *left_out = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self._rows = [0, 0]
+        self._check_left_out(rollouts, dict(zip(STATUSES, left_out, strict=True)))
         self._check_alignment()
         self._check_teacher(pl_module, rows, told)
         distils = getattr(pl_module, "distillation", None) is not None  # that needs no rewards
@@ -108,6 +115,20 @@ class Health(L.Callback):
             rank_zero_warn(f"No group has had any spread of rewards for {self._barren} iterations. {ADVICE}")
         if self._barren >= self.stop_after:
             self._end(pl_module, f"no group had any spread of rewards for {self._barren} iterations. {ADVICE}")
+
+    def _check_left_out(self, rollouts: int, left_out: dict[str, int]) -> None:
+        """Warn of failures that leave more than half of the rollouts out of learning."""
+        for status, count in left_out.items():
+            if 2 * count > rollouts and status not in self._reported:
+                self._reported.add(status)
+                cause = (
+                    "data.truncated=mask; raise generation.budgets, or use data.truncated=learn"
+                    if status == "truncated"
+                    else "`error` in RUN/rollouts says why"
+                )
+                rank_zero_warn(
+                    f"{count} of the iteration's {rollouts} rollouts are left out of learning as {status} ({cause})."
+                )
 
     def _check_teacher(self, module: Any, rows: int, told: int) -> None:
         """Count iterations in which there was nothing to show to the teacher.

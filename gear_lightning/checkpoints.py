@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -20,13 +21,16 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_warn
 
+from .background import WRITER, free_memory, nbytes, snapshot
 from .errors import UserError
 from .files import replace_file
 from .step_guard import all_finite
 from .together import together
 
 FORMAT = 1
+MEMORY = 0.8  # most of the free memory that a copy may take
 
 
 class _Hashing:
@@ -39,8 +43,10 @@ class _Hashing:
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
+        written = self._file.write(data)
         self.size += memoryview(data).nbytes
-        return self._file.write(data)
+        WRITER.progress += memoryview(data).nbytes
+        return written
 
     def flush(self) -> None:
         self._file.flush()
@@ -71,8 +77,48 @@ class UnwrittenCheckpoint(UserError):
     """A checkpoint that could not be written. Raised on rank 0 alone, which alone writes: see `failing_together`."""
 
 
-def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+def save_checkpoint(checkpoint: dict[str, Any], path: Path, owned: tuple[str, ...] = ()) -> None:
+    """Write a checkpoint on rank 0: from a copy and beside training where `WRITER` is asked for that and the copy has
+    room in memory, else at once.
+
+    Args:
+        checkpoint: what to write.
+        path: of the file.
+        owned: keys of the checkpoint whose CPU tensors nobody else holds; they are not copied.
+
+    Raises:
+        UnwrittenCheckpoint: it cannot be written. Beside training, `WRITER` keeps the error.
+    """
+    WRITER.size = nbytes(checkpoint)
+    if WRITER.beside:
+        mine = {key: value for key, value in checkpoint.items() if key in owned}
+        others = {key: value for key, value in checkpoint.items() if key not in owned}
+        needed, free = nbytes(others), free_memory()
+        if needed < MEMORY * free:
+            WRITER.add(partial(write_checkpoint, {**mine, **snapshot(others)}, path, processes()))
+            return
+        if not WRITER.complained:
+            WRITER.complained = True
+            rank_zero_warn(
+                f"Training waits while checkpoints are written: a copy of {path.name} needs {in_words(needed)}, and "
+                f"{in_words(free)} of memory are free."
+            )
+    WRITER.wait()  # one file at a time
+    write_checkpoint(checkpoint, path)
+
+
+def processes() -> int:
+    """Number of processes of the run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path, world_size: int | None = None) -> None:
     """Write a checkpoint, then its manifest.
+
+    Args:
+        checkpoint: what to write.
+        path: of the file.
+        world_size: processes of the run. None: those of this one.
 
     Raises:
         UnwrittenCheckpoint: it cannot be written, or holds numbers that are not finite; nothing of it is left behind,
@@ -101,7 +147,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
             "time": time.time(),
             "gear_lightning": __version__,
             "finite": True,
-            "world_size": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+            "world_size": world_size or processes(),
         }
         manifest.write(json.dumps(told, indent=1).encode() + b"\n")
         manifest.flush()
@@ -118,7 +164,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         if not isinstance(cause, OSError):
             raise
         reason = cause.strerror or str(cause)
-        after = f" after {_in_words(hashing[0].size)}" if hashing else ""
+        after = f" after {in_words(hashing[0].size)}" if hashing else ""
         kept = _to_go_on_from(path.parent)
         raise UnwrittenCheckpoint(f"the checkpoint {path} cannot be written: {reason}{after}{kept}") from error
 
@@ -135,10 +181,10 @@ def _check_room(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if sizes and free < max(sizes):
-        raise OSError(errno.ENOSPC, f"{_in_words(max(sizes))} are needed and {_in_words(free)} are free")
+        raise OSError(errno.ENOSPC, f"{in_words(max(sizes))} are needed and {in_words(free)} are free")
 
 
-def _in_words(size: int) -> str:
+def in_words(size: int) -> str:
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
 
 
@@ -168,6 +214,12 @@ def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint and its manifest."""
     manifest_path(path).unlink(missing_ok=True)
     path.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left. None may write there now."""
+    for path in [*folder.glob("*.ckpt.partial"), *folder.glob("*.ckpt.json.partial")]:
+        path.unlink()
 
 
 def damage(path: Path) -> str | None:
@@ -313,7 +365,7 @@ class CompleteCheckpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if storage_options is not None or "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
-        write_checkpoint(checkpoint, Path(path))
+        save_checkpoint(checkpoint, Path(path), owned=("teacher_shadow",))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         if "://" in str(path):

@@ -11,10 +11,12 @@ from typing import Any
 from lightning.pytorch.strategies import StrategyRegistry
 
 from .advantage import GroupAdvantage
-from .callbacks.checkpoint import IterationCheckpoint, check_places
+from .callbacks.checkpoint import IterationCheckpoint
 from .callbacks.generation import GenerationCallback
+from .checkpoint_files import check_places
 from .data import RolloutDataModule
 from .errors import UserError
+from .head import head_in_float32
 from .limits import check_limits
 from .memory import ALIASES, STRATEGIES, Strategy
 from .models import PolicySource, checkpoint_activations
@@ -124,7 +126,7 @@ def check_metrics(
     if checkpoint is not None:
         if checkpoint.monitor is not None:
             check_monitor("checkpoint.monitor", checkpoint.monitor, evaluates or resumes, own)
-        check_places(checkpoint, evaluates or resumes)
+        check_places(checkpoint._save_on_train_epoch_end, evaluates or resumes)
     if (followed := module.followed_metric()) is not None:
         check_monitor("model.lr_scheduler.monitor", followed, evaluates or resumes, own)
     for callback in callbacks:
@@ -167,6 +169,8 @@ def refusals(
     elif "zero" in named(trainer)[0].lower():
         stage, offload = options.get("stage", 2), bool(options.get("offload_parameters"))
         rules.append(lambda: check_zero(stage, offload, str(trainer["gradient_clip_algorithm"])))
+    precision = ALIASES.get(str(trainer["precision"]), str(trainer["precision"]))
+    rules.append(lambda: head_in_float32(module.head_precision, precision))
     if fitting:
         rules.append(lambda: check_parts(module, data, generation))
         rules.append(lambda: check_limits(trainer.get, data, processes))
@@ -175,6 +179,7 @@ def refusals(
     if model is not None:
         rules.append(lambda: generation.check_policy(module, model))
         rules.append(lambda: generation.engine.check(model))
+        rules.append(lambda: module.as_trained(model, precision))
         if module.lora is not None:
             rules.append(partial(module.lora.layers, model))
         if strategy == "fsdp":

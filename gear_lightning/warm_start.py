@@ -15,7 +15,8 @@ from .batch import RolloutRow, collate
 from .chat import Chat
 from .environments.base import Demonstration, Demonstrations
 from .errors import Stopped, UserError
-from .models import Float32Buffers, build_once, cache_dir, checkpoint_activations, without_dropout
+from .files import build_once, cache_dir
+from .models import Float32Buffers, checkpoint_activations
 from .module import GearModule
 from .sharding import whole_copy
 from .step_guard import StepGuard, all_finite
@@ -120,8 +121,8 @@ class WarmStartModule(Float32Buffers, StepGuard):
 
     def configure_model(self) -> None:
         if self.policy is None:
-            source = self.gear[0].source
-            bare = lambda: without_dropout(source.skeleton())  # noqa: E731
+            gear, precision = self.gear[0], str(self.trainer.precision)
+            bare = lambda: gear.as_trained(gear.source.skeleton(), precision)  # noqa: E731
             self.policy, *self._blank = place(self.trainer.strategy, self._load, bare)
             self.policy.train()
             if self.gear[0].activation_checkpointing:
@@ -129,7 +130,7 @@ class WarmStartModule(Float32Buffers, StepGuard):
 
     def _load(self) -> Any:
         gear = self.gear[0]
-        policy = without_dropout(gear.source.model())
+        policy = gear.as_trained(gear.source.model(), str(self.trainer.precision))
         check_head(policy)
         self.check(policy)
         if gear.lora is not None:

@@ -5,12 +5,14 @@ its part lies in it. Stage 3 holds every parameter's part at an offset of a flat
 interface for writing state before the first step.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .optimizers import as_kept, in_floats
 from .sharding import is_zero3, shape
@@ -72,7 +74,7 @@ def whole_state(optimizer: Any, parameters: list[Any], keep: Callable[[Tensor], 
             state[i][name] = keep(_whole(optimizer, parameter, name, floats))
     groups = []
     for group, members in zip(optimizer.optimizer.param_groups, _members(optimizer, parameters), strict=True):
-        groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": members})
+        groups.append({**{k: copy.deepcopy(v) for k, v in group.items() if k != "params"}, "params": members})
     return {"state": {i: s for i, s in state.items() if s}, "param_groups": groups}
 
 
@@ -141,6 +143,21 @@ def keep_idle_steps_idle(optimizer: Any) -> None:
             step(group)
 
     optimizer._optimizer_step = step_on_a_gradient
+
+
+def whole_gradient(parameter: Any) -> Tensor | None:
+    """The whole gradient of a parameter under any strategy, between the backward pass and the optimizer's step: the
+    sum over all ranks and micro-batches, before clipping. All ranks must call it.
+
+    Returns:
+        None where the parameter has no gradient.
+    """
+    if is_zero3(parameter) or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+    gradient = parameter.grad
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
 def piece_bytes(optimizer: Any) -> int:
