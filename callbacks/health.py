@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from gear_lightning.errors import UserError
 from gear_lightning.rollout import STATUSES
+from gear_lightning.step_guard import StepGuard
 
 FIRST_TOKEN_GAP = 1.0  # nats
 ADVICE = (
@@ -33,19 +34,25 @@ class Health(L.Callback):
     Warns once for each kind of failure that leaves more than half of an iteration's rollouts out of learning: it says
     nothing about the policy, and a policy that brings it about is not corrected.
 
-    Also stops on a loss that is not a number, and warns once where the teacher disagrees with the policy far more at
-    the first response token than elsewhere: then the two prompts end differently.
+    Also stops after several optimizer steps in a row whose gradient was not finite (each of them is skipped), and warns
+    once where the teacher disagrees with the policy far more at the first response token than elsewhere: then the two
+    prompts end differently.
 
     Args:
         warn_after: iterations without spread, or without feedback, until a warning.
         stop_after: iterations without spread, or without feedback, until the run stops.
+        stop_after_skipped: optimizer steps skipped in a row until the run stops.
     """
 
-    def __init__(self, warn_after: int = 5, stop_after: int = 20):
-        if warn_after < 1 or stop_after < 1:
-            raise UserError(f"health.warn_after={warn_after} and health.stop_after={stop_after} must be at least 1")
+    def __init__(self, warn_after: int = 5, stop_after: int = 20, stop_after_skipped: int = 5):
+        if warn_after < 1 or stop_after < 1 or stop_after_skipped < 1:
+            raise UserError(
+                f"health.warn_after={warn_after}, health.stop_after={stop_after} and "
+                f"health.stop_after_skipped={stop_after_skipped} must be at least 1"
+            )
         self.warn_after = warn_after
         self.stop_after = stop_after
+        self.stop_after_skipped = stop_after_skipped
         self._barren = 0
         self._blind = 0
         self._rows = [0, 0]  # of this iteration, on this rank: all, and those whose teacher saw more than the policy
@@ -56,11 +63,8 @@ class Health(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not torch.isfinite(outputs["loss"]):
-            raise UserError(
-                f"the loss is {outputs['loss'].item()} in iteration {trainer.current_epoch}; lower the learning rate, "
-                "clip gradients (trainer.gradient_clip_val) or use a wider precision"
-            )
+        if isinstance(pl_module, StepGuard):  # the same on all ranks: they agree on every step
+            pl_module.check_steps(self.stop_after_skipped)
         if outputs["teacher"] is not None and not batch.inner_epoch:
             real = batch.index >= 0
             self._rows[0] += int(real.sum())

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from .advantage import GRPO, GroupAdvantage
@@ -18,7 +19,7 @@ from .packing import balanced_split
 from .resume import random_state, restore_random_state
 from .rollout import Rollout, RolloutGroup
 from .task_check import TaskChecker, check_source
-from .together import check_same, gather, together
+from .together import check_same, gather_on_first, together
 
 ZeroSpread = Literal["keep", "drop", "resample"]
 Truncated = Literal["learn", "mask"]
@@ -67,7 +68,8 @@ class RolloutDataModule(L.LightningDataModule):
         val_limit: number of validation tasks.
         val_rollouts: rollouts of each validation task.
         eval_batch_size: rollouts that are generated together in evaluation, per process.
-        seed: of the order of tasks and of all sampling.
+        seed: of the order of tasks and of all sampling, 0 to 2^32 - 1. Null: that of ``seed_everything`` on the command
+            line, 0 in Python. The other seeds are in docs/slurm.md.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class RolloutDataModule(L.LightningDataModule):
         val_limit: int = 200,
         val_rollouts: int = 1,
         eval_batch_size: int = 128,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__()
         for name in (
@@ -102,6 +104,8 @@ class RolloutDataModule(L.LightningDataModule):
         ):
             if (value := locals()[name]) is not None and value < 1:
                 raise UserError(f"data.{name}={value} must be at least 1")
+        if seed is not None and not 0 <= seed < 1 << 32:
+            raise UserError(f"data.seed={seed} must be at least 0, and below 2^32")
         advantage.check_group_size(group_size)
         if resample_rounds is not None and zero_spread != "resample":
             raise UserError(f"data.resample_rounds does nothing with data.zero_spread={zero_spread}; leave it out")
@@ -119,11 +123,12 @@ class RolloutDataModule(L.LightningDataModule):
         self.val_limit = val_limit
         self.val_rollouts = val_rollouts
         self.eval_batch_size = eval_batch_size
-        self.seed = seed
+        self.seed = 0 if seed is None else seed
         self.generator: RolloutGenerator | None = None
         self.resolved_config: dict[str, str] = {}  # of the command line, to be equal on all processes
         self.cursor = 0  # tasks drawn so far, over all processes
         self.groups: list[RolloutGroup] = []  # of the current iteration, on this rank
+        self.rows: list[RolloutRow] = []  # of those of its rollouts that are learned from
         self.position = 0  # micro-batches of the current iteration handed out so far
         self.stop: Callable[[], bool] = lambda: False  # whether the run is to stop here; called on all ranks
         self._order: tuple[int, torch.Tensor] | None = None  # of the tasks, in the newest pass over them
@@ -234,7 +239,7 @@ class RolloutDataModule(L.LightningDataModule):
         first = self._take_up()
         if first is None:
             self._generate()
-        rows = self._rows()
+        rows = self.rows = self._rows()
         counts = torch.tensor([sum(map(sum, (r.action_mask for r in rows))), len(rows)], device=self._device)
         tokens, rollouts = self._trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         order = sorted(rows, key=lambda r: (r.length + r.teacher_length, r.length, r.index))  # alike ones together
@@ -248,6 +253,7 @@ class RolloutDataModule(L.LightningDataModule):
                 step_rollouts=rollouts,
                 temperature=self.generator.temperature,
                 inner_epoch=inner,
+                inner_epochs=self.inner_epochs,
             )
             if self.position < len(plan) and self.stop():
                 raise Stopped
@@ -258,7 +264,7 @@ class RolloutDataModule(L.LightningDataModule):
         started = time.perf_counter()
         world, rank = self._trainer.world_size, self._trainer.global_rank
         share = self.tasks_per_iteration // world
-        self.groups, self.stats, self.position = [], IterationStats(), 0
+        self.groups, self.rows, self.stats, self.position = [], [], IterationStats(), 0
         begun, self._before_rollouts = self.cursor, random_state()
         for _ in range(self.resample_rounds if self.zero_spread == "resample" else 1):
             first = self.cursor + rank * share
@@ -364,6 +370,12 @@ class RolloutDataModule(L.LightningDataModule):
         return 0 if over else self.position % self.micro_batches
 
     @property
+    def done(self) -> int:
+        """Micro-batches of an iteration that is not over which a resume does not do again; 0 between iterations."""
+        over = self.position >= self.micro_batches * self.inner_epochs
+        return 0 if over else self.position - self.unfinished
+
+    @property
     def in_rollouts(self) -> bool:
         """Whether an iteration has begun whose rollouts are not all there."""
         return self._before_rollouts is not None
@@ -371,17 +383,25 @@ class RolloutDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         mine: dict[str, Any] = {"random": self._before_rollouts or random_state(), "position": 0, "groups": None}
         if 0 < self.position < self.micro_batches * self.inner_epochs:
-            mine["position"] = self.position - self.unfinished
+            mine["position"] = self.done
             mine["groups"] = [
                 {"group_id": group.group_id, "rollouts": [r.state_dict() for r in group.rollouts]}
                 for group in self.groups
             ]
-        return {"cursor": self.cursor, "ranks": gather(mine), "evaluation_due": self.evaluation_due}
+        # on rank 0, which writes them
+        return {
+            "cursor": self.cursor,
+            "ranks": gather_on_first(mine),
+            "evaluation_due": self.evaluation_due,
+            "seed": self.seed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.cursor = state_dict["cursor"]
         self.evaluation_due = state_dict.get("evaluation_due", False)
         ranks, trainer = state_dict["ranks"], self._trainer
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check_seed(state_dict.get("seed", self.seed), any(rank["groups"] is not None for rank in ranks))
         if len(ranks) == trainer.world_size:
             self._restored = ranks[trainer.global_rank]
         elif any(rank["groups"] is not None for rank in ranks):
@@ -389,6 +409,24 @@ class RolloutDataModule(L.LightningDataModule):
                 f"this checkpoint was written by {len(ranks)} processes in the middle of an iteration; resume with as "
                 f"many, or from a checkpoint between iterations (now {trainer.world_size} processes)"
             )
+
+    def _check_seed(self, before: int, within: bool) -> None:
+        """Report another seed than that of the checkpoint's run.
+
+        Raises:
+            UserError: the checkpoint holds rollouts of an iteration, whose tasks the new seed would not find again.
+        """
+        if before == self.seed:
+            return
+        if within:
+            raise UserError(
+                f"this checkpoint was written in the middle of an iteration with data.seed={before}; resume with it, "
+                f"or from a checkpoint between iterations (now data.seed={self.seed})"
+            )
+        rank_zero_warn(
+            f"data.seed={self.seed} (that of seed_everything, unless it is given), and the checkpoint's run had "
+            f"{before}: from here on, tasks and rollouts are drawn with {self.seed}."
+        )
 
     def _take_up(self) -> int | None:
         """Take up this rank's state from a checkpoint: the micro-batches that are done, None to generate afresh."""

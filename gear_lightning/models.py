@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from .errors import UserError, require_extra
 from .files import build_once, cache_dir
+from .shipped import shipped_files, stop_ids
 
 
 class PolicySource(ABC):
@@ -37,6 +38,14 @@ class PolicySource(ABC):
     def published(self) -> str | None:
         """What ``from_pretrained`` loads the same starting weights from, on any day; None where nothing does."""
         return None
+
+    def shipped(self) -> dict[str, bytes]:
+        """Files that the model was published with beside its weights, as they are (see `shipped.KEPT`)."""
+        return {}
+
+    def stop_ids(self) -> list[int]:
+        """Tokens at which ``generate`` of the published model stops."""
+        return stop_ids(self.shipped())
 
 
 class Float32Buffers:
@@ -135,6 +144,12 @@ class Pretrained(PolicySource):
         if self.path.endswith(".gguf"):  # the cache holds its weights, and may be emptied
             return None
         return str(Path(where).resolve()) if Path(where).is_dir() else where
+
+    def shipped(self) -> dict[str, bytes]:
+        return shipped_files(self._resolve())
+
+    def stop_ids(self) -> list[int]:
+        return stop_ids(self.shipped(), self.path)
 
     def _load(self, loader: Any, **options: Any) -> Any:
         try:
