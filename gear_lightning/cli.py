@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from jsonargparse._util import import_object
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, OptimizerCallable
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, OptimizerCallable, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from .callbacks.checkpoint import IterationCheckpoint
@@ -25,6 +25,7 @@ from .callbacks.health import Health
 from .callbacks.noise_floor import NoiseFloor
 from .callbacks.preemption import Preemption
 from .callbacks.progress import PhaseProgress
+from .callbacks.resumption import Resumption
 from .callbacks.rollout_recorder import RolloutRecorder
 from .callbacks.run_status import RunStatus
 from .callbacks.sample_table import SampleTable
@@ -44,6 +45,20 @@ RUN_FILES = (
     "*config.yaml", "*metrics.csv", "tensorboard", "checkpoints", "rollouts", "predictions", "tokenizer",
     "steps", "credit_map.html", "recredit.html", "status.json", "attempts.jsonl", "crash",
 )  # fmt: skip
+
+
+class SavedConfig(SaveConfigCallback):
+    """Writes ``config.yaml``. When a run resumes, only once it is clear that it trains with this config: the file tells
+    what the run's weights were trained with."""
+
+    resumes = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not (stage == "fit" and self.resumes):
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
 
 class _Parser(LightningArgumentParser):
@@ -93,6 +108,7 @@ class GearCLI(LightningCLI):
         super().__init__(
             GearModule,
             RolloutDataModule,
+            save_config_callback=SavedConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "default_root_dir": "runs/default",
@@ -186,6 +202,10 @@ class GearCLI(LightningCLI):
         self.datamodule.resolved_config = {k: str(v) for k, v in vars(flat.as_flat()).items() if k != "config"}
         if path == "last":  # on the first start of a job that is started again and again there is none yet
             self.config_init[str(self.subcommand)]["ckpt_path"] = str(self._checkpoint_dir) if found else None
+        resumes = self._get(self.config_init, "ckpt_path") is not None
+        for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, SavedConfig):
+                callback.resumes = resumes
         if self._get(self.config_init, "weights_only") is None:  # Lightning would unpickle a remote checkpoint
             self.config_init[str(self.subcommand)]["weights_only"] = True
         self._refuse()
@@ -195,7 +215,10 @@ class GearCLI(LightningCLI):
         pieces = self.model, self.datamodule, self._get(self.config_init, "generation")
         processes, asked = self.trainer.num_devices * self.trainer.num_nodes, self._get(self.config, "trainer")
         model = skeleton_of(self.model.source)
-        for message in refusals(*pieces, asked, processes, model, self.subcommand == "fit"):
+        fitting, checkpoint = self.subcommand == "fit", self._get(self.config_init, "checkpoint")
+        checkpoint = None if asked["enable_checkpointing"] is False else checkpoint
+        resumes = self._get(self.config_init, "ckpt_path") is not None
+        for message in refusals(*pieces, asked, processes, model, fitting, checkpoint, resumes):
             raise UserError(message)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -239,7 +262,7 @@ class GearCLI(LightningCLI):
 
     def _unasked(self) -> list[L.Callback]:
         """Callbacks of every run, which have no options."""
-        return [StartupCheck(), RunStatus()]
+        return [StartupCheck(), RunStatus(), Resumption()]
 
     def _lock(self) -> None:
         """Keep a second run out of the directory while this process lives."""

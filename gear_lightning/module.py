@@ -25,6 +25,7 @@ from .loss import ClippedSurrogate, LossTerms, PolicyLoss
 from .metrics import Quantile
 from .models import Float32Buffers, PolicySource, checkpoint_activations, without_dropout
 from .module_state import ModuleState
+from .schedule import Schedule
 from .step_guard import StepGuard
 from .strategies import place
 from .teacher import Teacher, TeacherOptions, privileged_prompt
@@ -36,7 +37,7 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
 
 
-class GearModule(Float32Buffers, StepGuard, ModuleState):
+class GearModule(Float32Buffers, StepGuard, Schedule, ModuleState):
     """Trains a policy on rollouts, with credit assigned token by token.
 
     Args:
@@ -46,7 +47,8 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
         teacher: what scores rollouts for the credit rule and the distillation, and what it sees.
         chat: how messages become text.
         optimizer: of the policy's parameters.
-        lr_scheduler: stepped after every optimizer step. Null: constant learning rate.
+        lr_scheduler: stepped after every optimizer step; ``lightning.pytorch.cli.ReduceLROnPlateau`` at the end of each
+            iteration that has measured its ``monitor``. Null: constant learning rate.
         lora: train low-rank adapters on the starting weights (extra ``lora``). Null: train all weights.
         activation_checkpointing: keep only the input of each of the policy's layers and compute the layer again in the
             backward pass: far less memory for a slower update, with the same gradients.
@@ -190,17 +192,6 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
             return self.chat_format.prompt(opening, task.tools), False
         return privileged_prompt(task, opening, self.chat_format, self.teacher_options, peer, feedback)
 
-    def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
-        if self.trainer.precision == "bf16-mixed" and hasattr(optimizer, "_step_supports_amp_scaling"):
-            # Lightning will not clip the gradients of a fused optimizer, which might unscale them again; bfloat16 has
-            # no scaler (https://github.com/Lightning-AI/pytorch-lightning/issues/21435)
-            setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010
-        if self.lr_scheduler is None:
-            return optimizer
-        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
-
     # -- training -------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
@@ -280,6 +271,7 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
             self.log("step", float(self.global_step), batch_size=1)
 
     def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
         self._log_position()
         self._frozen.clear()
         for parameter in self.policy.parameters():  # room for the next rollouts

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .callbacks.checkpoint import IterationCheckpoint
 from .callbacks.generation import GenerationCallback
 from .cli import GearCLI
 from .data import RolloutDataModule
@@ -22,12 +23,14 @@ class Recipe:
         data: batch sizes.
         generation: budgets and engine.
         trainer: the ``trainer`` section as given, nothing of it made.
+        checkpoint: when checkpoints are written.
     """
 
     module: GearModule
     data: RolloutDataModule
     generation: GenerationCallback
     trainer: Any
+    checkpoint: IterationCheckpoint
 
 
 class _Reader(GearCLI):
@@ -62,7 +65,8 @@ def read_recipe(args: list[str]) -> Recipe:
         cli = _Reader(["fit", *args])
     finally:
         sys.argv = argv
-    return Recipe(cli.model, cli.datamodule, cli._get(cli.config_init, "generation"), cli.asked)
+    generation, checkpoint = (cli._get(cli.config_init, name) for name in ("generation", "checkpoint"))
+    return Recipe(cli.model, cli.datamodule, generation, cli.asked, checkpoint)
 
 
 def refused(recipe: Recipe, model: Any, gpus: int) -> list[str]:
@@ -73,7 +77,8 @@ def refused(recipe: Recipe, model: Any, gpus: int) -> list[str]:
         model: the policy on the meta device, without adapters.
         gpus: processes.
     """
-    return list(refusals(recipe.module, recipe.data, recipe.generation, recipe.trainer, gpus, model))
+    parts = recipe.module, recipe.data, recipe.generation, recipe.trainer
+    return list(refusals(*parts, gpus, model, checkpoint=recipe.checkpoint))
 
 
 def configured_gpus(trainer: Any) -> int:
