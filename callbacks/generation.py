@@ -12,12 +12,14 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from gear_lightning import __version__
 from gear_lightning.data import RolloutDataModule, RolloutGenerator
 from gear_lightning.engines import CachedEngine, GenerationEngine, Sampling
 from gear_lightning.environments.base import Environment, Task
 from gear_lightning.environments.checks import refuse_async_methods
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.errors import UserError
+from gear_lightning.identity import UnknownIdentityError, identity_of
 from gear_lightning.module import GearModule
 from gear_lightning.rewards import OverlongPenalty
 from gear_lightning.rollout import STATUSES, AgentLoop, Budgets, Rollout
@@ -80,7 +82,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self._weights = SamplingWeights(weights)
         self.listeners: list[Callable[[str, int, int, int], None]] = []  # (stage, finished, rollouts, tokens)
         self.stop: Callable[[], bool] = lambda: False  # whether this process's rollouts are to end now
-        self._checked = self._told = self._warned = False
+        self._checked = self._told = self._warned = self._told_of_prompt = False
         self._module: GearModule | None = None
         self._trainer: L.Trainer | None = None
 
@@ -155,8 +157,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         if found is not None and not self._warned:
             self._warned = True
             warnings.warn(
-                f"task {found.task.id}: the environment failed beside the outcome of a rollout ({found.side_error}). "
-                "The rollout keeps its reward; rollouts/side_errors counts such rollouts, and this is said once.",
+                f"task {found.task.id}: the environment failed, which changed no outcome ({found.side_error}). The "
+                "rollout keeps its reward. rollouts/side_errors counts such rollouts; this warning comes once.",
                 stacklevel=2,
             )
 
@@ -237,7 +239,31 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         assert self._module is not None
         said = None if peer is None else peer.messages[peer.opening_messages :]
         opening = rollout.messages[: rollout.opening_messages]
-        return self._module.privileged_prompt(rollout.task, opening, said, rollout.feedback)
+        try:
+            return self._module.privileged_prompt(rollout.task, opening, said, rollout.feedback)
+        except Exception as error:  # of a task that the check before training did not see, or of a peer's messages
+            if not self._told_of_prompt:
+                self._told_of_prompt = True
+                warnings.warn(
+                    f"task {rollout.task.id}: the teacher's prompt cannot be made ({error}). Its rollouts get uniform "
+                    "credit. teacher/overlong counts such rollouts; this warning comes once.",
+                    stacklevel=2,
+                )
+            return rollout.tokens[: rollout.prompt_length], True
+
+    def check_key(self) -> str | None:
+        module = self._module
+        assert module is not None
+        tokenizer = module.chat_format.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        parts = [module.chat_format.options, module.teacher_options, module.credit, module.distillation]
+        try:
+            if backend is None:
+                return None
+            made_of = identity_of([*parts, self.budgets, self._new_environment(), tokenizer.chat_template])
+        except UnknownIdentityError:
+            return None
+        return repr([__version__, made_of, backend.to_str(), sorted(tokenizer.get_added_vocab())])
 
     def check_task(self, task: Task) -> None:
         assert self._module is not None

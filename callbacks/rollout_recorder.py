@@ -73,7 +73,8 @@ class RolloutRecorder(L.Callback):
         tensors = _join(self._parts)
         index = tensors.pop("index").tolist() if self._parts else []
         row_of = {place: row for row, place in enumerate(index)}
-        noise = trainer.lightning_module.noise if self._parts else None
+        module: Any = trainer.lightning_module
+        noise = module.noise if self._parts else None
         rollouts = [
             rollout_json(trainer, rollout, group.group_id, r, row_of.get(g * data.group_size + r), noise)
             for g, group in enumerate(data.groups)

@@ -71,6 +71,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, options: ExportOptions = E
         UserError: no such file, not one of ours, the folder holds something or cannot be written, the checkpoint has
             no adapters, or a weight that is not finite (in the dtype that was asked for).
     """
+    from safetensors import SafetensorError
+
     options = ExportOptions(**{**vars(options), **changes})
     check_whole(checkpoint)
     check_empty(folder)
@@ -89,8 +91,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, options: ExportOptions = E
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    except (OSError, SafetensorError) as error:  # the second of a full disk under the weights
+        raise UserError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     return how
 
 

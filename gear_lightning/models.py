@@ -3,15 +3,13 @@
 import hashlib
 import importlib
 import importlib.util
-import os
-import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import UserError, require_extra
+from .files import build_once, cache_dir
 from .shipped import shipped_files, stop_ids
 
 
@@ -96,28 +94,6 @@ def checkpoint_activations(model: Any) -> None:
         raise UserError(
             f"{name} cannot checkpoint its activations ({error}); leave model.activation_checkpointing out"
         ) from None
-
-
-def cache_dir() -> Path:
-    """Folder for converted weights and warm starts: ``GEAR_LIGHTNING_CACHE``, else ``~/.cache/gear_lightning``."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gear_lightning"
-    return Path(os.environ.get("GEAR_LIGHTNING_CACHE", default))
-
-
-def build_once(folder: Path, build) -> Path:
-    """Fill ``folder`` by calling ``build(partial_folder)`` unless it exists; a kill leaves no half of it."""
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".partial-"))
-        try:
-            build(partial)
-            partial.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,13 @@ def _on_cpu() -> Any:
     return _cpu_groups[dist.group.WORLD]
 
 
+def place() -> tuple[int, int]:
+    """This process's rank, and how many ranks there are; (0, 1) before they have found each other."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
 def together(function: Callable[[], T]) -> T:
     """Call a function on all ranks, and fail on all of them where it fails on one.
 

@@ -15,7 +15,8 @@ from .batch import RolloutRow, collate
 from .chat import Chat
 from .environments.base import Demonstration, Demonstrations
 from .errors import Stopped, UserError
-from .models import Float32Buffers, build_once, cache_dir, checkpoint_activations
+from .files import build_once, cache_dir
+from .models import Float32Buffers, checkpoint_activations
 from .module import GearModule
 from .sharding import whole_copy
 from .step_guard import StepGuard, all_finite

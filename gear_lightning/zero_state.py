@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .optimizers import as_kept, in_floats
 from .sharding import is_zero3, shape
@@ -142,6 +143,21 @@ def keep_idle_steps_idle(optimizer: Any) -> None:
             step(group)
 
     optimizer._optimizer_step = step_on_a_gradient
+
+
+def whole_gradient(parameter: Any) -> Tensor | None:
+    """The whole gradient of a parameter under any strategy, between the backward pass and the optimizer's step: the
+    sum over all ranks and micro-batches, before clipping. All ranks must call it.
+
+    Returns:
+        None where the parameter has no gradient.
+    """
+    if is_zero3(parameter) or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+    gradient = parameter.grad
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
 def piece_bytes(optimizer: Any) -> int:

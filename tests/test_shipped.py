@@ -176,6 +176,23 @@ def test_a_link_out_of_the_model_directory_is_not_published(tmp_path):
     assert Pretrained(str(cached)).shipped()["LICENSE"] == b"mine", "a file of the cache's own"
 
 
+def test_a_model_of_the_hub_gives_the_files_that_its_cache_holds(tmp_path, monkeypatch):
+    import huggingface_hub.constants as constants
+
+    cached = tmp_path / "models--me--model"
+    (cached / "snapshots").mkdir(parents=True)
+    published(tmp_path / "model").rename(cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    module = GearModule(Pretrained("me/model"), Uniform())
+    assert len(module.chat_format.stop_ids) == 3
+    module.policy = module.source.model()
+    assert module.policy_files()["LICENSE"].numpy().tobytes() == b"Pass this on.\n"
+    assert module._base_model == "me/model"
+    assert Pretrained("me/none").shipped() == {}
+
+
 def test_a_tokenizer_of_several_templates_keeps_them(tmp_path):
     model = published(tmp_path / "model", {"default": CHATML, "tool_use": HERMES})
     _, checkpoint = fit(tmp_path, model)

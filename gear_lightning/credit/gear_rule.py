@@ -283,6 +283,8 @@ class Placebo(GEAR):
     """GEAR's weights, permuted among the tokens of their rollout whose advantages have the same sign: a control that
     keeps values and loses places.
 
+    Where those advantages differ in size, the permuted weights are divided by their mean again (see ``normalise``).
+
     Takes GEAR's options.
 
     Args:
@@ -292,9 +294,9 @@ class Placebo(GEAR):
     seed: int = 0
 
     def __call__(self, evidence: Evidence) -> Credit:
-        credit = super().__call__(evidence)
+        credit, base, mask = super().__call__(evidence), evidence.base_advantages, evidence.action_mask
         weights = credit.weights.clone()
-        for part in gear.one_sign(evidence.base_advantages, evidence.action_mask):
+        for part in gear.one_sign(base, mask):
             for row in range(weights.shape[0]):
                 where = part[row].nonzero().squeeze(-1)
                 # the rollout itself seeds its permutation, so that neither micro-batching nor resuming changes it
@@ -303,4 +305,7 @@ class Placebo(GEAR):
                 generator = torch.Generator().manual_seed(key % (2**63))
                 order = torch.randperm(len(where), generator=generator).to(where.device)
                 weights[row, where] = weights[row, where[order]]
+            uneven = (part & (gear.size_shares(base, part) != 1)).any(-1, keepdim=True)
+            again = gear.normalise_weights(weights, part, self.normalise, base)
+            weights = torch.where(part & uneven, again, weights)
         return spread_credit(evidence, weights, credit.divergence, torch.full_like(credit.anchor, -1))

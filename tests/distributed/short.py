@@ -13,6 +13,7 @@ from laws import TalkTasks
 from gear_lightning import token_stats
 from gear_lightning.callbacks.first_evaluation import FirstEvaluation
 from gear_lightning.callbacks.generation import GenerationCallback
+from gear_lightning.callbacks.step_recorder import StepRecorder
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.engines import CachedEngine
 from gear_lightning.module import GearModule
@@ -46,7 +47,7 @@ def train(
     strategy = name if not isinstance(name, str) else "auto" if name == "one" else make_strategy(name, **options)
     trainer = L.Trainer(
         accelerator="cpu", devices=int(os.environ.get("WORLD_SIZE", "1")), strategy=strategy, default_root_dir=run,
-        callbacks=[generation, FirstEvaluation(), *callbacks], max_epochs=2, gradient_clip_val=0.1,
+        callbacks=[generation, FirstEvaluation(), *callbacks, StepRecorder()], max_epochs=2, gradient_clip_val=0.1,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1, precision=precision,
     )  # fmt: skip
