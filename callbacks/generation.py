@@ -1,6 +1,8 @@
 """The generation callback: engine, environments and agent loop, tied to the policy and the data module."""
 
+import itertools
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,18 +15,22 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from gear_lightning.data import RolloutDataModule, RolloutGenerator
 from gear_lightning.engines import CachedEngine, GenerationEngine, Sampling
-from gear_lightning.environments.base import Environment, Task
+from gear_lightning.environments.base import Environment, Task, TaskSource
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.errors import UserError
 from gear_lightning.module import GearModule
+from gear_lightning.positions import longest_row
 from gear_lightning.rewards import OverlongPenalty
 from gear_lightning.rollout import AgentLoop, Budgets, Rollout
+from gear_lightning.sampling_check import TRIES, compare, explain, make_trial, ordinary_ids, sample
 from gear_lightning.sampling_weights import SamplingWeights, WeightsMode
 from gear_lightning.sharding import shape
 from gear_lightning.teacher import privileged_text
-from gear_lightning.together import together
+from gear_lightning.together import gather, together
 
 EnvironmentFactory = Callable[[], Environment]
+SHOWN = ("reference", "answer")  # of `TeacherOptions.shows`: what a task has before any rollout
+LOOKED_AT = 64  # tasks of which one must leave the teacher its text
 
 
 class GenerationCallback(L.Callback, RolloutGenerator):
@@ -98,11 +104,12 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         """Serve a data module with rollouts of a module's policy, and look at its tasks.
 
         Raises:
-            UserError: a task that cannot be used; names it.
+            UserError: a task that cannot be used; names it. Or no task's privileged prompt fits.
         """
         self._module = module
         data.generator = self
         data.check_tasks()
+        self._check_teacher_view(module, data.train_tasks)
 
     def generate(self, jobs: list[tuple[Task, tuple[int, ...]]], stage: str) -> list[Rollout]:
         assert self._module is not None
@@ -117,21 +124,14 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             partial(self._report, stage),
             self.stop,
         )
-        module = self._module
+        module, version = self._module, self._trainer.global_step
         if not self._checked:
             together(lambda: self.check_policy(module, module.policy))
+            self.check_sampling(self._trainer, module, module.policy, module.blank)
+            self._checked = True
         # one context for the whole phase, so that the weights are cast once and not at every token
-        mixed = self._trainer.precision == "bf16-mixed"
-        version = self._trainer.global_step
-        strategy = self._trainer.strategy
-        computes_in, streams = getattr(strategy, "computes_in", None), getattr(strategy, "streams", True)
-        dtype = getattr(torch, self.weights_dtype) if self.weights_dtype else computes_in
-        cache = self._cache_bytes(len(jobs))
-        opened = self._weights.open(module.policy, module.blank, version, cache, self.engine, dtype, streams)
-        with torch.autocast(module.device.type, dtype=torch.bfloat16, enabled=mixed), opened as (model, check):
-            if not self._checked:
-                self.check_engine(model)
-                self._checked = True
+        opened = self._opened(self._trainer, module.policy, module.blank, len(jobs))
+        with self._computing(self._trainer), opened as (model, check):
             started = time.monotonic()
             rollouts, _ = loop.run(model, jobs, policy_version=version, check=check)
         if stage == "fit" and self.overlong is not None:
@@ -146,13 +146,25 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             )
         return rollouts
 
-    def _cache_bytes(self, rollouts: int) -> int:
+    def _computing(self, trainer: L.Trainer) -> Any:
+        """The precision that the policy computes in."""
+        mixed = trainer.precision == "bf16-mixed"
+        return torch.autocast(trainer.strategy.root_device.type, dtype=torch.bfloat16, enabled=mixed)
+
+    def _opened(self, trainer: L.Trainer, policy: Any, blank: Any, rollouts: int) -> Any:
+        """The weights to sample so many rollouts with, see `SamplingWeights.open`."""
+        strategy = trainer.strategy
+        computes_in, streams = getattr(strategy, "computes_in", None), getattr(strategy, "streams", True)
+        dtype = getattr(torch, self.weights_dtype) if self.weights_dtype else computes_in
+        cache = self._cache_bytes(trainer, policy, rollouts)
+        return self._weights.open(policy, blank, trainer.global_step, cache, self.engine, dtype, streams)
+
+    def _cache_bytes(self, trainer: L.Trainer, policy: Any, rollouts: int) -> int:
         """Keys and values of so many whole contexts."""
-        assert self._module is not None
-        config = self._module.policy.config.get_text_config()
+        config = policy.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        size = 2 if self.weights_dtype == "bfloat16" or "bf16" in str(self._module.trainer.precision) else 4
+        size = 2 if self.weights_dtype == "bfloat16" or "bf16" in str(trainer.precision) else 4
         return rollouts * self.budgets.context * config.num_hidden_layers * 2 * heads * width * size
 
     def on_train_batch_start(
@@ -186,14 +198,14 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         """Look at the sizes of a policy.
 
         Raises:
-            UserError: its positions or its vocabulary do not suffice.
+            UserError: its positions or its vocabulary do not suffice, or its rotary frequencies would depend on the
+                length of a row.
         """
-        config = policy.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        if positions is not None and self.budgets.context > positions:
+        longest = longest_row(policy.config, type(policy).__name__)
+        if longest is not None and self.budgets.context > longest.tokens:
             raise UserError(
-                f"generation.budgets.context={self.budgets.context} is more than the {positions} positions of "
-                f"{type(policy).__name__}"
+                f"generation.budgets.context={self.budgets.context} is more than {longest.why}; set it to "
+                f"{longest.tokens} or less"
             )
         rows = shape(policy.get_input_embeddings().weight)[0]
         highest = max(module.chat_format.prompt([{"role": "user", "content": "Hello"}]))
@@ -201,6 +213,38 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             raise UserError(
                 f"the tokenizer does not fit the model: it gives id {highest}, {type(policy).__name__} knows {rows}"
             )
+
+    def check_sampling(self, trainer: L.Trainer, module: GearModule, policy: Any, blank: Any) -> None:
+        """Compare the engine's log-probs with the trainer's, see `sampling_check`. All ranks must call it.
+
+        Args:
+            trainer: whose strategy and precision the policy has.
+            module: the recipe's module.
+            policy: whole or sharded.
+            blank: its modules without values, where it is sharded.
+
+        Raises:
+            UserError: they do not, by more than rounding, or the engine cannot sample the policy.
+        """
+        longest = longest_row(policy.config, type(policy).__name__)
+        teacher = self.budgets.context + module.teacher_options.max_prompt if module.needs_teacher else 0
+        teacher = teacher if longest is None else min(teacher, longest.tokens)
+        ids = ordinary_ids(module.chat_format.tokenizer, policy)
+        sizes = (self.budgets.context, teacher, self.budgets.turns)
+        for attempt in itertools.count():
+            trial = make_trial(ids, policy.config, *sizes, seed=attempt)
+            with self._computing(trainer):
+                with self._opened(trainer, policy, blank, 2) as (model, _):
+                    if not attempt:
+                        self.check_engine(model)
+                    rows = sample(self.engine, model, self.sampling, trial)
+                scorer = policy if getattr(trainer.strategy, "streams", True) else model  # else it has no forward now
+                found = compare(scorer, model, rows, trial.filler, self.sampling.scoring_temperature)
+            differences = [difference for difference in gather(found) if difference is not None]
+            if not differences:
+                return
+            if attempt + 1 == TRIES:
+                raise UserError(explain(differences[0], policy, self.engine, trial))
 
     def check_engine(self, model: Any) -> None:
         """Let the engine look at the model that it is going to sample from.
@@ -221,7 +265,32 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         assert self._module is not None
         said = None if peer is None else peer.messages[peer.opening_messages :]
         opening = rollout.messages[: rollout.opening_messages]
-        return self._module.privileged_prompt(rollout.task, opening, said, rollout.feedback)
+        response = len(rollout.tokens) - rollout.prompt_length
+        return self._module.privileged_prompt(rollout.task, opening, said, rollout.feedback, response)
+
+    def _check_teacher_view(self, module: GearModule, tasks: TaskSource) -> None:
+        """Look for a task whose privileged prompt leaves the model a position for a response.
+
+        Raises:
+            UserError: none of those looked at does, so that the teacher would be shown nothing.
+        """
+        options = replace(module.teacher_options, overlong="error", max_prompt=sys.maxsize)
+        # what else there is to show, rollouts tell
+        if not module.needs_teacher or options.shows not in SHOWN or module.longest is None:
+            return
+        size, refused = LOOKED_AT if tasks.size is None else tasks.size, []
+        for index in dict.fromkeys(i * size // LOOKED_AT for i in range(LOOKED_AT)):
+            task = tasks[index]
+            try:
+                module.privileged_prompt(task, task.messages, options=options)
+                return
+            except UserError as error:
+                refused.append(str(error))
+        raise UserError(
+            f"the privileged prompt leaves room for a response in none of {len(refused)} tasks, so that the teacher "
+            f"would be shown nothing: {refused[0]}. Shorten the {options.shows}s or model.teacher.template, use "
+            "another model.teacher.shows, or a model with more positions"
+        )
 
     def check_task(self, task: Task) -> None:
         assert self._module is not None
@@ -234,7 +303,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 f"{type(environment).__name__} does not tell; use another model.credit"
             )
         options, credit = self._module.teacher_options, self._module.credit
-        of_the_task = options.shows in ("reference", "answer")  # what else there is, rollouts tell
+        of_the_task = options.shows in SHOWN  # what else there is, rollouts tell
         if self._module.needs_teacher and of_the_task and privileged_text(task, options) is None:
             user, other = (credit, "credit=Uniform") if credit.needs_teacher else (self._module.distillation, None)
             kind = "answer" if options.shows == "reference" else "reference"

@@ -18,7 +18,7 @@ from .errors import Stopped, UserError
 from .packing import balanced_split
 from .resume import random_state, restore_random_state
 from .rollout import Rollout, RolloutGroup
-from .together import check_same, gather
+from .together import check_same, gather, together
 
 ZeroSpread = Literal["keep", "drop", "resample"]
 
@@ -242,7 +242,7 @@ class RolloutDataModule(L.LightningDataModule):
         first = self._take_up()
         if first is None:
             self._generate()
-        rows = self._rows()
+        rows = together(self._rows)
         counts = torch.tensor([sum(map(sum, (r.action_mask for r in rows))), len(rows)], device=self._device)
         tokens, rollouts = self._trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         order = sorted(rows, key=lambda r: (r.length + r.teacher_length, r.length, r.index))  # alike ones together

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .batch import Credit, RolloutBatch, RolloutRow, TokenStats, collate
 from .credit import CreditAssigner, Evidence
 from .errors import UserError
+from .positions import longest_row
 from .records import read_records, record_files
 from .teacher import Teacher, TeacherOptions
 from .token_stats import token_stats
@@ -130,8 +131,8 @@ def measure(policy: Any, batch: RolloutBatch, rule: CreditAssigner) -> Noise:
         batch: on the policy's device; blank rows add nothing.
         rule: the credit rule.
     """
-    moves = _moves(policy)
-    view, shift = teacher_view(batch, None if moves else getattr(policy.config, "max_position_embeddings", None))
+    moves, longest = _moves(policy), longest_row(policy.config, type(policy).__name__)
+    view, shift = teacher_view(batch, None if moves or longest is None else longest.tokens)
     if not moves:
         shift = torch.zeros_like(shift)
     ours = token_stats(

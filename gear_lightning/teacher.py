@@ -18,6 +18,7 @@ from .chat import Chat
 from .environments.base import Message, Task
 from .errors import UserError
 from .lora import POLICY, TEACHER, active, adapter_parameters, add_teacher, has_teacher, is_adapted
+from .positions import Longest
 from .sharding import is_sharded, local, part_of, rest, stored, whole_of
 from .token_stats import token_stats
 
@@ -41,8 +42,10 @@ class TeacherOptions:
             the answer or the peer's transcript.
         feedback_template: the same for feedback; ``{feedback}`` stands for it. Only where ``shows`` may show some.
         max_prompt: longest privileged prompt, tokens. The question is never cut.
-        overlong: what happens to a longer one: ``drop`` the privileged text for that rollout (its weights become 1,
-            distillation leaves it out, and ``teacher/overlong`` counts it), or stop with an ``error``.
+        overlong: what happens to a longer one, and to one that together with the response exceeds the model's positions
+            (or the length above which its rotary frequencies change): ``drop`` the privileged text for that rollout
+            (its weights become 1, distillation leaves it out, and ``teacher/overlong`` counts it), or stop with an
+            ``error``.
     """
 
     weights: Literal["ema", "live", "frozen"] = "ema"
@@ -119,6 +122,8 @@ def privileged_prompt(
     options: TeacherOptions,
     peer: list[Message] | None = None,
     feedback: str | None = None,
+    longest: Longest | None = None,
+    response: int = 0,
 ) -> tuple[list[int], bool]:
     """Ids of the prompt with the privileged text in it.
 
@@ -129,6 +134,8 @@ def privileged_prompt(
         options: what is shown, template and length policy.
         peer: see `privileged_text`.
         feedback: see `privileged_text`.
+        longest: what prompt and response may be together. None: any length.
+        response: tokens that follow the prompt in the teacher's view.
 
     Returns:
         The ids, and whether the privileged text was dropped for length.
@@ -143,10 +150,17 @@ def privileged_prompt(
     last = max((i for i, m in enumerate(opening) if m["role"] == "user"), default=len(opening) - 1)
     hinted = dict(opening[last], content=opening[last]["content"] + text)
     ids = chat.prompt([*opening[:last], hinted, *opening[last + 1 :]], task.tools)
-    if len(ids) <= options.max_prompt:
+    fits = longest is None or len(ids) + response <= longest.tokens
+    if fits and len(ids) <= options.max_prompt:
         return ids, False
     if options.overlong == "error":
-        raise UserError(f"task {task.id}: its privileged prompt has {len(ids)} tokens, max_prompt={options.max_prompt}")
+        told = f"task {task.id}: its privileged prompt has {len(ids)} tokens"
+        if longest is None or fits:
+            raise UserError(f"{told}, max_prompt={options.max_prompt}")
+        raise UserError(
+            f"{told}, which with the {response} of the response is more than {longest.why} "
+            "(model.teacher.overlong=drop leaves such rollouts without a teacher)"
+        )
     return plain, True
 
 
