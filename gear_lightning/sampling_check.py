@@ -22,7 +22,7 @@ from .token_stats import token_stats
 
 NEW = 4  # tokens sampled in a turn
 USUAL = 256  # tokens of the longer row, where nothing in the model's configuration names a longer one
-FURTHEST = 4096  # tokens of the longest row that is tried
+FURTHEST = 4096  # tokens of the longest such length that is tried
 BEYOND = 16  # tokens by which a row goes beyond a length that the configuration names
 TRIES = 3  # a difference counts where it shows in each: a router's near tie may fall either way in one
 # integers of a configuration that may be lengths from which the model computes something else
@@ -87,7 +87,7 @@ def ordinary_ids(tokenizer: Any, model: Any) -> list[int]:
 def tried_length(config: Any, limit: int) -> int:
     """Tokens of the longest row to try, where the budgets allow ``limit``: beyond every length that the configuration
     names, up to `FURTHEST`."""
-    named = [n for n in _lengths(config.get_text_config().to_dict()) if n < limit and n + BEYOND <= FURTHEST]
+    named = [n for n in _lengths(config.get_text_config().to_dict()) if n < limit and n <= FURTHEST]
     return min(limit, max([USUAL, *(n + BEYOND for n in named)]))
 
 
@@ -239,9 +239,9 @@ def explain(found: Difference, policy: Any, engine: GenerationEngine, trial: Tri
             "model.policy"
         )
     kind = type(engine).__name__
-    if isinstance(engine, GenerateEngine):
+    if type(engine) is GenerateEngine:
         advice = "set model.policy.attn_implementation to eager, or use another model.policy"
-    elif isinstance(engine, CachedEngine):
+    elif type(engine) is CachedEngine:
         advice = OTHER_ENGINE
     else:
         advice = (

@@ -127,8 +127,8 @@ def check_head(model: nn.Module) -> None:
     are: so a soft-cap or a scale shows however small the model's logits are, and no weight is changed.
 
     Raises:
-        UserError: the model does more than a linear head (soft-capping, scaled logits), has no decoder or head, or its
-            forward writes to its weights.
+        UserError: the model does more than a linear head (soft-capping, scaled logits), has no decoder or head, gives
+            random outputs, or writes to its weights in a forward pass.
     """
     name = type(model).__name__
     seen: list[Tensor] = []  # input of the head, and what came out of it in the model's own forward
@@ -142,7 +142,7 @@ def check_head(model: nn.Module) -> None:
     try:
         body, head = model.get_decoder(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
         ids = torch.tensor([[0, 1]], device=head.weight.device)
-        hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+        hidden, again = (body(input_ids=ids, use_cache=False).last_hidden_state for _ in range(2))
         handle = head.register_forward_hook(replace)
         try:
             logits = model(input_ids=ids, use_cache=False).logits
@@ -152,7 +152,10 @@ def check_head(model: nn.Module) -> None:
         raise UserError(f"{name} is not a causal language model with a decoder and an output head ({error})") from None
     if [p._version for p in model.parameters()] != written:
         raise UserError(f"{name} changes its weights in a forward pass; such models are not supported")
-    if len(seen) < 2 or (hidden - seen[0]).abs().max() > 1e-3 * hidden.abs().max():
+    small = 1e-3 * hidden.abs().max()
+    if (hidden - again).abs().max() > small:
+        raise UserError(f"{name} is random: it gives other hidden states each time; such models are not supported")
+    if len(seen) < 2 or (hidden - seen[0]).abs().max() > small:
         raise UserError(
             f"{name} does not apply its output head to the last hidden states of its decoder; such models are not "
             "supported"
