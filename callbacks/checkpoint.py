@@ -1,24 +1,47 @@
 """When checkpoints are written, and which are kept."""
 
+import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from gear_lightning.checkpoints import failing_together
+from gear_lightning.background import WRITER
+from gear_lightning.callbacks.background_saves import BackgroundSaves
+from gear_lightning.errors import UserError
 from gear_lightning.loggers import MetricsFile
 
 
-class IterationCheckpoint(ModelCheckpoint):
+class IterationCheckpoint(BackgroundSaves):
     """Lightning's ModelCheckpoint that also saves after the last iteration, whatever ``every_n_epochs``, and replaces
     the ``last.ckpt`` link in one go, so that a kill leaves the old one or the new one.
 
     Of the checkpoints that ``save_top_k`` would remove, the newest stays: what is left if the last one is damaged.
     A checkpoint also holds the iteration's row of metrics, which Lightning logs after it: a run killed in between lacks
     nothing when it goes on.
+
+    Args:
+        background: write from a copy in CPU memory while training goes on. False: training waits for every file.
+        min_interval: least seconds from the start of a save to the next one; a checkpoint that is due earlier is left
+            to a later iteration. 0: save whenever one is due. Null: as long as training waits for saves for less than 5
+            % of the time, and files are written for less than 25 %; every iteration where a checkpoint has less than
+            256 MiB, or where ``every_n_epochs``, ``every_n_train_steps`` or ``train_time_interval`` is given. The state
+            at the end of a run is always saved.
+
+    Raises:
+        UserError: an option out of range.
     """
+
+    def __init__(self, *args: Any, background: bool = True, min_interval: float | None = None, **options: Any):
+        super().__init__(*args, **options)
+        if min_interval is not None and not 0 <= min_interval < math.inf:
+            raise UserError(f"checkpoint.min_interval={min_interval} must be at least 0, and finite")
+        self.background = background
+        self.min_interval = min_interval
+        cadence = ("every_n_epochs", "every_n_train_steps", "train_time_interval")
+        self.asked = any(options.get(name) is not None for name in cadence)
 
     _spare: str | None = None
     _row: dict[str, float] | None = None
@@ -43,9 +66,10 @@ class IterationCheckpoint(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
 
-    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        with failing_together(trainer.strategy):
-            super()._save_checkpoint(trainer, filepath)
+    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Any]) -> None:
+        over = trainer.current_epoch + 1 == trainer.max_epochs or trainer.should_stop
+        if over or self.monitor is not None or not self.postponed(trainer):
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         spare, self._spare = self._spare, filepath
@@ -79,8 +103,12 @@ class IterationCheckpoint(ModelCheckpoint):
     @staticmethod
     def _link_checkpoint(trainer: Any, filepath: str, linkpath: str) -> None:
         if trainer.is_global_zero:
-            fresh = f"{linkpath}.new"
-            Path(fresh).unlink(missing_ok=True)
-            os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), fresh)
-            os.replace(fresh, linkpath)
+            WRITER.then(partial(_link, filepath, linkpath))
         trainer.strategy.barrier()
+
+
+def _link(filepath: str, linkpath: str) -> None:
+    fresh = f"{linkpath}.new"
+    Path(fresh).unlink(missing_ok=True)
+    os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), fresh)
+    os.replace(fresh, linkpath)

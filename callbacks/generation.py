@@ -2,8 +2,8 @@
 
 import itertools
 import math
-import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,24 +13,26 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from gear_lightning import __version__
 from gear_lightning.data import RolloutDataModule, RolloutGenerator
 from gear_lightning.engines import CachedEngine, GenerationEngine, Sampling
-from gear_lightning.environments.base import Environment, Task, TaskSource
+from gear_lightning.environments.base import Environment, Task
+from gear_lightning.environments.checks import refuse_async_methods
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.errors import UserError
+from gear_lightning.identity import UnknownIdentityError, identity_of
 from gear_lightning.module import GearModule
 from gear_lightning.positions import longest_row
 from gear_lightning.rewards import OverlongPenalty
-from gear_lightning.rollout import AgentLoop, Budgets, Rollout
+from gear_lightning.rollout import STATUSES, AgentLoop, Budgets, Rollout
 from gear_lightning.sampling_check import TRIES, compare, explain, make_trial, ordinary_ids, sample
 from gear_lightning.sampling_weights import SamplingWeights, WeightsMode
 from gear_lightning.sharding import shape
-from gear_lightning.teacher import privileged_text
+from gear_lightning.task_check import check_teacher_views
+from gear_lightning.teacher import SHOWN, OverlongError, privileged_text
 from gear_lightning.together import gather, together
 
 EnvironmentFactory = Callable[[], Environment]
-SHOWN = ("reference", "answer")  # of `TeacherOptions.shows`: what a task has before any rollout
-LOOKED_AT = 64  # tasks of which one must leave the teacher its text
 
 
 class GenerationCallback(L.Callback, RolloutGenerator):
@@ -84,7 +86,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self._weights = SamplingWeights(weights)
         self.listeners: list[Callable[[str, int, int, int], None]] = []  # (stage, finished, rollouts, tokens)
         self.stop: Callable[[], bool] = lambda: False  # whether this process's rollouts are to end now
-        self._checked = self._told = False
+        self._checked = self._told = self._warned = self._told_of_prompt = False
         self._module: GearModule | None = None
         self._trainer: L.Trainer | None = None
 
@@ -109,7 +111,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self._module = module
         data.generator = self
         data.check_tasks()
-        self._check_teacher_view(module, data.train_tasks)
+        check_teacher_views(module, data.train_tasks)
 
     def generate(self, jobs: list[tuple[Task, tuple[int, ...]]], stage: str) -> list[Rollout]:
         assert self._module is not None
@@ -134,6 +136,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         with self._computing(self._trainer), opened as (model, check):
             started = time.monotonic()
             rollouts, _ = loop.run(model, jobs, policy_version=version, check=check)
+        self._warn_of_side_errors(rollouts)
         if stage == "fit" and self.overlong is not None:
             for rollout in rollouts:
                 _penalise(rollout, self.overlong)
@@ -167,6 +170,17 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         size = 2 if self.weights_dtype == "bfloat16" or "bf16" in str(trainer.precision) else 4
         return rollouts * self.budgets.context * config.num_hidden_layers * 2 * heads * width * size
 
+    def _warn_of_side_errors(self, rollouts: list[Rollout]) -> None:
+        """Report the first failure of an environment that changed no outcome; ``rollouts/side_errors`` counts them."""
+        found = next((r for r in rollouts if r.side_error is not None), None)
+        if found is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"task {found.task.id}: the environment failed beside the outcome of a rollout ({found.side_error}). "
+                "The rollout keeps its reward; rollouts/side_errors counts such rollouts, and this is said once.",
+                stacklevel=2,
+            )
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -179,7 +193,9 @@ class GenerationCallback(L.Callback, RolloutGenerator):
 
     def _new_environment(self) -> Environment:
         try:
-            return self.environment()
+            environment = self.environment()
+            refuse_async_methods(environment)
+            return environment
         except (UserError, KeyboardInterrupt):
             raise
         except BaseException as error:  # its constructor may raise anything, SystemExit included
@@ -266,31 +282,33 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         said = None if peer is None else peer.messages[peer.opening_messages :]
         opening = rollout.messages[: rollout.opening_messages]
         response = len(rollout.tokens) - rollout.prompt_length
-        return self._module.privileged_prompt(rollout.task, opening, said, rollout.feedback, response)
+        try:
+            return self._module.privileged_prompt(rollout.task, opening, said, rollout.feedback, response)
+        except OverlongError:  # as asked for
+            raise
+        except Exception as error:  # of a task that the check before training did not see, or of a peer's messages
+            if not self._told_of_prompt:
+                self._told_of_prompt = True
+                warnings.warn(
+                    f"task {rollout.task.id}: the teacher's prompt cannot be made ({error}). Its rollouts get uniform "
+                    "credit; teacher/overlong counts such rollouts, and this is said once.",
+                    stacklevel=2,
+                )
+            return rollout.tokens[: rollout.prompt_length], True
 
-    def _check_teacher_view(self, module: GearModule, tasks: TaskSource) -> None:
-        """Look for a task whose privileged prompt leaves the model a position for a response.
-
-        Raises:
-            UserError: none of those looked at does, so that the teacher would be shown nothing.
-        """
-        options = replace(module.teacher_options, overlong="error", max_prompt=sys.maxsize)
-        # what else there is to show, rollouts tell
-        if not module.needs_teacher or options.shows not in SHOWN or module.longest is None:
-            return
-        size, refused = LOOKED_AT if tasks.size is None else tasks.size, []
-        for index in dict.fromkeys(i * size // LOOKED_AT for i in range(LOOKED_AT)):
-            task = tasks[index]
-            try:
-                module.privileged_prompt(task, task.messages, options=options)
-                return
-            except UserError as error:
-                refused.append(str(error))
-        raise UserError(
-            f"the privileged prompt leaves room for a response in none of {len(refused)} tasks, so that the teacher "
-            f"would be shown nothing: {refused[0]}. Shorten the {options.shows}s or model.teacher.template, use "
-            "another model.teacher.shows, or a model with more positions"
-        )
+    def check_key(self) -> str | None:
+        module = self._module
+        assert module is not None
+        tokenizer = module.chat_format.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        parts = [module.chat_format.options, module.teacher_options, module.credit, module.distillation, module.longest]
+        try:
+            if backend is None:
+                return None
+            made_of = identity_of([*parts, self.budgets, self._new_environment(), tokenizer.chat_template])
+        except UnknownIdentityError:
+            return None
+        return repr([__version__, made_of, backend.to_str(), sorted(tokenizer.get_added_vocab())])
 
     def check_task(self, task: Task) -> None:
         assert self._module is not None
@@ -342,7 +360,10 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         pl_module.log("teacher/overlong", float(stats.overlong), batch_size=1, sync_dist=True, reduce_fx="sum")
         total = sum(stats.statuses.values())
         log("rollouts/retried", stats.retried / max(total, 1), total)
-        for status in STATUSES:
+        log("rollouts/side_errors", stats.side_errors / max(total, 1), total)
+        if data.truncated == "mask":
+            log("rollouts/masked", stats.masked / max(total, 1), total)
+        for status in STATUSES[1:]:  # all but done
             log(f"rollouts/{status}", stats.statuses[status] / max(total, 1), total)
 
 
@@ -354,15 +375,3 @@ def _penalise(rollout: Rollout, overlong: OverlongPenalty) -> None:
     rollout.reward -= penalty
     rollout.turn_rewards[-1] -= penalty
     rollout.reward_parts["overlong"] = 0.0 - penalty  # not -0.0
-
-
-STATUSES = (
-    "truncated",
-    "invalid_tool_call",
-    "empty_response",
-    "prompt_too_long",
-    "environment_error",
-    "environment_timeout",
-    "environment_flood",
-    "invalid_reward",
-)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from gear_lightning.background import WRITER
 from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.checkpoints import failing_together, known_checkpoints
 from gear_lightning.data import RolloutDataModule
@@ -101,13 +103,14 @@ class Preemption(L.Callback):
     def _tidy(self, trainer: L.Trainer) -> None:
         path = self._path(trainer)
         if trainer.is_global_zero and path is not None and path.exists() and _overtaken(path):
-            trainer.strategy.remove_checkpoint(path)
+            WRITER.then(partial(trainer.strategy.remove_checkpoint, path))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.agreed():
             trainer.should_stop = True  # the checkpoint callback, which comes later, then saves
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        WRITER.settle()  # the newest checkpoint is there
         self._tidy(trainer)
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if self._agreed and isinstance(data, RolloutDataModule):

@@ -42,7 +42,7 @@ from .warm_start import WarmStart, run_warm_start
 
 RUN_FILES = (
     "*config.yaml", "*metrics.csv", "tensorboard", "checkpoints", "rollouts", "predictions", "tokenizer",
-    "credit_map.html", "recredit.html", "status.json", "attempts.jsonl", "crash",
+    "steps", "credit_map.html", "recredit.html", "status.json", "attempts.jsonl", "crash",
 )  # fmt: skip
 
 
@@ -151,6 +151,20 @@ class GearCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let the checkpoint's ``hyper_parameters`` change the recipe, the classes that it
         names included. A recipe comes from the command line alone."""
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"seed_everything: {error}") from None
+        self._follow_seed()
+
+    def _follow_seed(self) -> None:
+        """Give ``data.seed`` the value of ``seed_everything`` unless it is given itself; ``config.yaml`` shows it."""
+        config = self.config[str(self.subcommand)]
+        given = config["seed_everything"]
+        if config["data"]["seed"] is None:
+            config["data"]["seed"] = 0 if isinstance(given, bool) else given  # false seeds nothing
 
     def before_instantiate_classes(self) -> None:
         self.save_config_kwargs["config_filename"] = self._own_file("config.yaml")

@@ -14,6 +14,7 @@ import torch
 from .doctor_checks import Machine, look_at_machine, problems
 from .engines import CachedEngine
 from .errors import UserError
+from .head import head_in_float32
 from .memory import STRATEGIES, Load, ModelShape, Setup, Strategy, element_bytes, estimate, model_shape, precision_name
 from .module import GearModule
 from .recipe import Recipe, configured_gpus, read_recipe
@@ -128,6 +129,7 @@ def setup_of(recipe: Recipe, trainable: int, options: dict[str, Any], on_gpu: bo
     shared = teacher.weights == "live" or (module.lora is not None and teacher.weights == "frozen")
     return Setup(
         precision=precision_name(precision),
+        head_float32=head_in_float32(module.head_precision, precision_name(precision)),
         state_bytes=needs.state_bytes,
         float32_state_bytes=optimizer_needs(module, torch.float32, on_gpu).state_bytes,
         foreach=needs.foreach,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .rounding import low_precision, rounded_anew
+from .perturbation import low_precision, rounded_anew
 from .sharding import fingerprint, forward_of_model, shape
 
 

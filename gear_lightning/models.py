@@ -3,9 +3,6 @@
 import hashlib
 import importlib
 import importlib.util
-import os
-import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +11,8 @@ from types import MethodType
 from typing import Any, Literal
 
 from .errors import UserError, require_extra
+from .files import build_once, cache_dir
+from .shipped import shipped_files, stop_ids
 
 
 class PolicySource(ABC):
@@ -45,6 +44,14 @@ class PolicySource(ABC):
     def published(self) -> str | None:
         """What ``from_pretrained`` loads the same starting weights from, on any day; None where nothing does."""
         return None
+
+    def shipped(self) -> dict[str, bytes]:
+        """Files that the model was published with beside its weights, as they are (see `shipped.KEPT`)."""
+        return {}
+
+    def stop_ids(self) -> list[int]:
+        """Tokens at which ``generate`` of the published model stops."""
+        return stop_ids(self.shipped())
 
 
 class Float32Buffers:
@@ -121,28 +128,6 @@ def _forward_checkpointed(layer: Any, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
 
 
-def cache_dir() -> Path:
-    """Folder for converted weights and warm starts: ``GEAR_LIGHTNING_CACHE``, else ``~/.cache/gear_lightning``."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gear_lightning"
-    return Path(os.environ.get("GEAR_LIGHTNING_CACHE", default))
-
-
-def build_once(folder: Path, build) -> Path:
-    """Fill ``folder`` by calling ``build(partial_folder)`` unless it exists; a kill leaves no half of it."""
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".partial-"))
-        try:
-            build(partial)
-            partial.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
 @dataclass(frozen=True)
 class Pretrained(PolicySource):
     """A pretrained causal language model. Remote code is never run.
@@ -191,6 +176,12 @@ class Pretrained(PolicySource):
         if self.path.endswith(".gguf"):  # the cache holds its weights, and may be emptied
             return None
         return str(Path(where).resolve()) if Path(where).is_dir() else where
+
+    def shipped(self) -> dict[str, bytes]:
+        return shipped_files(self._resolve())
+
+    def stop_ids(self) -> list[int]:
+        return stop_ids(self.shipped(), self.path)
 
     def _load(self, loader: Any, **options: Any) -> Any:
         try:

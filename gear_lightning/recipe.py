@@ -34,7 +34,7 @@ class _Reader(GearCLI):
     """Reads a recipe as ``fit`` does, and stops before the Trainer: no device is touched, no directory made."""
 
     def _set_seed(self) -> None:
-        """No."""
+        self._follow_seed()  # and seed nothing here
 
     def instantiate_classes(self) -> None:
         trainer = self.config["fit"]["trainer"]

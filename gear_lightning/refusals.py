@@ -14,6 +14,7 @@ from .advantage import GroupAdvantage
 from .callbacks.generation import GenerationCallback
 from .data import RolloutDataModule
 from .errors import UserError
+from .head import head_in_float32
 from .memory import ALIASES, STRATEGIES, Strategy
 from .models import PolicySource, checkpoint_activations
 from .module import GearModule
@@ -131,12 +132,15 @@ def refusals(
     elif "zero" in named(trainer)[0].lower():
         stage, offload = options.get("stage", 2), bool(options.get("offload_parameters"))
         rules.append(lambda: check_zero(stage, offload, str(trainer["gradient_clip_algorithm"])))
+    precision = ALIASES.get(str(trainer["precision"]), str(trainer["precision"]))
+    rules.append(lambda: head_in_float32(module.head_precision, precision))
     if fitting:
         rules.append(lambda: check_parts(module, data, generation))
         rules.append(lambda: data.check_processes(processes, trainer["accumulate_grad_batches"]))
     if model is not None:
         rules.append(lambda: generation.check_policy(module, model))
         rules.append(lambda: generation.engine.check(model))
+        rules.append(lambda: module.as_trained(model, precision))
         if module.lora is not None:
             rules.append(partial(module.lora.layers, model))
         if strategy == "fsdp":

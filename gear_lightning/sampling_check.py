@@ -1,9 +1,9 @@
 """The start-up check that what is sampled is what is trained.
 
 Before a policy's first rollouts, the engine samples two conversations of different length, and they are scored as the
-update scores them. Three pairs of log-probs may differ by rounding alone (see `rounding`): those in the update's mode
-and in the sampler's mode; those of a row alone and beside a longer one; those of the engine and of the trainer. The
-cost is bounded: two rows are sampled, and passed through the model four times without gradients.
+update scores them. Three pairs of log-probs may differ by rounding alone (see `perturbation`): those in the update's
+mode and in the sampler's mode; those of a row alone and beside a longer one; those of the engine and of the trainer.
+The cost is bounded: two rows are sampled, and passed through the model four times without gradients.
 """
 
 import math
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .engines import OTHER_ENGINE, CachedEngine, GenerateEngine, GenerationEngine, Sampling, TurnRequest
-from .rounding import low_precision, rounded_anew
+from .perturbation import low_precision, rounded_anew
 from .sharding import rest, shape
 from .token_stats import token_stats
 

@@ -24,7 +24,6 @@ from .token_stats import token_stats
 
 FILE = "teacher_check.json"
 FORMAT = 1
-SHOWN = ("reference", "answer")  # of `TeacherOptions.shows`: texts of a task, which can be another one's
 VIEWS = ("own", "other")
 
 

@@ -15,14 +15,17 @@ from .batch import RolloutRow, collate
 from .chat import Chat
 from .environments.base import Demonstration, Demonstrations
 from .errors import Stopped, UserError
-from .models import Float32Buffers, build_once, cache_dir, checkpoint_activations, without_dropout
+from .files import build_once, cache_dir
+from .models import Float32Buffers, checkpoint_activations
 from .module import GearModule
 from .sharding import whole_copy
+from .step_guard import StepGuard, all_finite
 from .strategies import place
 from .teacher import TeacherOptions, privileged_prompt
 from .token_stats import check_head, token_stats
 
 CheckSampling = Callable[[Any, GearModule, Any, Any], None]
+MOST_SKIPPED = 5  # optimizer steps in a row without a finite gradient
 KEYED = 32  # demonstrations that a cached result is known by
 
 
@@ -111,7 +114,7 @@ class _Batches(torch.utils.data.IterableDataset):
         raise UserError(f"{limit}: 100 demonstrations in a row are longer")
 
 
-class WarmStartModule(Float32Buffers, L.LightningModule):
+class WarmStartModule(Float32Buffers, StepGuard):
     """Cross-entropy on the learned tokens of demonstrations.
 
     Args:
@@ -138,8 +141,8 @@ class WarmStartModule(Float32Buffers, L.LightningModule):
 
     def configure_model(self) -> None:
         if self.policy is None:
-            source = self.gear[0].source
-            bare = lambda: without_dropout(source.skeleton())  # noqa: E731
+            gear, precision = self.gear[0], str(self.trainer.precision)
+            bare = lambda: gear.as_trained(gear.source.skeleton(), precision)  # noqa: E731
             self.policy, *self._blank = place(self.trainer.strategy, self._load, bare)
             self.policy.train()
             if self.gear[0].activation_checkpointing:
@@ -147,7 +150,7 @@ class WarmStartModule(Float32Buffers, L.LightningModule):
 
     def _load(self) -> Any:
         gear = self.gear[0]
-        policy = without_dropout(gear.source.model())
+        policy = gear.as_trained(gear.source.model(), str(self.trainer.precision))
         check_head(policy)
         self.check(policy)
         if gear.lora is not None:
@@ -167,6 +170,9 @@ class WarmStartModule(Float32Buffers, L.LightningModule):
         loss = -token_stats(self.policy, tokens, valid, learned).logprobs.sum() / total.clamp_min(1)
         self.log("warm_start/loss", loss, prog_bar=True, sync_dist=True)
         return loss * self.trainer.world_size
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.check_steps(MOST_SKIPPED)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr=self.options.learning_rate, weight_decay=0.01)
@@ -218,6 +224,11 @@ def run_warm_start(
             folder = folder.with_name(f"{name}-{trainer.global_step}-fresh")
         folder = trainer.strategy.broadcast(folder)
         whole = module.whole()
+        if not all_finite(whole.parameters()):
+            raise UserError(
+                f"the warm start has made weights that are not finite; lower warm_start.learning_rate="
+                f"{options.learning_rate} or use a wider trainer.precision"
+            )
         if trainer.is_global_zero:
             build_once(folder, whole.save_pretrained)
         trainer.strategy.barrier("warm start saved")

@@ -108,8 +108,8 @@ STATUS = {
     "exit": "environment_error",
     "interrupt": "environment_error",
     "fork": "done",  # the trainer's side of it has done nothing wrong
-    "flood": "environment_flood",
-    "no text": "environment_error",
+    "flood": "done",  # the episode was over and scored: nobody reads the text
+    "no text": "done",
     "no step": "invalid_reward",
     "nan": "invalid_reward",
     "reward raises": "invalid_reward",
@@ -168,12 +168,14 @@ def test_one_in_a_hundred_fails_in_each_way_and_the_others_learn_as_if_nothing_h
     expected = Counter(STATUS[kind] for kind in kinds.values())
     expected["done"] += size - len(kinds)
     assert data.generator.counts == data.stats.statuses == expected
+    assert data.stats.side_errors == 2 * share, "floods and what is no text"
+    assert sum(data.stats.left_out.values()) == size - expected["done"]
     assert [r.status for r in data.generator.rollouts] == [
         STATUS[kinds[i]] if i in kinds else "done" for i in range(size)
     ]
 
     found = {i: a for b in batches for i, a in zip(b.index.tolist(), b.advantages.tolist(), strict=True) if i >= 0}
-    healthy = {i for i in range(size) if i not in kinds or kinds[i] == "fork"}
+    healthy = {i for i in range(size) if i not in kinds or STATUS[kinds[i]] == "done"}
     assert found.keys() == healthy
     for start in range(0, size, group):
         mine = [i for i in range(start, start + group) if i in healthy]
@@ -208,11 +210,12 @@ def test_a_group_learns_where_two_rollouts_are_left(usable, advantages, tmp_path
 def test_text_is_counted_over_the_whole_rollout_and_what_is_too_much_is_not_kept():
     said = doing(lambda: Step([tool_result("look", "x" * 1000)]), lambda: [{"role": "user", "content": "y" * 500}])
     (rollout,) = play(said, CALL, output_bytes=3000)
-    assert (rollout.status, rollout.turns, rollout.learnable) == ("environment_flood", 3, False)
+    assert (rollout.status, rollout.turns, rollout.learnable) == ("environment_flood", 3, True)
     assert sum(len(m["content"]) for m in rollout.messages if m["role"] == "tool") == 2000
     assert "bytes of text, all that is left to it" in rollout.error
     (rollout,) = play(said, CALL, output_bytes=500)
     assert (rollout.status, rollout.turns, len(rollout.messages)) == ("environment_flood", 0, 1)
+    assert not rollout.learnable, "not the policy's doing"
     (rollout,) = play(doing(), output_bytes=1)
     assert rollout.status == "done", "an environment that says nothing takes nothing"
     many = doing(lambda: Step([tool_result("look", "ü" * 600)]))

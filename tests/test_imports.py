@@ -9,9 +9,10 @@ import gear_lightning
 
 ROOT = Path(gear_lightning.__file__).parent
 PLUGINS = ROOT / "callbacks"
-ROLLOUT = {"chat", "chat_safety", "engines", "rollout", "packing", "data", "environments"}
+ROLLOUT = {"chat", "chat_safety", "engines", "budgets", "rollout", "packing", "iteration_stats", "task_check", "data"}
+ROLLOUT |= {"environments"}
 LEARNING = {"gear", "credit", "loss", "distillation", "token_stats", "models", "lora", "optimizers", "teacher"}
-LEARNING |= {"module", "module_state"}
+LEARNING |= {"frozen", "module", "module_state"}
 MEETING = {"batch", "errors"}
 # what crosses today, and why
 EXCEPTIONS = {

@@ -17,6 +17,8 @@ import pytest
 
 from gear_lightning.errors import UserError
 from gear_lightning.files import hold
+from gear_lightning.rule_options import caveat, caveat_of_run
+from gear_lightning.statistics import ratio_of_means
 from gear_lightning.study import Study
 from gear_lightning.study_command import study_command
 from gear_lightning.study_report import draw, label, markdown, rows
@@ -138,6 +140,11 @@ def test_means_differences_and_headroom_by_hand(tmp_path):
     assert results["paired"]["Oracle"]["all"]["mean"] == pytest.approx(0.25)
     assert results["headroom"]["all"]["there"]
     assert results["headroom"]["all"]["shares"]["GEAR"] == pytest.approx(0.4)
+    # both seeds gain 0.1 of 0.25: no width
+    assert results["headroom"]["all"]["intervals"]["GEAR"] == pytest.approx((0.4, 0.4))
+    head, body = rows(results)
+    shares = [row[head.index("of the headroom")] for row in body]
+    assert shares == ["", "40% [40%, 40%]", "100%"]
     assert results["headroom"]["best"] == results["headroom"]["all"]  # there is one point
     assert results["arms"]["GEAR"]["to_threshold"] == 10.0  # the lower of 20 and 10
     assert results["arms"]["GRPO"]["to_threshold"] == 20.0  # the lower of 20 and never
@@ -148,12 +155,40 @@ def test_means_differences_and_headroom_by_hand(tmp_path):
     json.dumps(results, allow_nan=False)
 
 
+def test_a_share_has_fiellers_interval_of_the_seeds_of_both(tmp_path):
+    """Against the ratio of the gains' means, from curves whose mean is their middle value, halved."""
+    rng = np.random.default_rng(0)
+    middle = {arm: rng.normal(mean, 0.05, 6) for arm, mean in (("GRPO", 0.2), ("GEAR", 0.5), ("Oracle", 0.7))}
+    values = {arm: [[[0.0, x, 0.0] for x in xs]] for arm, xs in middle.items()}
+    _, results = by_hand(tmp_path, values, ceiling="Oracle")
+    expected = ratio_of_means(middle["GEAR"] - middle["GRPO"], middle["Oracle"] - middle["GRPO"])
+    told = results["headroom"]["all"]
+    assert told["shares"]["GEAR"] == pytest.approx(expected.ratio)
+    assert told["intervals"]["GEAR"] == pytest.approx(expected.interval)
+    assert told["gain"] == pytest.approx(results["paired"]["Oracle"]["all"]["mean"])
+    assert told["low"] == pytest.approx(results["paired"]["Oracle"]["all"]["low"])
+
+
+def test_arms_say_what_their_rules_lack(tmp_path):
+    same = [[[0.2, 0.4, 0.4], [0.2, 0.5, 0.6]]]
+    _, results = by_hand(tmp_path, {"GRPO": same, "EGRSD": same})
+    assert "in the style of" not in markdown(results)
+    told = caveat("gear_lightning.credit.token_rules.EGRSD")
+    assert "EGRSD is in the style of its paper, and lacks the paper's formula" in told
+    assert told in markdown({**results, "caveats": [told]})
+    assert caveat("gear_lightning.credit.GEAR") == caveat("my_rules.EGRSD") == caveat(None) == ""
+    for text, expected in (("gear_lightning.credit.TurnSight", "and lacks the comparison with the group"), ("x.Y", "")):
+        (tmp_path / "config.yaml").write_text(f"model: {{credit: {{class_path: {text}}}}}\n")
+        assert expected in caveat_of_run(tmp_path)
+    assert caveat_of_run(tmp_path / "nowhere") == ""
+
+
 def test_no_headroom_gives_no_shares(tmp_path):
     same = [[[0.2, 0.4, 0.4], [0.2, 0.5, 0.6]]]
     worse = [[[0.2, 0.4, 0.5], [0.2, 0.5, 0.4]]]
     _, results = by_hand(tmp_path, {"GRPO": same, "Oracle": worse}, ceiling="Oracle")
     assert not results["headroom"]["all"]["there"]
-    assert results["headroom"]["all"]["shares"] == {"Oracle": None}
+    assert results["headroom"]["all"]["shares"] == results["headroom"]["all"]["intervals"] == {"Oracle": None}
     head, body = rows(results)
     assert body[1][head.index("of the headroom")] == "headroom not certain"
 

@@ -56,6 +56,15 @@ class TaskSource(ABC):
     def __getitem__(self, index: int) -> Task:
         """The task at ``index`` (0-based; below ``size`` where there is one)."""
 
+    @property
+    def fingerprint(self) -> str | None:
+        """A text that differs where any of the tasks does, so that a check of them can be remembered; None: unknown."""
+        return None
+
+    def longest(self, count: int) -> Sequence[int]:
+        """Indices of the tasks whose prompts are likely to be the longest, at most ``count``; empty: unknown."""
+        return ()
+
 
 @dataclass
 class Step:

@@ -44,8 +44,7 @@ def test_strategies_agree_on_one_gpu(tmp_path, repository, precision):
     fit = fit[:place] + fit[place + 2 :] + ["--trainer.accelerator", "gpu", "--trainer.precision", precision]
     fit += ["--model.optimizer.lr", "0.001"]
     parity = [sys.executable, "-m", "gear_lightning", "parity", "--devices", "1", "--out", str(tmp_path / "out")]
-    tolerance = ["--tolerance", "1e-4" if precision == "32-true" else "5e-2"]
-    said = run([*parity, "--strategies", "fsdp,zero1,zero2,zero3", *tolerance, *fit], environment, repository)
+    said = run([*parity, "--strategies", "fsdp,zero1,zero2,zero3", *fit], environment, repository)
     assert "All equal" in said
 
 
