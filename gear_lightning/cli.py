@@ -305,6 +305,7 @@ class GearCLI(LightningCLI):
                 trainer,
                 config["trainer"]["precision"],
                 partial(generation.check_model, self.model),
+                generation.check_sampling,
             )
 
     def _set_aside_earlier_run(self) -> None:
