@@ -1,6 +1,6 @@
 """How long training waits for a checkpoint: written at once, against from a copy while training goes on.
 
-    python benchmarks/checkpoint_stall.py                    # both in turn; writes benchmarks/results/checkpoint_stall.json
+    python benchmarks/checkpoint_stall.py                    # both in turn; writes results/checkpoint_stall.json
     python benchmarks/checkpoint_stall.py --side background  # one side, in this process
 
 A 135M-parameter Llama (the shape of SmolLM2-135M, random weights) in float32 with Adam, one process: a checkpoint of

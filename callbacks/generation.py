@@ -157,8 +157,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         if found is not None and not self._warned:
             self._warned = True
             warnings.warn(
-                f"task {found.task.id}: the environment failed beside the outcome of a rollout ({found.side_error}). "
-                "The rollout keeps its reward; rollouts/side_errors counts such rollouts, and this is said once.",
+                f"task {found.task.id}: the environment failed, which changed no outcome ({found.side_error}). The "
+                "rollout keeps its reward. rollouts/side_errors counts such rollouts; this warning comes once.",
                 stacklevel=2,
             )
 
@@ -246,7 +246,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 self._told_of_prompt = True
                 warnings.warn(
                     f"task {rollout.task.id}: the teacher's prompt cannot be made ({error}). Its rollouts get uniform "
-                    "credit; teacher/overlong counts such rollouts, and this is said once.",
+                    "credit. teacher/overlong counts such rollouts; this warning comes once.",
                     stacklevel=2,
                 )
             return rollout.tokens[: rollout.prompt_length], True

@@ -42,7 +42,8 @@ class TeacherOptions:
         feedback_template: the same for feedback; ``{feedback}`` stands for it. Only where ``shows`` may show some.
         max_prompt: longest privileged prompt, tokens. The question is never cut.
         overlong: what happens to a longer one: ``drop`` the privileged text for that rollout (its weights become 1,
-            distillation leaves it out, and ``teacher/overlong`` counts it), or stop with an ``error``.
+            distillation leaves it out, and ``teacher/overlong`` counts it), or stop with an ``error`` where the check
+            of the tasks before training finds one; one that first comes up in a rollout is dropped with a warning.
     """
 
     weights: Literal["ema", "live", "frozen"] = "ema"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pace import seconds
 
-DEADLINE = 240  # seconds
+DEADLINE = seconds(300)
 
 
 def command_line(run: Path, *options: str) -> tuple[list[str], dict[str, str]]:
@@ -129,7 +130,7 @@ def test_a_target_that_matches_nothing_stops_all_processes_before_the_warm_start
     command.remove("--warm_start=null")
     command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     done = subprocess.run(
-        command, cwd=repository, env=environment, timeout=60, capture_output=True, text=True, check=False
+        command, cwd=repository, env=environment, timeout=DEADLINE, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     message = "gear-lightning: error: lora.targets: q_porj matches no linear layer of LlamaForCausalLM; it has"
