@@ -334,9 +334,13 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             )
         if task.tools:
             chat.check_tools()
-        if options.overlong == "error":
-            self._module.privileged_prompt(task, task.messages)
-        length = len(chat.prompt(task.messages, task.tools))
+        try:
+            length = len(chat.prompt(task.messages, task.tools))
+            if task.messages:  # else the environment writes the prompt
+                self._module.privileged_prompt(task, task.messages)
+        except ValueError as error:  # of the template, or half a character; else met in the middle of a run
+            named = str(error) if f"task {task.id}" in str(error) else f"task {task.id}: {error}"
+            raise UserError(named) from None
         if length >= self.budgets.context:
             raise UserError(
                 f"task {task.id}: its prompt has {length} tokens, generation.budgets.context={self.budgets.context}"
