@@ -1,6 +1,6 @@
 """How long training waits for a checkpoint: written at once, against from a copy while training goes on.
 
-    python benchmarks/checkpoint_stall.py                    # both in turn; writes results/checkpoint_stall.json
+    python benchmarks/checkpoint_stall.py                    # all in turn; writes results/checkpoint_stall.json
     python benchmarks/checkpoint_stall.py --side background  # one side, in this process
 
 A 135M-parameter Llama (the shape of SmolLM2-135M, random weights) in float32 with Adam, one process: a checkpoint of
@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from doctor_check import Talk, Talks
 from hardware import cpu_name
 
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
@@ -62,6 +64,19 @@ class Shaped(PolicySource):
             return self.model()
 
 
+class Paid(Talk):
+    """Pays at random, so that every optimizer step is taken."""
+
+    def reset(self, task: Any, *, seed: int) -> list[dict]:
+        self.reward = random.Random(seed).random()
+        return super().reset(task, seed=seed)
+
+    def step(self, message: Any) -> Any:
+        step = super().step(message)
+        step.reward = self.reward
+        return step
+
+
 class Timed(IterationCheckpoint):
     """Notes for how long training waits at the end of each iteration."""
 
@@ -80,7 +95,6 @@ def one_side(side: str, iterations: int) -> dict[str, Any]:
     run waits for the file, are left out."""
     import lightning as L
     import torch
-    from doctor_check import Talk, Talks
 
     from gear_lightning.background import WRITER
     from gear_lightning.callbacks.generation import GenerationCallback
@@ -103,12 +117,12 @@ def one_side(side: str, iterations: int) -> dict[str, Any]:
                 self.writes.append(WRITER.seconds)
 
     module = GearModule(Shaped(), Uniform(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-6))
-    data = RolloutDataModule(Talks(), tasks_per_iteration=2, group_size=8, micro_batch_size=4)
+    data = RolloutDataModule(Talks(), tasks_per_iteration=2, group_size=2, micro_batch_size=2)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         kept = Timed(dirpath=folder, filename="{epoch}", save_last="link", save_on_train_epoch_end=True,
                      background=side == "background", min_interval=0)  # fmt: skip
-        generation = GenerationCallback(environment=Talk, budgets=Budgets(turns=50, tokens=80, context=96))
+        generation = GenerationCallback(environment=Paid, budgets=Budgets(turns=20, tokens=16, context=48))
         trainer = L.Trainer(
             accelerator="cpu", devices=1, max_epochs=iterations, logger=False, enable_progress_bar=False,
             enable_model_summary=False, enable_checkpointing=side != "none", num_sanity_val_steps=0,

@@ -15,7 +15,7 @@ import torch
 from jsonargparse._util import import_object
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from .callbacks.checkpoint import IterationCheckpoint
 from .callbacks.credit_map import CreditMap
@@ -36,6 +36,7 @@ from .checkpoints import CompleteCheckpoints
 from .data import RolloutDataModule
 from .errors import Stopped, UserError, let_through_unions, list_classes
 from .files import hold
+from .idle_options import idle_options
 from .loggers import Board, MetricsFile
 from .module import GearModule
 from .refusals import WRONG_PRECISION, check_strategy, refusals, skeleton_of
@@ -90,8 +91,10 @@ class GearCLI(LightningCLI):
     """LightningCLI for `GearModule` and `RolloutDataModule`, with rollouts, records and checkpoints switched on."""
 
     lock: Any = None  # the open lock file of the run directory
+    tells_idle = True  # whether `fit` reports options that do nothing
 
     def __init__(self, args: list[str] | None = None):
+        self._asked_for = next(iter(sys.argv[1:] if args is None else args), None)
         super().__init__(
             GearModule,
             RolloutDataModule,
@@ -111,6 +114,11 @@ class GearCLI(LightningCLI):
             auto_configure_optimizers=False,
             args=args,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The one that is asked for: collecting the options of each takes a fifth of a second or more."""
+        known = LightningCLI.subcommands()
+        return {name: skip for name, skip in known.items() if name == self._asked_for} or known
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(GenerationCallback, "generation")
@@ -207,6 +215,9 @@ class GearCLI(LightningCLI):
         resumes = self._get(self.config_init, "ckpt_path") is not None
         for message in refusals(*pieces, asked, processes, model, fitting, checkpoint, resumes):
             raise UserError(message)
+        if self.subcommand == "fit" and self.tells_idle:
+            for line in idle_options(self.config["fit"], *pieces):
+                rank_zero_warn(line)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         run, config = self.run_dir, self._get(self.config_init, "trainer")
@@ -278,6 +289,8 @@ class GearCLI(LightningCLI):
     def before_fit(self) -> None:
         config = self.config["fit"]
         if self._get(self.config_init, "ckpt_path") is not None:
+            if config["warm_start"] is not None:
+                rank_zero_info("warm_start does nothing on a resume: the weights are those of the checkpoint.")
             return
         generation = self._get(self.config_init, "generation")
         generation.attach(self.model, self.datamodule)  # a task that cannot be used is told before any training
@@ -292,6 +305,7 @@ class GearCLI(LightningCLI):
                 trainer,
                 config["trainer"]["precision"],
                 partial(generation.check_model, self.model),
+                generation.check_sampling,
             )
 
     def _set_aside_earlier_run(self) -> None:

@@ -247,7 +247,7 @@ class RolloutDataModule(L.LightningDataModule):
         first = self._take_up()
         if first is None:
             self._generate()
-        rows = self.rows = self._rows()
+        rows = self.rows = together(self._rows)
         counts = torch.tensor([sum(map(sum, (r.action_mask for r in rows))), len(rows)], device=self._device)
         tokens, rollouts = self._trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         order = sorted(rows, key=lambda r: (r.length + r.teacher_length, r.length, r.index))  # alike ones together

@@ -42,14 +42,14 @@ def identity_of(value: Any, depth: int = 0) -> str:
     if inspect.ismethod(value):
         return f"{value.__name__} of {inner(value.__self__)}"
     if inspect.isfunction(value):
-        if value.__closure__:
+        if {*value.__code__.co_freevars} - {"__class__"}:  # that of super()
             raise UnknownIdentityError(f"{value.__qualname__} is a closure")
         defaults = inner([value.__defaults__, value.__kwdefaults__])
         return f"{value.__module__}.{value.__qualname__} {defaults} {_code(value)}"
     if inspect.isclass(value):
         own = [kind for kind in value.__mro__ if kind.__module__ not in ("builtins", "abc", "typing")]
         return f"{value.__module__}.{value.__qualname__} {' '.join(map(_code, own))}"
-    if not hasattr(value, "__dict__") or hasattr(type(value), "__slots__"):
+    if not hasattr(value, "__dict__") or any(vars(kind).get("__slots__") for kind in type(value).__mro__):
         raise UnknownIdentityError(f"a {type(value).__name__} has no parts that can be looked at")
     return f"{inner(type(value))} {inner(dict(sorted(vars(value).items())))}"
 

@@ -25,6 +25,7 @@ from .loss import ClippedSurrogate, LossTerms, PolicyLoss
 from .metrics import Quantile
 from .models import Float32Buffers, PolicySource, checkpoint_activations, without_dropout
 from .module_state import ModuleState
+from .positions import Longest, longest_row
 from .schedule import Schedule
 from .step_guard import StepGuard
 from .strategies import place
@@ -184,13 +185,36 @@ class GearModule(Float32Buffers, StepGuard, Schedule, ModuleState):
         strategy: Any = self.trainer.strategy
         return strategy.shard(copy.deepcopy(self.blank), like=policy)
 
+    @property
+    def longest(self) -> Longest | None:
+        """The longest row that policy and teacher can score; None where nothing limits it, or only loading tells."""
+        config = self.source.config() if self.policy is None else self.policy.config
+        name = getattr(config, "model_type", "the model") if self.policy is None else type(self.policy).__name__
+        return None if config is None else longest_row(config, name)
+
     def privileged_prompt(
-        self, task: Task, opening: list[Message], peer: list[Message] | None = None, feedback: str | None = None
+        self,
+        task: Task,
+        opening: list[Message],
+        peer: list[Message] | None = None,
+        feedback: str | None = None,
+        response: int = 1,
+        options: TeacherOptions | None = None,
     ) -> tuple[list[int], bool]:
-        """Ids of what the teacher sees before the response, and whether its text was dropped for length."""
+        """Ids of what the teacher sees before the response, and whether its text was dropped for length.
+
+        Args:
+            task: see `teacher.privileged_prompt`, also for the next three.
+            opening: the messages that the rollout began with.
+            peer: what a successful rollout of the same group said and saw.
+            feedback: what the environment said.
+            response: tokens that follow.
+            options: in place of the module's own.
+        """
         if not self.needs_teacher:
             return self.chat_format.prompt(opening, task.tools), False
-        return privileged_prompt(task, opening, self.chat_format, self.teacher_options, peer, feedback)
+        options = options or self.teacher_options
+        return privileged_prompt(task, opening, self.chat_format, options, peer, feedback, self.longest, response)
 
     # -- training -------------------------------------------------------------------------------------------------
 

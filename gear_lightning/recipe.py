@@ -10,6 +10,8 @@ from .callbacks.checkpoint import IterationCheckpoint
 from .callbacks.generation import GenerationCallback
 from .cli import GearCLI
 from .data import RolloutDataModule
+from .errors import UserError
+from .idle_options import idle_options
 from .module import GearModule
 from .refusals import refusals
 
@@ -24,6 +26,7 @@ class Recipe:
         generation: budgets and engine.
         trainer: the ``trainer`` section as given, nothing of it made.
         checkpoint: when checkpoints are written.
+        options: all sections as given.
     """
 
     module: GearModule
@@ -31,6 +34,7 @@ class Recipe:
     generation: GenerationCallback
     trainer: Any
     checkpoint: IterationCheckpoint
+    options: Any
 
 
 class _Reader(GearCLI):
@@ -40,8 +44,8 @@ class _Reader(GearCLI):
         self._follow_seed()  # and seed nothing here
 
     def instantiate_classes(self) -> None:
+        self.asked = self.config["fit"].clone()
         trainer = self.config["fit"]["trainer"]
-        self.asked = trainer.clone()
         # what may need a GPU, a package or an account that is not here
         for name, value in {"strategy": "auto", "logger": False, "callbacks": None, "plugins": None}.items():
             trainer[name] = value
@@ -66,7 +70,7 @@ def read_recipe(args: list[str]) -> Recipe:
     finally:
         sys.argv = argv
     generation, checkpoint = (cli._get(cli.config_init, name) for name in ("generation", "checkpoint"))
-    return Recipe(cli.model, cli.datamodule, generation, cli.asked, checkpoint)
+    return Recipe(cli.model, cli.datamodule, generation, cli.asked["trainer"], checkpoint, cli.asked)
 
 
 def refused(recipe: Recipe, model: Any, gpus: int) -> list[str]:
@@ -79,6 +83,14 @@ def refused(recipe: Recipe, model: Any, gpus: int) -> list[str]:
     """
     parts = recipe.module, recipe.data, recipe.generation, recipe.trainer
     return list(refusals(*parts, gpus, model, checkpoint=recipe.checkpoint))
+
+
+def idle(recipe: Recipe) -> list[str]:
+    """What the recipe gives that does nothing; nothing of one whose chat template is refused."""
+    try:
+        return idle_options(recipe.options, recipe.module, recipe.data, recipe.generation)
+    except UserError:
+        return []
 
 
 def configured_gpus(trainer: Any) -> int:

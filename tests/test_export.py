@@ -239,7 +239,6 @@ def test_a_missing_checkpoint_is_a_user_error(tmp_path):
         export_checkpoint(tmp_path / "none.ckpt", tmp_path / "out")
 
 
-@pytest.mark.timeout(60)
 def test_code_named_in_a_checkpoints_config_is_not_run(run, tmp_path):
     """A model directory can name Python files of its own; nothing of a checkpoint may be run."""
     state, marker = torch.load(run[1], weights_only=True), tmp_path / "marker"

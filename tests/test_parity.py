@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from pace import seconds, until
 from tiny import data, generation, module, trainer
 
 from gear_lightning import parity
@@ -405,26 +405,20 @@ def test_options_that_parity_sets_itself_are_refused(option, advice):
 
 def test_a_run_ends_with_the_command_that_is_told_to_end(tmp_path, repository):
     fit = tmp_path / "fit"  # in the place of python -m gear_lightning fit
-    fit.write_text("#!/bin/sh\necho $$ > pid.new && mv pid.new pid && exec sleep 100\n")
+    fit.write_text("#!/bin/sh\necho $$ > pid.new && mv pid.new pid && exec sleep 10000\n")
     fit.chmod(0o755)
     call = f"from gear_lightning import parity; parity.sys.executable = {str(fit)!r}; "
     call += "parity.parity_command(['--config', 'any.yaml', '--out', 'runs'])"
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     process = subprocess.Popen([sys.executable, "-c", call], cwd=tmp_path, env=environment)
     try:
-        end = time.monotonic() + 60
-        while not (tmp_path / "pid").exists():
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        until((tmp_path / "pid").exists, "the start of a run")
         child = int((tmp_path / "pid").read_text())
         process.terminate()
-        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+        assert process.wait(timeout=seconds(60)) == 128 + signal.SIGTERM
     finally:
         process.kill()
-    end = time.monotonic() + 10
-    while time.monotonic() < end and _alive(child):
-        time.sleep(0.05)
-    assert not _alive(child)
+    until(lambda: not _alive(child), "the end of the run")
 
 
 def _alive(process: int) -> bool:

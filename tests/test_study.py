@@ -8,12 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pace import seconds, until
 
 from gear_lightning.errors import UserError
 from gear_lightning.files import hold
@@ -278,15 +278,12 @@ def carried(tmp_path_factory):
             break
     first.send_signal(signal.SIGINT)
     told = first.stdout.read()
-    first.wait(60)
+    first.wait(seconds(120))
     kept = {run.folder: (run.folder / "metrics.csv").stat().st_mtime for run in study.runs if is_done(run)}
-    second = subprocess.run(
-        command(folder / "study.json"), env=env, cwd=ROOT, capture_output=True, text=True, timeout=400
-    )
+    second = subprocess.run(command(folder / "study.json"), env=env, cwd=ROOT, capture_output=True, text=True)
     return study, first.returncode, told, kept, second
 
 
-@pytest.mark.timeout(600)
 def test_a_stopped_study_goes_on_where_it_was(carried):
     study, status, told, kept, second = carried
     assert status == 130
@@ -403,15 +400,12 @@ def test_runs_end_with_a_study_that_is_killed(tmp_path):
     (tmp_path / "study.json").write_text(json.dumps(asdict(study)))
     env = {**os.environ, "GEAR_LIGHTNING_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     killed = subprocess.Popen(command(tmp_path / "study.json"), env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
-    status, deadline = study.runs[0].folder / "status.json", time.monotonic() + 200
-    while not status.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
+    status = study.runs[0].folder / "status.json"
+    until(status.exists, "the start of the first run", limit=300)
     process = json.loads(status.read_text())["process"]
     killed.kill()
     killed.wait()
-    while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not Path(f"/proc/{process}").exists(), "a run outlived its study"
+    until(lambda: not Path(f"/proc/{process}").exists(), "a run outlived its study")
 
 
 def test_a_plan_can_be_read_in_part(tmp_path):
@@ -422,10 +416,9 @@ def test_a_plan_can_be_read_in_part(tmp_path):
     assert reading.stdout.readline().startswith("gear-lightning fit --config=configs/study/lookup_chain.yaml")
     reading.stdout.close()
     assert reading.stderr.read() == ""
-    assert reading.wait(60) == 141
+    assert reading.wait(seconds(120)) == 141
 
 
-@pytest.mark.timeout(600)
 def test_runs_beside_gpus_start_afresh_and_take_turns_at_them(tmp_path, monkeypatch):
     monkeypatch.setenv("GEAR_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("gear_lightning.study_runner.visible_gpus", lambda: ["4", "6"])

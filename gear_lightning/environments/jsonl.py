@@ -119,7 +119,8 @@ class JsonlTasks(TaskSource):
     A line has ``prompt`` (text) or ``messages`` (chat messages), and may have ``id`` (default: file name and line
     number), ``tools`` (JSON schemas), ``reference`` (text or messages; only the teacher sees it), ``answer`` (for the
     built-in rewards) and ``reward`` (a built-in one, or one of ``rewards``). All other keys go to the task's ``meta``.
-    The whole file is checked before training. A file is data: no line of it has anything imported.
+    The whole file is checked before training; a large one once, for its index is kept in the cache. Lines are read when
+    they are used. A file is data: no line of it has anything imported.
 
     Args:
         path: the file.

@@ -108,7 +108,7 @@ def test_parts_give_the_whole_and_the_whole_its_parts(pair, kind, tied):
 
 
 def test_replicas_of_parts_give_the_whole(four):
-    held = four.run(round_trip, "hybrid", True, deadline=120)
+    held = four.run(round_trip, "hybrid", True)
     assert sum(held) == 2 * state_bytes(llama()), "each of the two replicas holds everything once"
 
 
@@ -143,7 +143,7 @@ def test_a_fingerprint_does_not_depend_on_the_spread_and_sees_the_last_bit(pair,
 
 
 def test_a_fingerprint_does_not_depend_on_replicas(four):
-    found = four.run(prints, "hybrid", deadline=120)
+    found = four.run(prints, "hybrid")
     assert all(mine["whole"] == mine["spread"] == found[0]["whole"] for mine in found)
 
 

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 from distributed.test_ddp import command_line
+from pace import seconds
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DEADLINE = 540  # seconds
+DEADLINE = seconds(540)
 GPU = ("--trainer.accelerator", "gpu", "--trainer.devices", "1")
 
 
