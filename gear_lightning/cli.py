@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from jsonargparse._util import import_object
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, OptimizerCallable, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from .callbacks.checkpoint import IterationCheckpoint
@@ -40,26 +40,13 @@ from .idle_options import idle_options
 from .loggers import Board, MetricsFile
 from .module import GearModule
 from .refusals import WRONG_PRECISION, check_strategy, refusals, skeleton_of
+from .saved_config import SavedConfig
 from .warm_start import WarmStart, run_warm_start
 
 RUN_FILES = (
     "*config.yaml", "*metrics.csv", "tensorboard", "checkpoints", "rollouts", "predictions", "tokenizer",
     "steps", "credit_map.html", "recredit.html", "status.json", "attempts.jsonl", "crash",
 )  # fmt: skip
-
-
-class SavedConfig(SaveConfigCallback):
-    """Writes ``config.yaml``. When a run resumes, only once it is clear that it trains with this config: the file tells
-    what the run's weights were trained with."""
-
-    resumes = False
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not (stage == "fit" and self.resumes):
-            super().setup(trainer, pl_module, stage)
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().setup(trainer, pl_module, "fit")
 
 
 class _Parser(LightningArgumentParser):
@@ -350,6 +337,10 @@ class GearCLI(LightningCLI):
         if after is not None:
             since = "" if before is None else f"{before:.3f} -> "
             lines.append(f"  success on held-out tasks   {since}{after:.3f}")
+        kept: IterationCheckpoint = self._get(self.config_init, "checkpoint")
+        if kept.monitor is not None and kept.best_model_score is not None:
+            score = f"{float(kept.best_model_score):.3f}"
+            lines.append(f"  best {kept.monitor:<22} {score}: checkpoints/{Path(kept.best_model_path).name}")
         told = {
             "metrics.csv": f"all metrics, one row per step (also: tensorboard --logdir {self.run_dir})",
             "credit_map.html": "where the credit went, token by token: open it in a browser",

@@ -20,11 +20,11 @@ KNOWN = {  # what a fit logs; some of them only under some recipes
     "teacher": ("student_gap", "overlong"),
     "credit": (
         "weight_deviation", "segment_token_fraction", "segments_per_rollout", "weight_clip_fraction", "divergence_p95",
-        "noise_p99", "anchors_in_noise",
+        "noise_p99", "anchors_in_noise", "weights_in_noise",
     ),
     "rollouts": (
-        "retried", "truncated", "invalid_tool_call", "empty_response", "prompt_too_long", "environment_error",
-        "environment_timeout", "environment_flood", "invalid_reward",
+        "retried", "masked", "side_errors", "truncated", "invalid_tool_call", "empty_response", "prompt_too_long",
+        "environment_error", "environment_timeout", "environment_flood", "invalid_reward",
     ),
     "time": ("rollout_s", "update_s"),
     "perf": (

@@ -124,7 +124,10 @@ def test_weights_alone_are_saved_and_a_resume_says_that_they_do_not_suffice(tmp_
         ({"save_top_k": -2}, "save_top_k=-2 must be at least -1"),
         ({"mode": "max"}, "mode=max does nothing without checkpoint.monitor"),
         ({"monitor": "val/success", "save_top_k": 0}, "monitor=val/success does nothing with checkpoint.save_top_k=0"),
-        ({"monitor": "val/success", "mode": "min"}, "mode=min takes the smallest val/success for the best; give max"),
+        (
+            {"monitor": "val/success", "mode": "min"},
+            "takes the smallest val/success for the best; give checkpoint.mode=max",
+        ),
         ({"monitor": "train/entropy"}, "checkpoint.mode must be given: .* a small train/entropy is better"),
         ({"save_on_exception": True}, "save_on_exception is not supported"),
         ({"every_n_epochs": 2, "every_n_train_steps": 3}, "every_n_train_steps and checkpoint.every_n_epochs exclude"),

@@ -2,6 +2,7 @@
 
 import re
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,10 +14,13 @@ from test_callbacks import NoSpread
 from test_cli import FIT, command, error_of  # noqa: F401
 from tiny import data, generation, module, trainer
 
+import gear_lightning
 from gear_lightning.callbacks.health import Health
 from gear_lightning.errors import UserError
 from gear_lightning.limits import check_limits
+from gear_lightning.monitor import KNOWN, NAMES
 from gear_lightning.records import ledger
+from gear_lightning.rollout import STATUSES
 
 EARLY = "lightning.pytorch.callbacks.EarlyStopping"
 
@@ -191,3 +195,13 @@ def test_a_run_goes_on_until_its_least_number_of_iterations(tmp_path):
     made = fit(tmp_path, StopAt(0, 0), min_epochs=3, max_epochs=9, checkpoint={"every_n_epochs": 9})
     assert made.global_step == 3
     assert steps(tmp_path) == {"iteration=2": 3, "last": 3}
+
+
+def test_every_metric_that_is_logged_is_known():
+    """An option that follows another one is refused."""
+    families = "|".join(KNOWN)
+    root = Path(gear_lightning.__file__).parent
+    texts = [path.read_text() for path in [*root.rglob("*.py"), *(root / "callbacks").glob("*.py")]]
+    named = {name for text in texts for name in re.findall(rf'"((?:{families})/[a-z_0-9]+)"', text)}
+    assert named | {f"rollouts/{status}" for status in STATUSES[1:]} <= NAMES
+    assert {"val/success", "train/reward", "train/skipped_steps", "perf/seconds"} <= NAMES
