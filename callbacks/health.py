@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from gear_lightning.errors import UserError
+from gear_lightning.rollout import STATUSES
 
 FIRST_TOKEN_GAP = 1.0  # nats
 ADVICE = (
@@ -29,33 +30,52 @@ class Health(L.Callback):
     run only warns and goes on where it learns without the teacher: by an objective under ``Uniform`` credit, or while
     there is no peer yet.
 
-    Also stops on a loss that is not a number, and warns once where the teacher disagrees with the policy far more at
-    the first response token than elsewhere: then the two prompts end differently.
+    Warns once for each kind of failure that leaves more than half of an iteration's rollouts out of learning: it says
+    nothing about the policy, and a policy that brings it about is not corrected.
+
+    A run that is stopped ends with an error, when its state is saved. It does not resume from there, unless the
+    checkpoint is given by its name.
+
+    Also stops after several optimizer steps in a row whose gradient was not finite (each of them is skipped), and warns
+    once where the teacher disagrees with the policy far more at the first response token than elsewhere: then the two
+    prompts end differently.
 
     Args:
         warn_after: iterations without spread, or without feedback, until a warning.
         stop_after: iterations without spread, or without feedback, until the run stops.
+        stop_after_skipped: optimizer steps skipped in a row until the run stops.
     """
 
-    def __init__(self, warn_after: int = 5, stop_after: int = 20):
-        if warn_after < 1 or stop_after < 1:
-            raise UserError(f"health.warn_after={warn_after} and health.stop_after={stop_after} must be at least 1")
+    def __init__(self, warn_after: int = 5, stop_after: int = 20, stop_after_skipped: int = 5):
+        if warn_after < 1 or stop_after < 1 or stop_after_skipped < 1:
+            raise UserError(
+                f"health.warn_after={warn_after}, health.stop_after={stop_after} and "
+                f"health.stop_after_skipped={stop_after_skipped} must be at least 1"
+            )
         self.warn_after = warn_after
         self.stop_after = stop_after
+        self.stop_after_skipped = stop_after_skipped
         self._barren = 0
         self._blind = 0
         self._rows = [0, 0]  # of this iteration, on this rank: all, and those whose teacher saw more than the policy
         self._gaps = [0.0, 0.0, 0.0, 0.0]  # sum and count of |log-ratio| at first response tokens, and at all others
         self._misaligned = False
+        self.why: str | None = None  # it has ended the run
+        self._reported: set[str] = set()  # kinds of failures that were warned of
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not torch.isfinite(outputs["loss"]):
-            raise UserError(
-                f"the loss is {outputs['loss'].item()} in iteration {trainer.current_epoch}; lower the learning rate, "
-                "clip gradients (trainer.gradient_clip_val) or use a wider precision"
-            )
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.why = None
+
+    def _end(self, module: Any, why: str) -> None:
+        """End the run for good, with its state saved."""
+        self.why = why
+        module.fail(UserError(why))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        try:  # the same on all ranks: they agree on every step
+            pl_module.check_steps(self.stop_after_skipped)
+        except UserError as error:
+            pl_module.fail(error)
         if outputs["teacher"] is not None and not batch.inner_epoch:
             real = batch.index >= 0
             self._rows[0] += int(real.sum())
@@ -82,9 +102,11 @@ class Health(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stats = trainer.datamodule.stats  # pyright: ignore[reportAttributeAccessIssue]
         mine = [stats.groups - stats.zero_spread, self._rows[0], self._rows[1] + stats.overlong]
+        mine += [sum(stats.statuses.values()), *(stats.left_out[status] for status in STATUSES)]
         counts = torch.tensor(mine, device=trainer.strategy.root_device)
-        with_spread, rows, told = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        with_spread, rows, told, rollouts, *left_out = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self._rows = [0, 0]
+        self._check_left_out(rollouts, dict(zip(STATUSES, left_out, strict=True)))
         self._check_alignment()
         self._check_teacher(pl_module, rows, told)
         distils = getattr(pl_module, "distillation", None) is not None  # that needs no rewards
@@ -92,7 +114,21 @@ class Health(L.Callback):
         if self._barren == self.warn_after:
             rank_zero_warn(f"No group has had any spread of rewards for {self._barren} iterations. {ADVICE}")
         if self._barren >= self.stop_after:
-            raise UserError(f"no group had any spread of rewards for {self._barren} iterations. {ADVICE}")
+            self._end(pl_module, f"no group had any spread of rewards for {self._barren} iterations. {ADVICE}")
+
+    def _check_left_out(self, rollouts: int, left_out: dict[str, int]) -> None:
+        """Warn of failures that leave more than half of the rollouts out of learning."""
+        for status, count in left_out.items():
+            if 2 * count > rollouts and status not in self._reported:
+                self._reported.add(status)
+                cause = (
+                    "data.truncated=mask; raise generation.budgets, or use data.truncated=learn"
+                    if status == "truncated"
+                    else "`error` in RUN/rollouts says why"
+                )
+                rank_zero_warn(
+                    f"{count} of the iteration's {rollouts} rollouts are left out of learning as {status} ({cause})."
+                )
 
     def _check_teacher(self, module: Any, rows: int, told: int) -> None:
         """Count iterations in which there was nothing to show to the teacher.
@@ -111,7 +147,7 @@ class Health(L.Callback):
         # a peer may come yet, and until then credit is uniform
         idle = module.objective is None or (module.credit.needs_teacher and shows == "feedback")
         if self._blind >= self.stop_after and idle:
-            raise UserError(text)
+            self._end(module, text)
         if self._blind == self.warn_after:
             rank_zero_warn(text)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gear_lightning.batch import RolloutBatch
+from gear_lightning.credit import RoundingNoise
 from gear_lightning.errors import UserError
 from gear_lightning.files import replace_file, try_to_write
 from gear_lightning.records import FORMAT, TENSOR_KEYS, record_files, write_record
@@ -72,8 +73,10 @@ class RolloutRecorder(L.Callback):
         tensors = _join(self._parts)
         index = tensors.pop("index").tolist() if self._parts else []
         row_of = {place: row for row, place in enumerate(index)}
+        module: Any = trainer.lightning_module
+        noise = module.noise if self._parts else None
         rollouts = [
-            rollout_json(trainer, rollout, group.group_id, r, row_of.get(g * data.group_size + r))
+            rollout_json(trainer, rollout, group.group_id, r, row_of.get(g * data.group_size + r), noise)
             for g, group in enumerate(data.groups)
             for r, rollout in enumerate(group.rollouts)
         ]
@@ -120,12 +123,19 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer's files, each whole or not at all: a full disk leaves those of an earlier start."""
     with tempfile.TemporaryDirectory() as aside:
         tokenizer.save_pretrained(aside)
-        for path in Path(aside).iterdir():
+        for path in (p for p in Path(aside).rglob("*") if p.is_file()):  # several chat templates lie in a folder
             content = path.read_bytes()
-            replace_file(folder / path.name, lambda file, content=content: file.write(content))
+            replace_file(folder / path.relative_to(aside), lambda file, content=content: file.write(content))
 
 
-def rollout_json(trainer: L.Trainer, rollout: Rollout, group_id: int, number: int, row: int | None) -> dict[str, Any]:
+def rollout_json(
+    trainer: L.Trainer,
+    rollout: Rollout,
+    group_id: int,
+    number: int,
+    row: int | None,
+    noise: RoundingNoise | None = None,
+) -> dict[str, Any]:
     """A rollout as one line of a record (see `gear_lightning.records.ROLLOUT_KEYS`)."""
     return {
         "format": FORMAT,
@@ -141,12 +151,14 @@ def rollout_json(trainer: L.Trainer, rollout: Rollout, group_id: int, number: in
         "success": rollout.success,
         "status": rollout.status,
         "error": rollout.error,
+        "side_error": rollout.side_error,
         "retries": rollout.retries,
         "turns": rollout.turns,
         "turn_rewards": rollout.turn_rewards,
         "states": rollout.states,
         "feedback": rollout.feedback,
         "policy_version": rollout.policy_version,
+        "noise": None if noise is None or row is None else noise._asdict(),
     }
 
 

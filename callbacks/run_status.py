@@ -14,7 +14,6 @@ import lightning as L
 from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.errors import Stopped
 from gear_lightning.files import replace_text, try_to_write
-from gear_lightning.rollout import LEARNABLE
 from gear_lightning.together import gather
 
 STATUS, ATTEMPTS = "status.json", "attempts.jsonl"
@@ -81,8 +80,8 @@ class RunStatus(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stats = trainer.datamodule.stats  # pyright: ignore[reportAttributeAccessIssue]
-        kinds = sorted(stats.statuses.keys() - LEARNABLE)
-        for failed, rollouts in gather(({kind: stats.statuses[kind] for kind in kinds}, sum(stats.statuses.values()))):
+        kinds = {kind: count for kind, count in sorted(stats.left_out.items()) if count}
+        for failed, rollouts in gather((kinds, sum(stats.statuses.values()))):
             self._failures.update(failed)
             self._rollouts += rollouts
         self._tell("end of the iteration", now=True, rollouts=self._rollouts, failures=dict(self._failures))
@@ -90,7 +89,7 @@ class RunStatus(L.Callback):
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._tell("finished", now=True)
+        self._tell("finished", now=True, rollouts=self._rollouts, failures=dict(self._failures))
         self._attempt("end", how="finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 
+from gear_lightning.background import WRITER
 from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.errors import Stopped, UserError
 from gear_lightning.peers import Peers, peers_of
@@ -29,8 +30,9 @@ class Watchdog(L.Callback):
 
     Each process then writes ``RUN/crash/rank_R.txt``: what was wrong, its phase, iteration, optimizer steps and
     rollouts, how long ago it and the others last made progress, and where every thread was. Progress is a rollout, a
-    micro-batch or a checkpoint of any process: one that waits for a slow one is not stuck. Also works where a tool or
-    reward never lets go of the interpreter.
+    micro-batch or a part of a checkpoint of any process: one that waits for a slow one is not stuck. Also works where a
+    tool or reward never lets go of the interpreter. A checkpoint that is being written is finished first, as long as
+    that makes progress.
 
     Args:
         seconds: longest time without any progress. 0: no watchdog.
@@ -41,6 +43,7 @@ class Watchdog(L.Callback):
             raise UserError(f"watchdog.seconds={seconds} must be at least 0, and finite")
         self.seconds = seconds
         self._beats = 0
+        self._written = 0  # bytes of checkpoints
         self._phase = "start-up"
         self._last = time.monotonic()
         self._others: dict[int, tuple[str, float]] = {}  # rank -> (what it last said, when that changed)
@@ -137,6 +140,9 @@ class Watchdog(L.Callback):
         pause = min(PAUSE, self.seconds / 4)
         moved, failed = time.monotonic(), None
         while not self._stop.wait(pause):
+            if WRITER.progress != self._written:
+                self._written = WRITER.progress
+                self._beat(self._phase)
             moved = max(moved, self._last, self._look())
             now = time.monotonic()
             idle = now - moved
@@ -193,6 +199,8 @@ class Watchdog(L.Callback):
         )
         sys.stderr.flush()
         time.sleep(3 * PAUSE)  # the others write theirs
+        self._arm(self.seconds + GRACE)
+        WRITER.wait(patience=6 * GRACE)
         os._exit(STATUS)
 
     def _write(self, why: str, trace: str | None = None) -> None:

@@ -1,7 +1,9 @@
 """The one room where the rollout wing and the learning wing meet: tensors of rollouts, and the credit given to them."""
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -57,6 +59,35 @@ class RolloutRow:
         """Tokens of the teacher's view: the privileged prompt, and the rollout after its own prompt."""
         return len(self.teacher_prompt) + len(self.tokens) - self.prompt_length
 
+    @cached_property
+    def columns(self) -> dict[str, Tensor]:
+        """The token columns of `RolloutBatch`, without padding. Made once: the device waits meanwhile, and a row is
+        collated again in every inner epoch."""
+        tokens, turns = _tensor(self.tokens, np.int64), _tensor(self.turn_ids, np.int64)
+        mask = _tensor(self.action_mask, np.bool_)
+        if self.turn_advantages is None:
+            base = torch.where(mask, torch.tensor(self.advantage, dtype=torch.float32), 0.0)
+        else:
+            base = torch.zeros(len(turns))
+            base[turns >= 0] = torch.tensor(self.turn_advantages, dtype=torch.float32)[turns[turns >= 0]]
+        return {
+            "tokens": tokens,
+            "valid": torch.ones(len(tokens), dtype=torch.bool),
+            "action_mask": mask,
+            "turn_ids": turns,
+            "stop_mask": _tensor(self.stop_mask, np.bool_),
+            "sampler_logprobs": _tensor(self.sampler_logprobs, np.float32),
+            "base_advantages": base,
+            "decisions": torch.zeros_like(tokens) if not self.decisions else _tensor(self.decisions, np.int64),
+            "teacher_tokens": torch.cat([_tensor(self.teacher_prompt, np.int64), tokens[self.prompt_length :]]),
+            "teacher_valid": torch.ones(self.teacher_length, dtype=torch.bool),
+        }
+
+
+def _tensor(values: list, kind: type[np.generic]) -> Tensor:
+    # several times as fast as torch.tensor of a list
+    return torch.from_numpy(np.fromiter(values, kind, len(values)))
+
 
 @dataclass(frozen=True)
 class RolloutBatch:
@@ -67,7 +98,8 @@ class RolloutBatch:
     a blank row (a rank with nothing to learn still takes part in the step). ``privileged`` rows have a teacher's view
     that differs from the policy's; the others get uniform credit. ``base_advantages`` are those of the action tokens
     before credit: the rollout's, or their turn's. ``decisions`` is 1 on tokens of decisions that the environment calls
-    right, -1 on those of wrong ones; ``solved`` counts the solved rollouts of the row's group.
+    right, -1 on those of wrong ones; ``solved`` counts the solved rollouts of the row's group. The rows take part in
+    ``inner_epochs`` optimizer steps, and this is number ``inner_epoch`` of them, from 0.
     """
 
     tokens: Int[Tensor, "batch seq"]
@@ -93,6 +125,7 @@ class RolloutBatch:
     step_rollouts: Int[Tensor, ""]
     temperature: float
     inner_epoch: int = 0
+    inner_epochs: int = 1
 
     def to(self, device: torch.device | str, **kwargs) -> "RolloutBatch":
         """The batch with its tensors on ``device`` (Lightning calls this)."""
@@ -146,46 +179,42 @@ class Credit:
     clipped: Bool[Tensor, "batch seq"] | None = None
 
 
-def _base(row: RolloutRow) -> list[float]:
-    if row.turn_advantages is None:
-        return [row.advantage if sampled else 0.0 for sampled in row.action_mask]
-    return [row.turn_advantages[turn] if turn >= 0 else 0.0 for turn in row.turn_ids]
-
-
-def _pad(rows: list[list], fill, dtype: torch.dtype) -> Tensor:
-    width = max(len(row) for row in rows)
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=dtype)
+def _pad(parts: list[Tensor], fill: int) -> Tensor:
+    padded = parts[0].new_full((len(parts), max(map(len, parts))), fill)
+    for row, part in zip(padded, parts, strict=True):
+        row[: len(part)] = part
+    return padded
 
 
 def collate(
-    rows: list[RolloutRow], *, step_tokens: int, step_rollouts: int, temperature: float, inner_epoch: int = 0
+    rows: list[RolloutRow],
+    *,
+    step_tokens: int,
+    step_rollouts: int,
+    temperature: float,
+    inner_epoch: int = 0,
+    inner_epochs: int = 1,
 ) -> RolloutBatch:
     """Make a micro-batch of rows; no rows give one blank row that adds nothing to any sum."""
     blank = RolloutRow([0, 0], [False] * 2, [-1] * 2, [False] * 2, [0.0] * 2, 1, [0], 0.0, False, 0.0, -1, 0, -1)
     real, rows = bool(rows), rows or [blank]
-    teacher = [row.teacher_prompt + row.tokens[row.prompt_length :] for row in rows]
+    columns = {name: _pad([r.columns[name] for r in rows], -1 if name == "turn_ids" else 0) for name in rows[0].columns}
+    for name in () if real else ("valid", "teacher_valid"):
+        columns[name].zero_()
     return RolloutBatch(
-        tokens=_pad([r.tokens for r in rows], 0, torch.long),
-        valid=_pad([[real] * len(r.tokens) for r in rows], False, torch.bool),
-        action_mask=_pad([r.action_mask for r in rows], False, torch.bool),
-        turn_ids=_pad([r.turn_ids for r in rows], -1, torch.long),
-        stop_mask=_pad([r.stop_mask for r in rows], False, torch.bool),
-        sampler_logprobs=_pad([r.sampler_logprobs for r in rows], 0.0, torch.float32),
+        **columns,
         rewards=torch.tensor([r.reward for r in rows], dtype=torch.float32),
         success=torch.tensor([r.success for r in rows], dtype=torch.bool),
         advantages=torch.tensor([r.advantage for r in rows], dtype=torch.float32),
-        base_advantages=_pad([_base(r) for r in rows], 0.0, torch.float32),
-        decisions=_pad([r.decisions or [0] * len(r.tokens) for r in rows], 0, torch.long),
         solved=torch.tensor([r.solved for r in rows]),
         group_ids=torch.tensor([r.group_id for r in rows]),
         policy_version=torch.tensor([r.policy_version for r in rows]),
         index=torch.tensor([r.index for r in rows]),
-        teacher_tokens=_pad(teacher, 0, torch.long),
-        teacher_valid=_pad([[real] * len(t) for t in teacher], False, torch.bool),
         teacher_offset=torch.tensor([len(r.teacher_prompt) - r.prompt_length for r in rows]),
         privileged=torch.tensor([r.teacher_prompt != r.tokens[: r.prompt_length] for r in rows]),
         step_tokens=torch.tensor(step_tokens),
         step_rollouts=torch.tensor(step_rollouts),
         temperature=temperature,
         inner_epoch=inner_epoch,
+        inner_epochs=inner_epochs,
     )

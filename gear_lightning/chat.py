@@ -9,6 +9,7 @@ Control tokens come from the chat template and from the policy alone. Spelled ou
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -114,12 +115,23 @@ class ChatOptions:
 class Chat:
     """A tokenizer's chat template, made incremental.
 
+    Args:
+        tokenizer: as transformers gives it.
+        options: how messages become text.
+        stop_ids: tokens at which the model's generation configuration stops (`PolicySource.stop_ids`).
+
+    Attributes:
+        stop_ids: where the policy's turn ends: the template's end token, the tokenizer's end-of-sequence token, and
+            those given. Sampling stops at these, and the exported generation configuration names these.
+        ignored_stops: those given that are ordinary text to the tokenizer, or unknown to it: a configuration that does
+            not fit the tokenizer would end every answer at a letter.
+
     Raises:
         UserError: the tokenizer has no chat template, or one that cannot be continued turn by turn; says what is
             missing.
     """
 
-    def __init__(self, tokenizer: Any, options: ChatOptions = ChatOptions()):
+    def __init__(self, tokenizer: Any, options: ChatOptions = ChatOptions(), stop_ids: Iterable[int] = ()):
         self.tokenizer = tokenizer
         self.options = options
         self._control = ControlTokens(tokenizer)
@@ -149,9 +161,13 @@ class Chat:
             self.syntax = "json_list"
         self._prompts: dict[str, list[int]] = {}
         self._probe()
+        given = set(stop_ids)
+        self.ignored_stops = {i for i in given if not self._control.holds(i)}
+        self.stop_ids = {self._end_mark} | ({self.tokenizer.eos_token_id} - {None}) | (given - self.ignored_stops)
 
     def _probe(self) -> None:
-        """Find the end mark that the template puts after an assistant turn.
+        """Find the end mark that the template puts after an assistant turn: the first control token, with nothing but
+        white space before it (``\\n<|EOT|>`` of DeepSeek-Coder, ``' </s>'`` of Llama 2).
 
         Turns are continued behind a stand-in turn: ids of earlier turns are never rendered again, so a template that
         rewrites them (Qwen3 drops old thinking) changes nothing.
@@ -163,9 +179,17 @@ class Chat:
         _, found, after = self._render(self._closed, generate=False).partition(_MARK)
         if not found or not after.strip():
             raise UserError("the chat template puts no end mark after an assistant turn; the policy could not stop")
-        self._end_mark = self.encode(after)[0]
+        ids = self.encode(after)
+        self._end_mark = next((i for i in ids if self._control.holds(i)), ids[0])
         self._end_text = self.tokenizer.decode([self._end_mark])
-        self.stop_ids = {self._end_mark} | ({self.tokenizer.eos_token_id} - {None})
+        self._before_end, _, _ = after.partition(self._end_text)
+        one_token = self._control.holds(self._end_mark) or self._end_text.strip() == after.strip()
+        if self._before_end.strip() or not one_token:
+            raise UserError(
+                f"the chat template ends an assistant turn with the text {after[:40]!r} and no token of its own before "
+                "it, so that the policy could not stop; use a template that puts a special token (the end-of-sequence "
+                "token, say) right after the answer"
+            )
 
     def check_tools(self) -> None:
         """Check that tool results can be shown to the policy.
@@ -225,9 +249,10 @@ class Chat:
             UserError: the template cannot render these messages after an assistant turn.
         """
         text = self._render(self._closed + self._plain(messages), generate=True).partition(_MARK)[2]
-        if not text.startswith(self._end_text) or len(text) == len(self._end_text):
+        before, _, between = text.partition(self._end_text)
+        if before.strip() or not between:
             raise UserError("the chat template cannot be continued after an assistant turn")
-        return self._encode(text[len(self._end_text) :])
+        return self._encode(between)
 
     def _encode(self, rendered_text: str) -> list[int]:
         rendered_text.encode()  # as in `encode`
@@ -269,4 +294,18 @@ class Chat:
         elif calls:
             parts.append(f"<tool_call>{json.dumps(calls)}</tool_call>")
         separator = " " if self.syntax == "words" else "\n"
-        return [*self.encode(separator.join(p for p in parts if p)), self._end_mark]
+        said = separator.join(p for p in parts if p) + self._before_end
+        return [*self.encode(said), self._end_mark]
+
+
+def ignored_stops(chat: Chat) -> str:
+    """What to report about `Chat.ignored_stops`; an empty text where there are none."""
+    if not chat.ignored_stops:
+        return ""
+    known = range(len(chat.tokenizer))
+    texts = [f"{i} ({chat.tokenizer.decode([i])!r})" if i in known else str(i) for i in sorted(chat.ignored_stops)]
+    return (
+        f"the model's generation configuration stops at token {', '.join(texts)}, which is no control token of its "
+        "tokenizer: it is not used as a stop token, and the export leaves it out. Correct eos_token_id in its "
+        "generation_config.json (or config.json)"
+    )

@@ -75,10 +75,17 @@ class ControlTokens:
         added = tokenizer.added_tokens_decoder
         self._ids = {token.content: i for i, token in added.items() if token.special and token.content}
         self._ids |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        written = {**{i: token.content for i, token in added.items()}, **{i: text for text, i in self._ids.items()}}
+        self._known = {i for i, text in written.items() if text.strip()}  # some vocabularies add runs of spaces
         self._tokenizer = tokenizer
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._marked = re.compile(f"{_OPEN}({self._any.pattern}){_CLOSE}|[{_OPEN}{_CLOSE}]")
+
+    def holds(self, token: int) -> bool:
+        """Whether an id is a control token, or another token that was added to the vocabulary of text; white space is
+        neither."""
+        return token in self._known
 
     def mark(self, value: Any) -> Any:
         """Messages or tools in which every control token that is spelled out is marked."""

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -20,12 +21,16 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_warn
 
+from .background import WRITER, free_memory, nbytes, snapshot
 from .errors import UserError
 from .files import replace_file
+from .step_guard import all_finite
 from .together import together
 
 FORMAT = 1
+MEMORY = 0.8  # most of the free memory that a copy may take
 
 
 class _Hashing:
@@ -38,8 +43,10 @@ class _Hashing:
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
+        written = self._file.write(data)
         self.size += memoryview(data).nbytes
-        return self._file.write(data)
+        WRITER.progress += memoryview(data).nbytes
+        return written
 
     def flush(self) -> None:
         self._file.flush()
@@ -53,18 +60,78 @@ def manifest_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def non_finite(checkpoint: dict[str, Any]) -> str | None:
+    """Which of the tensors that a run goes on with holds a number that is not finite; None where none does."""
+
+    def search(value: Any, name: str) -> str | None:
+        if isinstance(value, torch.Tensor):
+            return None if all_finite([value]) else name
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        return next((found for key, part in items if (found := search(part, f"{name}.{key}")) is not None), None)
+
+    parts = {name: checkpoint.get(name) for name in ("state_dict", "teacher_shadow", "optimizer_states")}
+    return next((found for name, part in parts.items() if (found := search(part, name)) is not None), None)
+
+
 class UnwrittenCheckpoint(UserError):
     """A checkpoint that could not be written. Raised on rank 0 alone, which alone writes: see `failing_together`."""
 
 
-def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint, then its manifest.
+def save_checkpoint(checkpoint: dict[str, Any], path: Path, owned: tuple[str, ...] = ()) -> None:
+    """Write a checkpoint on rank 0: from a copy and beside training where `WRITER` is asked for that and the copy has
+    room in memory, else at once.
+
+    Args:
+        checkpoint: what to write.
+        path: of the file.
+        owned: keys of the checkpoint whose CPU tensors nobody else holds; they are not copied.
 
     Raises:
-        UnwrittenCheckpoint: it cannot be written; nothing of it is left behind, and the others are untouched, one of
-            the same name included.
+        UnwrittenCheckpoint: it cannot be written. Beside training, `WRITER` keeps the error.
+    """
+    WRITER.size = nbytes(checkpoint)
+    if WRITER.beside:
+        mine = {key: value for key, value in checkpoint.items() if key in owned}
+        others = {key: value for key, value in checkpoint.items() if key not in owned}
+        needed, free = nbytes(others), free_memory()
+        if needed < MEMORY * free:
+            WRITER.add(partial(write_checkpoint, {**mine, **snapshot(others)}, path, processes()))
+            return
+        if not WRITER.complained:
+            WRITER.complained = True
+            rank_zero_warn(
+                f"Training waits while checkpoints are written: a copy of {path.name} needs {in_words(needed)}, and "
+                f"{in_words(free)} of memory are free."
+            )
+    WRITER.wait()  # one file at a time
+    write_checkpoint(checkpoint, path)
+
+
+def processes() -> int:
+    """Number of processes of the run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path, world_size: int | None = None) -> None:
+    """Write a checkpoint, then its manifest.
+
+    Args:
+        checkpoint: what to write.
+        path: of the file.
+        world_size: processes of the run. None: those of this one.
+
+    Raises:
+        UnwrittenCheckpoint: it cannot be written, or holds numbers that are not finite; nothing of it is left behind,
+            and the others are untouched, one of the same name included.
     """
     from . import __version__
+
+    if (name := non_finite(checkpoint)) is not None:
+        raise UnwrittenCheckpoint(
+            f"the checkpoint {path} is not written: {name} holds numbers that are not finite after "
+            f"{checkpoint.get('global_step', 0)} optimizer steps{_to_go_on_from(path.parent)}. Lower the learning "
+            "rate, clip gradients (trainer.gradient_clip_val) or use a wider trainer.precision"
+        )
 
     hashing: list[_Hashing] = []
 
@@ -79,7 +146,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
             "iteration": checkpoint.get("epoch", 0),
             "time": time.time(),
             "gear_lightning": __version__,
-            "world_size": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+            "finite": True,
+            "world_size": world_size or processes(),
         }
         manifest.write(json.dumps(told, indent=1).encode() + b"\n")
         manifest.flush()
@@ -96,10 +164,15 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         if not isinstance(cause, OSError):
             raise
         reason = cause.strerror or str(cause)
-        after = f" after {_in_words(hashing[0].size)}" if hashing else ""
-        whole = next((known.name for known, _ in known_checkpoints(path.parent) if damage(known) is None), None)
-        kept = f"; {whole} is there to go on from" if whole else ""
+        after = f" after {in_words(hashing[0].size)}" if hashing else ""
+        kept = _to_go_on_from(path.parent)
         raise UnwrittenCheckpoint(f"the checkpoint {path} cannot be written: {reason}{after}{kept}") from error
+
+
+def _to_go_on_from(folder: Path) -> str:
+    """The newest checkpoint of a folder that a run can resume from, as the end of a sentence."""
+    whole = next((known.name for known, _ in known_checkpoints(folder) if unusable(known) is None), None)
+    return f"; {whole} is there to go on from" if whole else ""
 
 
 def _check_room(path: Path) -> None:
@@ -108,10 +181,10 @@ def _check_room(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if sizes and free < max(sizes):
-        raise OSError(errno.ENOSPC, f"{_in_words(max(sizes))} are needed and {_in_words(free)} are free")
+        raise OSError(errno.ENOSPC, f"{in_words(max(sizes))} are needed and {in_words(free)} are free")
 
 
-def _in_words(size: int) -> str:
+def in_words(size: int) -> str:
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
 
 
@@ -143,6 +216,12 @@ def remove_checkpoint(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left. None may write there now."""
+    for path in [*folder.glob("*.ckpt.partial"), *folder.glob("*.ckpt.json.partial")]:
+        path.unlink()
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint; None where nothing is. Reads the whole file."""
     path = path.resolve()
@@ -157,6 +236,25 @@ def damage(path: Path) -> str | None:
         while block := file.read(1 << 22):
             content.update(block)
     return None if content.hexdigest() == manifest["sha256"] else "its content has changed since it was written"
+
+
+def poison(path: Path) -> str | None:
+    """Which numbers of a checkpoint are not finite; None where all are. Reads the file only where its manifest, of an
+    earlier version, does not say so."""
+    manifest = _manifest(path.resolve())
+    if isinstance(manifest, dict) and manifest.get("finite"):
+        return None
+    try:
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception:  # whoever loads it reports this
+        return None
+    name = non_finite(found) if isinstance(found, dict) else None
+    return None if name is None else f"{name} holds numbers that are not finite"
+
+
+def unusable(path: Path) -> str | None:
+    """Why a run cannot resume from a checkpoint: `damage`, else `poison`; None where it can."""
+    return damage(path) or poison(path)
 
 
 def _manifest(path: Path) -> dict[str, Any] | str:
@@ -182,14 +280,14 @@ def known_checkpoints(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The checkpoint that has come farthest and is complete, None where there is none.
+    """The checkpoint that has come farthest, is complete and holds finite numbers; None where there is none.
 
     Others that would have gone before it are named on stderr, with what is wrong, and left where they are.
     """
     known = known_checkpoints(folder)
     chosen, bad = None, {}
     for path, _ in known:
-        if (wrong := damage(path)) is None:
+        if (wrong := unusable(path)) is None:
             chosen = path
             break
         bad[path] = wrong
@@ -234,7 +332,7 @@ def check_whole(path: Path) -> None:
     """Look at a checkpoint that was asked for by name; one without a manifest is taken, with a word.
 
     Raises:
-        UserError: no such file, or it differs from its manifest; says how.
+        UserError: no such file, it differs from its manifest, or it holds numbers that are not finite; says how.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
@@ -242,6 +340,8 @@ def check_whole(path: Path) -> None:
         print(f"{path} has no manifest ({path.name}.json): whether it is whole is not known", file=sys.stderr)
     elif (wrong := damage(path)) is not None:
         raise UserError(f"{path} is damaged: {wrong}")
+    if (wrong := poison(path)) is not None:
+        raise UserError(f"{path} is not used: {wrong}; give an earlier checkpoint")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -265,7 +365,7 @@ class CompleteCheckpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if storage_options is not None or "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
-        write_checkpoint(checkpoint, Path(path))
+        save_checkpoint(checkpoint, Path(path), owned=("teacher_shadow",))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         if "://" in str(path):

@@ -19,9 +19,10 @@ TASK = (  # of the config: where these differ, a metric does not mean the same
     "generation.success_threshold", "generation.val_sampling",
 )  # fmt: skip
 WATCHING = (  # of the config: has no part in what is learned
-    "ckpt_path", "weights_only", "recorder", "credit_map", "noise_floor", "samples", "progress", "preemption",
-    "watchdog", "checkpoint", "trainer.default_root_dir", "trainer.logger", "trainer.enable_checkpointing",
-    "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps",
+    "ckpt_path", "weights_only", "recorder", "credit_map", "noise_floor.share", "noise_floor.weight_share",
+    "samples", "progress", "preemption", "watchdog", "checkpoint", "trainer.default_root_dir", "trainer.logger",
+    "trainer.enable_checkpointing", "trainer.enable_progress_bar", "trainer.enable_model_summary",
+    "trainer.log_every_n_steps",
     "trainer.check_val_every_n_epoch", "trainer.val_check_interval", "first_evaluation", "data.eval_batch_size",
 )  # fmt: skip
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from .compare_numbers import Contrast, Interval, Measure, Summary
 from .compare_runs import Arm
+from .rule_options import caveat
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ def summary_table(found: list[Summary], what: Measure) -> Table:
             "how many of them reached it at all)."
         )
     notes += ["Collapsed: below half of its best value at the end."] if judged else []
+    rules = dict.fromkeys(run.config.get("model.credit.class_path") for one in found for run in one.arm.runs)
+    notes += [told for rule in rules if (told := caveat(rule))]
     return Table(f"{what.metric} by arm", columns, rows, notes)
 
 

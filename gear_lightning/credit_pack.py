@@ -71,6 +71,7 @@ def _entry(record: Record, index: int, vocabulary: dict[int, int], others: list[
     ``credits`` one set for each assigner, the recorded one first; ``messages`` only where there are no tokens."""
     one = trace(record, index)
     entry: dict[str, Any] = {key: one.rollout.get(key) for key in _FACTS}
+    entry["error"] = entry["error"] or one.rollout.get("side_error")
     entry |= {"iteration": record.iteration, "rank": record.rank, "index": index, "advantage": one.advantage}
     if not one.tokens:
         return entry | {"messages": one.rollout["messages"]}

@@ -79,8 +79,9 @@ def _summary(record: Record, one: Trace) -> Text:
         ]
     place = f"iteration {record.iteration} · rank {record.rank} · rollout {rollout.get('rollout')}"
     lines = [f"{visible(str(rollout.get('task_id')))} · {place}", " · ".join(facts)]
-    if rollout.get("error"):
-        lines.append("error: " + " ".join(visible(line) for line in str(rollout["error"]).splitlines()))
+    for name, label in (("error", "error"), ("side_error", "beside the outcome")):
+        if rollout.get(name):
+            lines.append(f"{label}: " + " ".join(visible(line) for line in str(rollout[name]).splitlines()))
     if not one.tokens:
         lines.append("left out of learning: no tokens and no credit, only the transcript")
     text = Text(lines[0], style="bold")

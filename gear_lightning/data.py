@@ -1,29 +1,32 @@
 """Tasks in, micro-batches of rollouts out: `RolloutDataModule` and the sized stream that Lightning iterates."""
 
 import time
-from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from .advantage import GRPO, GroupAdvantage
 from .batch import RolloutBatch, RolloutRow, Sealed, collate
 from .environments.base import Task, TaskSource
 from .errors import Stopped, UserError
+from .iteration_stats import IterationStats
+from .limits import check_limits, keep_iterations_whole, option_of
 from .packing import balanced_split
 from .resume import random_state, restore_random_state
 from .rollout import Rollout, RolloutGroup
-from .together import check_same, gather
+from .task_check import TaskChecker, check_source
+from .together import check_same, gather_on_first, together
 
 ZeroSpread = Literal["keep", "drop", "resample"]
+Truncated = Literal["learn", "mask"]
 
 
-class RolloutGenerator(ABC):
+class RolloutGenerator(TaskChecker):
     """Makes rollouts for the data module. `callbacks.generation.GenerationCallback` is the one in use."""
 
     temperature: float
@@ -36,27 +39,6 @@ class RolloutGenerator(ABC):
     def teacher_prompt(self, rollout: Rollout, peer: Rollout | None) -> tuple[list[int], bool]:
         """Ids of the privileged prompt, and whether its text was dropped for length. ``peer``: a successful rollout of
         the same group, None where there is no other."""
-
-    @abstractmethod
-    def check_task(self, task: Task) -> None:
-        """Raise `UserError` where the task cannot be trained on."""
-
-
-@dataclass
-class IterationStats:
-    """What one rank's rollouts of an iteration were like, for logging."""
-
-    seconds: float = 0.0
-    tokens: int = 0
-    groups: int = 0
-    zero_spread: int = 0
-    overlong: int = 0
-    retried: int = 0
-    statuses: Counter = field(default_factory=Counter)
-    rewards: list[float] = field(default_factory=list)
-    successes: list[bool] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    turns: list[int] = field(default_factory=list)
 
 
 class RolloutDataModule(L.LightningDataModule):
@@ -76,10 +58,19 @@ class RolloutDataModule(L.LightningDataModule):
             whose turns have 0): ``keep`` them (no gradient, but their tokens count in the loss's denominator),
             ``drop`` them (not counted), or ``resample`` other tasks in their place.
         resample_rounds: most rounds of generation in an iteration. Null: 4 under ``resample``.
+        truncated: rollouts that a budget cut short (``rollouts/truncated``): ``learn`` from them with the reward so
+            far, or ``mask`` them: their tokens are in no loss and no denominator, and ``rollouts/masked`` counts them
+            (DAPO's overlong filtering, arXiv 2503.14476). A masked rollout's reward still counts in the group's
+            baseline, as in TRL's ``mask_truncated_completions``, less its ``generation.overlong`` penalty; a group has
+            a signal only where a rollout that is not masked has an advantage.
+        check_limit: tasks of each source that are checked before training (prompts are rendered, rewards looked up): a
+            fixed sample, and those with the longest lines. A task that turns out bad later costs its rollouts and not
+            the run. Null: all. A check that passed is not done again for the same tasks, model and environment.
         val_limit: number of validation tasks.
         val_rollouts: rollouts of each validation task.
         eval_batch_size: rollouts that are generated together in evaluation, per process.
-        seed: of the order of tasks and of all sampling.
+        seed: of the order of tasks and of all sampling, 0 to 2^32 - 1. Null: that of ``seed_everything`` on the command
+            line, 0 in Python. The other seeds are in docs/slurm.md.
     """
 
     def __init__(
@@ -93,10 +84,12 @@ class RolloutDataModule(L.LightningDataModule):
         advantage: GroupAdvantage = GRPO(),
         zero_spread: ZeroSpread = "keep",
         resample_rounds: int | None = None,
+        truncated: Truncated = "learn",
+        check_limit: int | None = 2000,
         val_limit: int = 200,
         val_rollouts: int = 1,
         eval_batch_size: int = 128,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__()
         for name in (
@@ -105,12 +98,15 @@ class RolloutDataModule(L.LightningDataModule):
             "micro_batch_size",
             "inner_epochs",
             "resample_rounds",
+            "check_limit",
             "val_limit",
             "val_rollouts",
             "eval_batch_size",
         ):
             if (value := locals()[name]) is not None and value < 1:
                 raise UserError(f"data.{name}={value} must be at least 1")
+        if seed is not None and not 0 <= seed < 1 << 32:
+            raise UserError(f"data.seed={seed} must be at least 0, and below 2^32")
         advantage.check_group_size(group_size)
         if resample_rounds is not None and zero_spread != "resample":
             raise UserError(f"data.resample_rounds does nothing with data.zero_spread={zero_spread}; leave it out")
@@ -123,16 +119,20 @@ class RolloutDataModule(L.LightningDataModule):
         self.advantage = advantage
         self.zero_spread = zero_spread
         self.resample_rounds = 4 if resample_rounds is None else resample_rounds
+        self.truncated = truncated
+        self.check_limit = check_limit
         self.val_limit = val_limit
         self.val_rollouts = val_rollouts
         self.eval_batch_size = eval_batch_size
-        self.seed = seed
+        self.seed = 0 if seed is None else seed
         self.generator: RolloutGenerator | None = None
         self.resolved_config: dict[str, str] = {}  # of the command line, to be equal on all processes
         self.cursor = 0  # tasks drawn so far, over all processes
         self.groups: list[RolloutGroup] = []  # of the current iteration, on this rank
+        self.rows: list[RolloutRow] = []  # of those of its rollouts that are learned from
         self.position = 0  # micro-batches of the current iteration handed out so far
         self.stop: Callable[[], bool] = lambda: False  # whether the run is to stop here; called on all ranks
+        self._order: tuple[int, torch.Tensor] | None = None  # of the tasks, in the newest pass over them
         self._complained = False
         self.evaluation_due = False  # whether the newest evaluation has not come to its end
         self._before_rollouts: dict[str, Any] | None = None  # random state, while rollouts are made
@@ -144,7 +144,9 @@ class RolloutDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         trainer = self._trainer
         check_same(self.resolved_config)  # here, for this is the first thing that Lightning calls on all processes
+        check_limits(option_of(trainer), self, trainer.world_size, stage)
         if stage == "fit":
+            keep_iterations_whole(trainer)
             self.check_processes(trainer.world_size, trainer.accumulate_grad_batches)
             trainer.accumulate_grad_batches = self.micro_batches
 
@@ -163,7 +165,7 @@ class RolloutDataModule(L.LightningDataModule):
                 f"data.tasks_per_iteration={self.tasks_per_iteration} does not divide over {processes} processes: all "
                 f"rollouts of a task stay on one; use a multiple of {processes}"
             )
-        if accumulate not in (1, self._micro_batches(processes)):
+        if accumulate not in (1, self.micro_batches_of(processes)):
             raise UserError(
                 "trainer.accumulate_grad_batches follows from data.micro_batch_size; leave it out of the config"
             )
@@ -183,8 +185,7 @@ class RolloutDataModule(L.LightningDataModule):
     def _eval_stream(self, stage: str) -> "RolloutStream | list":
         if self.val_tasks is None:
             return []
-        per_rank = -(-len(self._eval_jobs()) // self._trainer.world_size)
-        return RolloutStream(self, stage, max(1, -(-per_rank // self.eval_batch_size)))
+        return RolloutStream(self, stage, self.evaluation_batches(self._trainer.world_size))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return batch.batch if isinstance(batch, Sealed) else batch
@@ -198,10 +199,16 @@ class RolloutDataModule(L.LightningDataModule):
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one optimizer step on one process."""
-        return self._micro_batches(self._trainer.world_size)
+        return self.micro_batches_of(self._trainer.world_size)
 
-    def _micro_batches(self, processes: int) -> int:
+    def micro_batches_of(self, processes: int) -> int:
+        """The same, where so many processes share the step."""
         return -(-(self.tasks_per_iteration // processes * self.group_size) // self.micro_batch_size)
+
+    def evaluation_batches(self, processes: int) -> int:
+        """Batches of an evaluation on each of so many processes."""
+        per_rank = -(-len(self._eval_jobs()) // processes)
+        return max(1, -(-per_rank // self.eval_batch_size))
 
     # -- tasks ----------------------------------------------------------------------------------------------------
 
@@ -211,8 +218,10 @@ class RolloutDataModule(L.LightningDataModule):
         if size is None:
             return self.train_tasks[position]
         epoch, place = divmod(position, size)
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
-        return self.train_tasks[int(order[place])]
+        if self._order is None or self._order[0] != epoch:
+            seed = self.seed * 1_000_003 + epoch
+            self._order = epoch, torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+        return self.train_tasks[int(self._order[1][place])]
 
     def _eval_jobs(self) -> list[tuple[int, tuple[int, ...]]]:
         assert self.val_tasks is not None
@@ -220,19 +229,15 @@ class RolloutDataModule(L.LightningDataModule):
         return [(t, (self.seed, 1, t, r)) for t in range(tasks) for r in range(self.val_rollouts)]
 
     def check_tasks(self) -> None:
-        """Look at the tasks before any training: all of a finite source, the first of an endless one.
+        """Look at the tasks before any training (see ``check_limit``). All ranks must call it.
 
         Raises:
             UserError: a task that cannot be used; names it.
         """
         assert self.generator is not None
-        for source, limit in ((self.train_tasks, 16), (self.val_tasks, 16)):
-            if source is None:
-                continue
-            if source.size == 0:
-                raise UserError(f"{type(source).__name__} has no tasks")
-            for index in range(limit if source.size is None else source.size):
-                self.generator.check_task(source[index])
+        for name, source, used in (("train", self.train_tasks, None), ("val", self.val_tasks, self.val_limit)):
+            if source is not None:
+                check_source(f"data.{name}_tasks", source, used, self.check_limit, self.generator)
 
     # -- rollouts -------------------------------------------------------------------------------------------------
 
@@ -242,7 +247,7 @@ class RolloutDataModule(L.LightningDataModule):
         first = self._take_up()
         if first is None:
             self._generate()
-        rows = self._rows()
+        rows = self.rows = together(self._rows)
         counts = torch.tensor([sum(map(sum, (r.action_mask for r in rows))), len(rows)], device=self._device)
         tokens, rollouts = self._trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         order = sorted(rows, key=lambda r: (r.length + r.teacher_length, r.length, r.index))  # alike ones together
@@ -256,6 +261,7 @@ class RolloutDataModule(L.LightningDataModule):
                 step_rollouts=rollouts,
                 temperature=self.generator.temperature,
                 inner_epoch=inner,
+                inner_epochs=self.inner_epochs,
             )
             if self.position < len(plan) and self.stop():
                 raise Stopped
@@ -266,11 +272,12 @@ class RolloutDataModule(L.LightningDataModule):
         started = time.perf_counter()
         world, rank = self._trainer.world_size, self._trainer.global_rank
         share = self.tasks_per_iteration // world
-        self.groups, self.stats, self.position = [], IterationStats(), 0
+        self.groups, self.rows, self.stats, self.position = [], [], IterationStats(), 0
         begun, self._before_rollouts = self.cursor, random_state()
         for _ in range(self.resample_rounds if self.zero_spread == "resample" else 1):
             first = self.cursor + rank * share
-            tasks = [(position, self.train_task(position)) for position in range(first, first + share)]
+            positions = range(first, first + share)
+            tasks = list(zip(positions, self._fetch(self.train_task, positions), strict=True))
             jobs = [(task, (self.seed, 0, position, r)) for position, task in tasks for r in range(self.group_size)]
             rollouts = self.generator.generate(jobs, "fit")
             if self.stop():  # some were not played to their end; all are played again after the resume, the same ones
@@ -288,24 +295,28 @@ class RolloutDataModule(L.LightningDataModule):
         if self.zero_spread == "resample":  # keep the newest signal first, and never more than the micro-batches hold
             self.groups = sorted(self.groups, key=lambda g: not self._signal(g))[:share]
 
+    def _fetch(self, get: Callable[[int], Task], places: Sequence[int]) -> list[Task]:
+        """This rank's tasks; fails on all ranks where the source fails on one."""
+        return together(lambda: [get(place) for place in places])
+
     def _signal(self, group: RolloutGroup) -> bool:
-        return self.advantage.has_signal(*_told(group))
+        """Whether there is anything to learn from the group."""
+        told = _told(group)
+        if not self.advantage.has_signal(*told):
+            return False
+        usable = [r for r in group.rollouts if r.learnable]
+        if not any(map(self._masked, usable)):
+            return True
+        turns = self.advantage.of_turns(*told) or [[a] for a in self.advantage(told[0]).tolist()]
+        return any(a != 0 for r, row in zip(usable, turns, strict=True) if not self._masked(r) for a in row)
+
+    def _masked(self, rollout: Rollout) -> bool:
+        return self.truncated == "mask" and rollout.status == "truncated"
 
     def _count(self, seconds: float) -> None:
-        stats = self.stats
-        stats.seconds = seconds
+        self.stats.seconds = seconds
         for group in self.groups:
-            stats.groups += 1
-            stats.zero_spread += not self._signal(group)
-            for rollout in group.rollouts:
-                stats.statuses[rollout.status] += 1
-                stats.retried += rollout.retries > 0
-                stats.tokens += sum(rollout.action_mask)
-                if rollout.learnable:
-                    stats.rewards.append(rollout.reward)
-                    stats.successes.append(rollout.success)
-                    stats.lengths.append(sum(rollout.action_mask))
-                    stats.turns.append(rollout.turns)
+            self.stats.add(group, signal=self._signal(group), masked=self._masked)
 
     def _rows(self) -> list[RolloutRow]:
         """Rows of the rollouts that count in the loss, with their advantages."""
@@ -323,6 +334,8 @@ class RolloutDataModule(L.LightningDataModule):
             told = _told(group)
             of_turns = self.advantage.of_turns(*told) or [None] * len(usable)
             for (i, rollout), advantage, turns in zip(usable, self.advantage(told[0]).tolist(), of_turns, strict=True):
+                if self._masked(rollout):
+                    continue
                 prompt, dropped = self.generator.teacher_prompt(rollout, group.peer(i))
                 self.stats.overlong += dropped
                 index = g * self.group_size + i
@@ -332,19 +345,21 @@ class RolloutDataModule(L.LightningDataModule):
     def _evaluate(self, stage: str) -> Iterator[RolloutBatch]:
         assert self.generator is not None
         assert self.val_tasks is not None
-        self.evaluation_due = True
+        counts = not self._trainer.sanity_checking  # Lightning's short one before the training is none that is due
+        self.evaluation_due = counts
         jobs = self._eval_jobs()[self._trainer.global_rank :: self._trainer.world_size]
         batches = self._eval_stream(stage)
         for start in range(0, len(batches) * self.eval_batch_size, self.eval_batch_size):
             wanted = jobs[start : start + self.eval_batch_size]
             if self.stop():
                 return
-            rollouts = self.generator.generate([(self.val_tasks[t], seed) for t, seed in wanted], stage)
+            tasks = self._fetch(self.val_tasks.__getitem__, [t for t, _ in wanted])
+            rollouts = self.generator.generate([(t, s) for t, (_, s) in zip(tasks, wanted, strict=True)], stage)
             if self.stop():
                 return
             if stage == "predict":
                 self.groups = [RolloutGroup(r.task, job[0], [r]) for job, r in zip(wanted, rollouts, strict=True)]
-            self.evaluation_due = start + self.eval_batch_size < len(batches) * self.eval_batch_size
+            self.evaluation_due = counts and start + self.eval_batch_size < len(batches) * self.eval_batch_size
             rows = [
                 make_row(rollout, rollout.tokens[: rollout.prompt_length] or [0], 0.0, job[0], start + i)
                 for i, (job, rollout) in enumerate(zip(wanted, rollouts, strict=True))
@@ -364,6 +379,12 @@ class RolloutDataModule(L.LightningDataModule):
         return 0 if over else self.position % self.micro_batches
 
     @property
+    def done(self) -> int:
+        """Micro-batches of an iteration that is not over which a resume does not do again; 0 between iterations."""
+        over = self.position >= self.micro_batches * self.inner_epochs
+        return 0 if over else self.position - self.unfinished
+
+    @property
     def in_rollouts(self) -> bool:
         """Whether an iteration has begun whose rollouts are not all there."""
         return self._before_rollouts is not None
@@ -371,17 +392,25 @@ class RolloutDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         mine: dict[str, Any] = {"random": self._before_rollouts or random_state(), "position": 0, "groups": None}
         if 0 < self.position < self.micro_batches * self.inner_epochs:
-            mine["position"] = self.position - self.unfinished
+            mine["position"] = self.done
             mine["groups"] = [
                 {"group_id": group.group_id, "rollouts": [r.state_dict() for r in group.rollouts]}
                 for group in self.groups
             ]
-        return {"cursor": self.cursor, "ranks": gather(mine), "evaluation_due": self.evaluation_due}
+        # on rank 0, which writes them
+        return {
+            "cursor": self.cursor,
+            "ranks": gather_on_first(mine),
+            "evaluation_due": self.evaluation_due,
+            "seed": self.seed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.cursor = state_dict["cursor"]
         self.evaluation_due = state_dict.get("evaluation_due", False)
         ranks, trainer = state_dict["ranks"], self._trainer
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check_seed(state_dict.get("seed", self.seed), any(rank["groups"] is not None for rank in ranks))
         if len(ranks) == trainer.world_size:
             self._restored = ranks[trainer.global_rank]
         elif any(rank["groups"] is not None for rank in ranks):
@@ -389,6 +418,24 @@ class RolloutDataModule(L.LightningDataModule):
                 f"this checkpoint was written by {len(ranks)} processes in the middle of an iteration; resume with as "
                 f"many, or from a checkpoint between iterations (now {trainer.world_size} processes)"
             )
+
+    def _check_seed(self, before: int, within: bool) -> None:
+        """Report another seed than that of the checkpoint's run.
+
+        Raises:
+            UserError: the checkpoint holds rollouts of an iteration, whose tasks the new seed would not find again.
+        """
+        if before == self.seed:
+            return
+        if within:
+            raise UserError(
+                f"this checkpoint was written in the middle of an iteration with data.seed={before}; resume with it, "
+                f"or from a checkpoint between iterations (now data.seed={self.seed})"
+            )
+        rank_zero_warn(
+            f"data.seed={self.seed} (that of seed_everything, unless it is given), and the checkpoint's run had "
+            f"{before}: from here on, tasks and rollouts are drawn with {self.seed}."
+        )
 
     def _take_up(self) -> int | None:
         """Take up this rank's state from a checkpoint: the micro-batches that are done, None to generate afresh."""

@@ -14,6 +14,7 @@ import torch
 from .doctor_checks import Machine, look_at_machine, problems
 from .engines import CachedEngine
 from .errors import UserError
+from .head import head_in_float32
 from .memory import STRATEGIES, Load, ModelShape, Setup, Strategy, element_bytes, estimate, model_shape, precision_name
 from .module import GearModule
 from .recipe import Recipe, configured_gpus, read_recipe
@@ -129,6 +130,7 @@ def setup_of(recipe: Recipe, trainable: int, options: dict[str, Any], on_gpu: bo
     shared = teacher.weights == "live" or (module.lora is not None and teacher.weights == "frozen")
     return Setup(
         precision=precision_name(precision),
+        head_float32=head_in_float32(module.head_precision, precision_name(precision)),
         state_bytes=needs.state_bytes,
         float32_state_bytes=optimizer_needs(module, torch.float32, on_gpu).state_bytes,
         foreach=needs.foreach,
@@ -143,7 +145,9 @@ def setup_of(recipe: Recipe, trainable: int, options: dict[str, Any], on_gpu: bo
         bucket=int(options.get("bucket_size") or options.get("reduce_bucket_size") or Setup.bucket),
         bucket_view=bool(options.get("gradient_as_bucket_view")),
         offload_optimizer=bool(options.get("offload_optimizer")),
-        saves_frozen=module.lora is None or recipe.warm_start or module.source.published() is None,
+        saves_frozen=module.lora is None
+        or recipe.options["warm_start"] is not None
+        or module.source.published() is None,
     )
 
 

@@ -1,7 +1,9 @@
-"""Files that are there whole or not at all, and what a full disk costs."""
+"""Files that are there whole or not at all, what a full disk costs, and the cache."""
 
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -122,3 +124,28 @@ def hold(path: Path, busy: str) -> IO[str]:
     except OSError:
         return file
     return file
+
+
+def cache_dir() -> Path:
+    """Folder for what is made once: converted weights, warm starts, indices and checks of task files.
+
+    ``GEAR_LIGHTNING_CACHE``, else ``~/.cache/gear_lightning``.
+    """
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gear_lightning"
+    return Path(os.environ.get("GEAR_LIGHTNING_CACHE", default))
+
+
+def build_once(folder: Path, build: Callable[[Path], Any]) -> Path:
+    """Fill ``folder`` by calling ``build(partial_folder)`` unless it exists; a kill leaves no half of it."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".partial-"))
+        try:
+            build(partial)
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder

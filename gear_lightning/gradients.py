@@ -22,13 +22,13 @@ class GradientSums:
     """Takes each new gradient of a low-precision parameter away, and gives back the sum.
 
     Args:
-        parameters: whole, or the parts of FSDP2. Those in float32 are left alone.
+        parameters: whole, or the parts of FSDP2.
         micro_batches: how many a step has; with one, and no ranks to add up, nothing is taken.
         group: ranks to average over. None: somebody else does it.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], micro_batches: Callable[[], int], group: Any = None):
-        self._parameters = [p for p in parameters if p.requires_grad and p.dtype.itemsize < 4]
+        self._parameters = list(parameters)
         self._micro_batches = micro_batches
         self._group = group
         self._sums: dict[int, Tensor] = {}  # id of a parameter -> float32, this rank's part
@@ -54,8 +54,6 @@ class GradientSums:
 
     def _reduce(self, group: Any) -> None:
         """Average over the ranks. A parameter that took part on one of them counts as 0 on the others."""
-        if not self._parameters:
-            return
         took_part = [id(p) in self._sums for p in self._parameters]
         flags = torch.tensor(took_part, dtype=torch.int32, device=self._parameters[0].device)
         dist.all_reduce(flags, dist.ReduceOp.MAX, group)
@@ -117,7 +115,7 @@ class Float32Sums(L.LightningModule):
         """Take gradients from now on.
 
         Args:
-            parameters: those that the optimizer gets.
+            parameters: of which the optimizer gets those that are trained.
         """
         if self._sums is not None:
             self._sums.remove()
@@ -125,7 +123,7 @@ class Float32Sums(L.LightningModule):
         if not self._sums_here():
             return
         model: Any = self.trainer.strategy.model
-        low = [p for p in parameters if p.dtype.itemsize < 4]
+        low = [p for p in parameters if p.requires_grad and p.dtype.itemsize < 4]
         if not low:
             return
         group = None

@@ -120,6 +120,7 @@ class Setup:
         bucket: elements of a DeepSpeed reduce bucket (``bucket_size``).
         bucket_view: DDP's gradients are views of its buckets (``gradient_as_bucket_view``); else they are kept twice.
         offload_optimizer: DeepSpeed keeps gradients, its partition and the optimizer's state in CPU memory.
+        head_float32: the output head computes in float32 though the layers do not (``model.head_precision``).
         saves_frozen: checkpoints hold frozen weights too, for nothing else has them.
     """
 
@@ -138,6 +139,7 @@ class Setup:
     bucket: int = 50_000_000
     bucket_view: bool = True
     offload_optimizer: bool = False
+    head_float32: bool = False
     saves_frozen: bool = True
 
 
@@ -234,14 +236,16 @@ def _activations(shape: ModelShape, load: Load, setup: Setup, weight: int, compu
     return kept + passing * _passing(shape, weight, compute)
 
 
-def _logits(shape: ModelShape, load: Load, compute: int) -> int:
-    """The chunk of logits in `token_stats`: float32 logits, log-probs, probabilities and their product."""
+def _logits(shape: ModelShape, load: Load, setup: Setup, weight: int, compute: int) -> int:
+    """The chunk of logits in `token_stats`: float32 logits, log-probs, probabilities and their product. A float32 head
+    on low-precision weights casts them first, and has a float32 gradient of them."""
     wanted = load.rows * load.sampled
     chunk = min(wanted, max(1, LOGITS // shape.vocab))
-    copies = 4 * 4 + (compute if compute < 4 else 0)
+    copies = 4 * 4 + (compute if compute < 4 and not setup.head_float32 else 0)
     if chunk == wanted and load.teacher_length:  # the policy's log-probs are kept while the teacher's are made
         copies += 4
-    return chunk * shape.vocab * copies
+    cast = 2 * 4 * shape.vocab * shape.hidden if setup.head_float32 and weight < 4 else 0
+    return chunk * shape.vocab * copies + cast
 
 
 def _kv_cache(shape: ModelShape, load: Load, weight: int, compute: int) -> int:
@@ -334,14 +338,10 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
     update = {
         "parked_teacher": parked,
         # DeepSpeed's own linear layer keeps none
-        "autocast_copy": _casts(shape, setup, compute)
-        if mixed and flow == weight and not (zero and sharded)
-        else 0
-        if mixed or kind == weight
-        else compute * trained,
+        "autocast_copy": _casts(shape, setup, compute) if mixed and flow == weight and not (zero and sharded) else 0,
         "gathered": _gathered(shape, strategy, setup, weight, flow),
         "activations": _activations(shape, load, setup, flow, compute),
-        "logits": _logits(shape, load, compute),
+        "logits": _logits(shape, load, setup, flow, compute),
         "new_gradient": min(shape.largest, trained) * kind if load.micro_batches > 1 or chunks else 0,
     }
     size = 4 if zero else kind
@@ -370,8 +370,10 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
 def _casts(shape: ModelShape, setup: Setup, compute: int) -> int:
     """Low-precision copies of weights under autocast. That of a trained weight lives until the end of the pass, so that
     sharding does not make it smaller; that of a frozen one as long as backward needs it."""
-    if setup.activation_checkpointing and shape.trainable < shape.parameters:
+    if setup.activation_checkpointing and shape.adapted:
         return compute * shape.trainable
+    if setup.head_float32:
+        return compute * (shape.parameters - shape.root)
     return compute * (shape.parameters - (0 if shape.tied else shape.embedding))
 
 

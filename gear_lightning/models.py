@@ -3,15 +3,16 @@
 import hashlib
 import importlib
 import importlib.util
-import os
-import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 from .errors import UserError, require_extra
+from .files import build_once, cache_dir
+from .shipped import shipped_files, stop_ids
 
 
 class PolicySource(ABC):
@@ -24,6 +25,10 @@ class PolicySource(ABC):
     @abstractmethod
     def model(self) -> Any:
         """A causal language model with its starting weights, float32 unless asked otherwise."""
+
+    def config(self) -> Any:
+        """The model's Hugging Face configuration; None where only loading the model tells it."""
+        return None
 
     def skeleton(self) -> Any:
         """The model with its parameters on the meta device: shapes without values, and without memory where the source
@@ -39,6 +44,14 @@ class PolicySource(ABC):
     def published(self) -> str | None:
         """What ``from_pretrained`` loads the same starting weights from, on any day; None where nothing does."""
         return None
+
+    def shipped(self) -> dict[str, bytes]:
+        """Files that the model was published with beside its weights, as they are (see `shipped.KEPT`)."""
+        return {}
+
+    def stop_ids(self) -> list[int]:
+        """Tokens at which ``generate`` of the published model stops."""
+        return stop_ids(self.shipped())
 
 
 class Float32Buffers:
@@ -60,15 +73,20 @@ class Float32Buffers:
 
 
 def without_dropout(model: Any) -> Any:
-    """The model with its dropout switched off: the sampler, the teacher and the update must see one distribution."""
-    from torch import nn
+    """Keep the model's layers in evaluation mode for good, so that sampler, teacher and update see one distribution.
 
-    for part in model.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        for name in ("dropout", "attention_dropout"):  # numbers that attention layers pass on
-            if isinstance(getattr(part, name, None), float):
-                setattr(part, name, 0.0)
+    Everything random in a transformers model (all forms of dropout, layerdrop, stochastic depth, jitter and sampling in
+    routers) asks a layer's ``training`` flag, whatever its rate is called. After this call ``train()`` sets the flag of
+    the model itself alone, and not those of its layers. The configuration keeps its rates; gradients are not affected.
+    """
+    model.train = MethodType(_train_without_layers, model)
+    return model.train(model.training)
+
+
+def _train_without_layers(model: Any, mode: bool = True) -> Any:
+    """`torch.nn.Module.train` of a model from `without_dropout`."""
+    type(model).train(model, False)
+    model.training = mode
     return model
 
 
@@ -78,37 +96,36 @@ def checkpoint_activations(model: Any) -> None:
     Raises:
         UserError: the model has no such mode.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     # its newer name, or that of transformers before 5.23
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    name = type(model).__name__
     try:
         enable({"use_reentrant": False})
     except (ValueError, NotImplementedError) as error:
-        name = type(model).__name__
         raise UserError(
             f"{name} cannot checkpoint its activations ({error}); leave model.activation_checkpointing out"
         ) from None
+    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"{name} has no layers that can be computed again; leave model.activation_checkpointing out")
+    for layer in layers:
+        layer.forward = MethodType(_forward_checkpointed, layer)
 
 
-def cache_dir() -> Path:
-    """Folder for converted weights and warm starts: ``GEAR_LIGHTNING_CACHE``, else ``~/.cache/gear_lightning``."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gear_lightning"
-    return Path(os.environ.get("GEAR_LIGHTNING_CACHE", default))
+def _forward_checkpointed(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward that keeps its input alone where it has a backward pass. transformers does so in training mode
+    only, in which the layers of a policy never are (`without_dropout`)."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
 
-
-def build_once(folder: Path, build) -> Path:
-    """Fill ``folder`` by calling ``build(partial_folder)`` unless it exists; a kill leaves no half of it."""
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".partial-"))
-        try:
-            build(partial)
-            partial.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return folder
+    forward = partial(type(layer).forward, layer)
+    if layer.training or not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # as transformers does: computing a layer again must not write to a cache a second time
+    kwargs |= {name: None for name in ("past_key_values", "layer_past") if name in kwargs}
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
 
 
 @dataclass(frozen=True)
@@ -160,6 +177,12 @@ class Pretrained(PolicySource):
             return None
         return str(Path(where).resolve()) if Path(where).is_dir() else where
 
+    def shipped(self) -> dict[str, bytes]:
+        return shipped_files(self._resolve())
+
+    def stop_ids(self) -> list[int]:
+        return stop_ids(self.shipped(), self.path)
+
     def _load(self, loader: Any, **options: Any) -> Any:
         try:
             return loader.from_pretrained(self._resolve(), trust_remote_code=False, **options)
@@ -185,11 +208,16 @@ class Pretrained(PolicySource):
 
         return self._load(AutoModelForCausalLM, dtype=torch.float32, attn_implementation=self.attn_implementation)
 
+    def config(self) -> Any:
+        from transformers import AutoConfig
+
+        return self._load(AutoConfig)
+
     def skeleton(self) -> Any:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        config = self._load(AutoConfig)
+        config = self.config()
         try:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(
@@ -277,7 +305,7 @@ class FromScratch(PolicySource):
         tokenizer.chat_template = WORD_TEMPLATE
         return tokenizer
 
-    def _config(self) -> Any:
+    def config(self) -> Any:
         from transformers import LlamaConfig
 
         tokenizer = self.tokenizer()
@@ -299,7 +327,7 @@ class FromScratch(PolicySource):
         import torch
         from transformers import LlamaForCausalLM
 
-        config = self._config()
+        config = self.config()
         # always a CPU's random numbers: Lightning calls this where tensors are made on the GPU
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
@@ -309,6 +337,6 @@ class FromScratch(PolicySource):
         import torch
         from transformers import LlamaForCausalLM
 
-        config = self._config()
+        config = self.config()
         with torch.device("meta"):
             return LlamaForCausalLM(config)

@@ -14,17 +14,21 @@ from torchmetrics import MaxMetric, MeanMetric
 
 from .batch import Credit, RolloutBatch, TokenStats
 from .chat import Chat, ChatOptions
-from .credit import GEAR, CreditAssigner, Evidence, Uniform
+from .credit import GEAR, CreditAssigner, Evidence, RoundingNoise, Uniform
 from .distillation import Distillation
 from .environments.base import Message, Task
 from .errors import UserError, require_extra
+from .frozen import Kept, Scored, keep, recall
 from .gradients import Float32Sums
+from .head import HeadPrecision, head_in_float32, use_float32_head
 from .lora import LoRA, add_teacher
 from .loss import ClippedSurrogate, LossTerms, PolicyLoss
 from .metrics import Quantile
 from .models import Float32Buffers, PolicySource, checkpoint_activations, without_dropout
 from .module_state import ModuleState
-from .sharding import full
+from .positions import Longest, longest_row
+from .schedule import Schedule
+from .step_guard import StepGuard
 from .strategies import place
 from .teacher import Teacher, TeacherOptions, privileged_prompt
 from .token_stats import check_head, token_stats
@@ -35,7 +39,7 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
 
 
-class GearModule(Float32Buffers, Float32Sums, ModuleState):
+class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
     """Trains a policy on rollouts, with credit assigned token by token.
 
     Args:
@@ -45,11 +49,15 @@ class GearModule(Float32Buffers, Float32Sums, ModuleState):
         teacher: what scores rollouts for the credit rule and the distillation, and what it sees.
         chat: how messages become text.
         optimizer: of the policy's parameters.
-        lr_scheduler: stepped after every optimizer step. Null: constant learning rate.
+        lr_scheduler: stepped after every optimizer step; ``lightning.pytorch.cli.ReduceLROnPlateau`` at the end of each
+            iteration that has measured its ``monitor``. Null: constant learning rate.
         lora: train low-rank adapters on the starting weights (extra ``lora``). Null: train all weights.
         activation_checkpointing: keep only the input of each of the policy's layers and compute the layer again in the
             backward pass: far less memory for a slower update, with the same gradients.
         distillation: a loss that pulls the policy towards the teacher, added to the objective. Null: none.
+        head_precision: what the output head computes logits in, in rollouts and updates, for policy and teacher.
+            ``float32`` halves the credit signal's rounding under bf16-mixed, and takes a float32 copy of the head where
+            the weights are bfloat16. Null: float32 under mixed precision, elsewhere that of the weights.
 
     Raises:
         UserError: options that contradict one another, or of which one would do nothing.
@@ -67,6 +75,7 @@ class GearModule(Float32Buffers, Float32Sums, ModuleState):
         lora: LoRA | None = None,
         activation_checkpointing: bool = False,
         distillation: Distillation | None = None,
+        head_precision: HeadPrecision | None = None,
     ):
         super().__init__()
         self.source = policy
@@ -93,13 +102,17 @@ class GearModule(Float32Buffers, Float32Sums, ModuleState):
                     "model.teacher.park does nothing with model.lora: the teacher shares the policy's weights"
                 )
         self.activation_checkpointing = activation_checkpointing
+        self.head_precision: HeadPrecision | None = head_precision
         self.initial_weights: Path | None = None  # a model directory to start from in place of the source's weights
         self.base: str | None = None  # what loads the weights that adapters lie on; None: the checkpoint alone has them
         self.policy: Any = None
         self._blank: list[Any] = [None]  # see `blank`; in a list, for it is no part of this module
         self.teacher: Teacher | None = None
         self._chat: Chat | None = None
-        self._frozen: dict[tuple[int, ...], tuple[Tensor, TokenStats | None, Credit]] = {}
+        self._shipped: dict[str, bytes] = {}  # files of the published model, and its hub id
+        self._base_model: str | None = None
+        self._frozen: dict[tuple[int, ...], Kept] = {}  # of this iteration, where later inner epochs use it
+        self.noise = RoundingNoise()  # for the credit rule; the callback NoiseFloor measures it before the first step
         self.divergence_p95, self.sampler_gap_p95, self.sampler_gap_max = Quantile(0.95), Quantile(0.95), MaxMetric()
         self.val_success, self.val_reward, self.val_turns, self.val_tokens = (MeanMetric() for _ in range(4))
 
@@ -114,7 +127,8 @@ class GearModule(Float32Buffers, Float32Sums, ModuleState):
     def chat_format(self) -> Chat:
         """Tokenizer and chat template of the policy."""
         if self._chat is None:
-            self._chat = Chat(self.source.tokenizer(), self.chat_options)
+            self._chat = Chat(self.source.tokenizer(), self.chat_options, self.source.stop_ids())
+            self.take_origin()
         return self._chat
 
     @property
@@ -141,7 +155,7 @@ class GearModule(Float32Buffers, Float32Sums, ModuleState):
             self.prepare_sums(low_precision=low and self.lora is None)
 
     def _load_policy(self) -> Any:
-        policy = without_dropout(self.source.model())
+        policy = self.as_trained(self.source.model())
         if self.initial_weights is not None:
             from safetensors.torch import load_model
 
@@ -150,7 +164,15 @@ class GearModule(Float32Buffers, Float32Sums, ModuleState):
         return policy
 
     def _blank_policy(self) -> Any:
-        return without_dropout(self.source.skeleton())
+        return self.as_trained(self.source.skeleton())
+
+    def as_trained(self, policy: Any, precision: str | None = None) -> Any:
+        """A model of the source, changed in place to compute as training needs it: no dropout, and a head of
+        ``head_precision`` for a ``trainer.precision`` (None: this module's trainer's)."""
+        without_dropout(policy)
+        if head_in_float32(self.head_precision, precision or str(self.trainer.precision)):
+            use_float32_head(policy)
+        return policy
 
     def _adapted(self, make: Callable[[], Any], teacher: bool) -> Any:
         """A model with its adapters, the teacher's too where they are to be spread over the ranks with the others."""
@@ -166,33 +188,49 @@ class GearModule(Float32Buffers, Float32Sums, ModuleState):
         strategy: Any = self.trainer.strategy
         return strategy.shard(copy.deepcopy(self.blank), like=policy)
 
+    @property
+    def longest(self) -> Longest | None:
+        """The longest row that policy and teacher can score; None where nothing limits it, or only loading tells."""
+        config = self.source.config() if self.policy is None else self.policy.config
+        name = getattr(config, "model_type", "the model") if self.policy is None else type(self.policy).__name__
+        return None if config is None else longest_row(config, name)
+
     def privileged_prompt(
-        self, task: Task, opening: list[Message], peer: list[Message] | None = None, feedback: str | None = None
+        self,
+        task: Task,
+        opening: list[Message],
+        peer: list[Message] | None = None,
+        feedback: str | None = None,
+        response: int = 1,
+        options: TeacherOptions | None = None,
     ) -> tuple[list[int], bool]:
-        """Ids of what the teacher sees before the response, and whether its text was dropped for length."""
+        """Ids of what the teacher sees before the response, and whether its text was dropped for length.
+
+        Args:
+            task: see `teacher.privileged_prompt`, also for the next three.
+            opening: the messages that the rollout began with.
+            peer: what a successful rollout of the same group said and saw.
+            feedback: what the environment said.
+            response: tokens that follow.
+            options: in place of the module's own.
+        """
         if not self.needs_teacher:
             return self.chat_format.prompt(opening, task.tools), False
-        return privileged_prompt(task, opening, self.chat_format, self.teacher_options, peer, feedback)
-
-    def configure_optimizers(self) -> Any:
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
-        optimizer = self.optimizer(trained)
-        self.start_sums(trained)
-        if self.trainer.precision == "bf16-mixed" and hasattr(optimizer, "_step_supports_amp_scaling"):
-            # Lightning will not clip the gradients of a fused optimizer, which might unscale them again; bfloat16 has
-            # no scaler (https://github.com/Lightning-AI/pytorch-lightning/issues/21435)
-            setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010
-        if self.lr_scheduler is None:
-            return optimizer
-        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        options = options or self.teacher_options
+        return privileged_prompt(task, opening, self.chat_format, options, peer, feedback, self.longest, response)
 
     # -- training -------------------------------------------------------------------------------------------------
 
+    def configure_optimizers(self) -> Any:
+        made = super().configure_optimizers()
+        self.start_sums(self.policy.parameters())
+        return made
+
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
         self._check_version(batch)
-        policy = self._policy_stats(batch)
-        old_logprobs, teacher, credit = self._freeze(batch, policy)
+        frozen = recall(self._frozen[_key(batch)], batch.action_mask) if batch.inner_epoch else None
+        policy = self._policy_stats(batch, frozen)
+        old_logprobs, teacher, credit = frozen or self._freeze(batch, policy)
         terms = distilled = None
         if self.objective is not None:
             terms = self.objective(
@@ -223,17 +261,17 @@ class GearModule(Float32Buffers, Float32Sums, ModuleState):
         loss = share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
         return {"loss": loss, "credit": credit, "policy": policy, "teacher": teacher}
 
-    def _policy_stats(self, batch: RolloutBatch) -> TokenStats:
+    def _policy_stats(self, batch: RolloutBatch, frozen: Scored | None) -> TokenStats:
         """What the policy says now. Later inner epochs look at the tokens that the frozen teacher was asked about."""
         distilled = 0 if self.distillation is None else self.distillation.top_k
-        teacher = self._frozen[tuple(batch.index.tolist())][1] if batch.inner_epoch and distilled else None
+        teacher = None if frozen is None else frozen[1]
         return token_stats(
             self.policy,
             batch.tokens,
             batch.valid,
             batch.action_mask,
             temperature=batch.temperature,
-            top_k=max(self.credit.top_k, distilled),
+            top_k=max(self.credit.top_k, distilled) if frozen is None else 0,
             top_ids=None if teacher is None else teacher.top_ids,
             top_grad=distilled > 0,
         )
@@ -248,20 +286,16 @@ class GearModule(Float32Buffers, Float32Sums, ModuleState):
             )
 
     @torch.no_grad()
-    def _freeze(self, batch: RolloutBatch, policy: TokenStats) -> tuple[Tensor, TokenStats | None, Credit]:
-        """Old log-probs, teacher stats and credit: fixed when a rollout is first scored, reused by later epochs."""
-        key = tuple(batch.index.tolist())
-        if batch.inner_epoch:
-            return self._frozen[key]
+    def _freeze(self, batch: RolloutBatch, policy: TokenStats) -> Scored:
+        """Old log-probs, teacher stats and credit: fixed when a rollout is first scored, and kept for later epochs."""
         teacher = None
         if self.teacher is not None:
             teacher = self.teacher.score(self.policy, batch, batch.action_mask, policy.top_ids)
-        frozen = policy.logprobs.detach(), teacher, self.credit(Evidence.of(batch, policy, teacher))
-        self._frozen[key] = frozen
+        frozen = policy.logprobs.detach(), teacher, self.credit(Evidence.of(batch, policy, teacher, self.noise))
+        if batch.inner_epochs > 1:
+            asked = None if self.distillation is None else self.distillation.top_k
+            self._frozen[_key(batch)] = keep(frozen, batch.action_mask, asked)
         return frozen
-
-    def on_train_epoch_start(self) -> None:
-        self._frozen.clear()
 
     def _log_position(self) -> None:
         """Put metrics at the number of optimizer steps taken, so that 0 is the policy before its first update."""
@@ -269,7 +303,9 @@ class GearModule(Float32Buffers, Float32Sums, ModuleState):
             self.log("step", float(self.global_step), batch_size=1)
 
     def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
         self._log_position()
+        self._frozen.clear()
         for parameter in self.policy.parameters():  # room for the next rollouts
             parameter.grad = None
 
@@ -279,21 +315,16 @@ class GearModule(Float32Buffers, Float32Sums, ModuleState):
 
     def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(epoch, batch_idx, *args, **kwargs)
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
-            return  # DeepSpeed counts micro-batches itself, and Lightning calls this for every one
-        # here and not in on_train_batch_end: callbacks that save a checkpoint run before the module's own hook
-        if self.teacher is not None:
+        if not self.steps_after(batch_idx):
+            return
+        skipped = torch.tensor(float(self.step_skipped), device=self.device)
+        self._log_sum("train/skipped_steps", skipped / self.trainer.world_size)
+        if not self.step_skipped:
+            self._log("train/grad_norm", torch.tensor(self.gradient_norm, device=self.device), 1)
+        # here and not in on_train_batch_end: callbacks that save a checkpoint run before the module's own hook. An
+        # average over several steps is due even if the last of them was not taken
+        if self.teacher is not None and (self.step_taken or self.teacher_options.every > 1):
             self.teacher.update(self.policy, self.global_step + 1)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        if grads:  # DeepSpeed keeps them to itself
-            self._log("train/grad_norm", full(torch.nn.utils.get_total_norm(grads)), 1)
-
-    def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
-        engine: Any = self.trainer.strategy.model
-        if hasattr(engine, "get_global_grad_norm") and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self._log("train/grad_norm", torch.as_tensor(engine.get_global_grad_norm(), device=self.device), 1)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -336,13 +367,9 @@ class GearModule(Float32Buffers, Float32Sums, ModuleState):
     def _log_loss(self, loss: Tensor, terms: LossTerms | None, distilled: Tensor | None, tokens: int) -> None:
         steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches  # of an iteration
 
-        def share(name: str, value: Tensor) -> None:
-            value = value.detach() / steps
-            self.log(name, value, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1)
-
-        share("train/loss", loss)
+        self._log_sum("train/loss", loss.detach() / steps)
         if distilled is not None:
-            share("train/distillation", distilled)
+            self._log_sum("train/distillation", distilled.detach() / steps)
         if terms is not None:
             self._log("train/clip_fraction", terms.clipped.float() / max(tokens, 1), tokens)
             if terms.sampler_ratio is not None and terms.sampler_truncated is not None:
@@ -378,7 +405,16 @@ class GearModule(Float32Buffers, Float32Sums, ModuleState):
         self.divergence_p95.update(credit.divergence[mask])
         self.log("credit/divergence_p95", self.divergence_p95, on_step=False, on_epoch=True)
 
+    def _log_sum(self, name: str, value: Tensor) -> None:
+        """Log the sum over an iteration and all ranks."""
+        self.log(name, value, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1)
+
     def _log(self, name: str, value: Tensor, weight: int) -> None:
         # Lightning averages the weights over the ranks as integers, rounded down: make the average one
         weight *= self.trainer.world_size
         self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
+
+
+def _key(batch: RolloutBatch) -> tuple[int, ...]:
+    """What tells a micro-batch from the others of its iteration, in every inner epoch."""
+    return tuple(batch.index.tolist())

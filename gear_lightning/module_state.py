@@ -1,6 +1,9 @@
 """What a checkpoint of the module holds beside its weights, and how a run takes it up."""
 
 import hashlib
+import json
+import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,28 +13,36 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from .batch import Credit, TokenStats
 from .errors import UserError
+from .frozen import Kept
+from .hyperparameters import FreshOptimizer, take_up_given
 from .lora import TEACHER, LoRA, adapter_keys, without_teacher
 from .lora_base import PREFIX, frozen_names, identify, take_up
+from .models import PolicySource
 from .optimizers import plain_states, states_from_plain
+from .provenance import code_version
 from .resume import rewind, undo_iteration_start
 from .sharding import shape
+from .shipped import CONFIG, policy_files
 from .teacher import Teacher, TeacherOptions
-from .together import gather
+from .together import gather_on_first
 
 
 class ModuleState(L.LightningModule):
     """The part of `gear_lightning.module.GearModule` that saves and loads."""
 
+    source: PolicySource
     policy: Any
     teacher: Teacher | None
     teacher_options: TeacherOptions
     optimizer: Any
+    lr_scheduler: Any
     lora: LoRA | None
     base: str | None
     _identity_of_base: dict[str, str] | None = None
-    _frozen: dict[tuple[int, ...], tuple[Tensor, TokenStats | None, Credit]]
+    _shipped: dict[str, bytes]
+    _base_model: str | None
+    _frozen: dict[tuple[int, ...], Kept]
 
     @property
     def chat_format(self) -> Any:
@@ -45,14 +56,17 @@ class ModuleState(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["policy_files"] = self.policy_files()
+        checkpoint["made_by"] = {**code_version(), "base_model": self._base_model}
         checkpoint["identity"] = self._identity()
         checkpoint["lora"] = None if self.lora is None else self._adapters()
         for key in self.left_out():
             checkpoint["state_dict"].pop(key, None)
-        if self.teacher is not None and (shadow := self.teacher.shadow_state(self.policy)):
+        writes = self.trainer.is_global_zero
+        if self.teacher is not None and (shadow := self.teacher.shadow_state(self.policy, keep=writes)):
             checkpoint["teacher_shadow"] = shadow
         if "optimizer_states" in checkpoint:  # not in one of weights alone
             checkpoint["optimizer_states"] = plain_states(checkpoint["optimizer_states"])
+            checkpoint["hyperparameters"] = self._fresh_optimizer().given
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if data is None:
             return
@@ -60,8 +74,8 @@ class ModuleState(L.LightningModule):
             rewind(checkpoint, data.unfinished)
         if data.in_rollouts or (data.unfinished and data.unfinished == data.position):
             undo_iteration_start(checkpoint)
-        if data.inner_epochs > 1 and data.position:
-            checkpoint["frozen"] = gather([_plain(key, *values) for key, values in self._frozen.items()])
+        if data.inner_epochs > 1 and data.done:
+            checkpoint["frozen"] = gather_on_first([{"key": list(key), **kept} for key, kept in self._frozen.items()])
 
     def left_out(self) -> list[str]:
         """Keys of the module's state dict that its checkpoints leave out: frozen weights that can be loaded again."""
@@ -82,12 +96,21 @@ class ModuleState(L.LightningModule):
             File name -> bytes, as uint8.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.policy.config.save_pretrained(folder)
-            if getattr(self.policy, "generation_config", None) is not None:
-                self.policy.generation_config.save_pretrained(folder)
             self.chat_format.tokenizer.save_pretrained(folder)
-            files = sorted(p for p in Path(folder).iterdir() if p.is_file())
-            return {p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8) for p in files}
+            files = [p for p in Path(folder).rglob("*") if p.is_file()]  # several chat templates lie in a folder
+            made = {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+        # neither is written by its own `save_pretrained`, which refuses what it has loaded (see `shipped`)
+        made[CONFIG] = self.policy.config.to_json_string().encode()
+        generation = getattr(self.policy, "generation_config", None)
+        own = {} if generation is None else json.loads(generation.to_json_string(keys_to_pop=["compile_config"]))
+        files = policy_files(made, self._shipped, own, self.chat_format.stop_ids)
+        return {n: torch.frombuffer(bytearray(files[n]), dtype=torch.uint8) for n in sorted(files) if files[n]}
+
+    def take_origin(self) -> None:
+        """Note what is known of the published model now: its files may be gone when a checkpoint is written."""
+        self._shipped = self.source.shipped()
+        published = self.source.published()
+        self._base_model = None if published is None or os.path.isabs(published) else published
 
     def _identity(self) -> dict[str, str]:
         """What a checkpoint's tensors fit to."""
@@ -110,11 +133,29 @@ class ModuleState(L.LightningModule):
             if now != before:
                 raise UserError(f"the checkpoint was made with {name}={before}, and this run has {now}")
 
+    def _fresh_optimizer(self) -> FreshOptimizer:
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        return FreshOptimizer(self.optimizer, self.lr_scheduler, parameters)
+
+    def _take_up_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """Make a checkpoint's optimizer and schedule those that this run goes on with."""
+        if "optimizer_states" not in checkpoint:
+            raise UserError(
+                f"{self.trainer.ckpt_path} holds weights alone (checkpoint.save_weights_only), and a run cannot go on "
+                "from it; `gear-lightning export` makes a model directory of it, from which a new run can start "
+                "(model.policy.path)"
+            )
+        checkpoint["optimizer_states"] = states_from_plain(checkpoint["optimizer_states"])
+        changes = take_up_given(checkpoint, self._fresh_optimizer())
+        if changes and self.trainer.is_global_zero:
+            told = "; ".join(changes)
+            print(f"the optimizer goes on with hyperparameters that are given now: {told}", file=sys.stderr)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         self._check_identity(checkpoint.get("identity", {}), fitting)
-        if fitting and "optimizer_states" in checkpoint:
-            checkpoint["optimizer_states"] = states_from_plain(checkpoint["optimizer_states"])
+        if fitting:
+            self._take_up_optimizer(checkpoint)
         states = checkpoint["state_dict"]
         if self.teacher is None:  # evaluation, or nothing that looks at one
             kept = {k: v for k, v in states.items() if not k.startswith("teacher.")}
@@ -135,21 +176,5 @@ class ModuleState(L.LightningModule):
             take_up(self, checkpoint, fitting)
         ranks = checkpoint.get("frozen", [])
         if len(ranks) == self.trainer.world_size:
-            self._frozen = {
-                tuple(item["key"]): (
-                    item["old_logprobs"],
-                    None if item["teacher"] is None else TokenStats(**item["teacher"]),
-                    Credit(**item["credit"]),
-                )
-                for item in ranks[self.trainer.global_rank]
-            }
-
-
-def _plain(key: tuple[int, ...], old_logprobs: Tensor, teacher: TokenStats | None, credit: Credit) -> dict[str, Any]:
-    """Frozen evidence of one micro-batch as plain data."""
-    return {
-        "key": list(key),
-        "old_logprobs": old_logprobs,
-        "teacher": None if teacher is None else dict(vars(teacher)),
-        "credit": dict(vars(credit)),
-    }
+            mine = [dict(item) for item in ranks[self.trainer.global_rank]]
+            self._frozen = {tuple(item.pop("key")): item for item in mine}

@@ -8,31 +8,38 @@ to the teacher's width and moved to the teacher's positions, whatever divergence
 
 It is what rounding makes out of nothing. For ``k1`` that is also the error of a real divergence; the unsigned
 divergences are curved, so that the same rounding moves one that is already large by more.
+
+Credit rules take its 99th percentile as a constant (`gear_lightning.credit.RoundingNoise`); `gear_lightning.rounding`
+measures it for a run.
 """
 
 import json
+import math
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .batch import Credit, RolloutBatch, RolloutRow, TokenStats, collate
-from .credit import CreditAssigner, Evidence
+from .credit import CreditAssigner, Evidence, RoundingNoise
 from .errors import UserError
+from .gear import masked_quantile
+from .head import head_in_float32
+from .positions import longest_row
 from .records import read_records, record_files
 from .teacher import Teacher, TeacherOptions
 from .token_stats import token_stats
 
 FILE = "noise_floor.json"
-FORMAT = 1
+FORMAT = 2
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
 STAND_IN = 64  # tokens of privileged text where a rollout comes without: any number gives noise of the same size
 NEAR_ONE = 0.01  # a weight this far from 1 still counts as 1
@@ -43,15 +50,19 @@ class Noise:
     """What rounding does to one micro-batch: N action tokens of some rollouts.
 
     Attributes:
+        log_ratio: log p_policy - log p_teacher at the sampled token, without its sign, nats.
         divergence: as the rule uses it, without its sign, nats.
         weights: credit weights it leads to.
+        spread: how far each weight is from the median weight of its rollout.
         anchors: anchors that the rule finds in it.
         rollouts: rows with action tokens.
         shape: rows, columns of the policy's forward, columns of the teacher's.
     """
 
+    log_ratio: Float[Tensor, " n"]
     divergence: Float[Tensor, " n"]
     weights: Float[Tensor, " n"]
+    spread: Float[Tensor, " n"]
     anchors: int
     rollouts: int
     shape: tuple[int, int, int]
@@ -118,20 +129,28 @@ def moved(model: Any, shift: Int[Tensor, " batch"]) -> Iterator[None]:
         handle.remove()
 
 
+class Scored(NamedTuple):
+    """A micro-batch in the teacher's view (see `teacher_view`), and two scores of it by the same weights."""
+
+    view: RolloutBatch
+    policy: TokenStats
+    teacher: TokenStats
+
+
 @torch.no_grad()
-def measure(policy: Any, batch: RolloutBatch, rule: CreditAssigner) -> Noise:
+def score(policy: Any, batch: RolloutBatch, rule: CreditAssigner) -> Scored:
     """Score a micro-batch with the policy, and again as the teacher would with equal weights and nothing privileged.
 
-    The passes are those of training (`token_stats`, `Teacher.score`, the rule itself), without the gradient. The caller
-    provides the precision context that training runs in, and a policy in training mode.
+    The passes are those of training (`token_stats`, `Teacher.score`), without the gradient. The caller provides the
+    precision context that training runs in, and a policy in training mode.
 
     Args:
         policy: the model; also the teacher's weights.
         batch: on the policy's device; blank rows add nothing.
         rule: the credit rule.
     """
-    moves = _moves(policy)
-    view, shift = teacher_view(batch, None if moves else getattr(policy.config, "max_position_embeddings", None))
+    moves, longest = _moves(policy), longest_row(policy.config, type(policy).__name__)
+    view, shift = teacher_view(batch, None if moves or longest is None else longest.tokens)
     if not moves:
         shift = torch.zeros_like(shift)
     ours = token_stats(
@@ -139,19 +158,44 @@ def measure(policy: Any, batch: RolloutBatch, rule: CreditAssigner) -> Noise:
     )
     with moved(policy, shift):
         theirs = Teacher(policy, TeacherOptions("live")).score(policy, view, batch.action_mask, ours.top_ids)
-    return noise_of(view, ours, theirs, rule)
+    return Scored(view, ours, theirs)
 
 
-def noise_of(batch: RolloutBatch, policy: TokenStats, teacher: TokenStats, rule: CreditAssigner) -> Noise:
-    """What the rule makes of two scores of the same tokens."""
-    credit, mask = rule(Evidence.of(batch, policy, teacher)), batch.action_mask
+def noise_of(scored: Scored, rule: CreditAssigner, rounding: RoundingNoise = RoundingNoise()) -> Noise:
+    """What the rule makes of two scores of the same tokens, with this constant for the size of rounding."""
+    batch, policy, teacher = scored
+    credit, mask = rule(Evidence.of(batch, policy, teacher, rounding)), batch.action_mask
     return Noise(
+        (policy.logprobs - teacher.logprobs)[mask].abs(),
         credit.divergence[mask].abs(),
         credit.weights[mask],
+        weight_spread(credit, mask)[mask],
         int(anchor_tokens(rule, credit).sum()),
         int(mask.any(-1).sum()),
         (batch.size, batch.tokens.shape[1], batch.teacher_tokens.shape[1]),
     )
+
+
+def measure(policy: Any, batch: RolloutBatch, rule: CreditAssigner) -> Noise:
+    """`score`, and what the rule makes of it where it does not know the size of rounding."""
+    return noise_of(score(policy, batch, rule), rule)
+
+
+def weight_spread(credit: Credit, mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+    """How far each weight is from the median of its rollout's tokens in ``mask``: where their mean is 1, a few large
+    weights move all others of a rollout a little."""
+    return (credit.weights - masked_quantile(credit.weights, mask, 0.5)).abs()
+
+
+def rounding_of(log_ratio: Float[Tensor, " n"], divergence: Float[Tensor, " n"], rule: CreditAssigner) -> RoundingNoise:
+    """The constant that rules take: 99th percentiles (see `p99`) of `Noise`'s values."""
+    return RoundingNoise(p99(log_ratio), p99(divergence) if rule.top_k else 0.0)
+
+
+def p99(values: Float[Tensor, " n"]) -> float:
+    """99th percentile of what is finite; 0 where nothing is."""
+    values = values[values.isfinite()]
+    return quantiles(values)["p99"] if len(values) else 0.0
 
 
 def quantiles(values: Float[Tensor, " n"]) -> dict[str, float]:
@@ -176,19 +220,22 @@ def summary(parts: list[Noise]) -> dict[str, Any]:
         "tokens": len(divergence),
         "rollouts": rollouts,
         "shapes": [dict(zip(("rows", "columns", "teacher_columns"), p.shape, strict=True)) for p in parts],
+        "log_ratio": quantiles(torch.cat([p.log_ratio for p in parts])),
         "divergence": quantiles(divergence),
         "weight": {"min": float(weights.min()), **quantiles(weights)},
         "weight_off_one": quantiles(away),
+        "weight_spread": quantiles(torch.cat([p.spread for p in parts])),
         "share_of_weights_off_one": float((away > NEAR_ONE).double().mean()),
         "anchors_per_rollout": sum(p.anchors for p in parts) / rollouts,
     }
 
 
-def conditions(trainer: L.Trainer, rule: CreditAssigner) -> dict[str, Any]:
-    """What a floor holds for: another precision or divergence has another one."""
-    gathered = getattr(trainer.strategy, "computes_in", None)
+def conditions(trainer: L.Trainer, module: Any) -> dict[str, Any]:
+    """What a floor holds for: another precision, of the layers or of the head, or divergence has another one."""
+    rule, gathered = module.credit, getattr(trainer.strategy, "computes_in", None)
+    head = ", head in float32" if head_in_float32(module.head_precision, str(trainer.precision)) else ""
     return {
-        "precision": str(trainer.precision) + ("" if gathered is None else f", gathered in {gathered}"),
+        "precision": str(trainer.precision) + ("" if gathered is None else f", gathered in {gathered}") + head,
         "rule": type(rule).__name__,
         "divergence_kind": getattr(rule, "divergence", None),
     }
@@ -225,16 +272,22 @@ class MeasureNoise(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         stream = trainer.datamodule.train_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
         batches = (sealed.batch for sealed in stream) if self.recorded is None else self.recorded
-        parts = []
+        scored, rule = [], pl_module.credit
         for batch in batches:
             with trainer.strategy.precision_plugin.train_step_context():
-                parts.append(measure(pl_module.policy, batch.to(pl_module.device), pl_module.credit))
-            if len(parts) == self.micro_batches:
+                scored.append(score(pl_module.policy, batch.to(pl_module.device), rule))
+            if len(scored) == self.micro_batches:
                 break
+        raw = [noise_of(one, rule) for one in scored]
+        log_ratio, divergence = (
+            torch.cat([getattr(part, name) for part in raw]) for name in ("log_ratio", "divergence")
+        )
+        rounding = rounding_of(log_ratio, divergence, rule)
+        parts = [noise_of(one, rule, rounding) for one in scored]  # as in a run, which knows it
         device = pl_module.device
         self.result = {
             "format": FORMAT,
-            **conditions(trainer, pl_module.credit),
+            **conditions(trainer, pl_module),
             "weights_dtype": str(next(pl_module.policy.parameters()).dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "versions": versions(),
@@ -315,7 +368,8 @@ def read_floor(path: Path) -> dict[str, Any]:
     """
     try:
         result = json.loads(path.read_text())
-        whole = result["format"] == FORMAT and float(result["divergence"]["p99"]) >= 0
+        sizes = [float(result[name]["p99"]) for name in ("log_ratio", "divergence", "weight_spread")]
+        whole = result["format"] == FORMAT and all(0 <= size < math.inf for size in sizes)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); make it with gear-lightning noise-floor") from None
     except (ValueError, TypeError, KeyError):
@@ -323,36 +377,3 @@ def read_floor(path: Path) -> dict[str, Any]:
     if not whole:
         raise UserError(f"{path}: not a file of gear-lightning noise-floor of this version; make it anew")
     return result
-
-
-def table(result: dict[str, Any], rule: CreditAssigner) -> str:
-    """A measurement as text, and what it means for the rule."""
-    kind = f" ({result['divergence_kind']})" if result["divergence_kind"] else ""
-    shapes = sorted({tuple(shape.values()) for shape in result["shapes"]})
-    told = ", ".join(f"{rows} x {policy} (teacher: {teacher})" for rows, policy, teacher in shapes)
-    off, least_weight = result["share_of_weights_off_one"], result["weight"]["min"]
-    lines = [
-        f"Noise floor of {result['rule']}{kind} in {result['precision']} on {result['device']},",
-        "with equal weights and nothing privileged:",
-        f"{result['tokens']} tokens of {result['rollouts']} rollouts, rows x columns {told}",
-        "",
-        " " * 20 + "".join(f"{name:>10}" for name in QUANTILES),
-    ]
-    for name, key in (("|divergence|, nats", "divergence"), ("weight", "weight"), ("|weight - 1|", "weight_off_one")):
-        lines.append(f"{name:<20}" + "".join(f"{result[key][q]:>10.3g}" for q in QUANTILES))
-    p99 = result["divergence"]["p99"]
-    lines += [
-        "",
-        f"weights further than {NEAR_ONE} from 1: {off:.1%} of the tokens (the least weight is {least_weight:.3g})",
-        f"anchors: {result['anchors_per_rollout']:.3g} per rollout",
-    ]
-    least = getattr(rule, "floor", None)
-    if least is not None and getattr(rule, "segment_end", "none") != "none" and not rule.fixed_segments:
-        if least <= p99:
-            lines.append(
-                f"The least divergence of an anchor, {least:g} nats, lies INSIDE this floor: rounding opens segments. "
-                f"Use a wider trainer.precision, or a model.credit.anchor_floor above {p99:.2g}."
-            )
-        else:
-            lines.append(f"The least divergence of an anchor, {least:g} nats, lies above the floor's p99 ({p99:.2g}).")
-    return "\n".join(lines)

@@ -7,8 +7,9 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from .cli import main
+from .credit import CreditAssigner
 from .errors import UserError
-from .noise_floor import FILE, MeasureNoise, recorded_batches, table, write_result
+from .noise_floor import FILE, NEAR_ONE, QUANTILES, MeasureNoise, recorded_batches, write_result
 from .probe_cli import ProbeCLI
 
 
@@ -74,3 +75,38 @@ def noise_floor_command(argv: list[str]) -> int:
     """
     main(["fit", *argv], NoiseFloorCLI)
     return 0
+
+
+def table(result: dict[str, Any], rule: CreditAssigner) -> str:
+    """A measurement as text, and what it means for the rule."""
+    kind = f" ({result['divergence_kind']})" if result["divergence_kind"] else ""
+    shapes = sorted({tuple(shape.values()) for shape in result["shapes"]})
+    told = ", ".join(f"{rows} x {policy} (teacher: {teacher})" for rows, policy, teacher in shapes)
+    off, least_weight = result["share_of_weights_off_one"], result["weight"]["min"]
+    lines = [
+        f"Noise floor of {result['rule']}{kind} in {result['precision']} on {result['device']},",
+        "with equal weights and nothing privileged:",
+        f"{result['tokens']} tokens of {result['rollouts']} rollouts, rows x columns {told}",
+        "",
+        " " * 20 + "".join(f"{name:>10}" for name in QUANTILES),
+    ]
+    shown = [("|log-ratio|, nats", "log_ratio")] if rule.top_k else []
+    shown += [("|divergence|, nats", "divergence"), ("weight", "weight"), ("|weight - 1|", "weight_off_one")]
+    for name, key in shown:
+        lines.append(f"{name:<20}" + "".join(f"{result[key][q]:>10.3g}" for q in QUANTILES))
+    p99 = result["divergence"]["p99"]
+    lines += [
+        "",
+        f"weights further than {NEAR_ONE} from 1: {off:.1%} of the tokens (the least weight is {least_weight:.3g})",
+        f"anchors: {result['anchors_per_rollout']:.3g} per rollout",
+    ]
+    least = getattr(rule, "floor", None)
+    if least is not None and getattr(rule, "segment_end", "none") != "none" and not rule.fixed_segments:
+        if least <= p99:
+            lines.append(
+                f"The least divergence of an anchor, {least:g} nats, lies INSIDE this floor: rounding opens segments. "
+                f"Use a wider trainer.precision, or a model.credit.anchor_floor above {p99:.2g}."
+            )
+        else:
+            lines.append(f"The least divergence of an anchor, {least:g} nats, lies above the floor's p99 ({p99:.2g}).")
+    return "\n".join(lines)

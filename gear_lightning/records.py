@@ -6,6 +6,7 @@ The tensors (see `TENSOR_KEYS`) are what training used, so that credit can be re
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,13 +57,16 @@ ROLLOUT_KEYS = {
     "reward_parts": "name -> value",
     "success": "whether the task counts as solved",
     "status": "see gear_lightning.rollout.Status",
-    "error": "what went wrong, or null",
+    "error": "why it ended with its status, or null",
+    "side_error": "the first failure that changed neither status nor reward (close(), an unusable decision), or null",
     "retries": "tries before this one whose reset failed",
     "turns": "assistant turns",
     "turn_rewards": "the environment's reward for each turn; the last one less the penalty for length",
     "states": "what the environment's state was before each turn: its own word for it, or what it last said",
     "feedback": "what the environment said about the rollout, or null",
     "policy_version": "optimizer steps taken before sampling",
+    "noise": "what credit took for the size of rounding, 99th percentiles in nats: log_ratio, divergence (see "
+    "gear_lightning.credit.RoundingNoise). Null where there is no row; absent in records of before, which took none",
 }
 _KINDS: dict[str, tuple[type, ...]] = {  # what readers rely on
     "row": (int, type(None)),
@@ -175,6 +179,13 @@ def _rollout(line: bytes, where: str) -> dict[str, Any]:
         value = rollout.get(name)
         if type(value) not in kinds:
             raise UserError(f"{where}: {name} is {type(value).__name__}, expected {kinds[0].__name__}")
+    noise = rollout.get("noise")
+    if noise is not None and not (
+        isinstance(noise, dict)
+        and noise.keys() == {"log_ratio", "divergence"}
+        and all(type(size) in (int, float) and 0 <= size < math.inf for size in noise.values())
+    ):
+        raise UserError(f"{where}: noise is not two sizes, log_ratio and divergence")
     if not all(isinstance(message, dict) for message in rollout["messages"]):
         raise UserError(f"{where}: messages are no objects")
     if deeper_than(MAX_DEPTH, rollout):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .batch import Credit, TokenStats
-from .credit import GEAR, SCGRPO, CreditAssigner, Evidence
+from .credit import GEAR, SCGRPO, CreditAssigner, Evidence, RoundingNoise
 from .errors import UserError
 from .records import Record
 
@@ -58,7 +58,15 @@ def evidence_of(record: Record, rule: CreditAssigner, *, divergence: bool = Fals
         turn_advantages=t["base_advantages"],
         decisions=t["decisions"],
         solved=t["solved"],
+        noise=recorded_noise(record),
     )
+
+
+def recorded_noise(record: Record) -> RoundingNoise:
+    """What training took for the size of rounding: none, in records that do not tell."""
+    told = (rollout.get("noise") for rollout in record.rollouts if rollout["row"] is not None)
+    found = next((noise for noise in told if noise is not None), None)
+    return RoundingNoise() if found is None else RoundingNoise(**found)
 
 
 @torch.no_grad()

@@ -15,7 +15,12 @@ MOST_ROWS = 20  # iterations in a table; the JSON file has all
 def rule_data(rule: CreditAssigner) -> dict[str, Any]:
     """A rule as plain data."""
     options = asdict(rule) if is_dataclass(rule) else {}
-    return {"class": f"{type(rule).__module__}.{type(rule).__qualname__}", "options": options, "told": told(rule)}
+    return {
+        "class": f"{type(rule).__module__}.{type(rule).__qualname__}",
+        "options": options,
+        "told": told(rule),
+        "lacks": rule.lacks,
+    }
 
 
 def change_data(change: Change, rollouts: list[dict[str, Any]], index: int, decode: Decode) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def report(data: dict[str, Any]) -> str:
     here, there = data["credit"]["told"], "the recorded credit"
     if data["against"] is not None:
         there = data["against"]["told"]
-    lines = [f"here:  {here}", f"there: {there}", _check(data), ""]
+    lines = [f"here:  {here}", f"there: {there}", *_caveats(data), _check(data), ""]
     lines += _table(HEAD, [_cells(row) for row in rows])
     lines += ["", *_legend(data["overall"]), "", "mean weight by fifth of a rollout, first to last"]
     lines += _table(["iteration", "here", *[""] * 4, "there", *[""] * 4], [_fifths(row) for row in rows])
@@ -78,6 +83,13 @@ HEAD = [
     *("iteration", "rollouts", "tokens", "changed", "rank corr.", "moved"),
     *("anchors shared", "only here", "only there", "segments here", "there", "in them here", "there"),
 ]
+
+
+def _caveats(data: dict[str, Any]) -> list[str]:
+    """What shown rules lack compared with the papers that they are named after."""
+    shown = [data["credit"], data["against"] or data["own"]]
+    told = {rule["class"].rpartition(".")[2]: rule["lacks"] for rule in shown if rule is not None and rule["lacks"]}
+    return [f"{name} is in the style of its paper, and lacks {lacks}" for name, lacks in told.items()]
 
 
 def _number(value: float | None, form: str = ".3f") -> str:

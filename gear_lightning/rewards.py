@@ -9,7 +9,7 @@ from math import inf, isfinite
 from typing import Any
 
 from .environments.base import Message, RewardError, Task
-from .environments.checks import as_text
+from .environments.checks import as_text, refuse_async
 from .errors import UserError, require_extra
 
 Reward = Callable[[Task, list[Message]], "float | Mapping[str, float]"]
@@ -119,11 +119,12 @@ def resolve_reward(reward: "str | Reward") -> Reward:
     """A reward by its name or import path.
 
     Raises:
-        UserError: no such built-in, nothing to import there, no function, or a missing extra.
+        UserError: no such built-in, nothing to import there, no function, one that is async, or a missing extra.
     """
     if not isinstance(reward, str):
         if not callable(reward):
             raise UserError(f"reward {reward!r} is neither a name, an import path nor a function")
+        refuse_async(reward, f"the reward {getattr(reward, '__name__', type(reward).__name__)}")
         return reward
     if reward == "math":
         require_extra("math_verify")
@@ -131,7 +132,9 @@ def resolve_reward(reward: "str | Reward") -> Reward:
         return BUILT_IN[reward]
     if "." not in reward:
         raise UserError(f"reward {reward!r} is neither built in ({', '.join(BUILT_IN)}) nor an import path")
-    return import_function(reward, "reward")
+    function = import_function(reward, "reward")
+    refuse_async(function, f"reward {reward!r}")
+    return function
 
 
 def reward_of(task: Task, default: "str | Reward | None") -> Reward:

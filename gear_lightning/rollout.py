@@ -1,35 +1,35 @@
 """Rollouts and the agent loop that makes them: sampling turns, calling environments, keeping masks and budgets."""
 
 import copy
-import itertools
-import math
-import re
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from .budgets import Budgets
 from .chat import Chat, ToolCallError
 from .engines import GenerationEngine, SampledTurn, Sampling, TurnRequest
 from .environments.base import Environment, FloodError, Message, RewardError, Step, Task, TransientError
-from .environments.checks import checked_messages, checked_step, text_bytes
+from .environments.checks import CheckedStep, checked_messages, checked_step, text_bytes
 from .environments.deadline import DeadlineRunner
-from .errors import UserError
+from .environments.decisions import decision_marks
 
 Status = Literal[
     "done",  # the environment ended the episode
-    "truncated",  # a budget (turns, tokens, seconds, the environment's own) ended it
-    "invalid_tool_call",  # the policy wrote a tool call that cannot be read; keeps the reward so far
-    "empty_response",  # the policy stopped at once
+    "truncated",  # a budget (turns, tokens, seconds, the environment's own) ended it, or cut the last turn short
+    "invalid_tool_call",  # the policy wrote a tool call that cannot be read
+    "empty_response",  # the policy ended the episode with a turn without text: a stop token alone, or white space
+    "environment_flood",  # reset, step or a tool gave more text than the budget holds
     "prompt_too_long",  # the prompt leaves no room for an answer
     "environment_error",  # reset, step or a tool raised
     "environment_timeout",  # reset, step or a tool took too long
-    "environment_flood",  # reset, step or a tool gave more text than the budget holds
     "invalid_reward",  # the reward is not a finite number, or raised
 ]
-# these say something about the policy; the others say something about the environment, and are left out of learning
-LEARNABLE: frozenset[str] = frozenset({"done", "truncated", "invalid_tool_call"})
+STATUSES: tuple[Status, ...] = get_args(Status)
+# Ends that the policy brings about: the rollout keeps its reward so far and is learned from. An end that the policy can
+# choose and that is left out of learning is never corrected. All other ends are failures of the task or environment.
+LEARNABLE: frozenset[str] = frozenset({"done", "truncated", "invalid_tool_call", "empty_response", "environment_flood"})
 
 
 @dataclass
@@ -43,7 +43,8 @@ class Rollout:
         turn_ids    -1-1-1 0 0 0-1-1 1 1
 
     ``decisions`` is 1 on tokens of a decision that the environment called right, -1 on those of a wrong one, 0
-    elsewhere. ``turn_rewards`` and ``states`` have one entry per turn: its reward, and where it began.
+    elsewhere. ``turn_rewards`` and ``states`` have one entry per turn: its reward, and where it began. ``error`` is why
+    the rollout ended with its status; ``side_error`` is the first failure that changed neither status nor reward.
     """
 
     task: Task
@@ -65,13 +66,19 @@ class Rollout:
     success: bool = False
     status: Status = "done"
     error: str | None = None
+    side_error: str | None = None
     retries: int = 0
     policy_version: int = 0
 
     @property
     def learnable(self) -> bool:
         """Whether the rollout takes part in its group's advantages."""
-        return self.status in LEARNABLE
+        caused = self.status != "environment_flood" or self.turns > 0  # a reset that floods is no act of the policy
+        return self.status in LEARNABLE and caused
+
+    def note(self, failure: str) -> None:
+        """Record a failure that changes neither the status nor the reward."""
+        self.side_error = self.side_error or failure
 
     def add_context(self, ids: list[int]) -> None:
         """Append ids the policy did not sample."""
@@ -88,7 +95,7 @@ class Rollout:
         self.tokens += turn.ids
         self.action_mask += [True] * n
         self.turn_ids += [self.turns] * n
-        self.stop_mask += [False] * (n - 1) + [turn.stopped]
+        self.stop_mask += [False] * (n - 1) + [turn.stopped] * (n > 0)
         self.sampler_logprobs += turn.logprobs
         self.decisions += [0] * n
         self.turn_rewards.append(0.0)
@@ -121,44 +128,6 @@ class RolloutGroup:
         """The next successful rollout of the group after ``index``, around the end, other than itself."""
         others = self.rollouts[index + 1 :] + self.rollouts[:index]
         return next((r for r in others if r.success and r.learnable), None)
-
-
-@dataclass(frozen=True)
-class Budgets:
-    """Limits of one rollout.
-
-    Args:
-        turns: assistant turns.
-        tokens: sampled tokens, over all turns.
-        turn_tokens: sampled tokens in one turn. Null: only ``tokens`` counts.
-        context: prompt and response together, tokens.
-        step_seconds: one call of the environment (reset, step, close), wall clock. A call that takes longer is given
-            up. Environments are called one after another: each call that hangs holds all rollouts up for so long.
-        seconds: the whole rollout, wall clock, looked at between turns: it may go over by one turn and one call. Null:
-            no limit. Wall clock makes runs differ.
-        output_bytes: the environment's messages over all turns (opening, tool results), as UTF-8, their keys included.
-            The call that gives more ends the rollout; nothing of what it gave is kept.
-        retries: further tries of a rollout whose reset raises an ``OSError`` (a connection, say) or takes too long.
-            Each is a new environment, after the other rollouts have been opened. Once a token is sampled nothing is
-            tried again, for that would change what the policy saw.
-    """
-
-    turns: int = 8
-    tokens: int = 256
-    turn_tokens: int | None = None
-    context: int = 2048
-    step_seconds: float = 30.0
-    seconds: float | None = None
-    output_bytes: int = 1_000_000
-    retries: int = 1
-
-    def __post_init__(self):
-        if self.retries < 0:
-            raise UserError(f"budgets.retries={self.retries} must be at least 0")
-        for name in ("turns", "tokens", "turn_tokens", "context", "step_seconds", "seconds", "output_bytes"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"budgets.{name}={value} must be above 0, and finite")
 
 
 @dataclass
@@ -263,9 +232,12 @@ class AgentLoop:
             for key in waiting:
                 if self.stop():
                     return
+                failed = None
                 if attempt:
                     self._close(episodes[key])
+                    failed = episodes[key].rollout.side_error
                 episodes[key] = self._open(key, *jobs[key], version, attempt)
+                episodes[key].rollout.side_error = failed
             waiting = [key for key in waiting if episodes[key].transient]
 
     def _open(self, key: int, task: Task, seed: tuple[int, ...], version: int, attempt: int) -> _Episode:
@@ -300,23 +272,30 @@ class AgentLoop:
             rollout.status = _status_of(error)
             rollout.error = str(error)
             episode.transient = isinstance(error, TransientError | TimeoutError)
-            if isinstance(error, TimeoutError):
-                self.on_progress(*self._progress)  # however many of them take their time, this is no standstill
+            self._note_wait(error)
         return None
+
+    def _note_wait(self, error: Exception) -> None:
+        """Report progress after a call that took all its time: however many of them there are, the run goes on."""
+        if isinstance(error, TimeoutError):
+            self.on_progress(*self._progress)
+
+    def _room(self, episode: _Episode) -> int:
+        """Tokens that the next turn may have. 0: the budgets leave no next turn."""
+        budgets, rollout = self.budgets, episode.rollout
+        late = budgets.seconds is not None and time.monotonic() - episode.started > budgets.seconds
+        if late or rollout.turns >= budgets.turns:
+            return 0
+        left = min(budgets.tokens - episode.sampled, budgets.context - len(rollout.tokens))
+        return max(0, min(left, budgets.turn_tokens or budgets.tokens))
 
     def _request(self, key: int, episode: _Episode, otherwise: Status) -> bool:
         """Ask for the next turn, or end the rollout where the budgets leave no room. Returns whether it asked."""
-        budgets, rollout = self.budgets, episode.rollout
-        room = min(
-            budgets.tokens - episode.sampled,
-            budgets.context - len(rollout.tokens),
-            budgets.turn_tokens or budgets.tokens,
-        )
-        late = budgets.seconds is not None and time.monotonic() - episode.started > budgets.seconds
-        if room < 1 or late or rollout.turns >= budgets.turns:
+        rollout, room = episode.rollout, self._room(episode)
+        if not room:
             rollout.status = otherwise
             if otherwise == "prompt_too_long":
-                rollout.error = f"the prompt has {len(rollout.tokens)} tokens, the context {budgets.context}"
+                rollout.error = f"the prompt has {len(rollout.tokens)} tokens, the context {self.budgets.context}"
             return False
         self.engine.submit(TurnRequest(key, list(rollout.tokens), room, (*episode.seed, rollout.turns)))
         return True
@@ -327,10 +306,6 @@ class AgentLoop:
         rollout.states.append(episode.state)
         rollout.add_turn(turn)
         episode.sampled += len(turn.ids)
-        if turn.stopped and len(turn.ids) == 1:
-            rollout.messages.append({"role": "assistant", "content": ""})
-            rollout.status = "empty_response"
-            return True
         try:
             message = self.chat.parse(turn.ids, rollout.task.tools)
         except ToolCallError as error:
@@ -341,20 +316,34 @@ class AgentLoop:
         if not turn.stopped and message.get("tool_calls"):
             rollout.status = "truncated"  # half a call is not carried out
             return True
-        room = self.budgets.output_bytes - episode.heard
+        over = self._answer(key, episode, turn, message)
+        if rollout.error is not None and turn.stopped and _empty(message):
+            # still the policy's act: what an environment does wrong with an empty answer does not hide it from learning
+            rollout.note(rollout.error)
+            rollout.status, rollout.error = "empty_response", None
+        return over
+
+    def _answer(self, key: int, episode: _Episode, turn: SampledTurn, message: Message) -> bool:
+        """Let the environment answer a message, and ask for the next turn. Returns whether the rollout is over."""
+        rollout, room = episode.rollout, self.budgets.output_bytes - episode.heard
         mine = copy.deepcopy(message)  # what an environment does to it, now or later, stays there
-        step = self._guard(episode, lambda: checked_step(episode.environment.step(mine), room))
+        step: CheckedStep = self._guard(episode, lambda: checked_step(episode.environment.step(mine), room))
         if rollout.error is not None:
             return True
-        episode.heard += text_bytes(step.messages, room)
         self._score(rollout, step)
         self._mark(rollout, turn.ids, step.info["decisions"])
-        if rollout.error is not None:
-            return True
+        episode.heard += text_bytes(step.messages, room)
         episode.state = step.info.get("state", _said(step.messages))
         rollout.messages += step.messages
-        if step.done or step.truncated or not turn.stopped or not step.messages:
-            rollout.status = "truncated" if step.truncated or not (turn.stopped or step.done) else "done"
+        ended = step.done or not (step.messages or step.broken)
+        cut = step.truncated or not turn.stopped or not (ended or self._room(episode))
+        if step.broken and not (ended or cut):
+            rollout.status, rollout.error = step.broken, step.problem
+            return True
+        if step.problem is not None:  # nobody needs what was left out
+            rollout.note(step.problem)
+        if ended or cut:
+            rollout.status = "truncated" if cut else "empty_response" if _empty(message) else "done"
             return True
         context = self._guard(episode, lambda: self.chat.continuation(step.messages))
         if rollout.error is not None:
@@ -378,37 +367,32 @@ class AgentLoop:
         """Mark the tokens of the turn that was sampled last by what the environment says of its decisions."""
         if not decisions:
             return
-        pieces = [self.chat.text([token]) for token in ids]
-        for decision in decisions:
-            where = _find(pieces, decision["text"], decision["occurrence"])
-            if not where:
-                rollout.status = "environment_error"
-                rollout.error = f"the environment tells of a decision {decision['text']!r} that the turn does not hold"
-                return
-            for place in where:
-                rollout.decisions[len(rollout.tokens) - len(ids) + place] = 1 if decision["right"] else -1
+        try:
+            marks = decision_marks([self.chat.text([token]) for token in ids], decisions)
+        except ValueError as error:
+            rollout.note(str(error))
+        else:
+            rollout.decisions[len(rollout.decisions) - len(ids) :] = marks
 
     def _close(self, episode: _Episode) -> None:
-        if not isinstance(episode.environment, _Unmade):
-            status, error = episode.rollout.status, episode.rollout.error
-            self._guard(episode, episode.environment.close)
-            if error is not None:  # the first failure is the one to tell
-                episode.rollout.status, episode.rollout.error = status, error
+        """Close an episode's environment. A failure is noted and changes no outcome: that was known before."""
+        if isinstance(episode.environment, _Unmade):
+            return
+        try:
+            self._call(episode.environment.close, self.budgets.step_seconds)
+        except Exception as error:
+            self._note_wait(error)
+            episode.rollout.note(f"close: {error}")
+
+
+def _empty(message: Message) -> bool:
+    """Whether an assistant message says nothing and calls nothing."""
+    return not message["content"] and not message.get("tool_calls")
 
 
 def _said(messages: list[Message]) -> str:
     """What messages say, as the name of the state that they lead to."""
     return "\n".join(str(m.get("content")) for m in messages)
-
-
-def _find(pieces: list[str], text: str, occurrence: int) -> list[int]:
-    """Places of the pieces that hold one occurrence of a text: whole pieces, or a part of all of them; none without."""
-    spans = [[place] for place, piece in enumerate(pieces) if piece.strip() == text]
-    if not spans:
-        starts = [0, *itertools.accumulate(map(len, pieces))]
-        for found in re.finditer(re.escape(text), "".join(pieces)):
-            spans.append([p for p in range(len(pieces)) if starts[p] < found.end() and starts[p + 1] > found.start()])
-    return spans[occurrence] if -len(spans) <= occurrence < len(spans) else []
 
 
 def _status_of(error: Exception) -> Status:

@@ -93,6 +93,25 @@ def run_rule(run: Path, named: dict[str, type[CreditAssigner]]) -> tuple[CreditA
         return None, f"{path} gives {name} options that it does not take: {error}"
 
 
+def caveat(path: Any) -> str:
+    """A line for where results of a rule are shown, by the import path of its class; empty where there is none, or for
+    a class of others, of which nothing is imported."""
+    kind = _of_ours(path) if isinstance(path, str) else None
+    return (
+        ""
+        if kind is None or not kind.lacks
+        else f"{kind.__name__} is in the style of its paper, and lacks {kind.lacks}."
+    )
+
+
+def caveat_of_run(run: Path) -> str:
+    """`caveat` of a run's own rule, by its ``config.yaml``; empty where that does not tell."""
+    try:
+        return caveat(_recipe(run / "config.yaml")["class_path"])
+    except UserError:
+        return ""
+
+
 def _names() -> list[str]:
     return [name for name in credit.__all__ if name != "CreditAssigner" and _of_ours(f"gear_lightning.credit.{name}")]
 

@@ -2,7 +2,8 @@
 
 Scores are float arrays of shape [strata, seeds]: a stratum is a task or a setting, and the seeds are independent runs
 of it. Intervals of a level are percentile bootstraps: with fewer than about ten seeds they are too narrow. Intervals of
-paired differences are Student's. All resampling is seeded, so that a number in a report can be made again.
+paired differences are Student's, those of a ratio of two of them Fieller's. All resampling is seeded, so that a number
+in a report can be made again.
 """
 
 from collections.abc import Callable, Iterable
@@ -134,17 +135,70 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.
     """
     from scipy.stats import sem, t
 
-    ours, theirs = _finite(ours), _finite(theirs)
-    if ours.ndim != 1 or ours.shape != theirs.shape:
-        raise UserError(f"pairs are two lists of one length, got shapes {list(ours.shape)} and {list(theirs.shape)}")
-    if not 0 < level < 1:
-        raise UserError(f"level={level} must lie between 0 and 1")
+    ours, theirs = _pairs(ours, theirs, level)
     gaps = ours - theirs
     mean, interval = float(gaps.mean()), None
     if len(gaps) > 1:
         half = float(t.ppf((1 + level) / 2, len(gaps) - 1) * sem(gaps))
         interval = mean - half, mean + half
     return PairedDifference(mean, interval, len(gaps), sign_test(gaps))
+
+
+@dataclass(frozen=True)
+class RatioOfMeans:
+    """Outcome of `ratio_of_means`; there is no interval where there is one pair, or where it has no bounds."""
+
+    ratio: float
+    interval: tuple[float, float] | None
+
+
+def ratio_of_means(ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.95) -> RatioOfMeans:
+    """Mean of ``ours`` over mean of ``theirs``, both of the same pairs, and Fieller's interval.
+
+    The interval holds the ratios r at which Student's test does not tell the mean of ``ours - r theirs`` from 0. It has
+    bounds where the same test tells the mean of ``theirs`` from 0, and is not symmetric about the ratio.
+    Source: Fieller 1954.
+
+    Args:
+        ours: [pairs].
+        theirs: [pairs], in the same order.
+        level: coverage of the interval, between 0 and 1.
+
+    Raises:
+        UserError: arrays of other lengths, no pairs, scores that are not finite, a mean of ``theirs`` of 0, or a level
+            outside (0, 1).
+    """
+    from scipy.stats import t
+
+    ours, theirs = _pairs(ours, theirs, level)
+    top, bottom, n = float(ours.mean()), float(theirs.mean()), len(ours)
+    if bottom == 0:
+        raise UserError("a ratio to a mean of 0 is none")
+    if n < 2:
+        return RatioOfMeans(top / bottom, None)
+    # of the means: q^2 var(top), q^2 cov, q^2 var(bottom); the ends are the roots of
+    # (bottom^2 - w) r^2 - 2 (top bottom - v) r + (top^2 - u)
+    q = float(t.ppf((1 + level) / 2, n - 1))
+    (u, v), (_, w) = q**2 * np.cov(ours, theirs) / n
+    a, b, c = bottom**2 - w, top * bottom - v, top**2 - u
+    if a <= 0:
+        return RatioOfMeans(top / bottom, None)
+    root = float(np.sqrt(max(b**2 - a * c, 0.0)))
+    return RatioOfMeans(top / bottom, (float((b - root) / a), float((b + root) / a)))
+
+
+def _pairs(ours: np.ndarray, theirs: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Two lists of one length, as floats.
+
+    Raises:
+        UserError: they are not, or the level of an interval is outside (0, 1).
+    """
+    ours, theirs = _finite(ours), _finite(theirs)
+    if ours.ndim != 1 or ours.shape != theirs.shape:
+        raise UserError(f"pairs are two lists of one length, got shapes {list(ours.shape)} and {list(theirs.shape)}")
+    if not 0 < level < 1:
+        raise UserError(f"level={level} must lie between 0 and 1")
+    return ours, theirs
 
 
 def holm(p: np.ndarray) -> np.ndarray:

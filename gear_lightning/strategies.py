@@ -5,6 +5,7 @@ number of processes.
 """
 
 import argparse
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,7 +24,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from . import zero_state
-from .checkpoints import read_checkpoint, remove_checkpoint, resolve, write_checkpoint
+from .checkpoints import read_checkpoint, remove_checkpoint, resolve, save_checkpoint
 from .errors import UserError
 from .optimizers import as_kept, in_floats
 from .sharding import fill, full, local, replace_parameters, shard_like, skeleton, whole_of
@@ -84,8 +85,8 @@ class WholeCheckpoints(Strategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if storage_options is not None:
             raise TypeError("storage_options are not supported: checkpoints are files")
-        if self.is_global_zero:  # straight to the file: Lightning's way would hold it in memory once more
-            write_checkpoint(checkpoint, Path(filepath))
+        if self.is_global_zero:  # whose whole tensors are copies already
+            save_checkpoint(checkpoint, Path(filepath), owned=("state_dict", "optimizer_states", "teacher_shadow"))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(resolve(Path(checkpoint_path)))  # mapped, not read: every rank takes its part only
@@ -223,7 +224,7 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):
             i: {key: self._to_rank_zero(_whole_state(v)) if isinstance(v, Tensor) else v for key, v in mine.items()}
             for i, mine in state["state"].items()
         }
-        return {"state": whole, "param_groups": state["param_groups"]} if self.is_global_zero else {}
+        return {"state": whole, "param_groups": copy.deepcopy(state["param_groups"])} if self.is_global_zero else {}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -428,6 +429,7 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
         )
         if self.stage < 3 and wrapped.dtype == torch.bfloat16:
             wrapped.check_grad_overflow = True  # DeepSpeed's own default, which it does not take without its "bf16"
+        zero_state.keep_idle_steps_idle(wrapped)
         return engine, wrapped
 
     @property

@@ -96,6 +96,7 @@ def _place(study: Study) -> Path:
 
 def _report(study: Study, done: list[Run], out: Path) -> None:
     """Compare what is done: files in a folder, and a table here."""
+    from .rule_options import caveat_of_run
     from .study_onset import onset_of
     from .study_report import draw, markdown, print_results
     from .study_results import analyse, collect, write_results
@@ -108,6 +109,7 @@ def _report(study: Study, done: list[Run], out: Path) -> None:
     except UserError as error:  # records alone tell it, and the comparison needs none
         results["onset"] = {}
         print(f"Where credit finds the first wrong decision is left out: {error}")
+    results["caveats"] = [*dict.fromkeys(told for run in done if (told := caveat_of_run(run.folder)))]
     out.mkdir(exist_ok=True)
     write_results(study, curves, results, out)
     replace_text(out / "report.md", markdown(results))

@@ -44,11 +44,19 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         reached = told["to_threshold"]
         row += ["never" if reached is None else f"{reached:.0f}", f"{told['collapsed']:.0%}"]
         for headroom in (results["headroom"] or {}).values():
-            share = headroom["shares"].get(arm)
-            none = "headroom not certain" if headroom["there"] is False else "unknown"
-            row += ["" if paired is None else none if share is None else f"{share:.0%}"]
+            row += ["" if paired is None else _share(headroom, arm, results["ceiling"])]
         body.append(row)
     return head, body
+
+
+def _share(headroom: dict[str, Any], arm: str, ceiling: str) -> str:
+    """What an arm gains of what the ceiling gains, with Fieller's interval."""
+    share, interval = headroom["shares"].get(arm), headroom["intervals"].get(arm)
+    if share is None:
+        return "headroom not certain" if headroom["there"] is False else "unknown"
+    if interval is None or arm == ceiling:
+        return f"{share:.0%}"
+    return f"{share:.0%} [{interval[0]:.0%}, {interval[1]:.0%}]"
 
 
 def _interval(told: dict[str, Any], key: str, sign: str = "") -> str:
@@ -58,7 +66,7 @@ def _interval(told: dict[str, Any], key: str, sign: str = "") -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The comparison for a document: over all points, then point by point."""
-    parts = [_table(*rows(results)), ""]
+    parts = [_table(*rows(results)), "", *(f"{told}\n" for told in results.get("caveats", ()))]
     arms = list(results["arms"])
     body = [
         [label(results, p), *(_interval(results["arms"][arm]["points"][p]["mean"], "iqm") for arm in arms)]
@@ -117,6 +125,8 @@ def print_results(results: dict[str, Any]) -> None:
     for row in body:
         table.add_row(*row)
     Console(width=max(80, shutil.get_terminal_size((170, 24)).columns)).print(table)
+    for told in results.get("caveats", ()):
+        print(told)
     if len(results["blocks"]["seeds"]) < results["seeds"]:
         print(shared_beginnings(results))
 

@@ -28,6 +28,7 @@ from .statistics import (
     lower_median,
     mean_over_curve,
     paired_difference,
+    ratio_of_means,
 )
 from .study import Run, Study
 
@@ -124,7 +125,8 @@ def analyse(study: Study, curves: Curves) -> dict[str, Any]:
         points, and its bootstrap interval over seeds), ``to_threshold`` (lower median of the updates, null where most
         runs never reach it), ``collapsed``, and ``points`` with the same per point of the grid; ``paired``: against the
         baseline, per arm: ``all`` points (mean over them), ``best`` point of each, and each of the ``points``;
-        ``headroom``: what the ceiling gains over ``all`` points and at its ``best``, and each arm's share of it;
+        ``headroom``: what the ceiling gains over ``all`` points and at its ``best``, each arm's share of it, and the
+        shares' Fieller ``intervals`` (95 %, over seeds; that an arm's best point was chosen is not in them);
         ``left_out``: arms that no seed has completed; ``begin_elsewhere``: those whose first values are not the
         baseline's, so that more than their name differs; ``blocks``: the seeds of each warm start, and the mean gain
         of each over all points (``gains``: arm -> warm starts).
@@ -142,15 +144,13 @@ def analyse(study: Study, curves: Curves) -> dict[str, Any]:
     best = [int(mean[i].mean(-1).argmax()) for i in range(len(curves.arms))]
     others = [i for i in range(len(curves.arms)) if i != base]
     paired: dict[str, Any] = {}
-    families: dict[str, list[tuple[int, Any]]] = {
-        "all": [(i, paired_difference(mean[i].mean(0), mean[base].mean(0))) for i in others],
-        "best": [(i, paired_difference(mean[i, best[i]], mean[base, best[base]])) for i in others],
-        **{
-            str(p): [(i, paired_difference(mean[i, p], mean[base, p])) for i in others]
-            for p in range(len(curves.points))
-        },
+    scores = {  # [arms, seeds]
+        "all": mean.mean(1),
+        "best": np.array([mean[i, best[i]] for i in range(len(curves.arms))]),
+        **{str(p): mean[:, p] for p in range(len(curves.points))},
     }
-    for name, family in families.items():
+    for name, of_arms in scores.items():
+        family = [(i, paired_difference(of_arms[i], of_arms[base])) for i in others]
         adjusted = holm(np.array([d.test.p for _, d in family]))
         for (i, difference), p in zip(family, adjusted, strict=True):
             low, high = difference.interval or (None, None)
@@ -176,7 +176,9 @@ def analyse(study: Study, curves: Curves) -> dict[str, Any]:
         "arms": arms,
         "best_point": {arm: best[i] for i, arm in enumerate(curves.arms)},
         "paired": paired,
-        "headroom": _headroom(study, paired),
+        "headroom": _headroom(
+            study, curves.arms, {name: scores[name] - scores[name][base] for name in ("all", "best")}
+        ),
         "blocks": _blocks(study, curves, mean, base),
     }
 
@@ -211,19 +213,34 @@ def _with_interval(scores: np.ndarray) -> dict[str, float | None]:
     return {"iqm": interquartile_mean(scores), "low": float(low), "high": float(high)}
 
 
-def _headroom(study: Study, paired: dict[str, Any]) -> dict[str, Any] | None:
+def _headroom(study: Study, arms: list[str], gains: dict[str, np.ndarray]) -> dict[str, Any] | None:
     """What the ceiling gains over the baseline, and the other arms' shares of it, over all points and at the best of
-    each; no shares where it gains nothing that its interval tells from zero, or there is no interval."""
-    if study.ceiling is None or study.ceiling not in paired:
+    each; no shares where it gains nothing that its interval tells from zero, or there is no interval.
+
+    Args:
+        study: the plan.
+        arms: names.
+        gains: over the baseline: ``all`` and ``best`` -> [arms, seeds].
+    """
+    if study.ceiling is None or study.ceiling not in arms:
         return None
-    return {name: _shares(study.ceiling, {arm: told[name] for arm, told in paired.items()}) for name in ("all", "best")}
-
-
-def _shares(ceiling: str, gains: dict[str, Any]) -> dict[str, Any]:
-    top = gains[ceiling]
-    there = None if top["low"] is None else top["low"] > 0
-    shares = {arm: told["mean"] / top["mean"] if there else None for arm, told in gains.items()}
-    return {"gain": top["mean"], "low": top["low"], "high": top["high"], "there": there, "shares": shares}
+    told: dict[str, Any] = {}
+    for name, gaps in gains.items():
+        top = gaps[arms.index(study.ceiling)]
+        gain = paired_difference(top, np.zeros_like(top))
+        low, high = gain.interval or (None, None)
+        there = None if low is None else low > 0
+        others = [arm for arm in arms if arm != study.baseline]
+        ratios = {arm: ratio_of_means(gaps[arms.index(arm)], top) if there else None for arm in others}
+        told[name] = {
+            "gain": gain.mean,
+            "low": low,
+            "high": high,
+            "there": there,
+            "shares": {arm: ratio and ratio.ratio for arm, ratio in ratios.items()},
+            "intervals": {arm: ratio and ratio.interval for arm, ratio in ratios.items()},
+        }
+    return told
 
 
 def write_results(study: Study, curves: Curves, results: dict[str, Any], folder: Path) -> None:

@@ -18,8 +18,15 @@ from .chat import Chat
 from .environments.base import Message, Task
 from .errors import UserError
 from .lora import POLICY, TEACHER, active, adapter_parameters, add_teacher, has_teacher, is_adapted
+from .positions import Longest
 from .sharding import is_sharded, local, part_of, rest, stored, whole_of
 from .token_stats import token_stats
+
+SHOWN = ("reference", "answer")  # of `TeacherOptions.shows`: texts that a task has before any rollout
+
+
+class OverlongError(UserError):
+    """A privileged prompt is too long, and ``teacher.overlong=error`` asks for an error."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,10 @@ class TeacherOptions:
             the answer or the peer's transcript.
         feedback_template: the same for feedback; ``{feedback}`` stands for it. Only where ``shows`` may show some.
         max_prompt: longest privileged prompt, tokens. The question is never cut.
-        overlong: what happens to a longer one: ``drop`` the privileged text for that rollout (its weights become 1,
-            distillation leaves it out, and ``teacher/overlong`` counts it), or stop with an ``error``.
+        overlong: what happens to a longer one, and to one that together with the response exceeds the model's positions
+            (or the length above which its rotary frequencies change): ``drop`` the privileged text for that rollout
+            (its weights become 1, distillation leaves it out, and ``teacher/overlong`` counts it), or stop with an
+            ``error``.
     """
 
     weights: Literal["ema", "live", "frozen"] = "ema"
@@ -119,6 +128,8 @@ def privileged_prompt(
     options: TeacherOptions,
     peer: list[Message] | None = None,
     feedback: str | None = None,
+    longest: Longest | None = None,
+    response: int = 0,
 ) -> tuple[list[int], bool]:
     """Ids of the prompt with the privileged text in it.
 
@@ -129,12 +140,14 @@ def privileged_prompt(
         options: what is shown, template and length policy.
         peer: see `privileged_text`.
         feedback: see `privileged_text`.
+        longest: what prompt and response may be together. None: any length.
+        response: tokens that follow the prompt in the teacher's view.
 
     Returns:
         The ids, and whether the privileged text was dropped for length.
 
     Raises:
-        UserError: too long, under ``overlong=error``.
+        OverlongError: too long, under ``overlong=error``.
     """
     plain = chat.prompt(opening, task.tools)
     text = privileged_text(task, options, peer, feedback)
@@ -143,11 +156,24 @@ def privileged_prompt(
     last = max((i for i, m in enumerate(opening) if m["role"] == "user"), default=len(opening) - 1)
     hinted = dict(opening[last], content=opening[last]["content"] + text)
     ids = chat.prompt([*opening[:last], hinted, *opening[last + 1 :]], task.tools)
-    if len(ids) <= options.max_prompt:
+    fits = longest is None or len(ids) + response <= longest.tokens
+    if fits and len(ids) <= options.max_prompt:
         return ids, False
     if options.overlong == "error":
-        raise UserError(f"task {task.id}: its privileged prompt has {len(ids)} tokens, max_prompt={options.max_prompt}")
+        told = f"task {task.id}: its privileged prompt has {len(ids)} tokens"
+        if longest is None or fits:
+            raise OverlongError(f"{told}, max_prompt={options.max_prompt}")
+        raise OverlongError(
+            f"{told}, which with the {response} of the response is more than {longest.why} "
+            "(model.teacher.overlong=drop leaves such rollouts without a teacher)"
+        )
     return plain, True
+
+
+def _beside(part: Tensor, average: Tensor) -> Tensor:
+    """The average in the same kind of memory as the part that scores."""
+    average = average.to(part.device)
+    return average.pin_memory() if part.is_pinned() else average
 
 
 def _line(message: Message) -> str:
@@ -210,18 +236,27 @@ class Teacher(nn.Module):
         rest(policy)
         if self.model is not None:
             rest(self.model)
-        scoring, newest = self._pair(policy)
-        if not self.low_precision:
-            average = get_ema_multi_avg_fn(1 - self.options.rate)
-            parts = [local(t) for t in scoring]
-            average(parts, [local(p).to(t.device) for p, t in zip(newest, parts, strict=True)], 0)
-            return
-        if self.shadow is None:
-            self.shadow = [local(t).float() for t in scoring]
-        self.shadow = [average.to(local(t).device) for average, t in zip(self.shadow, scoring, strict=True)]
-        for average, new, low in zip(self.shadow, newest, scoring, strict=True):  # one float32 copy at a time
-            average.lerp_(local(new).to(average), self.options.rate)
-            local(low).copy_(average)
+        parts, newest = ([local(p) for p in side] for side in self._pair(policy))
+        if self.low_precision:
+            averages = self.shadow or [part.float() for part in parts]
+            averages = self.shadow = [_beside(part, average) for average, part in zip(averages, parts, strict=True)]
+        else:
+            averages = parts
+            if all(part.device == new.device for part, new in zip(parts, newest, strict=True)):
+                get_ema_multi_avg_fn(1 - self.options.rate)(parts, newest, 0)
+                return
+        visited = None
+        for average, part, new in zip(averages, parts, newest, strict=True):
+            # one tensor at a time, and where the policy is: a parked average visits its device
+            there = average.to(new.device, non_blocking=True)
+            there.lerp_(new.to(there.dtype), self.options.rate)
+            if part is not average:
+                part.copy_(there, non_blocking=True)
+            if there is not average:
+                average.copy_(there, non_blocking=True)
+                visited = new.device
+        if visited is not None and visited.type == "cuda":
+            torch.cuda.current_stream(visited).synchronize()  # from here on the CPU may read them
 
     @contextmanager
     def _at_hand(self, device: torch.device) -> Iterator[None]:
@@ -258,11 +293,19 @@ class Teacher(nn.Module):
             place.data = place.data.cpu().pin_memory() if place.is_cuda else place.data
 
     @torch.no_grad()
-    def shadow_state(self, policy: nn.Module) -> list[Tensor]:
-        """The float32 averages as whole tensors in CPU memory; none where there are none yet. Collective."""
-        if self.shadow is None:
-            return []
-        return [whole_of(p, mine).cpu().clone() for p, mine in zip(self._pair(policy)[0], self.shadow, strict=True)]
+    def shadow_state(self, policy: nn.Module, keep: bool = True) -> list[Tensor]:
+        """The float32 averages as whole tensors in CPU memory; none where there are none yet. Collective.
+
+        Args:
+            policy: that the teacher follows.
+            keep: False on a rank that only takes part; it gets none.
+        """
+        states = []
+        for parameter, mine in zip(self._pair(policy)[0], self.shadow or (), strict=self.shadow is not None):
+            whole = whole_of(parameter, mine)
+            if keep:
+                states.append(whole.cpu().clone())
+        return states
 
     def load_shadow(self, policy: nn.Module, saved: list[Tensor]) -> None:
         """Inverse of `shadow_state`."""

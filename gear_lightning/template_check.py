@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from .chat import Chat, ChatOptions
+from .chat import Chat, ChatOptions, ignored_stops
 from .credit_trace import visible
 from .environments.base import Message, tool_call, tool_result
 from .environments.calculator import CALCULATOR
@@ -46,11 +46,14 @@ def template_command(argv: list[str]) -> int:
         "--template_arguments", type=json.loads, metavar="JSON", help="as model.chat.template_arguments"
     )
     options = parser.parse_args(argv)
-    chat = Chat(Pretrained(options.model).tokenizer(), ChatOptions(options.tool_syntax, options.template_arguments))
+    source = Pretrained(options.model)
+    chat = Chat(source.tokenizer(), ChatOptions(options.tool_syntax, options.template_arguments), source.stop_ids())
     chat.check_tools()
     stops = ", ".join(f"{visible(chat.tokenizer.decode([i]))} ({i})" for i in sorted(chat.stop_ids))
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
     console.print(f"tool calls: {chat.syntax}; the policy stops at: {stops}")
+    if chat.ignored_stops:
+        console.print(ignored_stops(chat))
     for who, ids in spans(chat):
         console.print(Text(f"-- {who}, {len(ids)} tokens{': trained on' if who == 'sampled' else ''}", style="bold"))
         console.print(_text(chat, ids, STYLES[who]))

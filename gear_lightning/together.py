@@ -1,7 +1,8 @@
 """Errors that every rank must hear of: one rank's failure would leave the others waiting for it."""
 
+import weakref
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -17,6 +18,42 @@ def gather(state: T) -> list[T]:
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, state)
     return gathered
+
+
+def gather_on_first(state: T) -> list[T] | None:
+    """Every rank's state, in order of rank, on rank 0, which reads one after the other; None elsewhere. All ranks must
+    call it. Tensors should lie in CPU memory: they come back on the device that they were on."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [state]
+    group = _on_cpu()
+    if dist.get_rank():
+        dist.send_object_list([state], dst=0, group=group)
+        return None
+    states: list[T] = [state]
+    for rank in range(1, dist.get_world_size()):
+        received: list[Any] = [None]
+        dist.recv_object_list(received, src=rank, group=group)
+        states += received
+    return states
+
+
+_cpu_groups: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
+
+
+def _on_cpu() -> Any:
+    """A group of all processes that needs no device memory. All ranks must call it."""
+    if dist.get_backend() == "gloo":
+        return None
+    if dist.group.WORLD not in _cpu_groups:
+        _cpu_groups[dist.group.WORLD] = dist.new_group(backend="gloo")
+    return _cpu_groups[dist.group.WORLD]
+
+
+def place() -> tuple[int, int]:
+    """This process's rank, and how many ranks there are; (0, 1) before they have found each other."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def together(function: Callable[[], T]) -> T:

@@ -15,14 +15,18 @@ from .batch import RolloutRow, collate
 from .chat import Chat
 from .environments.base import Demonstration, Demonstrations
 from .errors import Stopped, UserError
+from .files import build_once, cache_dir
 from .gradients import Float32Sums
-from .models import Float32Buffers, build_once, cache_dir, checkpoint_activations, without_dropout
+from .models import Float32Buffers, checkpoint_activations
 from .module import GearModule
 from .sharding import whole_copy
+from .step_guard import StepGuard, all_finite
 from .strategies import place
 from .teacher import TeacherOptions, privileged_prompt
 from .token_stats import check_head, token_stats
 
+CheckSampling = Callable[[Any, GearModule, Any, Any], None]
+MOST_SKIPPED = 5  # optimizer steps in a row without a finite gradient
 KEYED = 32  # demonstrations that a cached result is known by
 
 
@@ -36,7 +40,7 @@ class WarmStart:
         batch_size: demonstrations in a step, over all processes.
         learning_rate: highest learning rate of AdamW.
         warmup_steps: steps of linear warm-up; a cosine decay to zero follows.
-        max_length: longer demonstrations are skipped, tokens.
+        max_length: longer demonstrations are skipped, tokens; also those longer than the model's positions.
         reuse: take the result of an earlier run with the same settings, model and code version.
     """
 
@@ -82,8 +86,10 @@ def encode(item: Demonstration, chat: Chat, teacher: TeacherOptions) -> tuple[li
 class _Batches(torch.utils.data.IterableDataset):
     """This rank's share of each step's demonstrations, encoded."""
 
-    def __init__(self, options: WarmStart, chat: Chat, teacher: TeacherOptions, trainer: L.Trainer):
-        self.options, self.chat, self.teacher, self.trainer = options, chat, teacher, trainer
+    def __init__(self, options: WarmStart, gear: GearModule, trainer: L.Trainer):
+        self.options, self.chat, self.teacher, self.trainer = options, gear.chat_format, gear.teacher_options, trainer
+        longest = gear.longest
+        self.limit = options.max_length if longest is None else min(options.max_length, longest.tokens)
 
     def __len__(self) -> int:
         return self.options.steps
@@ -100,27 +106,44 @@ class _Batches(torch.utils.data.IterableDataset):
         stride = self.options.steps * self.options.batch_size
         for attempt in range(100):
             ids, learned = encode(self.options.demonstrations[index + attempt * stride], self.chat, self.teacher)
-            if len(ids) <= self.options.max_length:
+            if len(ids) <= self.limit:
                 n = len(ids)
                 return RolloutRow(ids, learned, [-1] * n, [False] * n, [0.0] * n, 1, [0], 0.0, False, 0.0, -1, 0, index)
-        raise UserError(f"warm_start.max_length={self.options.max_length}: 100 demonstrations in a row are longer")
+        limit = f"warm_start.max_length={self.options.max_length}"
+        if self.limit < self.options.max_length:
+            limit = f"the model scores rows of {self.limit} tokens"
+        raise UserError(f"{limit}: 100 demonstrations in a row are longer")
 
 
-class WarmStartModule(Float32Buffers, Float32Sums, L.LightningModule):
-    """Cross-entropy on the learned tokens of demonstrations."""
+class WarmStartModule(Float32Buffers, Float32Sums, StepGuard):
+    """Cross-entropy on the learned tokens of demonstrations.
 
-    def __init__(self, gear: GearModule, options: WarmStart, check: Callable[[Any], None]):
+    Args:
+        gear: see `run_warm_start`, also for the next three.
+        options: the stage's settings.
+        check: looks at the policy before it is trained.
+        check_sampling: looks at it once it is where the strategy wants it.
+    """
+
+    def __init__(
+        self,
+        gear: GearModule,
+        options: WarmStart,
+        check: Callable[[Any], None],
+        check_sampling: CheckSampling | None = None,
+    ):
         super().__init__()
         self.options = options
         self.gear = (gear,)  # in a tuple, for it is no part of this module
         self.check = check
+        self.check_sampling = check_sampling
         self.policy: Any = None
         self._blank: list[Any] = [None]  # in a list, for it is no part of this module
 
     def configure_model(self) -> None:
         if self.policy is None:
-            source = self.gear[0].source
-            bare = lambda: without_dropout(source.skeleton())  # noqa: E731
+            gear, precision = self.gear[0], str(self.trainer.precision)
+            bare = lambda: gear.as_trained(gear.source.skeleton(), precision)  # noqa: E731
             self.policy, *self._blank = place(self.trainer.strategy, self._load, bare)
             self.policy.train()
             if self.gear[0].activation_checkpointing:
@@ -129,12 +152,16 @@ class WarmStartModule(Float32Buffers, Float32Sums, L.LightningModule):
 
     def _load(self) -> Any:
         gear = self.gear[0]
-        policy = without_dropout(gear.source.model())
+        policy = gear.as_trained(gear.source.model(), str(self.trainer.precision))
         check_head(policy)
         self.check(policy)
         if gear.lora is not None:
             gear.lora.layers(policy)
         return policy
+
+    def on_train_start(self) -> None:
+        if self.check_sampling is not None:
+            self.check_sampling(self.trainer, self.gear[0], self.policy, self._blank[0])
 
     def whole(self) -> Any:
         """The policy in float32 in CPU memory. All ranks must call it."""
@@ -145,6 +172,9 @@ class WarmStartModule(Float32Buffers, Float32Sums, L.LightningModule):
         loss = -token_stats(self.policy, tokens, valid, learned).logprobs.sum() / total.clamp_min(1)
         self.log("warm_start/loss", loss, prog_bar=True, sync_dist=True)
         return loss * self.trainer.world_size
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.check_steps(MOST_SKIPPED)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr=self.options.learning_rate, weight_decay=0.01)
@@ -161,7 +191,12 @@ class WarmStartModule(Float32Buffers, Float32Sums, L.LightningModule):
 
 
 def run_warm_start(
-    options: WarmStart, gear: GearModule, trainer: L.Trainer, key: Any, check: Callable[[Any], None]
+    options: WarmStart,
+    gear: GearModule,
+    trainer: L.Trainer,
+    key: Any,
+    check: Callable[[Any], None],
+    check_sampling: CheckSampling | None = None,
 ) -> Path:
     """Train on demonstrations and return the directory with the resulting weights.
 
@@ -171,6 +206,8 @@ def run_warm_start(
         trainer: a Trainer made for this stage (``max_steps`` = ``options.steps``).
         key: plain data that decides the result beside ``options``, the policy and the demonstrations (precision).
         check: looks at the policy before it is trained and raises where what comes later could not use it.
+        check_sampling: the same with the policy on its devices; called on all ranks with the trainer, ``gear``, the
+            policy, and its modules without values where it is sharded.
     """
     from . import __version__
 
@@ -181,8 +218,8 @@ def run_warm_start(
     name = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     folder = cache_dir() / "warm_start" / name
     if not options.reuse or not folder.exists():
-        module = WarmStartModule(gear, options, check)
-        data = _Batches(options, gear.chat_format, gear.teacher_options, trainer)
+        module = WarmStartModule(gear, options, check, check_sampling)
+        data = _Batches(options, gear, trainer)
         trainer.fit(module, train_dataloaders=torch.utils.data.DataLoader(data, batch_size=None))
         if options.steps != trainer.global_step:
             raise Stopped
@@ -190,6 +227,11 @@ def run_warm_start(
             folder = folder.with_name(f"{name}-{trainer.global_step}-fresh")
         folder = trainer.strategy.broadcast(folder)
         whole = module.whole()
+        if not all_finite(whole.parameters()):
+            raise UserError(
+                f"the warm start has made weights that are not finite; lower warm_start.learning_rate="
+                f"{options.learning_rate} or use a wider trainer.precision"
+            )
         if trainer.is_global_zero:
             build_once(folder, whole.save_pretrained)
         trainer.strategy.barrier("warm start saved")

@@ -5,12 +5,14 @@ its part lies in it. Stage 3 holds every parameter's part at an offset of a flat
 interface for writing state before the first step.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .optimizers import as_kept, in_floats
 from .sharding import is_zero3, shape
@@ -72,7 +74,7 @@ def whole_state(optimizer: Any, parameters: list[Any], keep: Callable[[Tensor], 
             state[i][name] = keep(_whole(optimizer, parameter, name, floats))
     groups = []
     for group, members in zip(optimizer.optimizer.param_groups, _members(optimizer, parameters), strict=True):
-        groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": members})
+        groups.append({**{k: copy.deepcopy(v) for k, v in group.items() if k != "params"}, "params": members})
     return {"state": {i: s for i, s in state.items() if s}, "param_groups": groups}
 
 
@@ -126,6 +128,36 @@ def load_whole_state(optimizer: Any, parameters: list[Any], saved: Mapping[str, 
         mine = state[flat]
         for name in [k for k, v in mine.items() if isinstance(v, Tensor) and v.shape == flat.shape]:
             mine[name] = as_kept(optimizer.optimizer, flat, name, mine[name])
+
+
+def keep_idle_steps_idle(optimizer: Any) -> None:
+    """Make a ZeRO optimizer leave weights and states as they are where the whole gradient is 0.
+
+    It leaves them itself where the gradient is not finite. It has no hook between its norm and its step, so the step of
+    each flat group is wrapped.
+    """
+    step = optimizer._optimizer_step
+
+    def step_on_a_gradient(group: int) -> None:
+        if float(optimizer._global_grad_norm) > 0:
+            step(group)
+
+    optimizer._optimizer_step = step_on_a_gradient
+
+
+def whole_gradient(parameter: Any) -> Tensor | None:
+    """The whole gradient of a parameter under any strategy, between the backward pass and the optimizer's step: the
+    sum over all ranks and micro-batches, before clipping. All ranks must call it.
+
+    Returns:
+        None where the parameter has no gradient.
+    """
+    if is_zero3(parameter) or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+    gradient = parameter.grad
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
 def piece_bytes(optimizer: Any) -> int:

@@ -8,7 +8,6 @@ import select
 import shutil
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +41,9 @@ def chromium() -> str:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
         if not _on_path():
             quiet = {"env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, "capture_output": True, "text": True}
-            subprocess.run(["apt-get", "update"], timeout=120, check=False, **quiet)
+            subprocess.run(["apt-get", "update"], timeout=seconds(300), check=False, **quiet)
             command = ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]
-            done = subprocess.run(command, timeout=400, check=False, **quiet)
+            done = subprocess.run(command, timeout=seconds(600), check=False, **quiet)
             if done.returncode:
                 pytest.fail(f"apt-get install chromium failed: {done.stderr.strip()[-300:]}")
     found = _on_path()
@@ -60,7 +59,7 @@ def dump(file: Path, profile: Path, milliseconds: int = 3000) -> str:
     """The document of a file as it is after its scripts have run."""
     flags = [*FLAGS, f"--virtual-time-budget={milliseconds}", "--dump-dom", f"--user-data-dir={profile}"]
     command = [chromium(), *flags, file.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds(120), check=True).stdout
 
 
 class Page:
@@ -100,10 +99,9 @@ class Page:
         os.close(self._read)
         os.close(self._write)
 
-    def _message(self, deadline: float) -> dict[str, Any]:
+    def _message(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self._read], [], [], left)[0]:
+            if not select.select([self._read], [], [], seconds(60))[0]:
                 raise TimeoutError("the browser does not answer")
             part = os.read(self._read, 1 << 20)
             if not part:
@@ -121,7 +119,7 @@ class Page:
             self.errors.append(about["entry"]["text"])
         return message
 
-    def send(self, method: str, seconds: float = 60, **parameters: Any) -> dict[str, Any]:
+    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         """The answer to a command of the protocol."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
@@ -130,21 +128,18 @@ class Page:
         data = json.dumps(message).encode() + b"\0"
         while data:
             data = data[os.write(self._write, data) :]
-        deadline = time.monotonic() + seconds
-        while (answer := self._message(deadline)).get("id") != self._number:
+        while (answer := self._message()).get("id") != self._number:
             self._events.append(answer)
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']['message']}")
         return answer["result"]
 
-    def open(self, url: str) -> float:
-        """Go to an address of a credit page and wait until it is shown. Returns the seconds that took."""
+    def open(self, url: str) -> None:
+        """Go to an address of a credit page and wait until it is shown."""
         self.send("Page.navigate", url="about:blank")
         self.wait("location.href === 'about:blank' && document.readyState === 'complete'")
-        start = time.monotonic()
         self.send("Page.navigate", url=url)
         self.wait("document.readyState === 'complete' && !!document.documentElement.dataset.ready")
-        return time.monotonic() - start
 
     def js(self, expression: str) -> Any:
         """Value of an expression in the page; a promise is waited for."""
@@ -153,13 +148,9 @@ class Page:
             raise RuntimeError(done["exceptionDetails"].get("exception", {}).get("description", "thrown"))
         return done["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 30) -> None:
+    def wait(self, expression: str) -> None:
         """Wait until an expression is true."""
-        deadline = time.monotonic() + seconds
-        while not self.js(expression):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not so after {seconds} s: {expression}")
-            time.sleep(0.01)
+        until(lambda: self.js(expression), expression, pause=0.01)
 
     def size(self, width: int, height: int = 950) -> None:
         """Size of the window's inside, in pixels."""

@@ -5,12 +5,32 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pace
 import pytest
 from disks import small_disk
 from quick_start import QuickStart
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.option.collectonly:
+        pace.measure()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"deadlines are {pace.factor():.1f} times those of a machine of the usual speed"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Scale what pytest-timeout goes by: a test's own mark, or the option."""
+    for item in items:
+        mark = item.get_closest_marker("timeout")
+        limit = mark.args[0] if mark else config.getoption("timeout")
+        if limit:
+            item.add_marker(pytest.mark.timeout(pace.seconds(limit)), append=False)
 
 
 @pytest.fixture(autouse=True)

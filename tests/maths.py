@@ -5,14 +5,14 @@ The reference knows no tensors, no padding and no mask: it walks over a Python l
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
 from gear_lightning.batch import Credit, TokenStats
-from gear_lightning.credit import GEAR, Evidence
+from gear_lightning.credit import GEAR, Evidence, RoundingNoise
 
 SAMPLED, LISTED = ["k1", "k3"], ["reverse_kl", "forward_kl", "jsd"]
 SEEDS = st.integers(0, 10**9)
@@ -79,7 +79,13 @@ def rollout(d: list[float], **options: Any) -> Rollout:
     return Rollout(policy=[x - 1.0 for x in d], teacher=[-1.0] * n, **options)
 
 
-def evidence(rows: list[Rollout], padding: int = 0) -> Evidence:
+def with_turn_advantages(rng: random.Random, r: Rollout) -> Rollout:
+    """The rollout with an advantage of its own for each turn, of either sign or 0."""
+    own = {k: rng.choice([-1.5, -0.5, 0.0, 0.75]) for k in sorted(set(r.turns))}
+    return replace(r, turn_advantages=[own[k] for k in r.turns])
+
+
+def evidence(rows: list[Rollout], padding: int = 0, noise: RoundingNoise = RoundingNoise()) -> Evidence:
     """Rows as a padded micro-batch, with garbage (not zeros) outside the action tokens where it must not matter."""
     width = max(len(r.turns) for r in rows) + padding
 
@@ -110,6 +116,7 @@ def evidence(rows: list[Rollout], padding: int = 0) -> Evidence:
         turn_advantages=pad([r.base for r in rows]) if any(r.turn_advantages for r in rows) else None,
         decisions=pad([[float(x) for x in r.decisions or []] for r in rows], -1).long(),
         solved=torch.tensor([r.solved for r in rows]),
+        noise=noise,
     )
 
 
@@ -157,6 +164,11 @@ def some_rollouts(seed: int, n: int = 6, **options: Any) -> list[Rollout]:
     """Random rollouts."""
     rng = random.Random(seed)
     return [random_rollout(rng, **options) for _ in range(n)]
+
+
+def some_noise(rng: random.Random) -> RoundingNoise:
+    """None, as in float32, or as large as the signals are."""
+    return RoundingNoise(*(rng.choice([0.0, 1e-5, 0.1, 0.5]) for _ in range(2)))
 
 
 def random_rule(rng: random.Random, divergences: list[str], cls: type[GEAR] = GEAR, **fixed: Any) -> GEAR:
@@ -286,21 +298,52 @@ def slow_segments(rule: GEAR, d: list[float], h: list[float], turns: list[int]) 
     return place
 
 
-def slow_scale(how: str, c: list[float]) -> list[float]:
-    """Scale of the credit signal of one rollout."""
+def sign_of(x: float) -> int:
+    """1, 0 or -1."""
+    return (x > 0) - (x < 0)
+
+
+def trust(size: float, noise: float) -> float:
+    """How much of a signal of this size is kept."""
+    if noise == 0:
+        return 1.0
+    return 0.0 if size == 0 else size**4 / (size**4 + noise**4)
+
+
+def slow_scale(how: str, c: list[float], noise: list[float] | None = None) -> list[float]:
+    """Scale of the credit signal of tokens that share their credit out."""
+    floor = math.sqrt(mean([x * x for x in noise])) if noise else 0.0
     if how == "saturate":
-        half = max(quantile(c, 0.75), 1e-4)
-        return [x / (x + half) for x in c]
+        half = max(quantile(c, 0.75), 1e-4, floor)
+        kept = trust(math.sqrt(mean([x * x for x in c])), floor)
+        return [kept * x / (x + half) for x in c]
     if how == "zscore":
         mu = mean(c)
         std = 0.0 if min(c) == max(c) else math.sqrt(mean([(x - mu) ** 2 for x in c]))
-        return [0.0 if min(c) == max(c) else (x - mu) / (std + 1e-6) for x in c]
+        return [0.0 if min(c) == max(c) else trust(std, floor) * (x - mu) / (std + 1e-6) for x in c]
     return c
+
+
+def slow_noise(rule: GEAR, noise: RoundingNoise, place: list[int]) -> list[float]:
+    """What rounding makes of the credit signal of each token, whose segments are given."""
+    each = noise.divergence if rule.divergence in LISTED else noise.log_ratio
+    if rule.divergence == "k3":
+        each = math.exp(each) - 1 - each
+    averaged = rule.divergence == "k1" and rule.segment_value == "mean"
+    return [each / math.sqrt(place.count(a)) if averaged and a >= 0 else each for a in place]
+
+
+def moved_mean(values: list[float], advantages: list[float]) -> float:
+    """Mean in which each value counts by the size of its advantage; alike where all are 0."""
+    total = math.fsum(map(abs, advantages))
+    if total == 0:
+        return mean(values)
+    return math.fsum(x * abs(a) for x, a in zip(values, advantages, strict=True)) / total
 
 
 def slow_weight(rule: GEAR, c: float, average: float, advantage: float) -> float:
     """Weight of one token before mixing."""
-    sign = (advantage > 0) - (advantage < 0)
+    sign = sign_of(advantage)
     if rule.sign_rule == "symmetric":
         w = 1 + rule.kappa * (c - average)
     else:
@@ -310,7 +353,9 @@ def slow_weight(rule: GEAR, c: float, average: float, advantage: float) -> float
     return max(w, 1.0) if rule.direction_gate else w
 
 
-def slow_credit(rule: GEAR, r: Rollout) -> tuple[list[float], list[float], list[int]]:
+def slow_credit(
+    rule: GEAR, r: Rollout, noise: RoundingNoise = RoundingNoise()
+) -> tuple[list[float], list[float], list[int]]:
     """Weights, divergence and anchors over the action tokens of one rollout; anchors are columns of the rollout."""
     where = r.actions
     n = len(where)
@@ -326,14 +371,27 @@ def slow_credit(rule: GEAR, r: Rollout) -> tuple[list[float], list[float], list[
         c = [d[a] if a >= 0 else d[i] for i, a in enumerate(place)]
     else:
         c = [mean([d[j] for j in range(n) if place[j] == a]) if a >= 0 else d[i] for i, a in enumerate(place)]
-    c = slow_scale(rule.scale or ("none" if rule.divergence == "k1" else "saturate"), c)
-    average = mean(c)
+    rounding = slow_noise(rule, noise, place)
     share = rule.mix if rule.mix_decay is None else rule.mix * max(0.0, 1 - r.version / rule.mix_decay)
-    weights = [1 + share * (slow_weight(rule, x, average, r.advantage) - 1) for x in c]
-    if rule.normalise == "mean":
-        weights = [w / mean(weights) for w in weights]
-    elif rule.normalise == "geometric":
-        weights = [w / math.exp(mean([math.log(x) for x in weights])) for w in weights]
+    weights = [1.0] * n
+    for sign in (-1, 0, 1):  # credit is shared out among tokens whose advantages have the same sign
+        side = [i for i, t in enumerate(where) if sign_of(r.base[t]) == sign]
+        if not side:
+            continue
+        base = [r.base[where[i]] for i in side]
+        own = slow_scale(
+            rule.scale or ("none" if rule.divergence == "k1" else "saturate"),
+            [c[i] for i in side],
+            [rounding[i] for i in side],
+        )
+        average = moved_mean(own, base)
+        mine = [1 + share * (slow_weight(rule, x, average, base[0]) - 1) for x in own]
+        if rule.normalise == "mean":
+            mine = [w / moved_mean(mine, base) for w in mine]
+        elif rule.normalise == "geometric":
+            mine = [w / math.exp(moved_mean([math.log(x) for x in mine], base)) for w in mine]
+        for i, w in zip(side, mine, strict=True):
+            weights[i] = w
     return weights, d, [where[a] if a >= 0 else -1 for a in place]
 
 

@@ -1,8 +1,8 @@
 """Lives of one run: `fit` with the same command again and again, in processes forked off one that has done the imports.
 
-Run as ``python -m nursery FILE``; the file holds ``{"lives": [[arguments of rank 0, of rank 1, ...], ...],
-"deadline": seconds of a life}``. Ends with the first life whose processes all give 0, and prints the exit status of
-every process of every life as JSON. What they said goes to FILE.LIFE.RANK.txt.
+Run as ``python -m nursery FILE``; the file holds ``{"lives": [[arguments of rank 0, of rank 1, ...], ...]}``. Ends
+with the first life whose processes all give 0, and prints the exit status of every process of every life as JSON. What
+they said goes to FILE.LIFE.RANK.txt.
 """
 
 import contextlib
@@ -11,14 +11,16 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
+from pace import until
 from quick_start import end_with
 
+LIMIT = 300  # of one life, for `until`
 
-def play(folder: Path, lives: list[list[list[str]]], deadline: float = 120.0) -> list[list[int]]:
+
+def play(folder: Path, lives: list[list[list[str]]]) -> list[list[int]]:
     """Live these lives in a fresh process; see above.
 
     Raises:
@@ -26,7 +28,7 @@ def play(folder: Path, lives: list[list[list[str]]], deadline: float = 120.0) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     spec = folder / "lives.json"
-    spec.write_text(json.dumps({"lives": lives, "deadline": deadline}))
+    spec.write_text(json.dumps({"lives": lives}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     environment["PYTHONPATH"] = os.pathsep.join(["tests", *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "nursery", str(spec)]
@@ -58,7 +60,7 @@ def _bear(arguments: list[str], environment: dict[str, str], log: Path) -> int:
     end_with(main)
 
 
-def _live(ranks: list[list[str]], deadline: float, logs: list[Path]) -> list[int]:
+def _live(ranks: list[list[str]], logs: list[Path]) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -66,19 +68,23 @@ def _live(ranks: list[list[str]], deadline: float, logs: list[Path]) -> list[int
     for rank, arguments in enumerate(ranks):
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
         children.append(_bear(arguments, place if len(ranks) > 1 else {}, logs[rank]))
-    end, statuses = time.monotonic() + deadline, {}
-    while len(statuses) < len(children):
-        if time.monotonic() > end:
-            for child in children:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child, 9)
-            sys.exit(f"a life did not end within {deadline} s; see {logs}")
+    statuses: dict[int, int] = {}
+
+    def over() -> bool:
         for child in children:
             if child not in statuses:
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
                     statuses[child] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
+        return len(statuses) == len(children)
+
+    try:
+        until(over, "the end of a life", limit=LIMIT)
+    except AssertionError as error:
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, 9)
+        sys.exit(f"{error}; see {logs}")
     return [statuses[child] for child in children]
 
 
@@ -89,7 +95,7 @@ if __name__ == "__main__":
     told = json.loads(spec.read_text())
     ended: list[list[int]] = []
     for number, ranks in enumerate(told["lives"]):
-        ended.append(_live(ranks, told["deadline"], [Path(f"{spec}.{number}.{r}.txt") for r in range(len(ranks))]))
+        ended.append(_live(ranks, [Path(f"{spec}.{number}.{r}.txt") for r in range(len(ranks))]))
         if not any(ended[-1]):
             break
     print(json.dumps(ended))

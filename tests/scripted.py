@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from pace import seconds
 from templates import CHATML, byte_tokenizer
 
 from gear_lightning.chat import Chat
@@ -48,7 +49,7 @@ def answered(
     task: Task,
     environment: Callable[[], Environment],
     *turns: str,
-    budgets: Budgets = Budgets(tokens=8000, context=16000, step_seconds=20),
+    budgets: Budgets = Budgets(tokens=8000, context=16000, step_seconds=seconds(30)),
 ) -> Rollout:
     """The rollout of a task whose policy says these turns, the last one again and again."""
     loop = AgentLoop(CHAT, Scripted(*turns), environment, budgets, Sampling())

@@ -2,13 +2,10 @@
 
 import math
 
-from maths import Rollout, mean, slow_scale
+import torch
+from maths import Rollout, mean, quantile, sign_of, slow_scale, trust
 
-from gear_lightning.credit import CREST, EGRSD, GTPO, PBSD, Oracle, TurnSight
-
-
-def sign_of(x: float) -> int:
-    return (x > 0) - (x < 0)
+from gear_lightning.credit import CREST, EGRSD, GTPO, PBSD, SCGRPO, Oracle, RoundingNoise, TurnSight
 
 
 def clamp(x: float, low: float, high: float) -> float:
@@ -19,18 +16,19 @@ def gap(r: Rollout, t: int) -> float:
     return r.teacher[t] - r.policy[t]
 
 
-def slow_egrsd(rule: EGRSD, r: Rollout) -> list[float]:
+def slow_egrsd(rule: EGRSD, r: Rollout, noise: RoundingNoise) -> list[float]:
     found = []
     for t in r.actions:
         ratio = clamp(math.exp(sign_of(r.base[t]) * gap(r, t)), 1 - rule.clip, 1 + rule.clip)
         unsure = min(r.teacher_entropy[t] / rule.entropy_scale, 1)
         gate = rule.gate_floor + (1 - rule.gate_floor) * (1 - unsure)
-        found.append(gate * ((1 - rule.mix) + rule.mix * ratio))
+        found.append((1 - gate * rule.mix) + gate * rule.mix * ratio)
     return found
 
 
-def slow_crest(rule: CREST, r: Rollout) -> list[float]:
-    z = slow_scale("zscore", [-r.policy[t] for t in r.actions]) if r.actions else []
+def slow_crest(rule: CREST, r: Rollout, noise: RoundingNoise) -> list[float]:
+    rounding = [noise.log_ratio] * len(r.actions)
+    z = slow_scale("zscore", [-r.policy[t] for t in r.actions], rounding) if r.actions else []
     found = []
     for t, score in zip(r.actions, z, strict=True):
         agrees = sign_of(r.base[t]) * gap(r, t)
@@ -41,7 +39,7 @@ def slow_crest(rule: CREST, r: Rollout) -> list[float]:
     return found
 
 
-def slow_gtpo(rule: GTPO, r: Rollout) -> list[float]:
+def slow_gtpo(rule: GTPO, r: Rollout, noise: RoundingNoise) -> list[float]:
     entropy = {t: max(r.entropy[t], rule.entropy_floor) for t in r.actions}
     good, bad = ([t for t in r.actions if sign_of(r.base[t]) == s] for s in (1, -1))
     found = []
@@ -59,20 +57,44 @@ def turns_of(r: Rollout) -> dict[int, list[int]]:
     return {k: [t for t in r.actions if r.turns[t] == k] for k in sorted(set(r.turns) - {-1})}
 
 
-def slow_turnsight(rule: TurnSight, r: Rollout) -> list[float]:
-    means = {k: mean([gap(r, t) for t in columns]) for k, columns in turns_of(r).items()}
-    z = dict(zip(means, slow_scale("zscore", list(means.values())) if means else [], strict=True))
+def slow_turnsight(rule: TurnSight, r: Rollout, noise: RoundingNoise) -> list[float]:
+    turns = turns_of(r)
+    z: dict[int, float] = {}
+    for sign in (-1, 0, 1):  # turns are compared with those of the same sign
+        mine = [k for k, columns in turns.items() if sign_of(r.base[columns[0]]) == sign]
+        means = [mean([gap(r, t) for t in turns[k]]) for k in mine]
+        rounding = [noise.log_ratio / math.sqrt(len(turns[k])) for k in mine]
+        z |= dict(zip(mine, slow_scale("zscore", means, rounding) if mine else [], strict=True))
     tanh = {t: math.tanh(sign_of(r.base[t]) * z[r.turns[t]]) for t in r.actions}
     return [(1 - rule.mix) + rule.mix * (1 + rule.strength * tanh[t]) for t in r.actions]
 
 
-def slow_pbsd(rule: PBSD, r: Rollout) -> list[float]:
-    sums = {k: math.fsum(gap(r, t) for t in columns) for k, columns in turns_of(r).items()}
-    signal = {k: clamp(math.tanh(s / rule.delta), -rule.clip, rule.clip) for k, s in sums.items()}
+def slow_pbsd(rule: PBSD, r: Rollout, noise: RoundingNoise) -> list[float]:
+    signal = {}
+    for k, columns in turns_of(r).items():
+        total = math.fsum(gap(r, t) for t in columns)
+        total *= trust(abs(total), noise.log_ratio * math.sqrt(len(columns)))
+        signal[k] = clamp(math.tanh(total / rule.delta), -rule.clip, rule.clip)
     return [1 + sign_of(r.base[t]) * signal[r.turns[t]] for t in r.actions]
 
 
-def slow_oracle(rule: Oracle, r: Rollout) -> list[float]:
+def slow_scgrpo(rule: SCGRPO, r: Rollout, noise: RoundingNoise) -> list[float]:
+    d = {}
+    for t in r.actions:
+        policy, teacher = (
+            torch.distributions.Categorical(logits=torch.tensor(x[t]).double()) for x in (r.policy_top, r.teacher_top)
+        )
+        d[t] = torch.distributions.kl_divergence(teacher, policy).item()
+    found = {}
+    for sign in (-1, 0, 1):
+        side = [t for t in r.actions if sign_of(r.base[t]) == sign]
+        usual = quantile([d[t] for t in side], 0.75) if side else 0.0
+        c, kept = max(usual, 1e-4), trust(usual, max(noise.divergence, 1e-4))
+        found |= {t: (1 - kept) + kept * d[t] / (d[t] + c) for t in side}
+    return [1.0 if r.solved == 1 else found[t] for t in r.actions]
+
+
+def slow_oracle(rule: Oracle, r: Rollout, noise: RoundingNoise) -> list[float]:
     chosen, runs, inside = set(), [], None
     for t in r.actions:  # left to right: runs of wrong tokens to blame
         wrong = r.decisions[t] < 0 and r.base[t] < 0
@@ -101,4 +123,5 @@ SLOW = {
     TurnSight: slow_turnsight,
     PBSD: slow_pbsd,
     Oracle: slow_oracle,
+    SCGRPO: slow_scgrpo,
 }

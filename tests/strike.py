@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from pace import until
 from tiny import AnyCall
+
+from gear_lightning.callbacks.watchdog import GRACE
+from gear_lightning.signals import NOTES
 
 PLACES = (
     "start", "rollout", "tool call", "rollouts end", "teacher pass", "update", "optimizer step", "update end",
@@ -40,8 +44,10 @@ class Strike(L.Callback):
         self.left -= 1
         if self.left == 0:
             self.marker.write_text(place)
-            os.kill(os.getpid(), getattr(signal, self.number))
-            time.sleep(0.05)  # the thread that notes it gets its turn
+            number = getattr(signal, self.number)
+            os.kill(os.getpid(), number)
+            if number in NOTES._before:  # else it ends the process
+                until(lambda: number in NOTES.received, "the thread that notes signals", pause=0.001)
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         self.marker = Path(trainer.default_root_dir) / self.name
@@ -119,17 +125,33 @@ class Slow(Struck):
     def step(self, message):
         step = super().step(message)
         if any(strike.marker.exists() for strike in STRIKES):
-            time.sleep(8)
+            time.sleep(0.8 * GRACE)
         return step
 
 
 class Deaf(Struck):
-    """Takes a while to look up after it was struck."""
+    """Does not look up after it was struck: only what stops at once ends it."""
 
     def step(self, message):
         step = super().step(message)
         if any(strike.marker.exists() for strike in STRIKES):
             for strike in STRIKES:
                 strike.reach("tool call")
-            time.sleep(1)
+            time.sleep(1000)
         return step
+
+
+class HeldDisk(L.Callback):
+    """A disk on which the second iteration's checkpoint is not there before the strike."""
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        fsync = os.fsync
+
+        def held(place: int) -> None:
+            if os.readlink(f"/proc/self/fd/{place}").endswith("iteration=00001.ckpt.partial"):
+                end = time.monotonic() + 60
+                while not any(strike.marker.exists() for strike in STRIKES) and time.monotonic() < end:
+                    time.sleep(0.01)
+            fsync(place)
+
+        os.fsync = held

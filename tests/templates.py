@@ -28,6 +28,15 @@ NO_END_MARK = (
 )
 
 
+def ending(before: str, end: str) -> str:
+    """A template in which an answer is followed by ``before`` and the text ``end``."""
+    return (
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}\n{% else %}<|im_start|>assistant\n"
+        "{{ m.content + '" + before + "' }}" + end + "\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
 def byte_tokenizer(template: str | None) -> Any:
     """A byte-level BPE tokenizer with merges, so that text can be cut into ids in more than one way."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -133,6 +133,46 @@ def test_rows_come_back_whole_and_the_teacher_reads_the_same_response(rows):
         assert alone.teacher_tokens[0].tolist() == batch.teacher_tokens[i][batch.teacher_valid[i]].tolist()
 
 
+@settings(deadline=None)
+@given(st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=9), st.floats(-1e30, 1e30))
+def test_numbers_are_rounded_as_torch_rounds_them(values, advantage):
+    n = len(values)
+    row = replace(
+        LONG,
+        tokens=[1] * n,
+        action_mask=[True] * n,
+        turn_ids=[0] * n,
+        stop_mask=[False] * n,
+        sampler_logprobs=values,
+        prompt_length=0,
+        advantage=advantage,
+    )
+    batch = make([row])
+    assert torch.equal(batch.sampler_logprobs[0], torch.tensor(values, dtype=torch.float32))
+    assert torch.equal(batch.base_advantages[0], torch.tensor([advantage] * n, dtype=torch.float32))
+
+
+def test_a_row_is_read_once_however_often_it_is_collated():
+    """Every inner epoch collates it again, while the device waits."""
+
+    class Once(list):
+        read = 0
+
+        def __iter__(self):
+            self.read += 1
+            return super().__iter__()
+
+    columns = {name: Once(getattr(LONG, name)) for name in ("tokens", "action_mask", "turn_ids", "sampler_logprobs")}
+    row = replace(LONG, **columns)
+    first, second = make([row, SHORT]), make([row, SHORT], inner_epoch=1)
+    assert {name: values.read for name, values in columns.items()} == dict.fromkeys(columns, 1)
+    for f in fields(first):
+        if isinstance(getattr(first, f.name), torch.Tensor):
+            assert torch.equal(getattr(first, f.name), getattr(second, f.name)), f.name
+    first.tokens.zero_()  # a batch is no view of the row
+    assert make([row]).tokens.tolist() == [LONG.tokens]
+
+
 def test_collate_leaves_its_rows_alone():
     before = repr([LONG, SHORT])
     make([LONG, SHORT])

@@ -101,10 +101,10 @@ def test_feedback_that_is_cut_for_length_is_not_called_missing(tmp_path, recwarn
     assert not any("teacher.shows" in str(w.message) for w in recwarn)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+def test_gradients_that_stay_not_finite_stop_the_run(tmp_path):
     model = module(optimizer=lambda p: torch.optim.SGD(p, lr=1e12))
-    with pytest.raises(UserError, match="the loss is nan in iteration"):
-        trainer(tmp_path, generation(), Health(), max_epochs=9).fit(model, datamodule=data())
+    with pytest.raises(UserError, match=r"the gradients of 3 optimizer steps in a row are not finite"):
+        trainer(tmp_path, generation(), Health(stop_after_skipped=3), max_epochs=9).fit(model, datamodule=data())
 
 
 def test_prompts_that_end_differently_are_reported_once(tmp_path, recwarn):

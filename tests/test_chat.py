@@ -6,7 +6,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from templates import CHATML, HERMES, NO_END_MARK, NO_GENERATION_PROMPT, NO_TOOL_ROLE, byte_tokenizer
+from templates import CHATML, HERMES, NO_END_MARK, NO_GENERATION_PROMPT, NO_TOOL_ROLE, byte_tokenizer, ending
 from tiny import source
 
 from gear_lightning.chat import Chat, ChatOptions, ToolCallError, parse_tool_calls
@@ -121,3 +121,40 @@ def test_tools_reach_the_policy_once():
 
 def test_syntax_can_be_forced():
     assert Chat(byte_tokenizer(CHATML), ChatOptions(tool_syntax="json")).syntax == "json"
+
+
+@pytest.mark.parametrize(
+    ("before", "end"),
+    [
+        ("", "<|im_end|>"),
+        ("\\n", "<|im_end|>"),
+        (" ", "<|im_end|>"),
+        ("\\n\\n ", "<|im_end|>"),
+        (" ", "{{ eos_token }}"),
+    ],
+)
+def test_a_turn_ends_at_the_end_token_and_not_at_the_white_space_before_it(before, end):
+    """DeepSeek-Coder's template has a newline there, Llama 2's a space: a policy stopped there could say one line."""
+    chat = Chat(byte_tokenizer(ending(before, end)))
+    assert chat.tokenizer.convert_ids_to_tokens(list(chat.stop_ids)) == ["<|im_end|>"]
+    answer = "\none line\nand another"
+    assert not set(chat.encode(answer)) & chat.stop_ids
+    opening, closing = chat.prompt([USER]), chat.continuation([USER])
+    whole = chat.tokenizer.decode([*opening, *chat.write({"role": "assistant", "content": answer}), *closing])
+    said = {"role": "assistant", "content": answer}
+    rendered = chat.tokenizer.apply_chat_template([USER, said, USER], add_generation_prompt=True, tokenize=False)
+    assert whole == rendered, "a demonstration is not what the template writes"
+    assert chat.parse([*chat.encode(answer), *chat.stop_ids])["content"] == answer.strip()
+
+
+@pytest.mark.parametrize("end", ["### End", "</turn>", "\\n\\n### End\\n{{ eos_token }}"])
+def test_a_turn_that_ends_in_ordinary_text_is_refused(end):
+    with pytest.raises(UserError, match=r"ends an assistant turn with the text .* could not stop; use a template that"):
+        Chat(byte_tokenizer(ending("", end)))
+
+
+def test_white_space_that_a_vocabulary_adds_is_no_end_of_a_turn():
+    tokenizer = byte_tokenizer(ending("\\n  ", "<|im_end|>"))
+    tokenizer.add_tokens(["  ", "\n"])  # as GPT-NeoX has them
+    chat = Chat(tokenizer)
+    assert chat.tokenizer.convert_ids_to_tokens(list(chat.stop_ids)) == ["<|im_end|>"]

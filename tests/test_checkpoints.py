@@ -1,15 +1,19 @@
 """Checkpoints that are not whole are found, told and passed over; a full disk leaves none behind."""
 
+import json
+import math
 import os
 import random
 import warnings
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from disks import fill
 from tiny import data, generation, module, trainer
 
+from gear_lightning import checkpoints
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.checkpoints import (
     CompleteCheckpoints,
@@ -111,6 +115,71 @@ def test_one_asked_for_by_name_is_looked_at(tmp_path, capsys):
     manifest_path(path).unlink()
     assert resolve(path) == path
     assert "has no manifest" in capsys.readouterr().err
+
+
+def poisoned(part: str, value: float = math.nan) -> dict:
+    """A checkpoint with one number that is not finite."""
+    whole = {"global_step": 2, "epoch": 2, "state_dict": {"policy.a": torch.zeros(3), "policy.b": torch.zeros(3)}}
+    whole["optimizer_states"] = [{"state": {0: {"exp_avg": torch.zeros(3), "step": torch.tensor(1.0)}}}]
+    whole["teacher_shadow"] = [torch.zeros(3)]
+    place = {"optimizer_states": lambda: whole["optimizer_states"][0]["state"][0]["exp_avg"]}
+    place["state_dict"] = lambda: whole["state_dict"]["policy.b"]
+    place["teacher_shadow"] = lambda: whole["teacher_shadow"][0]
+    place[part]()[1] = value
+    return whole
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("state_dict", "state_dict.policy.b"),
+        ("optimizer_states", "optimizer_states.0.state.0.exp_avg"),
+        ("teacher_shadow", "teacher_shadow.0"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_never_written(tmp_path, part, name, value):
+    before = write(tmp_path, 1)
+    with pytest.raises(UserError, match=rf"2.ckpt is not written: {name} holds .*after 2 optimizer steps; 1.ckpt is"):
+        write_checkpoint(poisoned(part, value), tmp_path / "2.ckpt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.ckpt", "1.ckpt.json"]
+    assert newest_complete(tmp_path) == before
+
+
+@pytest.mark.parametrize("part", ["state_dict", "optimizer_states", "teacher_shadow"])
+@pytest.mark.parametrize("manifest", ["an earlier version's", None])
+def test_a_poisoned_checkpoint_of_an_earlier_version_is_refused(tmp_path, monkeypatch, capsys, part, manifest):
+    before, path = write(tmp_path, 1), tmp_path / "2.ckpt"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "non_finite", lambda _: None)
+        write_checkpoint(poisoned(part), path)
+    if manifest is None:
+        manifest_path(path).unlink()
+    else:
+        told = json.loads(manifest_path(path).read_text())
+        del told["finite"]
+        manifest_path(path).write_text(json.dumps(told))
+        assert damage(path) is None
+    assert resolve(tmp_path) == before
+    assert "2.ckpt is passed over" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"2.ckpt is not used: {part}.* not finite; give an earlier checkpoint"):
+        resolve(path)
+
+
+def test_a_run_does_not_save_weights_that_are_not_finite(tmp_path):
+    class Break(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                with torch.no_grad():
+                    pl_module.teacher.model.lm_head.weight[0, 0] = math.inf
+
+    save = IterationCheckpoint(tmp_path / "c", "{epoch}", save_last="link", save_on_train_epoch_end=True)
+    run = trainer(
+        tmp_path, generation(), Break(), save, max_epochs=3, enable_checkpointing=True, plugins=[CompleteCheckpoints()]
+    )
+    with pytest.raises(UserError, match=r"epoch=1.* is not written: state_dict.teacher.model.lm_head.* epoch=0"):
+        run.fit(module(), datamodule=data())
+    assert newest_complete(tmp_path / "c").name == (tmp_path / "c" / "last.ckpt").resolve().name
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_nothing_and_harms_nothing(disk):

@@ -18,7 +18,9 @@ from maths import (
     random_rule,
     rollout,
     slow_credit,
+    some_noise,
     some_rollouts,
+    with_turn_advantages,
 )
 from torch.testing import assert_close
 
@@ -34,6 +36,7 @@ from gear_lightning.credit import (
     Evidence,
     Oracle,
     Placebo,
+    RoundingNoise,
     TokenOnly,
     Turn,
     TurnSight,
@@ -167,11 +170,13 @@ def test_golden_scgrpo():
 # against the slow reference -------------------------------------------------------------------------------------------
 
 
-def check_against_reference(rule: GEAR, rows: list[Rollout], padding: int) -> None:
-    e = evidence(rows, padding)
+def check_against_reference(
+    rule: GEAR, rows: list[Rollout], padding: int, noise: RoundingNoise = RoundingNoise()
+) -> None:
+    e = evidence(rows, padding, noise)
     credit = rule(e)
     for i, r in enumerate(rows):
-        weights, divergence, anchors = slow_credit(rule, r)
+        weights, divergence, anchors = slow_credit(rule, r, noise)
         where = r.actions
         assert credit.anchor[i, where].tolist() == anchors, (rule, r)
         assert_close(credit.divergence[i, where], torch.tensor(divergence), atol=3e-6, rtol=1e-6)
@@ -181,7 +186,12 @@ def check_against_reference(rule: GEAR, rows: list[Rollout], padding: int) -> No
     assert (credit.anchor[outside] == -1).all()
     assert (credit.divergence[outside] == 0).all()
     assert (credit.token_advantages[outside] == 0).all()
-    assert torch.equal(credit.token_advantages, torch.where(outside, 0, credit.weights * e.advantages[:, None]))
+    assert torch.equal(credit.token_advantages, torch.where(outside, 0, credit.weights * e.base_advantages))
+
+
+def some_turns(rng: random.Random, rows: list[Rollout]) -> list[Rollout]:
+    """Half of the time with advantages of turns, of both signs."""
+    return [with_turn_advantages(rng, r) for r in rows] if rng.random() < 0.5 else rows
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -189,7 +199,8 @@ def test_equals_the_slow_reference_on_sampled_tokens(seed):
     rng = random.Random(seed)
     for case in range(300):
         rule = random_rule(rng, SAMPLED)
-        check_against_reference(rule, some_rollouts(1000 * seed + case, n=rng.randint(1, 5)), padding=rng.randint(0, 3))
+        rows = some_turns(rng, some_rollouts(1000 * seed + case, n=rng.randint(1, 5)))
+        check_against_reference(rule, rows, padding=rng.randint(0, 3), noise=some_noise(rng))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -197,7 +208,8 @@ def test_equals_the_slow_reference_on_distributions(seed):
     rng = random.Random(100 + seed)
     for case in range(60):
         rule = random_rule(rng, LISTED)
-        check_against_reference(rule, some_rollouts(1000 * seed + case, n=2, vocabulary=8), padding=rng.randint(0, 3))
+        rows = some_turns(rng, some_rollouts(1000 * seed + case, n=2, vocabulary=8))
+        check_against_reference(rule, rows, padding=rng.randint(0, 3), noise=some_noise(rng))
 
 
 def test_equals_the_slow_reference_with_the_defaults():

@@ -70,7 +70,7 @@ def by_reward(task: str, rollout: int) -> float:
     return float(rollout == 0)
 
 
-@pytest.mark.parametrize("failure", ["invalid_reward", "environment_error", "environment_timeout", "empty_response"])
+@pytest.mark.parametrize("failure", ["invalid_reward", "environment_error", "environment_timeout", "prompt_too_long"])
 def test_a_failed_rollout_leaves_its_peers_advantages_as_if_it_had_not_been(tmp_path, failure):
     two = [1.0, 0.0, 0.0]
 

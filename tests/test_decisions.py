@@ -9,6 +9,7 @@ from scripted import CHAT, Scripted
 from gear_lightning.chat import Chat
 from gear_lightning.engines import SampledTurn, Sampling
 from gear_lightning.environments.base import Environment, Step, Task, tool_call
+from gear_lightning.environments.decisions import find
 from gear_lightning.environments.lookup_chain import (
     CONFUSED,
     MEANING,
@@ -20,7 +21,7 @@ from gear_lightning.environments.lookup_chain import (
     solution,
 )
 from gear_lightning.models import FromScratch
-from gear_lightning.rollout import AgentLoop, Budgets, Rollout, _find
+from gear_lightning.rollout import AgentLoop, Budgets, Rollout
 
 CALL = '<tool_call>[{"name": "look", "arguments": {"relation": "r1", "entity": "e1"}}]</tool_call>'
 
@@ -85,23 +86,24 @@ def test_states_and_rewards_of_turns():
 @pytest.mark.parametrize(
     ("told", "error"),
     [
-        ({"decisions": [{"text": "r7", "right": True}]}, "a decision 'r7' that the turn does not hold"),
-        ({"decisions": [{"text": "r1", "right": True, "occurrence": 5}]}, "a decision 'r1'"),
+        ({"decisions": [{"text": "r7", "right": True}]}, "the decision 'r7', which the turn does not contain"),
+        ({"decisions": [{"text": "r1", "right": True, "occurrence": 5}]}, "the decision 'r1'"),
+        ({"decisions": [{"text": "r1", "right": True}, {"text": "r7", "right": True}]}, "the decision 'r7'"),
         ({"decisions": [{"text": "r1"}]}, "in place of a text and whether it is right"),
         ({"decisions": [{"text": "", "right": True}]}, "in place of a text"),
         ({"decisions": {"r1": True}}, "in place of a list"),
         ({"state": 5}, "state 5 in place of text"),
+        ({"state": "x" * 2_000_000}, "a state of more than"),
         ({"feedback": ["no"]}, "feedback .* in place of text"),
     ],
 )
-def test_nonsense_costs_one_rollout_and_is_told(told, error):
+def test_nonsense_costs_itself_alone_and_is_told(told, error):
     rollout = play(telling(**told), CALL, "done")
-    assert rollout.status == "environment_error"
-    assert re.search(error, rollout.error)
-
-
-def test_a_state_beyond_the_budget_of_text_is_a_flood():
-    assert play(telling(state="x" * 2_000_000), CALL).status == "environment_flood"
+    assert (rollout.status, rollout.reward, rollout.turns) == ("done", 1.25, 2)
+    assert re.search(error, rollout.side_error)
+    assert not any(rollout.decisions), "where one is not found, the others are in doubt"
+    assert rollout.states == ["", "e2"], "what the messages say"
+    assert rollout.feedback == "the answer is right"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_a_state_beyond_the_budget_of_text_is_a_flood():
     ],
 )
 def test_find(pieces, text, occurrence, places):
-    assert _find(pieces, text, occurrence) == places
+    assert find(pieces, text, occurrence) == places
 
 
 # the lookup chain -----------------------------------------------------------------------------------------------------

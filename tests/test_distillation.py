@@ -24,7 +24,7 @@ from gear_lightning.environments.lookup_chain import LookupChainTasks
 from gear_lightning.errors import UserError
 from gear_lightning.loss import ClippedSurrogate
 from gear_lightning.module import GearModule
-from gear_lightning.teacher import TeacherOptions
+from gear_lightning.teacher import Teacher, TeacherOptions
 from gear_lightning.token_stats import token_stats
 
 TEMPLATE = " <ref> {reference}"
@@ -485,9 +485,16 @@ def test_rollouts_whose_reference_was_dropped_teach_nothing(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_later_inner_epochs_look_at_the_tokens_that_the_teacher_was_asked_about(tmp_path):
-    kind = OPSD(coef=1.0, top_k_tokens=4)
+def test_later_inner_epochs_look_at_the_tokens_that_the_teacher_was_asked_about(tmp_path, monkeypatch):
+    kind, score, asked = OPSD(coef=1.0, top_k_tokens=4), Teacher.score, []
+
+    def counted(self, policy, batch, *args):
+        asked.append(batch.inner_epoch)
+        return score(self, policy, batch, *args)
+
+    monkeypatch.setattr(Teacher, "score", counted)
     watch = watched(tmp_path, alone(kind), data(inner_epochs=3), max_epochs=2)
+    assert asked == [0] * 2 * 2, "the teacher was asked again"
     assert len(watch.weights) == 1 + 2 * 3
     by_rows: dict[Any, list] = {}
     for s in watch.seen:
@@ -498,7 +505,8 @@ def test_later_inner_epochs_look_at_the_tokens_that_the_teacher_was_asked_about(
         assert [s.batch.inner_epoch for s in (first, *later)] == [0, 1, 2]
         for s in later:
             policy, teacher = s.outputs["policy"], s.outputs["teacher"]
-            assert teacher is first.outputs["teacher"], "the teacher was asked again"
+            for name, value in vars(first.outputs["teacher"]).items():
+                assert torch.equal(value, getattr(teacher, name)), name
             assert torch.equal(policy.top_ids, first.outputs["policy"].top_ids)
             assert torch.equal(policy.top_ids, teacher.top_ids)
             # the loss is that of the weights of that step on those tokens

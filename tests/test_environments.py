@@ -133,7 +133,7 @@ def tools_task() -> Task:
     ],
 )
 def test_functions_answer_calls(said, result):
-    budgets = Budgets(tokens=30_000, context=60_000, step_seconds=20)
+    budgets = Budgets(tokens=30_000, context=60_000, step_seconds=seconds(30))
     rollout = answered(tools_task(), lambda: FunctionTools(TOOLS, "exact"), said, "ok", budgets=budgets)
     assert (rollout.status, rollout.reward) == ("done", 1.0)
     assert results(rollout) == [result]

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from gear_lightning.statistics import mean_over_curve, paired_difference
+from gear_lightning.study_report import markdown
 
 ROOT = Path(__file__).parents[1]
 EVIDENCE = ROOT / "docs/evidence"
@@ -55,6 +56,42 @@ def test_the_tables_of_arms_are_those_of_their_results(name, heading):
         assert len(cells) >= len(found["points"])
 
 
+def gains(name: str) -> dict[str, dict[str, np.ndarray]]:
+    """Arm -> gain over GRPO of each seed over ``all`` points of the grid, and at the ``best`` of each arm."""
+    with (EVIDENCE / name / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    curves: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+    for row in rows:
+        arm, *point, seed, step, value = row.values()
+        curves.setdefault((arm, str(point), int(seed)), []).append((float(step), float(value)))
+    means = {key: mean_over_curve(*map(np.array, zip(*curve, strict=True))) for key, curve in curves.items()}
+    arms, points, seeds = (sorted({key[i] for key in means}) for i in range(3))
+    scores = {arm: np.array([[means[arm, point, seed] for seed in seeds] for point in points]) for arm in arms}
+    best = {arm: s[s.mean(1).argmax()] for arm, s in scores.items()}
+    return {arm: {"all": (s - scores["GRPO"]).mean(0), "best": best[arm] - best["GRPO"]} for arm, s in scores.items()}
+
+
+@pytest.mark.parametrize("name", ["reading", "credit"])
+def test_the_intervals_of_shares_are_those_of_the_curves(name):
+    """At each end Student's test of gain - share x the oracle's gain has p = 0.05."""
+    from scipy.stats import ttest_1samp
+
+    found = gains(name)
+    for which, headroom in results(name)["headroom"].items():
+        oracle = found["Oracle"][which]
+        for arm, interval in headroom["intervals"].items():
+            mine = found[arm][which]
+            assert headroom["shares"][arm] == pytest.approx(mine.mean() / oracle.mean(), abs=1e-4)
+            assert interval[0] <= headroom["shares"][arm] <= interval[1]
+            for end in interval if arm != "Oracle" else ():
+                assert ttest_1samp(mine - end * oracle, 0).pvalue == pytest.approx(0.05, abs=1e-4)
+
+
+def test_the_reports_say_the_intervals_of_shares():
+    for name in ("reading", "credit", "map"):
+        assert (EVIDENCE / name / "report.md").read_text() == markdown(results(name))
+
+
 def test_the_readme_and_the_evidence_say_what_the_main_study_found():
     found = results("reading")
     ours, everything = found["paired"]["GEAR"]["all"], found["headroom"]["all"]["shares"]["GEAR"]
@@ -63,9 +100,23 @@ def test_the_readme_and_the_evidence_say_what_the_main_study_found():
         assert f"{ours['test']['wins']} of {found['seeds']} paired seeds" in said
         assert f"p = {ours['holm']:.3f} after Holm's correction" in said
         assert f"{100 * everything:.0f} % of what an oracle gains" in said
+    low, high = (100 * end for end in found["headroom"]["all"]["intervals"]["GEAR"])
+    share = 100 * found["headroom"]["best"]["shares"]["GEAR"]
+    low_best, high_best = (100 * end for end in found["headroom"]["best"]["intervals"]["GEAR"])
+    assert f"(95 % interval {low:.0f}-{high:.0f} %; where each has its best learning rate, {share:.0f} %, " in readme
+    assert f", {share:.0f} %, {low_best:.0f}-{high_best:.0f} %)" in readme
+    assert f"({low:.0f}-{high:.0f} %), {share:.0f} % ({low_best:.0f}-{high_best:.0f} %) where each has its best" in text
+    other = [found["headroom"][which] for which in ("all", "best")]
+    ours_and_theirs = [
+        f"{100 * h['shares'][arm]:.0f} % [{100 * h['intervals'][arm][0]:.0f}, {100 * h['intervals'][arm][1]:.0f}]"
+        for arm in ("GEAR", "TokenOnly")
+        for h in other
+    ]
+    assert f"It gains {ours_and_theirs[0]} of the oracle's headroom over all learning rates, and" in text
+    assert f"and {ours_and_theirs[1]} where each arm" in text
+    assert f"TokenOnly gains {ours_and_theirs[2]} and {ours_and_theirs[3]}." in text
     assert f"+{ours['mean']:.2f} success over the curve" in readme
     assert f"+{ours['mean']:.3f} success over the curve" in text
-    assert f"and {100 * found['headroom']['best']['shares']['GEAR']:.0f} % where each arm" in text
     other, placebo = (found["paired"][arm]["all"] for arm in ("reference of another task", "Placebo"))
     assert other["high"] < 0, "worse than GRPO"
     assert placebo["low"] < 0 < placebo["high"], "nothing"

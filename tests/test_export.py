@@ -1,5 +1,6 @@
 """Checkpoints are plain data, and export makes of them a model directory that anyone can load."""
 
+import os
 import pickle
 import pickletools
 import zipfile
@@ -77,6 +78,73 @@ def test_under_bfloat16_weights_the_rotary_frequencies_stay_float32(tmp_path):
     for trained in (model.policy, model.teacher.model):
         assert trained.lm_head.weight.dtype == torch.bfloat16
         assert torch.equal(trained.model.rotary_emb.inv_freq, right)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_weights_are_written_in_the_dtype_asked_for(run, tmp_path, dtype):
+    model, checkpoint = run
+    export_checkpoint(checkpoint, tmp_path / "out", dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in loaded.parameters()} == {getattr(torch, dtype)}
+    for ours, theirs in zip(model.policy.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours.to(theirs.dtype), theirs)
+
+
+def test_weights_that_float16_cannot_hold_are_refused(run, tmp_path):
+    state = torch.load(run[1], weights_only=True)
+    state["state_dict"]["policy.lm_head.weight"][0, 0] = 1e6
+    torch.save(state, tmp_path / "large.ckpt")
+    export_checkpoint(tmp_path / "large.ckpt", tmp_path / "out")
+    with pytest.raises(
+        UserError, match=r"lm_head\.weight holds numbers that are not finite in float16; give --dtype bf"
+    ):
+        export_checkpoint(tmp_path / "large.ckpt", tmp_path / "half", dtype="float16")
+    state["state_dict"]["policy.lm_head.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "nan.ckpt")
+    with pytest.raises(UserError, match=r"nan\.ckpt.*lm_head\.weight holds numbers that are not finite"):
+        export_checkpoint(tmp_path / "nan.ckpt", tmp_path / "nan")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["large.ckpt", "nan.ckpt", "out"]
+
+
+def test_weights_are_cut_into_files_of_the_size_asked_for(run, tmp_path):
+    assert export_command([str(run[1]), str(tmp_path / "out"), "--shard-size", "40KB", "--dtype", "bfloat16"]) == 0
+    files = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(files) > 1
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.lm_head.weight, run[0].policy.lm_head.weight.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shard_size": "5"}, "--shard-size 5: give a number and a unit"),
+        ({"shard_size": "0GB"}, "--shard-size 0GB"),
+        ({"dtype": "int8"}, "--dtype int8: give one of auto, float32"),
+        ({"card": False, "license": "mit"}, "--license is written to the model card"),
+    ],
+)
+def test_a_wrong_option_is_told_before_anything_is_read(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        export_checkpoint(tmp_path / "none.ckpt", tmp_path / "out", **options)
+
+
+def test_others_may_read_what_the_umask_lets_them(run, tmp_path):
+    """safetensors makes files that their owner alone reads; a team shares its exports."""
+    before = os.umask(0o027)
+    try:
+        export_checkpoint(run[1], tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()} == {0o640}
+
+
+def test_a_disk_that_is_full_is_a_line_and_leaves_nothing(run, disk):
+    (disk / "ballast").write_bytes(b"x" * 550_000)
+    with pytest.raises(UserError, match=r"out: cannot be written \(.*No space left"):
+        export_checkpoint(run[1], disk / "out")
+    assert [p.name for p in disk.iterdir()] == ["ballast"]
 
 
 def test_the_tokenizer_and_its_chat_template_come_along(run, tmp_path):
@@ -171,7 +239,6 @@ def test_a_missing_checkpoint_is_a_user_error(tmp_path):
         export_checkpoint(tmp_path / "none.ckpt", tmp_path / "out")
 
 
-@pytest.mark.timeout(60)
 def test_code_named_in_a_checkpoints_config_is_not_run(run, tmp_path):
     """A model directory can name Python files of its own; nothing of a checkpoint may be run."""
     state, marker = torch.load(run[1], weights_only=True), tmp_path / "marker"

@@ -297,6 +297,75 @@ def test_golden_normalise():
     assert gear.normalise_weights(w, mask, "none") is w
 
 
+def test_golden_normalise_by_sign():
+    # praised 1 and 3 of A = 2, 2: mean 2; blamed 2, 1, 1 of A = -1, -2, -1: (2 + 2 + 1) / 4 = 1.25; and one of 0
+    w, mask = row(1, 3, 9, 2, 1, 1, 5), bits("xx.xxxx")
+    a = row(2, 2, 2, -1, -2, -1, 0)
+    normal = gear.normalise_weights(w, mask, "mean", a)
+    assert_close(normal, row(0.5, 1.5, 1, 1.6, 0.8, 0.8, 1))
+    # praise 1 + 3 = 4, blame -1.6 - 1.6 - 0.8 = -4: as before
+    assert_close((normal * a)[mask].sum(), torch.tensor(0.0), atol=1e-6, rtol=0)
+    # geometric: sqrt(3), and (2 * 1 * 1 * 1) ^ (1 / 4)
+    expected = row(1 / 3**0.5, 3**0.5, 1, 2 / 2**0.25, 2**-0.25, 2**-0.25, 1)
+    assert_close(gear.normalise_weights(w, mask, "geometric", a), expected)
+
+
+def test_golden_scales_by_sign():
+    x, a = row(0, 1, 3, 4, 4, 10, 30), row(1, 1, 1, 1, 1, -1, -1)
+    every = bits("xxxxxxx")
+    # of the praised five the 75th percentile is 4, of the blamed two 25
+    got = gear.scale_signal(x, every, "saturate", advantages=a)
+    assert_close(got, row(0, 1 / 5, 3 / 7, 0.5, 0.5, 10 / 35, 30 / 55))
+    # z-scores: mean 2.4, variance (5.76 + 1.96 + 0.36 + 2.56 + 2.56) / 5 = 2.64; and -1, 1
+    got = gear.scale_signal(x, every, "zscore", advantages=a)
+    assert_close(got, row(*((v - 2.4) / 2.64**0.5 for v in (0, 1, 3, 4, 4)), -1, 1), atol=1e-5, rtol=0)
+    # symmetric: less the mean of the own sign, each counted by |A|: (2 * 1 + 1 * 4) / 3 = 2
+    weights = gear.signal_weights(row(1, 4, 7), row(2, 1, -1), bits("xxx"), sign_rule="symmetric", kappa=0.1)
+    assert_close(weights, row(0.9, 1.2, 1))
+
+
+def test_golden_above_noise():
+    size = row(0, 1, 2, 4, 40)
+    assert_close(gear.above_noise(size, 2.0), row(0, 1 / 17, 0.5, 16 / 17, 1 - 1 / 160001))
+    assert gear.above_noise(size, 0.0).tolist() == [[1, 1, 1, 1, 1]]
+    assert gear.above_noise(row(130), 2.0).item() == 1.0
+
+
+def test_golden_scales_within_the_noise():
+    # mean 2, deviation sqrt(2.5) = 1.581139, the size: as large as the noise, so half is left; c = max(P75 = 3.25, 4)
+    x = row(0, 1, 3, 4)
+    got = gear.scale_signal(x, bits("xxxx"), "zscore", noise=2.5**0.5)
+    assert_close(got, row(-2, -1, 1, 2) / 2.5**0.5 / 2, atol=1e-5, rtol=0)
+    # root mean square sqrt(26 / 4) = 2.549510; noise 4: kept (26/4)^2 / ((26/4)^2 + 4^4) = 42.25 / 298.25
+    got = gear.scale_signal(x, bits("xxxx"), "saturate", noise=4.0)
+    assert_close(got, row(0, 1 / 5, 3 / 7, 0.5) * 42.25 / 298.25)
+    # noise of each token: the root of the mean square of 0, 0, 3, 4 is 2.5
+    each = gear.scale_signal(x, bits("xxxx"), "zscore", noise=row(0, 0, 3, 4))
+    assert_close(each, gear.scale_signal(x, bits("xxxx"), "zscore", noise=2.5))
+
+
+@pytest.mark.parametrize("value", [1.0, -0.7, 0.0])
+def test_with_one_sign_nothing_changes_to_the_last_bit(value):
+    """Reference: the statistics over all tokens of the rollout."""
+    x, mask = random_masked(seed=5, rows=300)
+    x, advantages = x.abs(), torch.full((300, 1), value)
+    for how in ("mean", "geometric"):
+        by_sign = gear.normalise_weights(x, mask, how, advantages)
+        assert torch.equal(by_sign, gear.normalise_weights(x, mask, how)), how
+        assert torch.equal(by_sign, gear.normalise_weights(x, mask, how, advantages.expand(x.shape)))
+    mean = gear.masked_mean(x, mask)
+    plain = {
+        "none": x,
+        "saturate": x / (x + gear.masked_quantile(x, mask, 0.75).clamp_min(1e-4)),
+        "zscore": (x - mean) / (gear.masked_mean((x - mean) ** 2, mask).sqrt() + 1e-6),
+    }
+    for scale, reference in plain.items():
+        found = gear.scale_signal(x, mask, scale, advantages=advantages)
+        assert torch.equal(found[mask], reference[mask]), scale
+    weights = gear.signal_weights(x, advantages, mask, sign_rule="symmetric")
+    assert torch.equal(weights[mask], (1 + (x - mean)).clamp(0.1, 1.9)[mask])
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=30),

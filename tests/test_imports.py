@@ -9,9 +9,10 @@ import gear_lightning
 
 ROOT = Path(gear_lightning.__file__).parent
 PLUGINS = ROOT / "callbacks"
-ROLLOUT = {"chat", "chat_safety", "engines", "rollout", "packing", "data", "environments"}
+ROLLOUT = {"chat", "chat_safety", "engines", "budgets", "rollout", "packing", "iteration_stats", "task_check", "data"}
+ROLLOUT |= {"environments"}
 LEARNING = {"gear", "credit", "loss", "distillation", "token_stats", "models", "lora", "optimizers", "teacher"}
-LEARNING |= {"module", "module_state", "lora_base", "gradients"}
+LEARNING |= {"frozen", "gradients", "lora_base", "module", "module_state"}
 MEETING = {"batch", "errors"}
 # what crosses today, and why
 EXCEPTIONS = {
@@ -33,6 +34,7 @@ ABOVE = {
     "gear_lightning.cli",
     "gear_lightning.doctor",
     "gear_lightning.doctor_checks",
+    "gear_lightning.idle_options",
     "gear_lightning.refusals",
     *COMMANDS,
 }

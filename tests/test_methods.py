@@ -9,14 +9,35 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maths import SEEDS, Rollout, evidence, on_actions, rollout, some_rollouts
+from maths import (
+    SEEDS,
+    Rollout,
+    evidence,
+    on_actions,
+    rollout,
+    some_noise,
+    some_rollouts,
+    with_turn_advantages,
+)
 from scripted import CHAT, Scripted
 from slow_rules import SLOW, gap
 from tiny import data, generation, module, trainer
 from torch.testing import assert_close
 
 from gear_lightning.batch import TokenStats, collate
-from gear_lightning.credit import CREST, EGRSD, GTPO, PBSD, RLSD, SCGRPO, CreditAssigner, Evidence, Oracle, TurnSight
+from gear_lightning.credit import (
+    CREST,
+    EGRSD,
+    GTPO,
+    PBSD,
+    RLSD,
+    SCGRPO,
+    CreditAssigner,
+    Evidence,
+    Oracle,
+    RoundingNoise,
+    TurnSight,
+)
 from gear_lightning.data import make_row
 from gear_lightning.engines import Sampling
 from gear_lightning.environments.base import Environment, Step
@@ -39,15 +60,17 @@ def weights_of(rule: CreditAssigner, r: Rollout) -> list[float]:
 
 def test_golden_egrsd():
     # log p_T - log p_S = -0.1, 0.1, 1 and A = 2: exp = 0.904837, 1.105171, 2.718 -> 1.2; halved towards 1: 0.952419,
-    # 1.052585, 1.1. Teacher entropies 0, 1, 4 of a scale of 2: 0, 1/2, 2 -> 1; gates 1 - 0.8 x: 1, 0.6, 0.2
+    # 1.052585, 1.1. Teacher entropies 0, 1, 4 of a scale of 2: 0, 1/2, 2 -> 1; gates 1 - 0.8 x: 1, 0.6, 0.2 of what
+    # lies above or below 1: -0.047581, 0.6 * 0.052585 = 0.031551, 0.2 * 0.1
     r = rollout([0.1, -0.1, -1], teacher_entropy=[0, 1, 4], advantage=2.0)
     rule = EGRSD(entropy_scale=2.0, gate_floor=0.2)
-    assert weights_of(rule, r) == pytest.approx([0.952419, 0.631551, 0.22], abs=1e-6)
+    assert weights_of(rule, r) == pytest.approx([0.952419, 1.031551, 1.02], abs=1e-6)
     credit = rule(evidence([r]))
-    assert_close(credit.token_advantages, torch.tensor([[1.904837, 1.263102, 0.44]]), atol=2e-6, rtol=0)
+    assert_close(credit.token_advantages, torch.tensor([[1.904837, 2.063102, 2.04]]), atol=2e-6, rtol=0)
     assert credit.clipped.tolist() == [[False, False, True]]
-    # the defaults: entropy 1 of 11.93 nats, floor 0.1: the gate is 1 - 0.9 / 11.93 = 0.924560; times 1.052585
-    assert weights_of(EGRSD(), r)[1] == pytest.approx(0.973178, abs=1e-6)
+    # the defaults: log 2 and 0.1; entropy 0.35: the gate is 1 - 0.9 * 0.35 / 0.693 = 0.545455: no straw man
+    unsure = rollout([-0.1, -0.1], teacher_entropy=[0.35, 5], advantage=2.0)
+    assert weights_of(EGRSD(), unsure) == pytest.approx([1.028683, 1.005259], abs=1e-6)
 
 
 def test_golden_crest():
@@ -75,6 +98,51 @@ def test_golden_gtpo():
     # entropy 0 counts as 0.01: 1/H = 100, 1, mean 50.5
     sure = rollout([0, 0], entropy=[0, 1], advantage=-1.0)
     assert weights_of(GTPO(alpha1=0.0, alpha2=1.0), sure) == pytest.approx([100 / 50.5, 1 / 50.5])
+
+
+def test_golden_scgrpo_within_the_noise():
+    # D = 0, 1, 3, 4, 4: P75 is 4, the size that is compared with the noise; weights 0, 1/5, 3/7, 1/2, 1/2
+    e = evidence([rollout([0] * 5)])
+    e = replace(e, divergence=torch.tensor([[0, 1, 3, 4, 4.0]]))
+    weights = [0, 0.2, 3 / 7, 0.5, 0.5]
+    # noise 4: half of the way to 1; noise 8: 1 / (1 + 16) of what they were
+    for noise, kept in ((4.0, 1 / 2), (8.0, 1 / 17), (0.04, 1.0)):
+        credit = SCGRPO()(replace(e, noise=RoundingNoise(divergence=noise)))
+        assert_close(credit.weights, torch.tensor([[1 + kept * (w - 1) for w in weights]]))
+    # P75 at the least noise that is assumed, 1e-4, and far below it
+    tiny = replace(e, divergence=torch.tensor([[0, 1, 3, 4, 4.0]]) / 4e4)
+    assert_close(SCGRPO()(tiny).weights, torch.tensor([[(1 + w) / 2 for w in weights]]))
+    assert (SCGRPO()(replace(e, divergence=torch.zeros(1, 5))).weights == 1).all()
+
+
+def test_golden_turnsight_within_the_noise():
+    # turn means 2 and 0 of 4 tokens each: deviation 1, z = 1 and -1; the noise of a mean of 4 is half that of a token:
+    # of 2 nats, 1 / (1 + 1^4) of z is left
+    r = rollout([-2.0] * 4 + [0.0] * 4, turns=[0] * 4 + [1] * 4)
+    e = evidence([r])
+    for noise, z in ((0.0, 1.0), (2.0, 0.5), (4.0, 1 / 17)):
+        up = 0.25 * math.tanh(z)
+        expected = torch.tensor([[1 + up] * 4 + [1 - up] * 4])
+        assert_close(TurnSight()(replace(e, noise=RoundingNoise(noise))).weights, expected, atol=1e-5, rtol=0)
+
+
+def test_golden_pbsd_within_the_noise():
+    # a turn of 4 tokens sums to 0.4; the noise of a sum of 4 is twice that of a token: 0.2 nats give half of it
+    e = evidence([rollout([-0.1] * 4)])
+    for noise, s in ((0.0, 0.4), (0.2, 0.2), (0.4, 0.4 / 17)):
+        weights = PBSD()(replace(e, noise=RoundingNoise(noise))).weights
+        assert_close(weights, torch.full((1, 4), 1 + math.tanh(s)), atol=1e-6, rtol=0)
+
+
+def test_turns_are_compared_with_those_of_their_sign():
+    """Means 2, 0 | 5, 1, 3 of praised and blamed turns: z of each group by itself; one alone has nothing to compare."""
+    own = [1.0, 1.0, -1.0, -1.0, -1.0]
+    r = rollout([-2.0, 0, -5, -1, -3], turns=[0, 1, 2, 3, 4], turn_advantages=own)
+    z = 2 / math.sqrt(8 / 3)  # 2, -2, 0 of variance 8/3
+    tanh = [math.tanh(x) for x in (1, -1, -z, z, 0)]
+    assert weights_of(TurnSight(), r) == pytest.approx([1 + 0.25 * x for x in tanh], abs=1e-5)
+    alone = replace(r, turn_advantages=[1.0, -1.0, 0, 0, 0])
+    assert weights_of(TurnSight(), alone)[:2] == [1, 1]
 
 
 def test_golden_scgrpo_routing():
@@ -181,6 +249,7 @@ def drawn(rng: random.Random, kind: type) -> CreditAssigner:
             GTPO: lambda: {"alpha1": share(), "alpha2": positive(), "entropy_floor": positive() / 10},
             TurnSight: lambda: {"mix": share(), "strength": share()},
             PBSD: lambda: {"delta": positive(), "clip": share()},
+            SCGRPO: lambda: {"top_k_tokens": 8},
             Oracle: lambda: {
                 "clip": share(),
                 "blame": rng.choice(["first", "all"]),
@@ -190,26 +259,22 @@ def drawn(rng: random.Random, kind: type) -> CreditAssigner:
     )
 
 
-def with_turn_advantages(rng: random.Random, r: Rollout) -> Rollout:
-    own = {k: rng.choice([-1.5, -0.5, 0.0, 0.75]) for k in set(r.turns)}
-    return replace(r, turn_advantages=[own[k] for k in r.turns])
-
-
 @settings(deadline=None, max_examples=150)
 @given(st.sampled_from(list(SLOW)), SEEDS)
 def test_rules_equal_their_slow_references(kind, seed):
     rng = random.Random(seed)
-    rows = some_rollouts(seed)
+    rows = some_rollouts(seed, vocabulary=8 * (kind is SCGRPO))
     if rng.random() < 0.5:
         rows = [with_turn_advantages(rng, r) for r in rows]
-    rule = drawn(rng, kind)
-    e = evidence(rows, padding=rng.randint(0, 3))
+    rule, noise = drawn(rng, kind), some_noise(rng)
+    e = evidence(rows, padding=rng.randint(0, 3), noise=noise)
     credit = rule(e)
+    near = {"atol": 1e-4, "rtol": 1e-4} if kind is SCGRPO else {"atol": 3e-6, "rtol": 2e-5}
     for i, r in enumerate(rows):
-        expected = torch.tensor(SLOW[kind](rule, r))
-        assert_close(credit.weights[i, r.actions], expected, atol=3e-6, rtol=2e-5, msg=lambda m: f"{rule}: {m}")
+        expected = torch.tensor(SLOW[kind](rule, r, noise))
+        assert_close(credit.weights[i, r.actions], expected, **near, msg=lambda m: f"{rule}: {m}")
         measured = [0.0 if isinstance(rule, GTPO | Oracle) else -gap(r, t) for t in r.actions]
-        assert credit.divergence[i, r.actions].tolist() == measured
+        assert kind is SCGRPO or credit.divergence[i, r.actions].tolist() == measured
     outside = ~e.action_mask
     assert (credit.weights[outside] == 1).all()
     assert (credit.token_advantages[outside] == 0).all()
@@ -220,7 +285,8 @@ def test_rules_equal_their_slow_references(kind, seed):
     assert not (credit.token_advantages.sign() == -base.sign())[base != 0].any()
     # and a rollout's weights are those that it has alone
     for i, r in enumerate(rows):
-        assert_close(rule(evidence([r])).weights[0], credit.weights[i, : len(r.turns)], atol=1e-6, rtol=1e-5)
+        alone = rule(evidence([r], noise=noise)).weights[0]
+        assert_close(alone, credit.weights[i, : len(r.turns)], atol=1e-6, rtol=1e-5)
 
 
 # laws -----------------------------------------------------------------------------------------------------------------
@@ -250,12 +316,14 @@ def test_only_the_teachers_word_is_ignored_where_it_was_shown_nothing(rule, seed
         assert torch.equal(credit.weights, plain.weights)
 
 
-def test_crest_only_adds_credit_and_a_gate_only_takes_it():
+def test_crest_only_adds_credit_and_a_gate_only_takes_from_the_teacher():
     for seed in range(30):
         e = evidence(some_rollouts(seed))
         crest = CREST()(e).weights
         assert ((crest >= 1) & (crest <= 1 + 0.3 * 0.28 + 1e-6)).all()
-        assert (EGRSD()(e).weights <= RLSD()(e).weights + 1e-6).all()
+        gated, open_ = EGRSD()(e).weights - 1, RLSD()(e).weights - 1
+        assert (gated.abs() <= open_.abs() + 1e-6).all()
+        assert (gated * open_ >= 0).all()
         assert torch.equal(EGRSD(gate_floor=1.0)(e).weights, RLSD()(e).weights)
 
 

@@ -12,7 +12,7 @@ from tiny import data, generation, module, trainer
 from torch.testing import assert_close
 
 from gear_lightning.batch import Credit, RolloutBatch, collate
-from gear_lightning.credit import GEAR, RLSD, SCGRPO, TokenOnly, Turn
+from gear_lightning.credit import GEAR, PBSD, RLSD, SCGRPO, RoundingNoise, TokenOnly, Turn, TurnSight
 from gear_lightning.errors import UserError
 from gear_lightning.noise_floor import (
     STAND_IN,
@@ -21,10 +21,14 @@ from gear_lightning.noise_floor import (
     anchor_tokens,
     measure,
     moved,
+    noise_of,
     quantiles,
     read_floor,
+    rounding_of,
+    score,
     summary,
     teacher_view,
+    weight_spread,
     write_result,
 )
 from gear_lightning.teacher import Teacher, TeacherOptions
@@ -143,6 +147,30 @@ def test_the_policy_keeps_its_mode_and_gets_no_gradient(policy, batch):
     policy.eval()
 
 
+def test_what_rules_take_are_the_99th_percentiles_of_what_is_finite():
+    values = torch.cat([torch.arange(101.0), torch.tensor([float("nan"), float("inf")])])
+    assert rounding_of(values, 2 * values, GEAR()) == RoundingNoise(99.0, 0.0), "it compares sampled tokens alone"
+    assert rounding_of(values, 2 * values, SCGRPO()) == RoundingNoise(99.0, 198.0)
+    assert rounding_of(values[:0], values[-1:], SCGRPO()) == RoundingNoise()
+
+
+@pytest.mark.parametrize("rule", [TurnSight(), GEAR(scale="zscore"), PBSD()], ids=lambda rule: type(rule).__name__)
+def test_a_rule_that_knows_rounding_makes_no_credit_of_it(policy, batch, rule):
+    with BF16:
+        scored = score(policy, batch, rule)
+    untold = noise_of(scored, rule)
+    told = noise_of(scored, rule, rounding_of(untold.log_ratio, untold.divergence, rule))
+    assert (told.weights - 1).abs().mean() < 0.02
+    assert (untold.weights - 1).abs().mean() > 2 * (told.weights - 1).abs().mean()
+
+
+def test_a_weights_spread_is_from_the_median_of_its_rollout():
+    mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    weights = torch.tensor([[1.0, 0.8, 1.9, 7.0], [0.5, 1.5, 7.0, 7.0]])
+    credit = Credit(weights, weights, weights, torch.full((2, 4), -1))
+    assert_close(weight_spread(credit, mask)[mask], torch.tensor([0.0, 0.2, 0.9, 0.5, 0.5]))
+
+
 def test_a_blank_micro_batch_has_no_noise(policy):
     blank = collate([], step_tokens=1, step_rollouts=1, temperature=1.0)
     noise = measure(policy, blank, GEAR())
@@ -154,13 +182,27 @@ def test_a_blank_micro_batch_has_no_noise(policy):
 def test_summary_against_numpy():
     rng = np.random.default_rng(0)
     parts = [
-        Noise(torch.tensor(rng.exponential(size=n)), torch.tensor(1 + rng.normal(size=n) / 50), a, r, (r, 9, 12))
+        Noise(
+            *(torch.tensor(rng.exponential(size=n)) for _ in range(2)),
+            torch.tensor(1 + rng.normal(size=n) / 50),
+            torch.tensor(rng.exponential(size=n)),
+            a,
+            r,
+            (r, 9, 12),
+        )
         for n, a, r in ((300, 2, 4), (41, 1, 2))
     ]
     told = summary(parts)
     divergence, weights = (np.concatenate([getattr(p, k).numpy() for p in parts]) for k in ("divergence", "weights"))
     percent = {"p50": 50, "p90": 90, "p95": 95, "p99": 99, "p99.9": 99.9, "max": 100}
-    for key, values in (("divergence", divergence), ("weight", weights), ("weight_off_one", abs(weights - 1))):
+    log_ratio, spread = (np.concatenate([getattr(p, k).numpy() for p in parts]) for k in ("log_ratio", "spread"))
+    for key, values in (
+        ("log_ratio", log_ratio),
+        ("divergence", divergence),
+        ("weight", weights),
+        ("weight_off_one", abs(weights - 1)),
+        ("weight_spread", spread),
+    ):
         for name, p in percent.items():
             assert told[key][name] == pytest.approx(np.percentile(values, p))
     assert told["weight"]["min"] == weights.min()

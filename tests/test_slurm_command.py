@@ -91,7 +91,7 @@ def test_the_script_is_one_that_bash_can_read(script, tmp_path):
 
 
 def test_time_outs_of_collectives_are_longer_than_the_watchdogs(script):
-    text = script(*SIZE, "--config", "configs/strategy/ddp.yaml", "--timeout", "600")
+    text = script(*SIZE, "--config", "configs/strategy/ddp.yaml", "--timeout", "600")  # not waited for
     _, command = launched(text)
     assert "--watchdog.seconds=600" in command
     assert "--trainer.strategy.init_args.timeout=0:20:00" in command
@@ -99,7 +99,7 @@ def test_time_outs_of_collectives_are_longer_than_the_watchdogs(script):
     for strategy in ("fsdp", "zero2"):
         text = script(*SIZE, "--config", f"configs/strategy/{strategy}.yaml")
         assert "--trainer.strategy.init_args.timeout=1:00:00" in launched(text)[1]
-    again = script(*SIZE, "--timeout", "600")
+    again = script(*SIZE, "--timeout", "600")  # not waited for
     assert "init_args.timeout" not in again, "a strategy that was not named"
 
 
@@ -142,7 +142,7 @@ WRONG = {
     ("--time", "a day"): "--time a day: give hours:minutes:seconds",
     ("--time", "5"): "--signal 300: the job would be told to save 300 s before its limit, and --time 5 is 300 s",
     ("--signal", "0"): "--signal 0",
-    ("--timeout", "0"): "--timeout 0",
+    ("--timeout", "0"): "--timeout 0",  # not waited for
     ("--name", "bash"): "Lightning takes a job of that name for a shell",
     ("--trainer.default_root_dir", "runs/interactive"): "--name interactive",
     ("--trainer.default_root_dir", "runs/50%"): "'%' and ',' in a path",

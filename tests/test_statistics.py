@@ -20,6 +20,7 @@ from gear_lightning.statistics import (
     on_grid,
     paired_difference,
     probability_of_improvement,
+    ratio_of_means,
     sign_test,
 )
 
@@ -93,6 +94,56 @@ def test_the_interval_of_few_pairs_covers_what_it_says(pairs):
     found = [paired_difference(rng.normal(2, 1, pairs), np.zeros(pairs)).interval for _ in range(1000)]
     # 1000 trials have a standard error of 0.7 points
     assert 0.93 <= np.mean([low <= 2 <= high for low, high in filter(None, found)]) <= 0.97
+
+
+def test_ratio_of_means_by_hand():
+    # means 2 and 4; t(0.975, 2) = 4.302653, t^2 / 3 = 6.170940 times variance 1, covariance 0.5 and variance 1
+    found = ratio_of_means(np.array([1.0, 2, 3]), np.array([4.0, 3, 5]))
+    assert found.ratio == 0.5
+    a, b, c = 16 - 6.170940, 8 - 3.085470, 4 - 6.170940  # b^2 - a c = 24.1526 + 21.3383 = 45.4909, its root 6.744692
+    assert found.interval == pytest.approx(((b - 6.744692) / a, (b + 6.744692) / a), abs=1e-5)
+    assert b**2 - a * c == pytest.approx(6.744692**2, abs=1e-4)
+    twice = ratio_of_means(np.array([6.0, 6.4, 7]), np.array([3.0, 3.2, 3.5]))
+    assert (twice.ratio, twice.interval) == (pytest.approx(2), pytest.approx((2, 2)))
+    assert ratio_of_means(np.array([1.0]), np.array([2.0])).interval is None
+
+
+def test_a_ratio_to_a_mean_that_may_be_0_has_no_bounds():
+    rng = np.random.default_rng(0)
+    theirs = rng.normal(0.1, 1, 8)
+    low, high = paired_difference(theirs, np.zeros(8)).interval
+    assert low < 0 < high
+    assert ratio_of_means(rng.normal(1, 1, 8), theirs).interval is None
+
+
+@given(st.lists(st.tuples(NUMBERS, st.floats(2, 3)), min_size=3, max_size=10))
+@settings(max_examples=50, deadline=None)
+def test_the_ends_of_the_ratio_are_where_students_test_begins_to_tell(pairs):
+    """Reference: scipy's one-sample t-test of ours - r theirs at each end."""
+    from scipy.stats import ttest_1samp
+
+    ours, theirs = (np.array(x) for x in zip(*pairs, strict=True))
+    found = ratio_of_means(ours, theirs)
+    if found.interval is None or np.ptp(ours / theirs) < 1e-3:
+        return
+    assert found.interval[0] <= found.ratio <= found.interval[1]
+    for end in found.interval:
+        assert ttest_1samp(ours - end * theirs, 0).pvalue == pytest.approx(0.05, abs=1e-6)
+
+
+@pytest.mark.parametrize("together", [0.0, 0.9])
+def test_the_interval_of_a_ratio_covers_what_it_says(together):
+    """10 pairs of means 1.4 and 2, whose errors go together or do not."""
+    rng, covered = np.random.default_rng(3), []
+    for _ in range(1000):
+        shared = rng.normal(0, 1, 10)
+        ours, theirs = (
+            mean + together**0.5 * shared + (1 - together) ** 0.5 * rng.normal(0, 1, 10) for mean in (1.4, 2.0)
+        )
+        if (interval := ratio_of_means(ours, theirs).interval) is not None:
+            covered.append(interval[0] <= 0.7 <= interval[1])
+    assert len(covered) > 950
+    assert 0.93 <= np.mean(covered) <= 0.97  # 1000 trials have a standard error of 0.7 points
 
 
 def test_pairs_that_all_differ_alike_have_no_width():
@@ -231,6 +282,8 @@ def test_the_interval_covers_a_known_truth(statistic):
         (lambda: interquartile_mean(np.array([1.0, np.nan])), "finite"),
         (lambda: paired_difference(np.array([1.0]), np.array([1.0, 2])), "one length"),
         (lambda: paired_difference(np.array([1.0, 2]), np.array([1.0, 2]), level=1.0), "level"),
+        (lambda: ratio_of_means(np.array([1.0, 2]), np.array([1.0])), "one length"),
+        (lambda: ratio_of_means(np.array([1.0, 2]), np.array([1.0, -1])), "mean of 0"),
         (lambda: probability_of_improvement(np.ones((2, 3)), np.ones((1, 3))), "strata"),
         (lambda: holm(np.array([0.2, 1.2])), "between 0 and 1"),
         (lambda: collapse_rate(np.ones((1, 3)), 2.0), "fraction"),

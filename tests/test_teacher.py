@@ -1,18 +1,20 @@
 """The teacher's weights: equal to the policy at the start, then live, frozen or an average that does not stall."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
 from laws import Sharp, Talk, TalkTasks, random_rows, untrained, watched
 from tiny import data, generation, module, source
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gear_lightning.batch import collate
 from gear_lightning.credit import CREST, GEAR, PBSD, RLSD, Evidence, Placebo, TokenOnly, Turn, TurnSight, Uniform
 from gear_lightning.models import Pretrained
 from gear_lightning.module import GearModule
 from gear_lightning.records import read_records
-from gear_lightning.teacher import TeacherOptions
+from gear_lightning.teacher import Teacher, TeacherOptions
 from gear_lightning.token_stats import token_stats
 
 TEMPLATE = " <ref> {reference}"
@@ -213,3 +215,42 @@ def test_a_rollout_without_its_reference_has_weight_one_whatever_the_teacher_is(
     assert {s.steps for s in seen} == {0, 1, 2}
     for s in seen:
         assert (s.outputs["credit"].weights == 1).all(), f"after {s.steps} steps"
+
+
+class Visits(TorchDispatchMode):
+    """Stands in for a device: copies to and from ``meta`` are counted, and need no values."""
+
+    def __init__(self):
+        self.brought: list[weakref.ref] = []  # copies on the other device
+        self.most = self.back = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default:
+            source, device = args[0], torch.device(kwargs.get("device", args[0].device))
+            assert not (source.is_meta and device.type == "cpu"), "a part of the policy is copied to the CPU"
+            if device.type == "meta" and not source.is_meta:
+                made = torch.empty_like(source, device="meta", dtype=kwargs.get("dtype", source.dtype))
+                self.brought.append(weakref.ref(made))
+                self.most = max(self.most, sum(alive() is not None for alive in self.brought))
+                return made
+        if func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            self.back += 1
+            return args[0]
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("low_precision", [False, True])
+def test_a_parked_average_visits_the_device_a_tensor_at_a_time_and_only_when_it_is_due(low_precision):
+    policy = source().model().to(torch.bfloat16 if low_precision else torch.float32)
+    teacher = Teacher(policy, TeacherOptions(every=2, template=TEMPLATE), low_precision=low_precision)
+    teacher.park()
+    policy.to("meta")
+    tensors = len(list(policy.parameters()))
+    with Visits() as visits:
+        teacher.update(policy, 1)
+        assert not visits.brought
+        teacher.update(policy, 2)
+    assert len(visits.brought) == tensors
+    assert visits.most <= 2, "copies of the whole model at once"
+    assert visits.back == tensors * (2 if low_precision else 1)  # the float32 average, and the one that scores

@@ -12,11 +12,13 @@ def rank() -> int:
 
 
 class Slow(AnyCall):
-    """Rank 1 takes half a second for each step: slow, and never stuck."""
+    """Rank 1 takes ``PAUSE`` seconds for each step: slow, and never stuck. Leaves a mark for each in ``SLEPT``."""
 
     def step(self, message):
         if rank() == 1:
-            time.sleep(0.5)
+            time.sleep(float(os.environ["PAUSE"]))
+            with open(os.environ["SLEPT"], "a") as file:
+                file.write(".")
         return super().step(message)
 
 

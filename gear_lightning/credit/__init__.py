@@ -1,6 +1,6 @@
 """Credit assigners: from the advantage of a rollout to an advantage for each of its tokens."""
 
-from .base import CreditAssigner, Evidence, Uniform, mixing
+from .base import CreditAssigner, Evidence, RoundingNoise, Uniform, mixing
 from .gear_rule import GEAR, Placebo, TokenOnly, Turn
 from .oracle import Oracle
 from .token_rules import CREST, EGRSD, GTPO, RLSD, SCGRPO
@@ -18,6 +18,7 @@ __all__ = [
     "Evidence",
     "Oracle",
     "Placebo",
+    "RoundingNoise",
     "TokenOnly",
     "Turn",
     "TurnSight",

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,6 +10,19 @@ from torch import Tensor
 
 from ..batch import Credit, RolloutBatch, TokenStats
 from ..errors import UserError
+
+
+class RoundingNoise(NamedTuple):
+    """Size of what rounding alone makes, as 99th percentiles of absolute values, nats: a constant of a run, measured
+    once with equal weights and nothing privileged (`gear_lightning.noise_floor`). 0: not known, or none.
+
+    Attributes:
+        log_ratio: of log p_policy - log p_teacher at the sampled tokens.
+        divergence: of the run's own credit rule, where that compares whole distributions.
+    """
+
+    log_ratio: float = 0.0
+    divergence: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,8 @@ class Evidence:
         decisions: 1 on tokens of a decision that the environment calls right, -1 on those of a wrong one, 0 elsewhere;
             None: the environment does not tell.
         solved: number of solved rollouts in the rollout's group; None: not known.
+        noise: of rounding. Whatever takes the size out of a signal must compare that size with it (see
+            `gear_lightning.gear.above_noise`), or it makes as much credit of rounding as of knowledge.
     """
 
     advantages: Float[Tensor, " batch"]
@@ -45,9 +61,16 @@ class Evidence:
     turn_advantages: Float[Tensor, "batch seq"] | None = None
     decisions: Int[Tensor, "batch seq"] | None = None
     solved: Int[Tensor, " batch"] | None = None
+    noise: RoundingNoise = RoundingNoise()
 
     @classmethod
-    def of(cls, batch: RolloutBatch, policy: TokenStats, teacher: TokenStats | None) -> "Evidence":
+    def of(
+        cls,
+        batch: RolloutBatch,
+        policy: TokenStats,
+        teacher: TokenStats | None,
+        noise: RoundingNoise = RoundingNoise(),
+    ) -> "Evidence":
         """The evidence of a micro-batch."""
         policy = replace(policy, logprobs=policy.logprobs.detach())
         if policy.top_logprobs is not None:
@@ -64,6 +87,7 @@ class Evidence:
             turn_advantages=batch.base_advantages,
             decisions=batch.decisions,
             solved=batch.solved,
+            noise=noise,
         )
 
     @property
@@ -84,8 +108,11 @@ class CreditAssigner(ABC):
         needs_teacher: whether it looks at the teacher.
         needs_decisions: whether it looks at which decisions were right, which few environments can tell.
         fixed_segments: whether its segments begin at fixed places (every turn, say), whatever the divergence there.
+        lacks: what it lacks compared with the paper that it is named after, where that is too much for results under
+            the paper's name; told where results are shown.
     """
 
+    lacks: str = ""
     needs_teacher: bool = True
     needs_decisions: bool = False
     fixed_segments: bool = False

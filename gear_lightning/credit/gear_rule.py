@@ -21,7 +21,11 @@ SEGMENT_OPTIONS = ("anchor_rule", "anchor_level", "anchor_floor", "anchor_at", "
 class GEAR(CreditAssigner):
     """Granularity-adaptive advantage reweighting (arXiv 2605.11853).
 
-    The paper's body is not public: every argument is a choice that its abstract leaves open, and every default is ours.
+    We had only the paper's abstract and summaries: every argument is a choice that these leave open, and every default
+    is ours.
+
+    What scales, centers or divides is a statistic of the rollout's tokens whose advantages have one sign: where turns
+    have advantages of both signs, credit is moved within praise and within blame.
 
     Args:
         divergence: of policy and teacher, per token. ``k1``: log-ratio at the sampled token, signed; ``k3``: its
@@ -30,7 +34,8 @@ class GEAR(CreditAssigner):
         divergence_top_k: tokens compared by the distribution divergences. Null: 100 for those.
         divergence_limit: nats; log-ratios are limited to plus and minus this. Null: 10 for k1 and k3.
         scale: of the credit signal, within a rollout: ``none``, ``zscore``, or ``saturate`` x / (x + 75th percentile).
-            Null: ``none`` for k1, ``saturate`` for the others.
+            A signal no larger than the rounding noise of the run goes to 0 under the latter two (see
+            `gear_lightning.gear.scale_signal`). Null: ``none`` for k1, ``saturate`` for the others.
         anchor_rule: threshold of an anchor: ``quantile`` of the rollout, ``absolute`` (the floor alone), ``zscore`` of
             the rollout, ``rise`` over the mean of the tokens before.
         anchor_level: the quantile (default 0.95), the z-score (2.0) or the number of tokens before (16), by the rule.
@@ -52,7 +57,9 @@ class GEAR(CreditAssigner):
             normalisation, which then lowers all of a rollout's weights alike: with ``normalise=none`` none is below 1.
         mix: share of the weighting; the rest is uniform.
         mix_decay: optimizer steps over which ``mix`` falls linearly to 0. Null: constant.
-        normalise: divide by the rollout's ``mean`` weight, its ``geometric`` mean, or not at all.
+        normalise: divide by the ``mean`` weight of the rollout's tokens of one sign, their ``geometric`` mean, or not
+            at all. Each token counts in the mean by the size of its advantage, so that ``mean`` keeps praise and blame
+            what they were.
         exclude_stop: no divergence on stop tokens.
         exclude_tail: no divergence on the last so many action tokens (the answer, where spikes repeat the reward).
 
@@ -142,6 +149,11 @@ class GEAR(CreditAssigner):
     def top_k(self) -> int:
         return 0 if self.divergence in ("k1", "k3") else self.divergence_top_k or 100
 
+    @property
+    def carried(self) -> Literal["departure", "mean"]:
+        """``segment_value``, or what the rule has in its place."""
+        return self.segment_value
+
     def measure(self, evidence: Evidence) -> Float[Tensor, "batch seq"]:
         """Divergence per token, nats, with the exclusions at 0."""
         if self.top_k and evidence.divergence is not None:
@@ -189,18 +201,29 @@ class GEAR(CreditAssigner):
         anchor = torch.where(place >= 0, columns.gather(-1, place.clamp_min(0)), -1)
         return torch.full_like(evidence.turn_ids, -1).scatter(-1, columns, anchor)
 
-    def signal(self, divergence: Tensor, anchor: Tensor) -> Float[Tensor, "batch seq"]:
-        """The segment's divergence inside segments, the token's own outside."""
-        return gear.segment_signal(divergence, anchor, self.segment_value)
+    def rounding(self, evidence: Evidence, anchor: Tensor) -> Float[Tensor, "batch seq"]:
+        """What rounding alone makes of the credit signal of each token, nats."""
+        noise = evidence.noise.divergence if self.top_k else evidence.noise.log_ratio
+        if self.divergence == "k3":
+            noise = math.expm1(noise) - noise  # of a log-ratio of -noise
+        each = torch.full_like(evidence.policy.logprobs, noise)
+        if self.signed and self.carried == "mean":  # errors of both signs average out
+            each = each / gear.segment_lengths(anchor).sqrt()
+        return each
 
     def __call__(self, evidence: Evidence) -> Credit:
-        mask = evidence.action_mask
+        mask, base = evidence.action_mask, evidence.base_advantages
         divergence = self.measure(evidence)
         anchor = self.segments(evidence, divergence)
-        scale = self.scale or ("none" if self.signed else "saturate")
         weights = gear.signal_weights(
-            gear.scale_signal(self.signal(divergence, anchor), mask, scale),
-            evidence.base_advantages,
+            gear.scale_signal(
+                gear.segment_signal(divergence, anchor, self.carried),
+                mask,
+                self.scale or ("none" if self.signed else "saturate"),
+                advantages=base,
+                noise=self.rounding(evidence, anchor),
+            ),
+            base,
             mask,
             sign_rule=self.sign_rule,
             kappa=self.kappa,
@@ -209,7 +232,7 @@ class GEAR(CreditAssigner):
         )
         clipped = at_bound(weights, self.clip)
         weights = 1 + mixing(self.mix, self.mix_decay, evidence.policy_version) * (weights - 1)
-        weights = gear.normalise_weights(weights, mask, self.normalise)
+        weights = gear.normalise_weights(weights, mask, self.normalise, base)
         return spread_credit(evidence, weights, divergence, anchor, clipped)
 
 
@@ -232,6 +255,8 @@ class TokenOnly(GEAR):
 class Turn(GEAR):
     """Fixed turns instead of adaptive segments: every token of a turn carries the turn's mean divergence.
 
+    Turns are weighed against those whose advantages have the same sign: one alone keeps its credit.
+
     Takes GEAR's options, those of anchors, entropy and segments aside.
     """
 
@@ -248,13 +273,17 @@ class Turn(GEAR):
     def segments(self, evidence: Evidence, divergence: Tensor) -> Int[Tensor, "batch seq"]:
         return turn_starts(evidence.action_mask, evidence.turn_ids)
 
-    def signal(self, divergence: Tensor, anchor: Tensor) -> Float[Tensor, "batch seq"]:
-        return gear.segment_signal(divergence, anchor, "mean")
+    @property
+    def carried(self) -> Literal["departure", "mean"]:
+        return "mean"
 
 
 @dataclass(frozen=True)
 class Placebo(GEAR):
-    """GEAR's weights, permuted among the tokens of their rollout: a control that keeps values and loses places.
+    """GEAR's weights, permuted among the tokens of their rollout whose advantages have the same sign: a control that
+    keeps values and loses places.
+
+    Where those advantages differ in size, the permuted weights are divided by their mean again (see ``normalise``).
 
     Takes GEAR's options.
 
@@ -265,14 +294,18 @@ class Placebo(GEAR):
     seed: int = 0
 
     def __call__(self, evidence: Evidence) -> Credit:
-        credit = super().__call__(evidence)
+        credit, base, mask = super().__call__(evidence), evidence.base_advantages, evidence.action_mask
         weights = credit.weights.clone()
-        for row in range(weights.shape[0]):
-            where = evidence.action_mask[row].nonzero().squeeze(-1)
-            # the rollout itself seeds its permutation, so that neither micro-batching nor resuming changes it
-            turns = evidence.turn_ids[row, where].cpu()
-            key = hash((self.seed, int(evidence.policy_version[row]), tuple(turns.tolist()), *where.tolist()))
-            generator = torch.Generator().manual_seed(key % (2**63))
-            order = torch.randperm(len(where), generator=generator).to(where.device)
-            weights[row, where] = weights[row, where[order]]
+        for part in gear.one_sign(base, mask):
+            for row in range(weights.shape[0]):
+                where = part[row].nonzero().squeeze(-1)
+                # the rollout itself seeds its permutation, so that neither micro-batching nor resuming changes it
+                turns = evidence.turn_ids[row, where].cpu()
+                key = hash((self.seed, int(evidence.policy_version[row]), tuple(turns.tolist()), *where.tolist()))
+                generator = torch.Generator().manual_seed(key % (2**63))
+                order = torch.randperm(len(where), generator=generator).to(where.device)
+                weights[row, where] = weights[row, where[order]]
+            uneven = (part & (gear.size_shares(base, part) != 1)).any(-1, keepdim=True)
+            again = gear.normalise_weights(weights, part, self.normalise, base)
+            weights = torch.where(part & uneven, again, weights)
         return spread_credit(evidence, weights, credit.divergence, torch.full_like(credit.anchor, -1))

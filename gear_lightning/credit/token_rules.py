@@ -52,29 +52,34 @@ class RLSD(CreditAssigner):
 
 @dataclass(frozen=True)
 class EGRSD(CreditAssigner):
-    """RLSD's weight times a gate that falls where the teacher itself is unsure (EGRSD, arXiv 2605.13255).
+    """RLSD with a gate on the teacher's share, which closes where the teacher itself is unsure (in the style of EGRSD,
+    arXiv 2605.13255).
 
-    A g ((1 - lambda) + lambda clip(exp(sign(A) (log p_T - log p_S)))), g = g_min + (1 - g_min) (1 - min(H_T / h, 1)).
+    A (1 + g lambda (clip(exp(sign(A) (log p_T - log p_S))) - 1)), g = g_min + (1 - g_min) (1 - min(H_T / h, 1)).
 
-    The paper's abstract says that the gate falls with the teacher's entropy H_T and has a floor above 0; its form here,
-    and every default but RLSD's two, is ours. The gate lowers the whole weight, so a rollout keeps less credit than
-    under GRPO. The variant with a look-ahead window (CL-EGRSD) is not included.
+    Lacks, compared with its paper: all but the idea. We had only the abstract: three signals (the reward's direction,
+    the likelihood ratio's size, and a gate that falls with the teacher's entropy H_T and has a floor above 0) make the
+    weight of a token. The gate's form and place and every default but RLSD's two are ours. Its place decides what an
+    unsure teacher means: here the weight goes to 1, and no rollout loses credit; the abstract can also be read as a
+    gate on the whole weight. The variant with a look-ahead window (CL-EGRSD) is not included.
 
     Args:
         mix: lambda, as RLSD's.
         clip: likelihood ratios within 1 - clip and 1 + clip, as RLSD's.
-        gate_floor: g_min, the gate where the teacher knows nothing.
-        entropy_scale: h, nats: entropy from which the gate is at its floor. The default is the largest that a teacher
-            with Qwen3's vocabulary can have, log 151,936; the rule does not know the model's vocabulary.
+        gate_floor: g_min, the gate where the teacher is unsure.
+        entropy_scale: h, nats: entropy from which the gate is at its floor. The default is log 2, a choice between two
+            tokens of equal chance.
 
     Raises:
         UserError: values out of range.
     """
 
+    lacks = "the paper's formula: we had only its abstract, and the gate's form, place and values are ours"
+
     mix: float = 0.5
     clip: float = 0.2
     gate_floor: float = 0.1
-    entropy_scale: float = 11.93
+    entropy_scale: float = 0.693
 
     def __post_init__(self):
         check_range(self, 0, 1, "mix", "clip", "gate_floor")
@@ -87,7 +92,7 @@ class EGRSD(CreditAssigner):
         clipped = at_bound(weights, self.clip)
         unsure = (teacher.entropy / self.entropy_scale).clamp(0, 1)
         gate = 1 - (1 - self.gate_floor) * unsure
-        return spread_credit(evidence, gate * (1 + self.mix * (weights - 1)), divergence, clipped=clipped)
+        return spread_credit(evidence, 1 + gate * self.mix * (weights - 1), divergence, clipped=clipped)
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,10 @@ class CREST(CreditAssigner):
 
     A (1 + lambda_t (w - 1)) with w = clip(exp(sign(A) (log p_T - log p_S) / tau), 1 - e, 1 + e), and
     lambda_t = min(lambda m_t, lambda) where sign(A) (log p_T - log p_S) > 0 (teacher and reward agree), 0 elsewhere.
-    m_t = 1 + rho (2 sigmoid(z_t) - 1), z_t the z-score of the surprisal -log p_S within the rollout: tokens that the
-    policy was sure of count less. Weights lie in [1, 1 + lambda e]; defaults are the paper's. Its other part, an
-    advantage for each turn, belongs to the group baseline.
+    m_t = 1 + rho (2 sigmoid(z_t) - 1), z_t the z-score of the surprisal -log p_S within the rollout, whatever the sign
+    of A (0 where surprisals differ by rounding alone): tokens that the policy was sure of count less. Weights lie in
+    [1, 1 + lambda e]; defaults are the paper's. Its other part, an advantage for each turn, belongs to the group
+    baseline.
 
     Args:
         mix: lambda, the largest share of the weighting.
@@ -130,19 +136,23 @@ class CREST(CreditAssigner):
             direction_gate=True,  # a weight above 1 is agreement; elsewhere it is 1, as under a share of 0
         )
         clipped = weights == 1 + self.clip
-        surprise = gear.scale_signal(-evidence.policy.logprobs, mask, "zscore").sigmoid()
+        noise = evidence.noise.log_ratio
+        surprise = gear.scale_signal(-evidence.policy.logprobs, mask, "zscore", noise=noise).sigmoid()
         share = self.mix * (1 + self.gate_slope * (2 * surprise - 1)).clamp(0, 1)
         return spread_credit(evidence, 1 + share * (weights - 1), divergence, clipped=clipped)
 
 
 @dataclass(frozen=True)
 class GTPO(CreditAssigner):
-    """Credit to uncertain tokens of good rollouts, blame to confident tokens of bad ones (GTPO, arXiv 2508.04349).
+    """Credit to uncertain tokens of good rollouts, blame to confident tokens of bad ones (in the style of GTPO, arXiv
+    2508.04349).
 
     A (a1 + a2 x_t) / (a1 + a2) with x_t = H_t / mean H where A > 0, and (1/H_t) / mean (1/H) where A < 0; H is the
-    policy's entropy and the mean is over the rollout's tokens with that sign, so that the mean weight is 1. This is the
-    simpler form, rollout by rollout: the paper compares the tokens of all rollouts of a group at one position, which
-    would need the whole group in one micro-batch, and scales by a separate normalisation of good and bad tokens.
+    policy's entropy and the mean is over the rollout's tokens with that sign, so that the mean weight is 1.
+
+    Lacks, compared with its paper: the group. The paper compares the tokens of all rollouts of a group at one position
+    (which would need the whole group in one micro-batch), shapes rewards and normalises good and bad tokens apart; here
+    a token is compared with those of its own rollout, and advantages are shaped.
 
     Runs no teacher.
 
@@ -155,6 +165,8 @@ class GTPO(CreditAssigner):
     Raises:
         UserError: values out of range.
     """
+
+    lacks = "the comparison with the group's tokens at one position, and the shaping of rewards"
 
     alpha1: float = 1.0
     alpha2: float = 0.1
@@ -182,10 +194,15 @@ class GTPO(CreditAssigner):
 class SCGRPO(CreditAssigner):
     """Weight D / (D + c) with D = KL(teacher || policy), for both signs of the advantage (SC-GRPO, arXiv 2606.18810).
 
-    c is the rollout's 75th percentile of D, at least 1e-4; the authors take it over the micro-batch, which would make
-    the gradient depend on the micro-batch size. Rollouts of a group with exactly one that solved the task have weight
-    1, as the authors route them; where all solved it, group baselines leave no advantage to weigh. Their
-    pseudo-advantage for groups without a solved rollout is left out: it needs a teacher pass before the batch is made.
+    c is the 75th percentile of D over the rollout's tokens of one sign of advantage, at least 1e-4; the authors take it
+    over the micro-batch, which would make the gradient depend on the micro-batch size. Rollouts of a group with exactly
+    one that solved the task have weight 1, as the authors route them; where all solved it, group baselines leave no
+    advantage to weigh. Their pseudo-advantage for groups without a solved rollout is left out: it needs a teacher pass
+    before the batch is made.
+
+    D / (D + c) has no size: it would lower the weights of a rollout to about 0.4 on average where the teacher says
+    nothing, and so the learning rate. Ours: as the 75th percentile of D falls to the noise of rounding (at least 1e-4),
+    all weights go to 1, by `gear_lightning.gear.above_noise`.
 
     Args:
         top_k_tokens: the policy's most likely tokens on which D is taken, plus a tail bucket.
@@ -214,6 +231,11 @@ class SCGRPO(CreditAssigner):
             divergence = evidence.divergence
         else:
             divergence = gear.distribution_divergence(*top_of(evidence, self), "forward_kl")
-        weights = gear.scale_signal(divergence, evidence.action_mask, "saturate")
+        mask, base = evidence.action_mask, evidence.base_advantages
+        weights = gear.scale_signal(divergence, mask, "saturate", advantages=base)
+        noise = max(evidence.noise.divergence, gear.SATURATE_FLOOR)
+        for part in gear.one_sign(base, mask):
+            kept = gear.above_noise(gear.masked_quantile(divergence, part, 0.75), noise)
+            weights = torch.where(part, 1 + kept * (weights - 1), weights)
         weights = torch.where(evidence.solved[:, None] == 1, 1, weights)
         return spread_credit(evidence, weights, divergence)

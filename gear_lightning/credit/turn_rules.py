@@ -34,12 +34,15 @@ def turn_sums(values: Float[Tensor, "batch seq"], starts: Int[Tensor, "batch seq
 class TurnSight(CreditAssigner):
     """Turns that the teacher finds likelier than the rollout's others get more credit (TurnSight, arXiv 2608.04007).
 
-    A ((1 - l) + l w) with w = 1 + e tanh(sign(A) z): z is the z-score of a turn's mean log p_T - log p_S. The paper
-    takes it over the turns of the prompt's group; here over the turns of the rollout, since a rule sees one rollout at
-    a time. So a rollout of one turn keeps weight 1, and any gap between turns, however small, spreads to z of about 1.
+    A ((1 - l) + l w) with w = 1 + e tanh(sign(A) z): z is the z-score of a turn's mean log p_T - log p_S. Defaults are
+    the paper's.
 
-    The paper's teacher looks ahead: it also sees the tool results of the next one to three turns, each in a view of its
-    own. Here it is shown what ``model.teacher`` says, in one view. Defaults are the paper's.
+    Lacks, compared with its paper: the group and the look-ahead. The paper compares a turn with all turns of the
+    prompt's group; here z is over the turns of the rollout whose advantages have the same sign, since a rule sees one
+    rollout at a time. So a turn without another one to compare has weight 1, and with two z is always 1 and -1, where
+    their gap stands above rounding (`gear_lightning.gear.above_noise`; the noise of a mean of n tokens is taken as that
+    of a token by the root of n). The paper's teacher also sees the tool results of the next one to three turns, each in
+    a view of its own; here it is shown what ``model.teacher`` says, in one view.
 
     Args:
         mix: l, share of the weighting; the rest is uniform.
@@ -48,6 +51,8 @@ class TurnSight(CreditAssigner):
     Raises:
         UserError: values out of range.
     """
+
+    lacks = "the comparison with the group's turns, and the teacher's look at tool results to come"
 
     mix: float = 0.5
     strength: float = 0.5
@@ -64,10 +69,12 @@ class TurnSight(CreditAssigner):
     def __call__(self, evidence: Evidence) -> Credit:
         divergence = evidence.policy.logprobs - teacher_of(evidence, self).logprobs
         starts = turn_starts(evidence.action_mask, evidence.turn_ids)
+        base = evidence.base_advantages
         gap = gear.segment_signal(-divergence, starts, "mean")
         first = starts == torch.arange(starts.shape[-1], device=starts.device)  # each turn counts once
-        z = gear.scale_signal(gap, first, "zscore")
-        weights = 1 + self.mix * self.strength * torch.tanh(evidence.base_advantages.sign() * z)
+        noise = evidence.noise.log_ratio / gear.segment_lengths(starts).sqrt()
+        z = gear.scale_signal(gap, first, "zscore", advantages=base, noise=noise).gather(-1, starts.clamp_min(0))
+        weights = 1 + self.mix * self.strength * torch.tanh(base.sign() * z)
         return spread_credit(evidence, weights, divergence, starts)
 
 
@@ -77,7 +84,8 @@ class PBSD(CreditAssigner):
 
     A (1 + sign(A) clip(tanh(s / delta), -c, c)) with s = log p_T - log p_S of the turn, that is, summed over its
     tokens: by Bayes' rule how much likelier the turn makes the answer that the teacher was shown. The values of delta
-    and c are ours.
+    and c are ours. So is this: rounding adds up over a turn, and s is multiplied by `gear_lightning.gear.above_noise`
+    of its own size, the noise of a sum of n tokens taken as that of a token times the root of n.
 
     Args:
         delta: nats of evidence at which the weight begins to level off.
@@ -99,6 +107,8 @@ class PBSD(CreditAssigner):
     def __call__(self, evidence: Evidence) -> Credit:
         divergence = evidence.policy.logprobs - teacher_of(evidence, self).logprobs
         starts = turn_starts(evidence.action_mask, evidence.turn_ids)
-        signal = torch.tanh(turn_sums(-divergence, starts) / self.delta)
+        total = turn_sums(-divergence, starts)
+        kept = gear.above_noise(total.abs(), evidence.noise.log_ratio * gear.segment_lengths(starts).sqrt())
+        signal = torch.tanh(total * kept / self.delta)
         weights = 1 + evidence.base_advantages.sign() * signal.clamp(-self.clip, self.clip)
         return spread_credit(evidence, weights, divergence, starts, signal.abs() >= self.clip)

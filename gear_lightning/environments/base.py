@@ -56,13 +56,23 @@ class TaskSource(ABC):
     def __getitem__(self, index: int) -> Task:
         """The task at ``index`` (0-based; below ``size`` where there is one)."""
 
+    @property
+    def fingerprint(self) -> str | None:
+        """A text that differs where any of the tasks does, so that a check of them can be remembered; None: unknown."""
+        return None
+
+    def longest(self, count: int) -> Sequence[int]:
+        """Indices of the tasks whose prompts are likely to be the longest, at most ``count``; empty: unknown."""
+        return ()
+
 
 @dataclass
 class Step:
     """What an environment answers to one assistant message.
 
     Attributes:
-        messages: what the policy sees next (tool results, a user turn). May be empty when ``done``.
+        messages: what the policy sees next (tool results, a user turn). May be empty when ``done``; what the policy
+            will not see, because this was its last turn, costs nothing where it cannot be used.
         reward: added to the rollout's reward. Must be a finite number.
         done: the episode is over.
         truncated: the episode was cut short by the environment's own budget.
@@ -86,8 +96,10 @@ class Environment(ABC):
     """One episode of one task. Single use: the agent loop makes one instance per rollout.
 
     ``step`` receives the parsed assistant message: ``content`` (str) and, where the policy called tools, ``tool_calls``
-    as a list of ``{"type": "function", "function": {"name": str, "arguments": dict}}``. Whatever a method raises ends
-    that rollout alone; it is counted, recorded and left out of the group's advantages.
+    as a list of ``{"type": "function", "function": {"name": str, "arguments": dict}}``. ``content`` is empty where the
+    policy said nothing: score that as any other answer. Whatever ``reset`` or ``step`` raises ends that rollout alone;
+    it is counted, recorded and left out of the group's advantages. What ``close`` raises is counted and recorded.
+    Methods are plain functions: ``async`` ones are refused before training.
 
     Attributes:
         tells_decisions: whether its steps say which decisions were right (``Step.info``).

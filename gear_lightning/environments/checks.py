@@ -1,15 +1,54 @@
 """Looks at what environments answer, so that nonsense costs one rollout and is told where it arose."""
 
+import functools
+import inspect
 import json
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-from .base import FloodError, Message, RewardError, Step
+from ..errors import UserError
+from .base import EnvironmentFailure, FloodError, Message, RewardError, Step
 
 MAX_REWARD = 1e15  # its square, in a variance, must fit into float32
 MAX_PARTS = 10_000  # bytes of the names of a reward's parts
 MAX_ERROR = 2000  # characters of an error's text that are kept
+
+
+def refuse_async(function: Any, what: str) -> None:
+    """Refuse a function whose result is not what it returns: nothing here awaits or iterates over it.
+
+    Args:
+        function: a function, a method, a partial of one, or an object with ``__call__``.
+        what: what it is for, for the error.
+
+    Raises:
+        UserError: it is ``async``, or yields.
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    call = function if inspect.isroutine(function) else type(function).__call__
+    if inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call):
+        raise UserError(
+            f"{what} is async, and nothing awaits it: make it a plain function (asyncio.run in it runs async code)"
+        )
+    if inspect.isgeneratorfunction(call):
+        raise UserError(f"{what} yields, and nothing iterates over it: make it return its result")
+
+
+def refuse_async_methods(environment: Any) -> None:
+    """Refuse an environment with a method that is ``async`` or yields.
+
+    Raises:
+        UserError: names the method.
+    """
+    if inspect.iscoroutine(environment):
+        environment.close()
+        raise UserError("generation.environment is an async function; give a class, or a plain function that makes one")
+    for name in ("check", "reset", "step", "close", "call"):
+        if (method := getattr(environment, name, None)) is not None:
+            refuse_async(method, f"{type(environment).__name__}.{name}")
 
 
 def checked_messages(messages: Any, what: str, room: int) -> list[Message]:
@@ -63,15 +102,33 @@ def text_bytes(value: Any, room: int) -> int:
     return total
 
 
-def checked_step(step: Any, room: int) -> Step:
-    """A step of an environment as plain data; ``info`` keeps what `Step` names.
+@dataclass
+class CheckedStep(Step):
+    """A step as plain data; ``info`` holds ``reward_parts``, ``decisions`` and what else of `Step` was given.
+
+    Attributes:
+        problem: why something that the step gave beside its score was left out; None: nothing was.
+        broken: how a rollout ends that needs the messages, where it is they that were left out; else None.
+    """
+
+    problem: str | None = None
+    broken: Literal["environment_error", "environment_flood"] | None = None
+
+
+def checked_step(step: Any, room: int) -> CheckedStep:
+    """A step of an environment as plain data. What it gives beside its score is left out where it cannot be used.
+
+    Args:
+        step: what the environment gave.
+        room: bytes that its messages may have (`text_bytes`).
 
     Raises:
         RewardError: not a Step; the reward or a part of it is not a finite number below `MAX_REWARD`.
-        TypeError: messages that are none; a state, feedback or decisions of another kind than `Step` says.
-        ValueError: as `checked_messages`; an array in place of a truth value.
-        FloodError: as `checked_messages`.
+        TypeError: ``success`` is not a truth value.
+        ValueError: ``done`` or ``truncated`` is an array.
     """
+    if inspect.isawaitable(step):
+        raise RewardError(f"step gave a {type(step).__name__}: it is async, and nothing awaits it")
     if not isinstance(step, Step):
         raise RewardError(f"step gave {type(step).__name__} in place of a Step")
     info = step.info if isinstance(step.info, dict) else {}
@@ -85,10 +142,22 @@ def checked_step(step: Any, room: int) -> Step:
     if not isinstance(found := info.get("success", False), bool | np.bool_):
         raise TypeError(f"step gave success {as_text(found)} in place of true or false")
     told: dict[str, Any] = {"success": bool(found)} if "success" in info else {}
-    messages = checked_messages(step.messages, "step", room)
-    told |= {name: _text(info[name], name, room) for name in ("state", "feedback") if info.get(name) is not None}
-    told["decisions"] = _decisions(info.get("decisions") or [], room)
-    return Step(messages, reward, bool(step.done), bool(step.truncated), {**told, "reward_parts": parts})
+    told |= {"reward_parts": parts, "decisions": []}
+    out = CheckedStep([], reward, bool(step.done), bool(step.truncated), told)
+    if isinstance(step, CheckedStep):  # of another process
+        out.problem, out.broken = step.problem, step.broken
+    try:
+        out.messages = checked_messages(step.messages, "step", room)
+    except Exception as error:
+        out.problem = as_failure(error)
+        out.broken = "environment_flood" if isinstance(error, FloodError) else "environment_error"
+    for name, check in (("state", _text), ("feedback", _text), ("decisions", _decisions)):
+        try:
+            if info.get(name) is not None:
+                told[name] = check(info[name], name, room)
+        except Exception as error:
+            out.problem = out.problem or as_failure(error)
+    return out
 
 
 def _text(value: Any, name: str, room: int) -> str:
@@ -99,9 +168,9 @@ def _text(value: Any, name: str, room: int) -> str:
     return value
 
 
-def _decisions(value: Any, room: int) -> list[dict[str, Any]]:
+def _decisions(value: Any, name: str, room: int) -> list[dict[str, Any]]:
     if not isinstance(value, list) or text_bytes(value, room) > room:
-        raise TypeError(f"step gave decisions {as_text(value)} in place of a list that fits into the budget")
+        raise TypeError(f"step gave {name} {as_text(value)} in place of a list that fits into the budget")
     for one in value:
         right = isinstance(one, dict) and isinstance(one.get("text"), str) and isinstance(one.get("right"), bool)
         if not right or not one["text"] or type(one.get("occurrence", -1)) is not int:
@@ -121,3 +190,9 @@ def as_text(value: Any) -> str:
         return str(value)[:MAX_ERROR] if isinstance(value, BaseException) else repr(value)[:80]
     except BaseException:
         return "(its text cannot be made)"
+
+
+def as_failure(error: BaseException) -> str:
+    """An error's text with its kind before it, where the text does not say all."""
+    text = as_text(error)
+    return text if isinstance(error, EnvironmentFailure | RewardError) else f"{type(error).__name__}: {text}"

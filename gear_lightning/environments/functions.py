@@ -1,12 +1,13 @@
 """Python functions as tools."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import UserError
 from ..rewards import Reward, import_function
 from .base import Task
+from .checks import refuse_async
 from .tools import ToolEnvironment, ToolError, unknown_tool
 
 MAX_RESULT = 10_000  # characters of a tool's answer that the policy sees
@@ -23,6 +24,7 @@ def tool_schemas(tools: Sequence[str]) -> list[dict[str, Any]]:
     schemas = []
     for path in tools:
         function = import_function(path, "tool")
+        refuse_async(function, f"tool {path!r}")
         try:
             schemas.append(get_json_schema(function))
         except Exception as error:
@@ -50,6 +52,7 @@ class FunctionTools(ToolEnvironment):
         self.functions: dict[str, Callable[..., Any]] = {}
         for path in tools:
             function = import_function(path, "tool")
+            refuse_async(function, f"tool {path!r}")
             name = getattr(function, "__name__", path.rpartition(".")[2])
             if name in self.functions:
                 raise UserError(f"tool {path!r}: another tool is called {name!r} already; rename one")
@@ -70,4 +73,7 @@ class FunctionTools(ToolEnvironment):
             inspect.signature(function).bind(**arguments)
         except TypeError as error:
             raise ToolError(f"{name}: {error}") from None
-        return str(function(**arguments))[:MAX_RESULT]
+        result = function(**arguments)
+        if isinstance(result, Awaitable | AsyncIterable | Iterator):
+            raise TypeError(f"the tool {name!r} gave a {type(result).__name__}, and nothing awaits or iterates over it")
+        return str(result)[:MAX_RESULT]

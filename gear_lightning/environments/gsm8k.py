@@ -5,16 +5,18 @@ The package holds a sample of the data set under its MIT licence; ``path`` takes
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.resources import files
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import UserError
+from ..identity import file_digest
 from ..rewards import last_number
+from . import lines
 from .arithmetic import CalculatorError, calculate
 from .base import Demonstration, Demonstrations, Message, Task, TaskSource, tool_call, tool_result
 from .calculator import CALCULATOR
-from .jsonl import read_lines
+from .lines import IndexedLines, index_lines
 
 INSTRUCTION = (
     "Solve the problem step by step. Use the calculator for every calculation. "
@@ -23,25 +25,45 @@ INSTRUCTION = (
 _MARK = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 
 
-def load(path: str | None, split: str, min_marks: int, max_marks: int | None) -> list[tuple[str, str, str]]:
-    """(id, question, worked solution) of a GSM8K file with so many calculator marks each.
+Problem = tuple[str, str, str]  # id, question, worked solution
+
+
+def load(path: str | None, split: str, min_marks: int, max_marks: int | None) -> IndexedLines:
+    """The problems of a GSM8K file with so many calculator marks each; `problem` reads one.
 
     Raises:
         UserError: a file or line that cannot be read, or none that fits.
     """
     source = path or str(files("gear_lightning").joinpath(f"assets/gsm8k/{split}.jsonl"))
-    found = []
-    for number, line in read_lines(source):
-        question, answer = line.get("question"), line.get("answer")
-        solution, _, final = answer.rpartition("####") if isinstance(answer, str) else ("", "", "")
-        if not (isinstance(question, str) and isinstance(answer, str) and solution and last_number(final) is not None):
-            raise UserError(f"{source}:{number}: expected question and answer, with #### before the final number")
+
+    def look(number: int, line: dict[str, Any]) -> str | None:
+        name, _, answer = _problem(split, number, line, f"{source}:{number}")
         marks = len(_MARK.findall(answer))
-        if min_marks <= marks and (max_marks is None or marks <= max_marks):
-            found.append((f"gsm8k-{split}-{line.get('number', number)}", question, answer))
-    if not found:
+        return name if min_marks <= marks and (max_marks is None or marks <= max_marks) else None
+
+    key = repr([split, min_marks, max_marks, file_digest(__file__), file_digest(lines.__file__)])
+    found = index_lines(source, key, look, {})
+    if not len(found):
         raise UserError(f"{source}: no problem has between {min_marks} and {max_marks} calculator marks")
     return found
+
+
+def _problem(split: str, number: int, line: dict[str, Any], where: str) -> Problem:
+    question, answer = line.get("question"), line.get("answer")
+    solution, _, final = answer.rpartition("####") if isinstance(answer, str) else ("", "", "")
+    if not (isinstance(question, str) and isinstance(answer, str) and solution and last_number(final) is not None):
+        raise UserError(f"{where}: expected question and answer, with #### before the final number")
+    return f"gsm8k-{split}-{line.get('number', number)}", question, answer
+
+
+def problem(found: IndexedLines, index: int, split: str) -> Problem:
+    """One problem of a file.
+
+    Raises:
+        UserError: the file was changed since it was indexed.
+    """
+    number, line = found[index]
+    return _problem(split, number, line, f"{found.path}:{number}")
 
 
 def _task(name: str, question: str, answer: str, instruction: str, calculator: bool) -> Task:
@@ -72,16 +94,25 @@ class GSM8KTasks(TaskSource):
     instruction: str = INSTRUCTION
 
     def __post_init__(self):
-        problems = load(self.path, self.split, self.min_marks, self.max_marks)
-        object.__setattr__(self, "_problems", problems)
+        object.__setattr__(self, "_lines", load(self.path, self.split, self.min_marks, self.max_marks))
+
+    def __reduce__(self):
+        return type(self), tuple(getattr(self, f.name) for f in fields(self))
 
     @property
     def size(self) -> int:
-        return len(self._problems)  # type: ignore[attr-defined]
+        return len(self._lines)  # type: ignore[attr-defined]
 
     def __getitem__(self, index: int) -> Task:
-        name, question, answer = self._problems[index]  # type: ignore[attr-defined]
+        name, question, answer = problem(self._lines, index, self.split)  # type: ignore[attr-defined]
         return _task(name, question, answer, self.instruction, self.calculator)
+
+    @property
+    def fingerprint(self) -> str:
+        return repr([self._lines.digest, self])  # type: ignore[attr-defined]
+
+    def longest(self, count: int) -> list[int]:
+        return self._lines.longest(count, self.size)  # type: ignore[attr-defined]
 
 
 def transcript(answer: str) -> list[Message] | None:
@@ -131,16 +162,21 @@ class GSM8KDemonstrations(Demonstrations):
         if not 0 <= self.privileged_fraction <= 1:
             raise UserError(f"privileged_fraction={self.privileged_fraction} must lie in [0, 1]")
         problems = load(self.path, "train", self.min_marks, self.max_marks)
-        usable = [(problem, messages) for problem in problems if (messages := transcript(problem[2])) is not None]
+        usable = [i for i in range(len(problems)) if transcript(problem(problems, i, "train")[2]) is not None]
         if not usable:
             raise UserError("none of these problems has calculator marks that the calculator agrees with")
+        object.__setattr__(self, "_problems", problems)
         object.__setattr__(self, "_usable", usable)
+
+    def __reduce__(self):
+        return type(self), tuple(getattr(self, f.name) for f in fields(self))
 
     def __getitem__(self, index: int) -> Demonstration:
         usable = self._usable  # type: ignore[attr-defined]
         epoch, place = divmod(index, len(usable))
         order = random.Random(f"gsm8k-{self.seed}-{epoch}").sample(range(len(usable)), len(usable))
-        problem, messages = usable[order[place]]
+        name, question, answer = problem(self._problems, usable[order[place]], "train")  # type: ignore[attr-defined]
+        messages = transcript(answer)
+        assert messages is not None
         privileged = random.Random(f"gsm8k-{self.seed}-{index}-view").random() < self.privileged_fraction
-        name, question, answer = problem
         return Demonstration(_task(name, question, answer, self.instruction, True), messages, privileged)

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from . import confine
-from .base import Environment, EnvironmentFailure, FloodError, Message, RewardError, Step, Task, TransientError
+from .base import Environment, EnvironmentFailure, FloodError, Message, RewardError, Task, TransientError
+from .checks import CheckedStep, refuse_async_methods
 from .served import LARGEST, receive, send
 
 Network = Literal["none", "allow"]
@@ -101,6 +102,7 @@ class Isolated(Environment):
             raise
         except Exception as error:
             raise UserError(f"Isolated's environment cannot be made: {type(error).__name__}: {error}") from error
+        refuse_async_methods(inner)
         inner.check(task)
         self.tells_decisions = inner.tells_decisions
         try:
@@ -114,8 +116,8 @@ class Isolated(Environment):
         self._line = self._server().open()
         return self._ask("reset", task, seed)["messages"]
 
-    def step(self, message: Message) -> Step:
-        return Step(**self._ask("step", message))
+    def step(self, message: Message) -> CheckedStep:
+        return CheckedStep(**self._ask("step", message))
 
     def close(self) -> None:
         line, self._line = self._line, None

@@ -7,7 +7,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-DEADLINE = 120  # seconds of one function
+from pace import seconds
+
+DEADLINE = seconds(300)  # of one function
+LAST_WORD = seconds(3)  # of the others, where one has failed
 
 
 class Group:
@@ -41,7 +44,7 @@ class Group:
             pipe.send((function, args))
         results, failed = [], []
         for rank, (_, pipe) in enumerate(self.workers):
-            if not pipe.poll(3 if failed else deadline):  # the others wait for one that failed
+            if not pipe.poll(LAST_WORD if failed else deadline):  # the others wait for one that failed
                 failed.append(f"rank {rank}: not done within {deadline} s")
                 continue
             done, result = pipe.recv()

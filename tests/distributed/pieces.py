@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from laws import Talk
+from pace import seconds
 from tiny import WORDS
 
 from gear_lightning.models import FromScratch
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "tests/distributed/run.yaml"
-DEADLINE = 120  # seconds of one run
+DEADLINE = seconds(300)  # of one run
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from laws import TalkTasks
 from gear_lightning import token_stats
 from gear_lightning.callbacks.first_evaluation import FirstEvaluation
 from gear_lightning.callbacks.generation import GenerationCallback
+from gear_lightning.callbacks.step_recorder import StepRecorder
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.engines import CachedEngine
 from gear_lightning.module import GearModule
@@ -29,16 +30,16 @@ def train(
     ``resume`` is a checkpoint to go on from; with ``whole`` the one at the end can be gone on from, and there are no
     evaluations.
     """
-    only_evaluate = options.pop("only_evaluate", False)
+    only_evaluate, precision = options.pop("only_evaluate", False), options.pop("precision", "32-true")
     environment, callbacks = options.pop("environment", Chatter), options.pop("callbacks", ())
-    precision, lr = options.pop("precision", "32-true"), options.pop("lr", 1e-3)
-    epochs, resume, whole = options.pop("max_epochs", 2), options.pop("resume", None), options.pop("whole", False)
+    lr, resume = options.pop("lr", 1e-3), options.pop("resume", None)
+    epochs, whole = options.pop("max_epochs", 2), options.pop("whole", False)
     torch.manual_seed(0)
     model = GearModule(
         options.pop("policy", Opinions()),
         teacher=TeacherOptions(template=" <ref> {reference}", **options.pop("teacher", {})),
         optimizer=lambda p: torch.optim.AdamW(p, lr=lr),
-        lora=options.pop("lora", None),
+        **options.pop("model", {}),
     )
     data = options.pop("data", RolloutDataModule)(
         TalkTasks(), TalkTasks(seed=1), tasks_per_iteration=4, group_size=2, micro_batch_size=2, val_limit=3,
@@ -50,10 +51,10 @@ def train(
     strategy = name if not isinstance(name, str) else "auto" if name == "one" else make_strategy(name, **options)
     trainer = L.Trainer(
         accelerator="cpu", devices=int(os.environ.get("WORLD_SIZE", "1")), strategy=strategy, default_root_dir=run,
-        callbacks=[generation, *([] if whole else [FirstEvaluation()]), *callbacks], max_epochs=epochs,
-        gradient_clip_val=0.1, precision=precision, limit_val_batches=0 if whole else None,
+        callbacks=[generation, *([] if whole else [FirstEvaluation()]), *callbacks, StepRecorder()], max_epochs=epochs,
+        gradient_clip_val=0.1, limit_val_batches=0 if whole else None,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1,
+        use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1, precision=precision,
     )  # fmt: skip
     if only_evaluate:
         return trainer.validate(model, datamodule=data, verbose=False)

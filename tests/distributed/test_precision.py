@@ -154,7 +154,7 @@ class Types(L.Callback):
 def adapters(run: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
     """One more iteration of adapters, and its checkpoint."""
     types = Types()
-    found = train(run, name, lora=LORA, callbacks=[types], whole=True, **options)
+    found = train(run, name, model={"lora": LORA}, callbacks=[types], whole=True, **options)
     return {"gap": found["metrics"]["train/sampler_gap_max"], **types.found}
 
 

@@ -23,7 +23,7 @@ from gear_lightning.sharding import (
     whole_of,
 )
 from gear_lightning.teacher import Teacher, TeacherOptions
-from gear_lightning.together import gather, together
+from gear_lightning.together import gather, gather_on_first, together
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_parts_give_the_whole_and_the_whole_its_parts(pair, kind, tied):
 
 
 def test_replicas_of_parts_give_the_whole(four):
-    held = four.run(round_trip, "hybrid", True, deadline=120)
+    held = four.run(round_trip, "hybrid", True)
     assert sum(held) == 2 * state_bytes(llama()), "each of the two replicas holds everything once"
 
 
@@ -143,7 +143,7 @@ def test_a_fingerprint_does_not_depend_on_the_spread_and_sees_the_last_bit(pair,
 
 
 def test_a_fingerprint_does_not_depend_on_replicas(four):
-    found = four.run(prints, "hybrid", deadline=120)
+    found = four.run(prints, "hybrid")
     assert all(mine["whole"] == mine["spread"] == found[0]["whole"] for mine in found)
 
 
@@ -265,6 +265,33 @@ def test_the_average_of_parts_is_that_of_the_whole(pair, kind, low, park):
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
+
+
+class ReadOnFirst:
+    """Cannot be unpickled on another rank than 0."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def __reduce__(self) -> Any:
+        return _read_on_first, (self.rank,)
+
+
+def _read_on_first(rank: int) -> ReadOnFirst:
+    assert torch.distributed.get_rank() == 0, f"rank {torch.distributed.get_rank()} read what rank {rank} has"
+    return ReadOnFirst(rank)
+
+
+def gathered_on_first() -> Any:
+    connect("ddp")
+    rank = torch.distributed.get_rank()
+    found = gather_on_first((ReadOnFirst(rank), torch.arange(rank + 1)))
+    return found and [(read.rank, values.tolist(), str(values.device)) for read, values in found]
+
+
+def test_what_rank_zero_writes_is_read_by_rank_zero_alone(four):
+    expected = [(rank, list(range(rank + 1)), "cpu") for rank in range(4)]
+    assert four.run(gathered_on_first) == [expected, None, None, None]
 
 
 def all_or_none(failing: list[int], kind: str) -> str:

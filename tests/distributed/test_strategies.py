@@ -4,7 +4,6 @@ import csv
 import os
 import shutil
 import signal
-import time
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +21,15 @@ from distributed.pieces import (
     start,
     strategy,
 )
+from pace import until
 
 from gear_lightning import parity
 from gear_lightning.export import export_command
+from gear_lightning.parity_compare import compare, read_rollouts
 
 SPREAD = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 STRATEGIES = [*SPREAD, "zero3_offload"]
-TOLERANCE = 1e-5  # as a share of the largest value
+TOLERANCE = 1e-3  # of averages of gradients, as a share of the largest: rounding is 1e-6, and what is wrong shows whole
 ITERATIONS, STOP = 5, 2
 RESUMED = [  # under which strategy the first iterations were done -> under which the others
     *((name, name) for name in SPREAD),
@@ -120,7 +121,7 @@ def assert_same(one, other, where: str = "") -> None:
 
 def test_the_reference_is_worth_comparing_with(runs):
     """Turns of very different lengths, gradients that are clipped, many micro-batches, credit that weighs."""
-    rollouts = parity.read_rollouts(runs["one"])
+    rollouts = read_rollouts(runs["one"])
     lengths = [int(tensors["action_mask"].sum()) for tensors in rollouts.values() if tensors]
     assert len(rollouts) == ITERATIONS * 16
     assert min(lengths) < 10 < 40 < max(lengths)
@@ -133,15 +134,16 @@ def test_the_reference_is_worth_comparing_with(runs):
     )
     for whose in ("policy.", "teacher."):
         moved = [share(v, end[n]) for n, v in start.items() if n.startswith(whose) and v.is_floating_point()]
-        assert min(moved) > 10 * TOLERANCE, "nothing was learned"
+        assert min(moved) > 1e-4, "nothing was learned"
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_trains_as_one_process_does(runs, name):
-    found = parity.compare(runs["one"], runs[name])
-    assert found.same_ids
-    assert {"policy", "teacher", "divergence", "weights", "train/loss", "train/grad_norm"} < found.worst.keys()
-    assert found.within(TOLERANCE), found.worst
+    found = compare(runs["one"], runs[name])
+    assert found.verdict == "equal", found
+    assert found.steps == ITERATIONS
+    assert {"gradient", "norm", "update", "teacher", "divergence", "weights", "train/loss"} < found.worst.keys()
+    assert max(found.worst.values()) < 1e-3, found.worst
     assert sorted({rank for _, rank, _ in records(runs[name])}) == [0, 1], "one process had all the rollouts"
 
 
@@ -158,6 +160,18 @@ def test_means_over_uneven_ranks_are_those_of_one_process(runs, name):
         assert other == pytest.approx(one, rel=1e-4, abs=1e-6), metric
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_size_of_rounding_is_one_number_on_all_ranks_and_in_all_iterations(runs, name):
+    from gear_lightning.records import read_records
+    from gear_lightning.recredit import recorded_noise
+
+    found = {recorded_noise(record) for record in read_records(runs[name])}
+    assert len(found) == 1
+    (one,) = {recorded_noise(record) for record in read_records(runs["one"])}
+    assert 0.2 < found.pop().log_ratio / one.log_ratio < 5
+    assert 0 < one.log_ratio < 1e-4
+
+
 def records(run: Path):
     from gear_lightning.records import record_files
 
@@ -166,8 +180,8 @@ def records(run: Path):
 
 @pytest.mark.parametrize("pair", RESUMED, ids="-".join)
 def test_a_run_goes_on_under_the_same_and_under_another_strategy(runs, resumed, pair):
-    found = parity.compare(runs["one"], resumed[pair])
-    assert found.within(TOLERANCE), found
+    found = compare(runs["one"], resumed[pair])
+    assert found.verdict == "equal", found
     assert column(resumed[pair], "step") == [1, 2, 3, 4, 5]
 
 
@@ -192,7 +206,10 @@ def test_a_checkpoint_exports_to_the_same_model_directory(runs, tmp_path, name):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
     for file in files - {"model.safetensors"}:
         assert (one / file).read_bytes() == (other / file).read_bytes(), file
-    assert_same(load_file(one / "model.safetensors"), load_file(other / "model.safetensors"))
+    kept = checkpoint(runs[name])["state_dict"]
+    for key, value in load_file(other / "model.safetensors").items():
+        assert torch.equal(value, kept[f"policy.{key}"]), key
+    assert load_file(one / "model.safetensors").keys() == load_file(other / "model.safetensors").keys()
 
 
 def test_a_checkpoint_of_a_sharded_run_is_one_of_a_single_process(runs):
@@ -209,18 +226,19 @@ def test_a_killed_run_goes_on(runs, folder):
     run = folder / "killed"
     command = fit_command(run, *strategy("zero3"), "--ckpt_path=last", python=PYTHON)
     process = start(command, run / "log.txt")
-    end = time.monotonic() + DEADLINE
-    while not (run / "metrics.csv").exists() or len(column(run, "step")) < STOP:
+
+    def far_enough() -> bool:
         assert process.poll() is None, (run / "log.txt").read_text()[-3000:]
-        assert time.monotonic() < end
-        time.sleep(0.005)
+        return (run / "metrics.csv").exists() and len(column(run, "step")) >= STOP
+
+    until(far_enough, "iterations before the kill", pause=0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     done = len(column(run, "step"))
     assert done < ITERATIONS, "it was over before it was killed"
     assert finish(start(command, run / "log.txt"), run / "log.txt") == 0
-    found = parity.compare(runs["one"], run)
-    assert found.within(TOLERANCE), found
+    found = compare(runs["one"], run)
+    assert found.verdict == "equal", found
     assert column(run, "step") == [1, 2, 3, 4, 5]
 
 
@@ -228,4 +246,4 @@ def test_one_strategy_on_one_process_is_the_run_without(runs, folder):
     """FSDP2 on a single device, as on a single GPU."""
     run = folder / "alone"
     fit(run, *strategy("fsdp", processes=1))
-    assert parity.compare(runs["one"], run).within(TOLERANCE)
+    assert compare(runs["one"], run).verdict == "equal"

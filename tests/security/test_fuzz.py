@@ -10,6 +10,7 @@ import torch
 from cases import JSON, PIECES, cases, hostile, soon
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pace import seconds
 from scripted import answered
 from templates import CHATML, HERMES, byte_tokenizer
 from test_credit_page import fake_rollout, fake_tensors
@@ -81,7 +82,7 @@ def shout(text: str) -> str:
 
 def play(*turns: str, **budgets: int):
     task = Task("t", [{"role": "user", "content": "6 * 7?"}], (CALCULATOR,), meta={"answer": "42"})
-    limits = Budgets(**{"turns": 3, "tokens": 4000, "context": 12_000, "step_seconds": 20, **budgets})
+    limits = Budgets(**{"turns": 3, "tokens": 4000, "context": 12_000, "step_seconds": seconds(30), **budgets})
     for environment in (
         lambda: Calculator("number"),
         lambda: FunctionTools([f"{shout.__module__}.shout"], "contains"),

@@ -9,13 +9,16 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from pace import seconds, until
 
 PACKAGES = ("slurm-wlm", "slurm-client", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol", "unshare")
+DEADLINE = seconds(60)  # of one command
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL")
 CONF = """\
 ClusterName=ci
@@ -63,9 +66,9 @@ def install() -> str | None:
         return f"{', '.join(missing)} missing, and there is no apt-get"
     if missing:
         quiet = {"env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, "capture_output": True, "text": True}
-        subprocess.run(["apt-get", "update"], timeout=120, check=False, **quiet)
+        subprocess.run(["apt-get", "update"], timeout=seconds(300), check=False, **quiet)
         command = ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]
-        done = subprocess.run(command, timeout=300, check=False, **quiet)
+        done = subprocess.run(command, timeout=seconds(600), check=False, **quiet)
         if done.returncode:
             return f"apt-get install {' '.join(PACKAGES)} failed: {done.stderr.strip()[-300:]}"
     probe = subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True, text=True, check=False)
@@ -118,10 +121,11 @@ class Cluster:
         run("slurmctld")
         for name in self.names:
             self.start_node(name)
-        end = time.monotonic() + 30
-        while run("sinfo", "-h", "-N", "-o", "%T").split() != ["idle"] * self.nodes:
-            assert time.monotonic() < end, f"the cluster did not come up:\n{self.logs()}"
-            time.sleep(0.1)
+        up = partial(run, "sinfo", "-h", "-N", "-o", "%T")
+        try:
+            until(lambda: up().split() == ["idle"] * self.nodes, "all nodes idle", pause=0.1)
+        except AssertionError as error:
+            raise AssertionError(f"the cluster did not come up:\n{self.logs()}") from error
 
     def start_node(self, name: str) -> None:
         """Start a node's daemon inside of namespaces of its own."""
@@ -135,9 +139,8 @@ class Cluster:
         with suppress(AssertionError):
             run("scancel", "--user=root", "--signal=KILL", "--full")
             run("scancel", "--user=root")
-        end = time.monotonic() + 15
-        while run("squeue", "-h", check=False) and time.monotonic() < end:
-            time.sleep(0.2)
+        with suppress(AssertionError):
+            until(lambda: not run("squeue", "-h", check=False), "the end of all jobs", limit=15, pause=0.2)
         for path in sorted((self.folder / "run").glob("*.pid"), key=lambda p: p.name == "munged.pid"):
             with suppress(OSError, ValueError):
                 end_process(int(path.read_text()))
@@ -151,7 +154,7 @@ class Cluster:
         return "\n".join(found)
 
 
-def run(*command: str, check: bool = True, deadline: float = 30) -> str:
+def run(*command: str, check: bool = True, deadline: float = DEADLINE) -> str:
     """Output of a command; fails with what it said."""
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=deadline, check=False, stdin=subprocess.DEVNULL
@@ -184,8 +187,5 @@ def end_process(pid: int) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.kill(pid, number)
-        end = time.monotonic() + 5
-        while alive(pid):
-            if time.monotonic() > end:
-                break
-            time.sleep(0.05)
+        with suppress(AssertionError):
+            until(lambda: not alive(pid), "the end of a process", limit=5)

@@ -8,12 +8,12 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pace import until
 from slurm.cluster import OVER, run
 
 from gear_lightning.slurm import slurm_command
 
 RECIPE = "tests/distributed/run.yaml"
-DEADLINE = 120  # seconds of anything that a test waits for
 
 
 @dataclass
@@ -66,33 +66,39 @@ class Sent:
             f"-- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(folder.glob("*[0-9].*"))
         )
 
-    def until(self, what: Callable[[], bool], why: str, deadline: float = DEADLINE, pause: float = 0.05) -> float:
-        """Wait for something. Returns the seconds that it took; fails past the deadline, or where the job has ended."""
+    def until(self, what: Callable[[], bool], why: str, pause: float = 0.05) -> float:
+        """Wait for something; fails past the deadline, or where the job has ended. Returns the seconds that it took."""
         begun = asked = time.monotonic()
-        while not what():
-            now = time.monotonic()
-            assert now - begun < deadline, f"no {why} within {deadline} s ({self.state}):\n{self.output()}"
-            if now - asked > 1:
-                asked, state = now, self.state
+
+        def done() -> bool:
+            nonlocal asked
+            if what():
+                return True
+            if time.monotonic() - asked > 1:
+                asked, state = time.monotonic(), self.state
                 assert state not in OVER or what(), f"{state} before {why}:\n{self.output()}"
-            time.sleep(pause)
+            return False
+
+        try:
+            until(done, why, limit=300, pause=pause)
+        except AssertionError as error:
+            raise AssertionError(f"no {why} ({self.state}):\n{self.output()}") from error
         return time.monotonic() - begun
 
     def has_rows(self, count: int) -> None:
         """Wait until it has trained for so many rows of its metrics."""
         self.until(lambda: self.rows() >= count, f"{count} rows")
 
-    def end(self, deadline: float = DEADLINE) -> str:
+    def end(self) -> str:
         """Wait for the end, and return its state."""
-        begun = time.monotonic()
-        while (state := self.state) not in OVER:
-            assert time.monotonic() - begun < deadline, f"{state} after {deadline} s:\n{self.output()}"
-            time.sleep(0.2)
-        return state
+        try:
+            return until(lambda: self.state if self.state in OVER else "", "an end", limit=300, pause=0.2)
+        except AssertionError as error:
+            raise AssertionError(f"{self.state} still:\n{self.output()}") from error
 
-    def succeeds(self, deadline: float = DEADLINE) -> None:
+    def succeeds(self) -> None:
         """Wait for the end, which must be a good one."""
-        state = self.end(deadline)
+        state = self.end()
         assert state == "COMPLETED", f"{state} ({self.show()['ExitCode']}):\n{self.output()}"
 
     @property

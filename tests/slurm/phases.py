@@ -13,13 +13,14 @@ from typing import Any
 import lightning as L
 from distributed.pieces import Chatter
 from laws import TalkTasks
+from pace import seconds
 
 from gear_lightning.environments.base import Task
 
-LONG = 2.0  # seconds
+LONG = seconds(2)
 
 
-def linger(phase: str, seconds: float) -> None:
+def linger(phase: str, pause: float) -> None:
     """Take so long for the first seconds of a phase, once for all lives of the job."""
     file = Path(os.environ.get("TOLD", os.devnull))
     if os.environ.get("PHASE") != phase:
@@ -27,7 +28,7 @@ def linger(phase: str, seconds: float) -> None:
     if not file.exists():
         file.touch()
     if time.time() - file.stat().st_ctime < LONG:
-        time.sleep(seconds)
+        time.sleep(pause)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ import signal
 import time
 
 import pytest
+from pace import seconds, until
 from slurm.cluster import alive, run
 from slurm.jobs import send
 
-from gear_lightning.parity import compare
+from gear_lightning.parity_compare import compare
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 DDP = ("--config", "configs/strategy/ddp.yaml")
@@ -31,22 +32,20 @@ def killed(whole, tmp_path_factory):
     assert ranks.keys() == {0, 1}
     os.kill(ranks[1], signal.SIGKILL)
     begun = time.monotonic()
-    while any(map(alive, ranks.values())) and time.monotonic() - begun < 60:
-        time.sleep(0.1)
+    until(lambda: not any(map(alive, ranks.values())), "the end of both processes", pause=0.1)
     return job, time.monotonic() - begun
 
 
 def test_a_killed_process_ends_the_others(killed, row):
     job, took = killed
-    assert job.end(30) == "FAILED"
-    assert took < 30
+    assert job.end() == "FAILED"
     assert job.restarts == 0, "a crash goes not back into the queue"
     row("process of rank 1 killed", "the other one has ended, job FAILED", took)
 
 
 def test_the_report_of_a_crash_says_where_the_others_were(killed):
     job, _ = killed
-    job.end(30)
+    job.end()
     report = (job.run / "crash" / "rank_0.txt").read_text()
     for word in ("rank 0", "step", "phase", "rollout"):
         assert word in report.lower(), report
@@ -64,20 +63,20 @@ def test_a_job_whose_node_goes_down_goes_on_from_its_last_checkpoint(whole, tmp_
     assert whole.restarts == 0
     found = compare(whole.run, job.run)
     worst = max(found.worst.values())
-    row(f"node down after {rows} rows", f"requeued, same ids: {found.same_ids}, largest difference {worst:.1e}", back)
-    assert found.within(1e-5), found
+    row(f"node down after {rows} rows", f"requeued, {found.verdict}, largest difference {worst:.1e}", back)
+    assert found.verdict == "equal", found
 
 
 def test_a_stopped_process_ends_the_job_at_the_deadline(cluster, tmp_path, row):
-    job = send(tmp_path / "run", *ENDLESS, "--timeout=15")
+    job = send(tmp_path / "run", *ENDLESS, f"--timeout={seconds(15):.0f}")
     job.has_rows(2)
     ranks = job.ranks()
     os.kill(ranks[1], signal.SIGSTOP)
     begun = time.monotonic()
-    assert job.end(90) == "FAILED"
+    assert job.end() == "FAILED"
     took = time.monotonic() - begun
     assert not any(map(alive, ranks.values())), "the stopped process, too"
     report = (job.run / "crash" / "rank_0.txt").read_text()
     assert "no process has made progress" in report
     assert "rank 1: " in report
-    row("process of rank 1 stopped, --timeout 15", "watchdog ends the job, both processes gone", took)
+    row(f"process of rank 1 stopped, --timeout {seconds(15):.0f}", "watchdog ends the job, both processes gone", took)

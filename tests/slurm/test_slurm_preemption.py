@@ -8,13 +8,12 @@ import pytest
 from slurm.cluster import run
 from slurm.jobs import Sent, send
 
-from gear_lightning.parity import compare
+from gear_lightning.parity_compare import compare
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 STRATEGIES = ("ddp", "fsdp")
 SIGNALS = 5  # for each strategy
 PHASES = ("rollouts", "evaluation", "checkpoint write")
-TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +32,7 @@ def test_told_to_go_again_and_again_in_a_tight_loop(tight, row):
     rng, told, took = random.Random(0), dict.fromkeys(STRATEGIES, 0), []
     wanted = dict.fromkeys(STRATEGIES, 1)
     begun: dict[str, float] = {}
-    end = time.monotonic() + 500
     while any(told[name] < SIGNALS or name in begun for name in STRATEGIES):
-        assert time.monotonic() < end, {n: (tight[n].state, tight[n].output()) for n in STRATEGIES}
         for name in STRATEGIES:
             job = tight[name]
             if name in begun:  # it has been told, and comes back
@@ -60,10 +57,10 @@ def test_told_to_go_again_and_again_in_a_tight_loop(tight, row):
         worst = max(found.worst.values())
         row(
             f"USR1 in a tight loop, {name}, {SIGNALS} times",
-            f"{job.restarts} of {SIGNALS} came back, same ids: {found.same_ids}, largest difference {worst:.1e}",
+            f"{job.restarts} of {SIGNALS} came back, {found.verdict}, largest difference {worst:.1e}",
             max(took),
         )
-        assert found.within(TOLERANCE), found
+        assert found.verdict == "equal", found
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +72,7 @@ def phases(cluster, tmp_path_factory):
         "--config=configs/strategy/ddp.yaml", "--trainer.max_epochs=4", "--trainer.limit_val_batches=1.0",
         "--data.val_tasks=slurm.phases.HeldOut", "--data.val_limit=4", "--trainer.check_val_every_n_epoch=2",
         "--first_evaluation.enabled=false", "--generation.environment=slurm.phases.Lingering",
-        "--trainer.callbacks=[{class_path: slurm.phases.LingeringSave}]",
+        "--trainer.callbacks+=[{class_path: slurm.phases.LingeringSave}]",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for phase in (*PHASES, "none"):
@@ -95,7 +92,7 @@ def _tell(job: Sent, phase: str) -> float:
     time.sleep(0.3)
     begun = time.monotonic()
     job.signal("USR1")
-    job.until(lambda: job.restarts == 1, "requeue", deadline=60)
+    job.until(lambda: job.restarts == 1, "requeue")
     return time.monotonic() - begun
 
 
@@ -106,10 +103,10 @@ def test_told_to_go_in_the_middle_of_a_phase(phases, row, phase):
     jobs[phase].succeeds()
     found = compare(jobs["none"].run, jobs[phase].run)
     worst = max(found.worst.values())
-    told = f"came back, same ids: {found.same_ids}, largest difference {worst:.1e}"
+    told = f"came back, {found.verdict}, largest difference {worst:.1e}"
     row(f"USR1 during {phase}", told, took[phase])
     assert jobs[phase].restarts == 1
-    assert found.within(TOLERANCE), found
+    assert found.verdict == "equal", found
 
 
 @pytest.mark.slow
@@ -117,7 +114,7 @@ def test_slurm_itself_tells_a_job_before_its_limit(cluster, tmp_path, row):
     # Slurm looks every half minute, and up to a minute early
     job = send(tmp_path / "run", "--trainer.max_epochs=1000000", nodes=1, minutes=2, before=30)
     job.has_rows(1)
-    took = job.until(lambda: job.restarts >= 1, "requeue by --signal", deadline=150, pause=0.5)
+    took = job.until(lambda: job.restarts >= 1, "requeue by --signal", pause=0.5)
     rows = job.rows()
     job.until(lambda: job.rows() > rows, "more rows after the requeue")
     run("scancel", job.number)

@@ -1,0 +1,43 @@
+"""A run that is struck while a checkpoint is being written beside training."""
+
+import os
+
+from distributed.test_preemption import strike
+from nursery import play, said
+
+from gear_lightning.checkpoints import damage, known_checkpoints, newest_complete
+
+HELD = ("--trainer.callbacks+=strike.HeldDisk",)
+
+
+def names(run) -> list[str]:
+    return [path.name for path, _ in known_checkpoints(run / "checkpoints")]
+
+
+def test_a_kill_leaves_the_checkpoint_before_and_the_next_start_removes_the_half(tmp_path):
+    run = tmp_path / "run"
+    killed, again = strike(run, "rollouts end", 3, "SIGKILL", *HELD)  # in the third iteration
+    assert play(tmp_path / "first", [killed]) == [[-9]]
+    folder = run / "checkpoints"
+    assert names(run) == ["iteration=00000.ckpt"]
+    assert damage(folder / "iteration=00000.ckpt") is None
+    assert os.readlink(folder / "last.ckpt") == "iteration=00000.ckpt"
+    assert (folder / "iteration=00001.ckpt.partial").exists()
+    assert play(tmp_path / "second", [again]) == [[0]]
+    assert names(run)[:2] == ["iteration=00002.ckpt", "iteration=00001.ckpt"]
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_stop_finishes_the_file_then_writes_its_own(tmp_path):
+    """The signal reaches the process that does not write."""
+    run = tmp_path / "run"
+    options = (*HELD, "--trainer.strategy", "ddp")
+    stopped, again = strike(run, "rollouts end", 3, "SIGTERM", *options, processes=2, rank=1)
+    assert play(tmp_path / "lives", [stopped]) == [[75, 75]]
+    assert names(run) == ["stopped.ckpt", "iteration=00001.ckpt", "iteration=00000.ckpt"]
+    assert newest_complete(run / "checkpoints").name == "stopped.ckpt"
+    assert damage(run / "checkpoints" / "iteration=00001.ckpt") is None
+    assert os.readlink(run / "checkpoints" / "last.ckpt") == "iteration=00001.ckpt"
+    assert "to go on: the same command with --ckpt_path last" in said(tmp_path / "lives", 0)
+    assert play(tmp_path / "again", [again]) == [[0, 0]]
+    assert names(run)[:2] == ["iteration=00002.ckpt", "iteration=00001.ckpt"]
