@@ -30,9 +30,9 @@ class ExportOptions:
             rounded to bfloat16 would lose most of a small change.
         shard_size: largest file of weights, e.g. ``5GB``. None: what transformers takes (50 GB).
         card: write a model card, ``README.md``: recipe, data, code version, metrics (see `gear_lightning.model_card`).
-        base: directory or hub id of the model that adapters were trained on, where it is not where it was in training.
-            It must have the same weights.
         license: named on the card, e.g. ``apache-2.0``. None: the card names none.
+        base: directory or hub id of the model that adapters were trained on, if it has moved since. It must have the
+            same weights.
 
     Raises:
         UserError: an unknown dtype, or a size that is none.
