@@ -37,6 +37,7 @@ class ModuleState(L.LightningModule):
     base: str | None
     _shipped: dict[str, bytes]
     _base_model: str | None
+    _files: dict[str, Tensor] | None = None  # of the policy; training changes none of them, and waits for each save
     _frozen: dict[tuple[int, ...], Kept]
 
     @property
@@ -50,7 +51,8 @@ class ModuleState(L.LightningModule):
         raise NotImplementedError
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["policy_files"] = self.policy_files()
+        self._files = self._files or self.policy_files()
+        checkpoint["policy_files"] = self._files
         checkpoint["made_by"] = {**code_version(), "base_model": self._base_model}
         checkpoint["identity"] = self._identity()
         checkpoint["lora"] = None if self.lora is None else {"options": self.lora.plain(), "base": self.base}
