@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 
 from gear_lightning.errors import Stopped
+from gear_lightning.monitor import has_evaluations
 
 
 class FirstEvaluation(L.Callback):
@@ -20,18 +21,20 @@ class FirstEvaluation(L.Callback):
     def __init__(self, enabled: bool = True):
         self.enabled = enabled
         self.metrics: dict[str, float] = {}
-        self._extended = False
+        self._limits: tuple[int | None, int] | None = None
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        due = trainer.datamodule.evaluation_due  # pyright: ignore[reportAttributeAccessIssue]
-        if due and (trainer.max_epochs or -1) > 0:
-            trainer.fit_loop.max_epochs += 1  # pyright: ignore[reportOperatorIssue]
-            self._extended = True  # Lightning starts nothing where no iteration is left
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        data.evaluation_due &= has_evaluations(trainer)
+        if data.evaluation_due:
+            loop = trainer.fit_loop
+            self._limits = loop.max_epochs, loop.epoch_loop.max_steps
+            loop.max_epochs = loop.epoch_loop.max_steps = -1  # Lightning starts nothing where no iteration is left
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._extended:
-            self._extended = False
-            trainer.fit_loop.max_epochs -= 1  # pyright: ignore[reportOperatorIssue]
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._limits is not None:
+            trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = self._limits
+            self._limits = None
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         fresh = self.enabled and not trainer.global_step and not trainer.current_epoch
         if data.val_tasks is None or not (fresh or data.evaluation_due):
@@ -43,3 +46,5 @@ class FirstEvaluation(L.Callback):
             raise Stopped
         if fresh:
             self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        else:
+            pl_module.step_plateau(pl_module.evaluated)  # as at the end of the iteration that lacked it

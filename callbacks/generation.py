@@ -1,5 +1,6 @@
 """The generation callback: engine, environments and agent loop, tied to the policy and the data module."""
 
+import itertools
 import math
 import time
 import warnings
@@ -21,12 +22,15 @@ from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.errors import UserError
 from gear_lightning.identity import UnknownIdentityError, identity_of
 from gear_lightning.module import GearModule
+from gear_lightning.positions import longest_row
 from gear_lightning.rewards import OverlongPenalty
 from gear_lightning.rollout import STATUSES, AgentLoop, Budgets, Rollout
+from gear_lightning.sampling_check import TRIES, compare, explain, make_trial, ordinary_ids, sample
 from gear_lightning.sampling_weights import SamplingWeights, WeightsMode
 from gear_lightning.sharding import shape
-from gear_lightning.teacher import privileged_text
-from gear_lightning.together import together
+from gear_lightning.task_check import check_teacher_views
+from gear_lightning.teacher import SHOWN, OverlongError, privileged_text
+from gear_lightning.together import gather, together
 
 EnvironmentFactory = Callable[[], Environment]
 
@@ -102,11 +106,12 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         """Serve a data module with rollouts of a module's policy, and look at its tasks.
 
         Raises:
-            UserError: a task that cannot be used; names it.
+            UserError: a task that cannot be used; names it. Or no task's privileged prompt fits.
         """
         self._module = module
         data.generator = self
         data.check_tasks()
+        check_teacher_views(module, data.train_tasks)
 
     def generate(self, jobs: list[tuple[Task, tuple[int, ...]]], stage: str) -> list[Rollout]:
         assert self._module is not None
@@ -121,21 +126,14 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             partial(self._report, stage),
             self.stop,
         )
-        module = self._module
+        module, version = self._module, self._trainer.global_step
         if not self._checked:
             together(lambda: self.check_policy(module, module.policy))
+            self.check_sampling(self._trainer, module, module.policy, module.blank)
+            self._checked = True
         # one context for the whole phase, so that the weights are cast once and not at every token
-        mixed = self._trainer.precision == "bf16-mixed"
-        version = self._trainer.global_step
-        strategy = self._trainer.strategy
-        computes_in, streams = getattr(strategy, "computes_in", None), getattr(strategy, "streams", True)
-        dtype = getattr(torch, self.weights_dtype) if self.weights_dtype else computes_in
-        cache = self._cache_bytes(len(jobs))
-        opened = self._weights.open(module.policy, module.blank, version, cache, self.engine, dtype, streams)
-        with torch.autocast(module.device.type, dtype=torch.bfloat16, enabled=mixed), opened as (model, check):
-            if not self._checked:
-                self.check_engine(model)
-                self._checked = True
+        opened = self._opened(self._trainer, module.policy, module.blank, len(jobs))
+        with self._computing(self._trainer), opened as (model, check):
             started = time.monotonic()
             rollouts, _ = loop.run(model, jobs, policy_version=version, check=check)
         self._warn_of_side_errors(rollouts)
@@ -151,6 +149,27 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             )
         return rollouts
 
+    def _computing(self, trainer: L.Trainer) -> Any:
+        """The precision that the policy computes in."""
+        mixed = trainer.precision == "bf16-mixed"
+        return torch.autocast(trainer.strategy.root_device.type, dtype=torch.bfloat16, enabled=mixed)
+
+    def _opened(self, trainer: L.Trainer, policy: Any, blank: Any, rollouts: int) -> Any:
+        """The weights to sample so many rollouts with, see `SamplingWeights.open`."""
+        strategy = trainer.strategy
+        computes_in, streams = getattr(strategy, "computes_in", None), getattr(strategy, "streams", True)
+        dtype = getattr(torch, self.weights_dtype) if self.weights_dtype else computes_in
+        cache = self._cache_bytes(trainer, policy, rollouts)
+        return self._weights.open(policy, blank, trainer.global_step, cache, self.engine, dtype, streams)
+
+    def _cache_bytes(self, trainer: L.Trainer, policy: Any, rollouts: int) -> int:
+        """Keys and values of so many whole contexts."""
+        config = policy.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = 2 if self.weights_dtype == "bfloat16" or "bf16" in str(trainer.precision) else 4
+        return rollouts * self.budgets.context * config.num_hidden_layers * 2 * heads * width * size
+
     def _warn_of_side_errors(self, rollouts: list[Rollout]) -> None:
         """Report the first failure of an environment that changed no outcome; ``rollouts/side_errors`` counts them."""
         found = next((r for r in rollouts if r.side_error is not None), None)
@@ -161,15 +180,6 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 "rollout keeps its reward. rollouts/side_errors counts such rollouts; this warning comes once.",
                 stacklevel=2,
             )
-
-    def _cache_bytes(self, rollouts: int) -> int:
-        """Keys and values of so many whole contexts."""
-        assert self._module is not None
-        config = self._module.policy.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        size = 2 if self.weights_dtype == "bfloat16" or "bf16" in str(self._module.trainer.precision) else 4
-        return rollouts * self.budgets.context * config.num_hidden_layers * 2 * heads * width * size
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -204,14 +214,14 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         """Look at the sizes of a policy.
 
         Raises:
-            UserError: its positions or its vocabulary do not suffice.
+            UserError: its positions or its vocabulary do not suffice, or its rotary frequencies would depend on the
+                length of a row.
         """
-        config = policy.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        if positions is not None and self.budgets.context > positions:
+        longest = longest_row(policy.config, type(policy).__name__)
+        if longest is not None and self.budgets.context > longest.tokens:
             raise UserError(
-                f"generation.budgets.context={self.budgets.context} is more than the {positions} positions of "
-                f"{type(policy).__name__}"
+                f"generation.budgets.context={self.budgets.context} is more than {longest.why}; set it to "
+                f"{longest.tokens} or less"
             )
         rows = shape(policy.get_input_embeddings().weight)[0]
         highest = max(module.chat_format.prompt([{"role": "user", "content": "Hello"}]))
@@ -219,6 +229,38 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             raise UserError(
                 f"the tokenizer does not fit the model: it gives id {highest}, {type(policy).__name__} knows {rows}"
             )
+
+    def check_sampling(self, trainer: L.Trainer, module: GearModule, policy: Any, blank: Any) -> None:
+        """Compare the engine's log-probs with the trainer's, see `sampling_check`. All ranks must call it.
+
+        Args:
+            trainer: whose strategy and precision the policy has.
+            module: the recipe's module.
+            policy: whole or sharded.
+            blank: its modules without values, where it is sharded.
+
+        Raises:
+            UserError: they do not, by more than rounding, or the engine cannot sample the policy.
+        """
+        longest = longest_row(policy.config, type(policy).__name__)
+        teacher = self.budgets.context + module.teacher_options.max_prompt if module.needs_teacher else 0
+        teacher = teacher if longest is None else min(teacher, longest.tokens)
+        ids = ordinary_ids(module.chat_format.tokenizer, policy)
+        sizes = (self.budgets.context, teacher, self.budgets.turns)
+        for attempt in itertools.count():
+            trial = make_trial(ids, policy.config, *sizes, seed=attempt)
+            with self._computing(trainer):
+                with self._opened(trainer, policy, blank, 2) as (model, _):
+                    if not attempt:
+                        self.check_engine(model)
+                    rows = sample(self.engine, model, self.sampling, trial)
+                scorer = policy if getattr(trainer.strategy, "streams", True) else model  # else it has no forward now
+                found = compare(scorer, model, rows, trial.filler, self.sampling.scoring_temperature)
+            differences = [difference for difference in gather(found) if difference is not None]
+            if not differences:
+                return
+            if attempt + 1 == TRIES:
+                raise UserError(explain(differences[0], policy, self.engine, trial))
 
     def check_engine(self, model: Any) -> None:
         """Let the engine look at the model that it is going to sample from.
@@ -239,8 +281,11 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         assert self._module is not None
         said = None if peer is None else peer.messages[peer.opening_messages :]
         opening = rollout.messages[: rollout.opening_messages]
+        response = len(rollout.tokens) - rollout.prompt_length
         try:
-            return self._module.privileged_prompt(rollout.task, opening, said, rollout.feedback)
+            return self._module.privileged_prompt(rollout.task, opening, said, rollout.feedback, response)
+        except OverlongError:  # as asked for
+            raise
         except Exception as error:  # of a task that the check before training did not see, or of a peer's messages
             if not self._told_of_prompt:
                 self._told_of_prompt = True
@@ -256,7 +301,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         assert module is not None
         tokenizer = module.chat_format.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        parts = [module.chat_format.options, module.teacher_options, module.credit, module.distillation]
+        parts = [module.chat_format.options, module.teacher_options, module.credit, module.distillation, module.longest]
         try:
             if backend is None:
                 return None
@@ -276,7 +321,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 f"{type(environment).__name__} does not tell; use another model.credit"
             )
         options, credit = self._module.teacher_options, self._module.credit
-        of_the_task = options.shows in ("reference", "answer")  # what else there is, rollouts tell
+        of_the_task = options.shows in SHOWN  # what else there is, rollouts tell
         if self._module.needs_teacher and of_the_task and privileged_text(task, options) is None:
             user, other = (credit, "credit=Uniform") if credit.needs_teacher else (self._module.distillation, None)
             kind = "answer" if options.shows == "reference" else "reference"
@@ -289,9 +334,13 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             )
         if task.tools:
             chat.check_tools()
-        if options.overlong == "error":
-            self._module.privileged_prompt(task, task.messages)
-        length = len(chat.prompt(task.messages, task.tools))
+        try:
+            length = len(chat.prompt(task.messages, task.tools))
+            if task.messages:  # else the environment writes the prompt
+                self._module.privileged_prompt(task, task.messages)
+        except ValueError as error:  # of the template, or half a character; else met in the middle of a run
+            named = str(error) if f"task {task.id}" in str(error) else f"task {task.id}: {error}"
+            raise UserError(named) from None
         if length >= self.budgets.context:
             raise UserError(
                 f"task {task.id}: its prompt has {length} tokens, generation.budgets.context={self.budgets.context}"

@@ -8,7 +8,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from gear_lightning.errors import UserError
 from gear_lightning.rollout import STATUSES
-from gear_lightning.step_guard import StepGuard
 
 FIRST_TOKEN_GAP = 1.0  # nats
 ADVICE = (
@@ -34,6 +33,9 @@ class Health(L.Callback):
     Warns once for each kind of failure that leaves more than half of an iteration's rollouts out of learning: it says
     nothing about the policy, and a policy that brings it about is not corrected.
 
+    A run that is stopped ends with an error, when its state is saved. It does not resume from there, unless the
+    checkpoint is given by its name.
+
     Also stops after several optimizer steps in a row whose gradient was not finite (each of them is skipped), and warns
     once where the teacher disagrees with the policy far more at the first response token than elsewhere: then the two
     prompts end differently.
@@ -58,13 +60,22 @@ class Health(L.Callback):
         self._rows = [0, 0]  # of this iteration, on this rank: all, and those whose teacher saw more than the policy
         self._gaps = [0.0, 0.0, 0.0, 0.0]  # sum and count of |log-ratio| at first response tokens, and at all others
         self._misaligned = False
+        self.why: str | None = None  # it has ended the run
         self._reported: set[str] = set()  # kinds of failures that were warned of
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if isinstance(pl_module, StepGuard):  # the same on all ranks: they agree on every step
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.why = None
+
+    def _end(self, module: Any, why: str) -> None:
+        """End the run for good, with its state saved."""
+        self.why = why
+        module.fail(UserError(why))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        try:  # the same on all ranks: they agree on every step
             pl_module.check_steps(self.stop_after_skipped)
+        except UserError as error:
+            pl_module.fail(error)
         if outputs["teacher"] is not None and not batch.inner_epoch:
             real = batch.index >= 0
             self._rows[0] += int(real.sum())
@@ -103,7 +114,7 @@ class Health(L.Callback):
         if self._barren == self.warn_after:
             rank_zero_warn(f"No group has had any spread of rewards for {self._barren} iterations. {ADVICE}")
         if self._barren >= self.stop_after:
-            raise UserError(f"no group had any spread of rewards for {self._barren} iterations. {ADVICE}")
+            self._end(pl_module, f"no group had any spread of rewards for {self._barren} iterations. {ADVICE}")
 
     def _check_left_out(self, rollouts: int, left_out: dict[str, int]) -> None:
         """Warn of failures that leave more than half of the rollouts out of learning."""
@@ -136,7 +147,7 @@ class Health(L.Callback):
         # a peer may come yet, and until then credit is uniform
         idle = module.objective is None or (module.credit.needs_teacher and shows == "feedback")
         if self._blind >= self.stop_after and idle:
-            raise UserError(text)
+            self._end(module, text)
         if self._blind == self.warn_after:
             rank_zero_warn(text)
 

@@ -15,10 +15,12 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gear_lightning.background import WRITER
+from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.checkpoints import failing_together, known_checkpoints
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.errors import Stopped
+from gear_lightning.iterations import at_a_limit
 from gear_lightning.peers import Peers, peers_of
 from gear_lightning.signals import MEANING, NOTES, REQUEUE
 
@@ -89,6 +91,11 @@ class Preemption(L.Callback):
             self._agreed = int(level)
         return bool(self._agreed)
 
+    @property
+    def asked(self) -> bool:
+        """Whether all processes have agreed to stop."""
+        return bool(self._agreed)
+
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def on_train_batch_end(
@@ -114,7 +121,7 @@ class Preemption(L.Callback):
         self._tidy(trainer)
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if self._agreed and isinstance(data, RolloutDataModule):
-            if trainer.current_epoch == trainer.max_epochs and not data.evaluation_due:
+            if at_a_limit(trainer) and not data.evaluation_due:
                 return  # the run is over
             raise Stopped(self._leave(trainer, saved=self._path(trainer) is not None))
 
@@ -124,6 +131,9 @@ class Preemption(L.Callback):
             if path is not None:
                 with failing_together(trainer.strategy):
                     trainer.save_checkpoint(path, weights_only=False)
+                for callback in trainer.checkpoint_callbacks:
+                    if isinstance(callback, IterationCheckpoint):
+                        callback.point_last_to(trainer, path)
             exception.status = self._leave(trainer, saved=path is not None)
 
     def _path(self, trainer: L.Trainer) -> Path | None:

@@ -89,7 +89,7 @@ class RunStatus(L.Callback):
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._tell("finished", now=True)
+        self._tell("finished", now=True, rollouts=self._rollouts, failures=dict(self._failures))
         self._attempt("end", how="finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

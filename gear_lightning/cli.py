@@ -15,7 +15,7 @@ import torch
 from jsonargparse._util import import_object
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from .callbacks.checkpoint import IterationCheckpoint
 from .callbacks.credit_map import CreditMap
@@ -25,6 +25,7 @@ from .callbacks.health import Health
 from .callbacks.noise_floor import NoiseFloor
 from .callbacks.preemption import Preemption
 from .callbacks.progress import PhaseProgress
+from .callbacks.resumption import Resumption
 from .callbacks.rollout_recorder import RolloutRecorder
 from .callbacks.run_status import RunStatus
 from .callbacks.sample_table import SampleTable
@@ -35,9 +36,11 @@ from .checkpoints import CompleteCheckpoints
 from .data import RolloutDataModule
 from .errors import Stopped, UserError, let_through_unions, list_classes
 from .files import hold
+from .idle_options import idle_options
 from .loggers import Board, MetricsFile
 from .module import GearModule
 from .refusals import WRONG_PRECISION, check_strategy, refusals, skeleton_of
+from .saved_config import SavedConfig
 from .warm_start import WarmStart, run_warm_start
 
 RUN_FILES = (
@@ -88,11 +91,14 @@ class GearCLI(LightningCLI):
     """LightningCLI for `GearModule` and `RolloutDataModule`, with rollouts, records and checkpoints switched on."""
 
     lock: Any = None  # the open lock file of the run directory
+    tells_idle = True  # whether `fit` reports options that do nothing
 
     def __init__(self, args: list[str] | None = None):
+        self._asked_for = next(iter(sys.argv[1:] if args is None else args), None)
         super().__init__(
             GearModule,
             RolloutDataModule,
+            save_config_callback=SavedConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "default_root_dir": "runs/default",
@@ -108,6 +114,11 @@ class GearCLI(LightningCLI):
             auto_configure_optimizers=False,
             args=args,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The one that is asked for: collecting the options of each takes a fifth of a second or more."""
+        known = LightningCLI.subcommands()
+        return {name: skip for name, skip in known.items() if name == self._asked_for} or known
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(GenerationCallback, "generation")
@@ -186,6 +197,10 @@ class GearCLI(LightningCLI):
         self.datamodule.resolved_config = {k: str(v) for k, v in vars(flat.as_flat()).items() if k != "config"}
         if path == "last":  # on the first start of a job that is started again and again there is none yet
             self.config_init[str(self.subcommand)]["ckpt_path"] = str(self._checkpoint_dir) if found else None
+        resumes = self._get(self.config_init, "ckpt_path") is not None
+        for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, SavedConfig):
+                callback.resumes = resumes
         if self._get(self.config_init, "weights_only") is None:  # Lightning would unpickle a remote checkpoint
             self.config_init[str(self.subcommand)]["weights_only"] = True
         self._refuse()
@@ -195,8 +210,14 @@ class GearCLI(LightningCLI):
         pieces = self.model, self.datamodule, self._get(self.config_init, "generation")
         processes, asked = self.trainer.num_devices * self.trainer.num_nodes, self._get(self.config, "trainer")
         model = skeleton_of(self.model.source)
-        for message in refusals(*pieces, asked, processes, model, self.subcommand == "fit"):
+        fitting, checkpoint = self.subcommand == "fit", self._get(self.config_init, "checkpoint")
+        checkpoint = None if asked["enable_checkpointing"] is False else checkpoint
+        resumes = self._get(self.config_init, "ckpt_path") is not None
+        for message in refusals(*pieces, asked, processes, model, fitting, checkpoint, resumes):
             raise UserError(message)
+        if self.subcommand == "fit" and self.tells_idle:
+            for line in idle_options(self.config["fit"], *pieces):
+                rank_zero_warn(line)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         run, config = self.run_dir, self._get(self.config_init, "trainer")
@@ -239,7 +260,7 @@ class GearCLI(LightningCLI):
 
     def _unasked(self) -> list[L.Callback]:
         """Callbacks of every run, which have no options."""
-        return [StartupCheck(), RunStatus()]
+        return [StartupCheck(), RunStatus(), Resumption()]
 
     def _lock(self) -> None:
         """Keep a second run out of the directory while this process lives."""
@@ -268,6 +289,8 @@ class GearCLI(LightningCLI):
     def before_fit(self) -> None:
         config = self.config["fit"]
         if self._get(self.config_init, "ckpt_path") is not None:
+            if config["warm_start"] is not None:
+                rank_zero_info("warm_start does nothing on a resume: the weights are those of the checkpoint.")
             return
         generation = self._get(self.config_init, "generation")
         generation.attach(self.model, self.datamodule)  # a task that cannot be used is told before any training
@@ -282,6 +305,7 @@ class GearCLI(LightningCLI):
                 trainer,
                 config["trainer"]["precision"],
                 partial(generation.check_model, self.model),
+                generation.check_sampling,
             )
 
     def _set_aside_earlier_run(self) -> None:
@@ -313,6 +337,10 @@ class GearCLI(LightningCLI):
         if after is not None:
             since = "" if before is None else f"{before:.3f} -> "
             lines.append(f"  success on held-out tasks   {since}{after:.3f}")
+        kept: IterationCheckpoint = self._get(self.config_init, "checkpoint")
+        if kept.monitor is not None and kept.best_model_score is not None:
+            score = f"{float(kept.best_model_score):.3f}"
+            lines.append(f"  best {kept.monitor:<22} {score}: checkpoints/{Path(kept.best_model_path).name}")
         told = {
             "metrics.csv": f"all metrics, one row per step (also: tensorboard --logdir {self.run_dir})",
             "credit_map.html": "where the credit went, token by token: open it in a browser",

@@ -15,6 +15,7 @@ from .batch import RolloutBatch, RolloutRow, Sealed, collate
 from .environments.base import Task, TaskSource
 from .errors import Stopped, UserError
 from .iteration_stats import IterationStats
+from .limits import check_limits, keep_iterations_whole, option_of
 from .packing import balanced_split
 from .resume import random_state, restore_random_state
 from .rollout import Rollout, RolloutGroup
@@ -143,7 +144,9 @@ class RolloutDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         trainer = self._trainer
         check_same(self.resolved_config)  # here, for this is the first thing that Lightning calls on all processes
+        check_limits(option_of(trainer), self, trainer.world_size, stage)
         if stage == "fit":
+            keep_iterations_whole(trainer)
             self.check_processes(trainer.world_size, trainer.accumulate_grad_batches)
             trainer.accumulate_grad_batches = self.micro_batches
 
@@ -162,7 +165,7 @@ class RolloutDataModule(L.LightningDataModule):
                 f"data.tasks_per_iteration={self.tasks_per_iteration} does not divide over {processes} processes: all "
                 f"rollouts of a task stay on one; use a multiple of {processes}"
             )
-        if accumulate not in (1, self._micro_batches(processes)):
+        if accumulate not in (1, self.micro_batches_of(processes)):
             raise UserError(
                 "trainer.accumulate_grad_batches follows from data.micro_batch_size; leave it out of the config"
             )
@@ -182,8 +185,7 @@ class RolloutDataModule(L.LightningDataModule):
     def _eval_stream(self, stage: str) -> "RolloutStream | list":
         if self.val_tasks is None:
             return []
-        per_rank = -(-len(self._eval_jobs()) // self._trainer.world_size)
-        return RolloutStream(self, stage, max(1, -(-per_rank // self.eval_batch_size)))
+        return RolloutStream(self, stage, self.evaluation_batches(self._trainer.world_size))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return batch.batch if isinstance(batch, Sealed) else batch
@@ -197,10 +199,16 @@ class RolloutDataModule(L.LightningDataModule):
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one optimizer step on one process."""
-        return self._micro_batches(self._trainer.world_size)
+        return self.micro_batches_of(self._trainer.world_size)
 
-    def _micro_batches(self, processes: int) -> int:
+    def micro_batches_of(self, processes: int) -> int:
+        """The same, where so many processes share the step."""
         return -(-(self.tasks_per_iteration // processes * self.group_size) // self.micro_batch_size)
+
+    def evaluation_batches(self, processes: int) -> int:
+        """Batches of an evaluation on each of so many processes."""
+        per_rank = -(-len(self._eval_jobs()) // processes)
+        return max(1, -(-per_rank // self.eval_batch_size))
 
     # -- tasks ----------------------------------------------------------------------------------------------------
 
@@ -239,7 +247,7 @@ class RolloutDataModule(L.LightningDataModule):
         first = self._take_up()
         if first is None:
             self._generate()
-        rows = self.rows = self._rows()
+        rows = self.rows = together(self._rows)
         counts = torch.tensor([sum(map(sum, (r.action_mask for r in rows))), len(rows)], device=self._device)
         tokens, rollouts = self._trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         order = sorted(rows, key=lambda r: (r.length + r.teacher_length, r.length, r.index))  # alike ones together
@@ -337,7 +345,8 @@ class RolloutDataModule(L.LightningDataModule):
     def _evaluate(self, stage: str) -> Iterator[RolloutBatch]:
         assert self.generator is not None
         assert self.val_tasks is not None
-        self.evaluation_due = True
+        counts = not self._trainer.sanity_checking  # Lightning's short one before the training is none that is due
+        self.evaluation_due = counts
         jobs = self._eval_jobs()[self._trainer.global_rank :: self._trainer.world_size]
         batches = self._eval_stream(stage)
         for start in range(0, len(batches) * self.eval_batch_size, self.eval_batch_size):
@@ -350,7 +359,7 @@ class RolloutDataModule(L.LightningDataModule):
                 return
             if stage == "predict":
                 self.groups = [RolloutGroup(r.task, job[0], [r]) for job, r in zip(wanted, rollouts, strict=True)]
-            self.evaluation_due = start + self.eval_batch_size < len(batches) * self.eval_batch_size
+            self.evaluation_due = counts and start + self.eval_batch_size < len(batches) * self.eval_batch_size
             rows = [
                 make_row(rollout, rollout.tokens[: rollout.prompt_length] or [0], 0.0, job[0], start + i)
                 for i, (job, rollout) in enumerate(zip(wanted, rollouts, strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .memory import Strategy
-from .recipe import Recipe, refused
+from .recipe import Recipe, idle, refused
 from .refusals import named
 from .strategy_rules import whole_replicas
 
@@ -84,7 +84,7 @@ def problems(recipe: Recipe, machine: Machine, model: Any, gpus: int, strategy: 
         strategy: the recipe's; None for one that this project does not know.
     """
     budgets, trainer = recipe.generation.budgets, recipe.trainer
-    found = [*refused(recipe, model, gpus), *package_problems(machine.versions)]
+    found = [*refused(recipe, model, gpus), *package_problems(machine.versions), *idle(recipe)]
     on_gpu = trainer["accelerator"] in ("gpu", "cuda")
     if on_gpu and not machine.gpus:
         why = "no CUDA device is found" if machine.versions["CUDA"] else "this torch is built for CPUs only"

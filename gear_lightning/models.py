@@ -5,7 +5,9 @@ import importlib
 import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 from .errors import UserError, require_extra
@@ -23,6 +25,10 @@ class PolicySource(ABC):
     @abstractmethod
     def model(self) -> Any:
         """A causal language model with its starting weights, float32 unless asked otherwise."""
+
+    def config(self) -> Any:
+        """The model's Hugging Face configuration; None where only loading the model tells it."""
+        return None
 
     def skeleton(self) -> Any:
         """The model with its parameters on the meta device: shapes without values, and without memory where the source
@@ -67,15 +73,20 @@ class Float32Buffers:
 
 
 def without_dropout(model: Any) -> Any:
-    """The model with its dropout switched off: the sampler, the teacher and the update must see one distribution."""
-    from torch import nn
+    """Keep the model's layers in evaluation mode for good, so that sampler, teacher and update see one distribution.
 
-    for part in model.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        for name in ("dropout", "attention_dropout"):  # numbers that attention layers pass on
-            if isinstance(getattr(part, name, None), float):
-                setattr(part, name, 0.0)
+    Everything random in a transformers model (all forms of dropout, layerdrop, stochastic depth, jitter and sampling in
+    routers) asks a layer's ``training`` flag, whatever its rate is called. After this call ``train()`` sets the flag of
+    the model itself alone, and not those of its layers. The configuration keeps its rates; gradients are not affected.
+    """
+    model.train = MethodType(_train_without_layers, model)
+    return model.train(model.training)
+
+
+def _train_without_layers(model: Any, mode: bool = True) -> Any:
+    """`torch.nn.Module.train` of a model from `without_dropout`."""
+    type(model).train(model, False)
+    model.training = mode
     return model
 
 
@@ -85,15 +96,36 @@ def checkpoint_activations(model: Any) -> None:
     Raises:
         UserError: the model has no such mode.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     # its newer name, or that of transformers before 5.23
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    name = type(model).__name__
     try:
         enable({"use_reentrant": False})
     except (ValueError, NotImplementedError) as error:
-        name = type(model).__name__
         raise UserError(
             f"{name} cannot checkpoint its activations ({error}); leave model.activation_checkpointing out"
         ) from None
+    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"{name} has no layers that can be computed again; leave model.activation_checkpointing out")
+    for layer in layers:
+        layer.forward = MethodType(_forward_checkpointed, layer)
+
+
+def _forward_checkpointed(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward that keeps its input alone where it has a backward pass. transformers does so in training mode
+    only, in which the layers of a policy never are (`without_dropout`)."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    forward = partial(type(layer).forward, layer)
+    if layer.training or not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # as transformers does: computing a layer again must not write to a cache a second time
+    kwargs |= {name: None for name in ("past_key_values", "layer_past") if name in kwargs}
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
 
 
 @dataclass(frozen=True)
@@ -176,11 +208,16 @@ class Pretrained(PolicySource):
 
         return self._load(AutoModelForCausalLM, dtype=torch.float32, attn_implementation=self.attn_implementation)
 
+    def config(self) -> Any:
+        from transformers import AutoConfig
+
+        return self._load(AutoConfig)
+
     def skeleton(self) -> Any:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        config = self._load(AutoConfig)
+        config = self.config()
         try:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(
@@ -268,7 +305,7 @@ class FromScratch(PolicySource):
         tokenizer.chat_template = WORD_TEMPLATE
         return tokenizer
 
-    def _config(self) -> Any:
+    def config(self) -> Any:
         from transformers import LlamaConfig
 
         tokenizer = self.tokenizer()
@@ -290,7 +327,7 @@ class FromScratch(PolicySource):
         import torch
         from transformers import LlamaForCausalLM
 
-        config = self._config()
+        config = self.config()
         # always a CPU's random numbers: Lightning calls this where tensors are made on the GPU
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
@@ -300,6 +337,6 @@ class FromScratch(PolicySource):
         import torch
         from transformers import LlamaForCausalLM
 
-        config = self._config()
+        config = self.config()
         with torch.device("meta"):
             return LlamaForCausalLM(config)

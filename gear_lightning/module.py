@@ -25,6 +25,8 @@ from .loss import ClippedSurrogate, LossTerms, PolicyLoss
 from .metrics import Quantile
 from .models import Float32Buffers, PolicySource, checkpoint_activations, without_dropout
 from .module_state import ModuleState
+from .positions import Longest, longest_row
+from .schedule import Schedule
 from .step_guard import StepGuard
 from .strategies import place
 from .teacher import Teacher, TeacherOptions, privileged_prompt
@@ -36,7 +38,7 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
 
 
-class GearModule(Float32Buffers, StepGuard, ModuleState):
+class GearModule(Float32Buffers, StepGuard, Schedule, ModuleState):
     """Trains a policy on rollouts, with credit assigned token by token.
 
     Args:
@@ -46,7 +48,8 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
         teacher: what scores rollouts for the credit rule and the distillation, and what it sees.
         chat: how messages become text.
         optimizer: of the policy's parameters.
-        lr_scheduler: stepped after every optimizer step. Null: constant learning rate.
+        lr_scheduler: stepped after every optimizer step; ``lightning.pytorch.cli.ReduceLROnPlateau`` at the end of each
+            iteration that has measured its ``monitor``. Null: constant learning rate.
         lora: train low-rank adapters on the starting weights (extra ``lora``). Null: train all weights.
         activation_checkpointing: keep only the input of each of the policy's layers and compute the layer again in the
             backward pass: far less memory for a slower update, with the same gradients.
@@ -182,24 +185,36 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
         strategy: Any = self.trainer.strategy
         return strategy.shard(copy.deepcopy(self.blank), like=policy)
 
+    @property
+    def longest(self) -> Longest | None:
+        """The longest row that policy and teacher can score; None where nothing limits it, or only loading tells."""
+        config = self.source.config() if self.policy is None else self.policy.config
+        name = getattr(config, "model_type", "the model") if self.policy is None else type(self.policy).__name__
+        return None if config is None else longest_row(config, name)
+
     def privileged_prompt(
-        self, task: Task, opening: list[Message], peer: list[Message] | None = None, feedback: str | None = None
+        self,
+        task: Task,
+        opening: list[Message],
+        peer: list[Message] | None = None,
+        feedback: str | None = None,
+        response: int = 1,
+        options: TeacherOptions | None = None,
     ) -> tuple[list[int], bool]:
-        """Ids of what the teacher sees before the response, and whether its text was dropped for length."""
+        """Ids of what the teacher sees before the response, and whether its text was dropped for length.
+
+        Args:
+            task: see `teacher.privileged_prompt`, also for the next three.
+            opening: the messages that the rollout began with.
+            peer: what a successful rollout of the same group said and saw.
+            feedback: what the environment said.
+            response: tokens that follow.
+            options: in place of the module's own.
+        """
         if not self.needs_teacher:
             return self.chat_format.prompt(opening, task.tools), False
-        return privileged_prompt(task, opening, self.chat_format, self.teacher_options, peer, feedback)
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
-        if self.trainer.precision == "bf16-mixed" and hasattr(optimizer, "_step_supports_amp_scaling"):
-            # Lightning will not clip the gradients of a fused optimizer, which might unscale them again; bfloat16 has
-            # no scaler (https://github.com/Lightning-AI/pytorch-lightning/issues/21435)
-            setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010
-        if self.lr_scheduler is None:
-            return optimizer
-        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        options = options or self.teacher_options
+        return privileged_prompt(task, opening, self.chat_format, options, peer, feedback, self.longest, response)
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -280,6 +295,7 @@ class GearModule(Float32Buffers, StepGuard, ModuleState):
             self.log("step", float(self.global_step), batch_size=1)
 
     def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
         self._log_position()
         self._frozen.clear()
         for parameter in self.policy.parameters():  # room for the next rollouts

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .frozen import Kept
+from .hyperparameters import FreshOptimizer, take_up_given
 from .lora import LoRA, without_teacher
 from .models import PolicySource
 from .optimizers import plain_states, states_from_plain
@@ -33,6 +35,7 @@ class ModuleState(L.LightningModule):
     teacher: Teacher | None
     teacher_options: TeacherOptions
     optimizer: Any
+    lr_scheduler: Any
     lora: LoRA | None
     base: str | None
     _shipped: dict[str, bytes]
@@ -61,6 +64,7 @@ class ModuleState(L.LightningModule):
             checkpoint["teacher_shadow"] = shadow
         if "optimizer_states" in checkpoint:  # not in one of weights alone
             checkpoint["optimizer_states"] = plain_states(checkpoint["optimizer_states"])
+            checkpoint["hyperparameters"] = self._fresh_optimizer().given
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if data is None:
             return
@@ -115,13 +119,31 @@ class ModuleState(L.LightningModule):
             if now != before:
                 raise UserError(f"the checkpoint was made with {name}={before}, and this run has {now}")
 
+    def _fresh_optimizer(self) -> FreshOptimizer:
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        return FreshOptimizer(self.optimizer, self.lr_scheduler, parameters)
+
+    def _take_up_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """Make a checkpoint's optimizer and schedule those that this run goes on with."""
+        if "optimizer_states" not in checkpoint:
+            raise UserError(
+                f"{self.trainer.ckpt_path} holds weights alone (checkpoint.save_weights_only), and a run cannot go on "
+                "from it; `gear-lightning export` makes a model directory of it, from which a new run can start "
+                "(model.policy.path)"
+            )
+        checkpoint["optimizer_states"] = states_from_plain(checkpoint["optimizer_states"])
+        changes = take_up_given(checkpoint, self._fresh_optimizer())
+        if changes and self.trainer.is_global_zero:
+            told = "; ".join(changes)
+            print(f"the optimizer goes on with hyperparameters that are given now: {told}", file=sys.stderr)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         self._check_identity(checkpoint.get("identity", {}), fitting)
         if self.lora is not None:
             self.base = checkpoint["lora"]["base"]
-        if fitting and "optimizer_states" in checkpoint:
-            checkpoint["optimizer_states"] = states_from_plain(checkpoint["optimizer_states"])
+        if fitting:
+            self._take_up_optimizer(checkpoint)
         states = checkpoint["state_dict"]
         if self.teacher is None:  # evaluation, or nothing that looks at one
             kept = {k: v for k, v in states.items() if not k.startswith("teacher.")}

@@ -33,6 +33,7 @@ from .credit import CreditAssigner, Evidence, RoundingNoise
 from .errors import UserError
 from .gear import masked_quantile
 from .head import head_in_float32
+from .positions import longest_row
 from .records import read_records, record_files
 from .teacher import Teacher, TeacherOptions
 from .token_stats import token_stats
@@ -148,8 +149,8 @@ def score(policy: Any, batch: RolloutBatch, rule: CreditAssigner) -> Scored:
         batch: on the policy's device; blank rows add nothing.
         rule: the credit rule.
     """
-    moves = _moves(policy)
-    view, shift = teacher_view(batch, None if moves else getattr(policy.config, "max_position_embeddings", None))
+    moves, longest = _moves(policy), longest_row(policy.config, type(policy).__name__)
+    view, shift = teacher_view(batch, None if moves or longest is None else longest.tokens)
     if not moves:
         shift = torch.zeros_like(shift)
     ours = token_stats(

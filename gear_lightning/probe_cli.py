@@ -21,6 +21,8 @@ MEASURING = {  # one device, nothing written, and no limit of the recipe that en
 class ProbeCLI(GearCLI):
     """Measures with a callback before the first step, and leaves the run as it was."""
 
+    tells_idle = False
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {"fit": LightningCLI.subcommands()["fit"]}

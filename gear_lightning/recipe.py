@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 
+from .callbacks.checkpoint import IterationCheckpoint
 from .callbacks.generation import GenerationCallback
 from .cli import GearCLI
 from .data import RolloutDataModule
+from .errors import UserError
+from .idle_options import idle_options
 from .module import GearModule
 from .refusals import refusals
 
@@ -22,12 +25,16 @@ class Recipe:
         data: batch sizes.
         generation: budgets and engine.
         trainer: the ``trainer`` section as given, nothing of it made.
+        checkpoint: when checkpoints are written.
+        options: all sections as given.
     """
 
     module: GearModule
     data: RolloutDataModule
     generation: GenerationCallback
     trainer: Any
+    checkpoint: IterationCheckpoint
+    options: Any
 
 
 class _Reader(GearCLI):
@@ -37,8 +44,8 @@ class _Reader(GearCLI):
         self._follow_seed()  # and seed nothing here
 
     def instantiate_classes(self) -> None:
+        self.asked = self.config["fit"].clone()
         trainer = self.config["fit"]["trainer"]
-        self.asked = trainer.clone()
         # what may need a GPU, a package or an account that is not here
         for name, value in {"strategy": "auto", "logger": False, "callbacks": None, "plugins": None}.items():
             trainer[name] = value
@@ -62,7 +69,8 @@ def read_recipe(args: list[str]) -> Recipe:
         cli = _Reader(["fit", *args])
     finally:
         sys.argv = argv
-    return Recipe(cli.model, cli.datamodule, cli._get(cli.config_init, "generation"), cli.asked)
+    generation, checkpoint = (cli._get(cli.config_init, name) for name in ("generation", "checkpoint"))
+    return Recipe(cli.model, cli.datamodule, generation, cli.asked["trainer"], checkpoint, cli.asked)
 
 
 def refused(recipe: Recipe, model: Any, gpus: int) -> list[str]:
@@ -73,7 +81,16 @@ def refused(recipe: Recipe, model: Any, gpus: int) -> list[str]:
         model: the policy on the meta device, without adapters.
         gpus: processes.
     """
-    return list(refusals(recipe.module, recipe.data, recipe.generation, recipe.trainer, gpus, model))
+    parts = recipe.module, recipe.data, recipe.generation, recipe.trainer
+    return list(refusals(*parts, gpus, model, checkpoint=recipe.checkpoint))
+
+
+def idle(recipe: Recipe) -> list[str]:
+    """What the recipe gives that does nothing; nothing of one whose chat template is refused."""
+    try:
+        return idle_options(recipe.options, recipe.module, recipe.data, recipe.generation)
+    except UserError:
+        return []
 
 
 def configured_gpus(trainer: Any) -> int:

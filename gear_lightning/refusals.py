@@ -11,13 +11,17 @@ from typing import Any
 from lightning.pytorch.strategies import StrategyRegistry
 
 from .advantage import GroupAdvantage
+from .callbacks.checkpoint import IterationCheckpoint
 from .callbacks.generation import GenerationCallback
+from .checkpoint_files import check_places
 from .data import RolloutDataModule
 from .errors import UserError
 from .head import head_in_float32
+from .limits import check_limits
 from .memory import ALIASES, STRATEGIES, Strategy
 from .models import PolicySource, checkpoint_activations
 from .module import GearModule
+from .monitor import check_early_stopping, check_monitor, class_path, own_callbacks_only
 from .strategies import layers_of
 from .strategy_rules import check_replicas, check_zero
 
@@ -105,6 +109,35 @@ def check_parts(module: GearModule, data: RolloutDataModule, generation: Generat
         )
 
 
+def check_metrics(
+    module: GearModule, data: RolloutDataModule, checkpoint: IterationCheckpoint | None, trainer: Any, resumes: bool
+) -> None:
+    """Look at the metrics that a recipe follows, for its checkpoints, its schedule and early stopping.
+
+    Raises:
+        UserError: one will not be measured, or its worst values would be taken for the best.
+    """
+    every, most = trainer["check_val_every_n_epoch"], trainer["max_epochs"]
+    evaluates = data.val_tasks is not None and trainer["limit_val_batches"] != 0
+    evaluates &= most in (None, -1) or every is None or every <= most
+    given = trainer["callbacks"] or []
+    callbacks = given if isinstance(given, list) else [given]
+    own = own_callbacks_only(callbacks)
+    if checkpoint is not None:
+        if checkpoint.monitor is not None:
+            check_monitor("checkpoint.monitor", checkpoint.monitor, evaluates or resumes, own)
+        check_places(checkpoint._save_on_train_epoch_end, evaluates or resumes)
+    if (followed := module.followed_metric()) is not None:
+        check_monitor("model.lr_scheduler.monitor", followed, evaluates or resumes, own)
+    for callback in callbacks:
+        options = (
+            callback.get("init_args") if class_path(callback) == "lightning.pytorch.callbacks.EarlyStopping" else None
+        )
+        if options is not None:
+            check_monitor("monitor of EarlyStopping", options["monitor"], evaluates, own)
+            check_early_stopping(options["monitor"], options["mode"], options["check_on_train_epoch_end"], every)
+
+
 def refusals(
     module: GearModule,
     data: RolloutDataModule,
@@ -113,6 +146,8 @@ def refusals(
     processes: int,
     model: Any,
     fitting: bool = True,
+    checkpoint: IterationCheckpoint | None = None,
+    resumes: bool = False,
 ) -> Iterator[str]:
     """Why the recipe will not run, one reason after another. Nothing is loaded.
 
@@ -124,6 +159,8 @@ def refusals(
         processes: over all nodes.
         model: the policy's `skeleton`, without adapters; None where there is none, and its part is not looked at.
         fitting: whether it is to be trained.
+        checkpoint: what writes its checkpoints; None where nothing does.
+        resumes: whether there is a checkpoint to resume from.
     """
     rules: list[Callable[[], Any]] = [partial(check_strategy, trainer)]
     strategy, options = configured_strategy(trainer)
@@ -136,6 +173,8 @@ def refusals(
     rules.append(lambda: head_in_float32(module.head_precision, precision))
     if fitting:
         rules.append(lambda: check_parts(module, data, generation))
+        rules.append(lambda: check_limits(trainer.get, data, processes))
+        rules.append(lambda: check_metrics(module, data, checkpoint, trainer, resumes))
         rules.append(lambda: data.check_processes(processes, trainer["accumulate_grad_batches"]))
     if model is not None:
         rules.append(lambda: generation.check_policy(module, model))

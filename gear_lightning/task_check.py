@@ -2,9 +2,12 @@
 
 import hashlib
 import random
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -15,6 +18,7 @@ from .together import place, together
 
 ENDLESS = 16  # tasks that are checked of a source without end
 LONGEST = 100  # of a sample, at most, are the tasks with the longest prompts
+VIEWS = 64  # tasks of which one must leave the teacher its text
 REMEMBERED = 1000  # tasks from which on a check is worth remembering
 
 
@@ -82,6 +86,34 @@ def check_source(name: str, source: TaskSource, used: int | None, limit: int | N
             f"{name}: checked {len(indices):,} of {count:,} tasks{when}: a sample, and "
             "those with the longest lines. A task that turns out bad costs its rollouts (data.check_limit)"
         )
+
+
+def check_teacher_views(module: Any, source: TaskSource) -> None:
+    """Look for a task whose privileged prompt leaves the model a position for a response.
+
+    Args:
+        module: a `gear_lightning.module.GearModule`.
+        source: the tasks to train on; some of them are looked at until one is found.
+
+    Raises:
+        UserError: there is none, so that the teacher would be shown nothing.
+    """
+    options = replace(module.teacher_options, overlong="error", max_prompt=sys.maxsize)
+    if not module.needs_teacher or options.shows not in ("reference", "answer") or module.longest is None:
+        return  # the other texts come from rollouts
+    size, refused = ENDLESS if source.size is None else source.size, []
+    for index in dict.fromkeys(i * size // VIEWS for i in range(VIEWS)):
+        try:
+            task = source[index]
+            module.privileged_prompt(task, task.messages, options=options)
+            return
+        except UserError as error:
+            refused.append(str(error))
+    raise UserError(
+        f"the privileged prompt leaves room for a response in none of {len(refused)} tasks, so that the teacher would "
+        f"be shown nothing: {refused[0]}. Shorten the {options.shows}s or model.teacher.template, use another "
+        "model.teacher.shows, or a model with more positions"
+    )
 
 
 def _stamp(source: TaskSource, indices: Sequence[int], checker: TaskChecker) -> Path | None:

@@ -18,8 +18,15 @@ from .chat import Chat
 from .environments.base import Message, Task
 from .errors import UserError
 from .lora import POLICY, TEACHER, active, adapter_parameters, add_teacher, has_teacher, is_adapted
+from .positions import Longest
 from .sharding import is_sharded, local, part_of, rest, stored, whole_of
 from .token_stats import token_stats
+
+SHOWN = ("reference", "answer")  # of `TeacherOptions.shows`: texts that a task has before any rollout
+
+
+class OverlongError(UserError):
+    """A privileged prompt is too long, and ``teacher.overlong=error`` asks for an error."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +48,10 @@ class TeacherOptions:
             the answer or the peer's transcript.
         feedback_template: the same for feedback; ``{feedback}`` stands for it. Only where ``shows`` may show some.
         max_prompt: longest privileged prompt, tokens. The question is never cut.
-        overlong: what happens to a longer one: ``drop`` the privileged text for that rollout (its weights become 1,
-            distillation leaves it out, and ``teacher/overlong`` counts it), or stop with an ``error`` where the check
-            of the tasks before training finds one; one that first comes up in a rollout is dropped with a warning.
+        overlong: what happens to a longer one, and to one that together with the response exceeds the model's positions
+            (or the length above which its rotary frequencies change): ``drop`` the privileged text for that rollout
+            (its weights become 1, distillation leaves it out, and ``teacher/overlong`` counts it), or stop with an
+            ``error``.
     """
 
     weights: Literal["ema", "live", "frozen"] = "ema"
@@ -120,6 +128,8 @@ def privileged_prompt(
     options: TeacherOptions,
     peer: list[Message] | None = None,
     feedback: str | None = None,
+    longest: Longest | None = None,
+    response: int = 0,
 ) -> tuple[list[int], bool]:
     """Ids of the prompt with the privileged text in it.
 
@@ -130,12 +140,14 @@ def privileged_prompt(
         options: what is shown, template and length policy.
         peer: see `privileged_text`.
         feedback: see `privileged_text`.
+        longest: what prompt and response may be together. None: any length.
+        response: tokens that follow the prompt in the teacher's view.
 
     Returns:
         The ids, and whether the privileged text was dropped for length.
 
     Raises:
-        UserError: too long, under ``overlong=error``.
+        OverlongError: too long, under ``overlong=error``.
     """
     plain = chat.prompt(opening, task.tools)
     text = privileged_text(task, options, peer, feedback)
@@ -144,10 +156,17 @@ def privileged_prompt(
     last = max((i for i, m in enumerate(opening) if m["role"] == "user"), default=len(opening) - 1)
     hinted = dict(opening[last], content=opening[last]["content"] + text)
     ids = chat.prompt([*opening[:last], hinted, *opening[last + 1 :]], task.tools)
-    if len(ids) <= options.max_prompt:
+    fits = longest is None or len(ids) + response <= longest.tokens
+    if fits and len(ids) <= options.max_prompt:
         return ids, False
     if options.overlong == "error":
-        raise UserError(f"task {task.id}: its privileged prompt has {len(ids)} tokens, max_prompt={options.max_prompt}")
+        told = f"task {task.id}: its privileged prompt has {len(ids)} tokens"
+        if longest is None or fits:
+            raise OverlongError(f"{told}, max_prompt={options.max_prompt}")
+        raise OverlongError(
+            f"{told}, which with the {response} of the response is more than {longest.why} "
+            "(model.teacher.overlong=drop leaves such rollouts without a teacher)"
+        )
     return plain, True
 
 

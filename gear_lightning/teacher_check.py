@@ -24,7 +24,6 @@ from .token_stats import token_stats
 
 FILE = "teacher_check.json"
 FORMAT = 1
-SHOWN = ("reference", "answer")  # of `TeacherOptions.shows`: texts of a task, which can be another one's
 VIEWS = ("own", "other")
 
 
@@ -83,7 +82,9 @@ def score(module: Any, rollouts: list[Rollout], pairs: dict[str, Task], temperat
     kept = []
     for rollout in rollouts:
         opening = rollout.messages[: rollout.opening_messages]
-        made = [module.privileged_prompt(task, opening) for task in (rollout.task, pairs[rollout.task.id])]
+        response = len(rollout.tokens) - rollout.prompt_length
+        views = (rollout.task, pairs[rollout.task.id])
+        made = [module.privileged_prompt(task, opening, response=response) for task in views]
         if not any(dropped for _, dropped in made):
             kept.append(rollout)
             for view, (ids, _) in zip(VIEWS, made, strict=True):

@@ -9,7 +9,8 @@ from .cli import main
 from .errors import UserError
 from .noise_floor import write_result
 from .probe_cli import ProbeCLI
-from .teacher_check import FILE, SHOWN, CheckTeacher, table
+from .teacher import SHOWN
+from .teacher_check import FILE, CheckTeacher, table
 
 
 class TeacherCheckCLI(ProbeCLI):

@@ -121,18 +121,44 @@ def _scores(
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Check on two tokens that hidden states and head reproduce the model's own logits.
+    """Check on two tokens that a model's logits are its output head on the decoder's last hidden states, untouched.
+
+    In the model's own forward the head's output is replaced by numbers from -1e4 to 1e4. They must come out as they
+    are: so a soft-cap or a scale shows however small the model's logits are, and no weight is changed.
 
     Raises:
-        UserError: the model does more than a linear head (soft-capping, scaled logits), or has no decoder or head.
+        UserError: the model does more than a linear head (soft-capping, scaled logits), has no decoder or head, gives
+            random outputs, or writes to its weights in a forward pass.
     """
     name = type(model).__name__
+    seen: list[Tensor] = []  # input of the head, and what came out of it in the model's own forward
+
+    def replace(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        marks = torch.linspace(-1e4, 1e4, output.numel(), device=output.device).view_as(output).to(output.dtype)
+        seen[:] = [*args[:1], marks]
+        return marks
+
+    written = [p._version for p in model.parameters()]
     try:
         body, head = model.get_decoder(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
         ids = torch.tensor([[0, 1]], device=head.weight.device)
-        ours = head(body(input_ids=ids, use_cache=False).last_hidden_state)
-        theirs = model(input_ids=ids, use_cache=False).logits
+        hidden, again = (body(input_ids=ids, use_cache=False).last_hidden_state for _ in range(2))
+        handle = head.register_forward_hook(replace)
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits
+        finally:
+            handle.remove()
     except (AttributeError, TypeError) as error:
         raise UserError(f"{name} is not a causal language model with a decoder and an output head ({error})") from None
-    if not torch.allclose(ours.float(), theirs.float(), atol=1e-3, rtol=1e-3):
+    if [p._version for p in model.parameters()] != written:
+        raise UserError(f"{name} changes its weights in a forward pass; such models are not supported")
+    small = 1e-3 * hidden.abs().max()
+    if (hidden - again).abs().max() > small:
+        raise UserError(f"{name} is random: it gives other hidden states each time; such models are not supported")
+    if len(seen) < 2 or (hidden - seen[0]).abs().max() > small:
+        raise UserError(
+            f"{name} does not apply its output head to the last hidden states of its decoder; such models are not "
+            "supported"
+        )
+    if not torch.allclose(logits.float(), seen[1].float(), atol=1e-3, rtol=1e-3):
         raise UserError(f"{name} transforms its logits after the output head; such models are not supported yet")

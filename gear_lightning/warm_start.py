@@ -24,6 +24,7 @@ from .strategies import place
 from .teacher import TeacherOptions, privileged_prompt
 from .token_stats import check_head, token_stats
 
+CheckSampling = Callable[[Any, GearModule, Any, Any], None]
 MOST_SKIPPED = 5  # optimizer steps in a row without a finite gradient
 KEYED = 32  # demonstrations that a cached result is known by
 
@@ -38,7 +39,7 @@ class WarmStart:
         batch_size: demonstrations in a step, over all processes.
         learning_rate: highest learning rate of AdamW.
         warmup_steps: steps of linear warm-up; a cosine decay to zero follows.
-        max_length: longer demonstrations are skipped, tokens.
+        max_length: longer demonstrations are skipped, tokens; also those longer than the model's positions.
         reuse: take the result of an earlier run with the same settings, model and code version.
     """
 
@@ -84,8 +85,10 @@ def encode(item: Demonstration, chat: Chat, teacher: TeacherOptions) -> tuple[li
 class _Batches(torch.utils.data.IterableDataset):
     """This rank's share of each step's demonstrations, encoded."""
 
-    def __init__(self, options: WarmStart, chat: Chat, teacher: TeacherOptions, trainer: L.Trainer):
-        self.options, self.chat, self.teacher, self.trainer = options, chat, teacher, trainer
+    def __init__(self, options: WarmStart, gear: GearModule, trainer: L.Trainer):
+        self.options, self.chat, self.teacher, self.trainer = options, gear.chat_format, gear.teacher_options, trainer
+        longest = gear.longest
+        self.limit = options.max_length if longest is None else min(options.max_length, longest.tokens)
 
     def __len__(self) -> int:
         return self.options.steps
@@ -102,20 +105,37 @@ class _Batches(torch.utils.data.IterableDataset):
         stride = self.options.steps * self.options.batch_size
         for attempt in range(100):
             ids, learned = encode(self.options.demonstrations[index + attempt * stride], self.chat, self.teacher)
-            if len(ids) <= self.options.max_length:
+            if len(ids) <= self.limit:
                 n = len(ids)
                 return RolloutRow(ids, learned, [-1] * n, [False] * n, [0.0] * n, 1, [0], 0.0, False, 0.0, -1, 0, index)
-        raise UserError(f"warm_start.max_length={self.options.max_length}: 100 demonstrations in a row are longer")
+        limit = f"warm_start.max_length={self.options.max_length}"
+        if self.limit < self.options.max_length:
+            limit = f"the model scores rows of {self.limit} tokens"
+        raise UserError(f"{limit}: 100 demonstrations in a row are longer")
 
 
 class WarmStartModule(Float32Buffers, StepGuard):
-    """Cross-entropy on the learned tokens of demonstrations."""
+    """Cross-entropy on the learned tokens of demonstrations.
 
-    def __init__(self, gear: GearModule, options: WarmStart, check: Callable[[Any], None]):
+    Args:
+        gear: see `run_warm_start`, also for the next three.
+        options: the stage's settings.
+        check: looks at the policy before it is trained.
+        check_sampling: looks at it once it is where the strategy wants it.
+    """
+
+    def __init__(
+        self,
+        gear: GearModule,
+        options: WarmStart,
+        check: Callable[[Any], None],
+        check_sampling: CheckSampling | None = None,
+    ):
         super().__init__()
         self.options = options
         self.gear = (gear,)  # in a tuple, for it is no part of this module
         self.check = check
+        self.check_sampling = check_sampling
         self.policy: Any = None
         self._blank: list[Any] = [None]  # in a list, for it is no part of this module
 
@@ -136,6 +156,10 @@ class WarmStartModule(Float32Buffers, StepGuard):
         if gear.lora is not None:
             gear.lora.layers(policy)
         return policy
+
+    def on_train_start(self) -> None:
+        if self.check_sampling is not None:
+            self.check_sampling(self.trainer, self.gear[0], self.policy, self._blank[0])
 
     def whole(self) -> Any:
         """The policy in float32 in CPU memory. All ranks must call it."""
@@ -164,7 +188,12 @@ class WarmStartModule(Float32Buffers, StepGuard):
 
 
 def run_warm_start(
-    options: WarmStart, gear: GearModule, trainer: L.Trainer, key: Any, check: Callable[[Any], None]
+    options: WarmStart,
+    gear: GearModule,
+    trainer: L.Trainer,
+    key: Any,
+    check: Callable[[Any], None],
+    check_sampling: CheckSampling | None = None,
 ) -> Path:
     """Train on demonstrations and return the directory with the resulting weights.
 
@@ -174,6 +203,8 @@ def run_warm_start(
         trainer: a Trainer made for this stage (``max_steps`` = ``options.steps``).
         key: plain data that decides the result beside ``options``, the policy and the demonstrations (precision).
         check: looks at the policy before it is trained and raises where what comes later could not use it.
+        check_sampling: the same with the policy on its devices; called on all ranks with the trainer, ``gear``, the
+            policy, and its modules without values where it is sharded.
     """
     from . import __version__
 
@@ -184,8 +215,8 @@ def run_warm_start(
     name = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     folder = cache_dir() / "warm_start" / name
     if not options.reuse or not folder.exists():
-        module = WarmStartModule(gear, options, check)
-        data = _Batches(options, gear.chat_format, gear.teacher_options, trainer)
+        module = WarmStartModule(gear, options, check, check_sampling)
+        data = _Batches(options, gear, trainer)
         trainer.fit(module, train_dataloaders=torch.utils.data.DataLoader(data, batch_size=None))
         if options.steps != trainer.global_step:
             raise Stopped

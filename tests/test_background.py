@@ -114,8 +114,8 @@ def test_files_are_those_of_a_run_that_waits_for_them(tmp_path, done):
         events.append(list(done))
     assert events[0] == events[1]
     assert events[0][-5:] == [
-        "epoch=3.ckpt", "epoch=3.ckpt.json", "epoch=1.ckpt.json removed", "epoch=1.ckpt removed",
-        "last.ckpt -> epoch=3.ckpt",
+        "epoch=3.ckpt", "epoch=3.ckpt.json", "last.ckpt -> epoch=3.ckpt", "epoch=1.ckpt.json removed",
+        "epoch=1.ckpt removed",
     ]  # fmt: skip
     assert names(tmp_path / "beside") == names(tmp_path / "waiting")
     for name in ("epoch=2.ckpt", "epoch=3.ckpt"):

@@ -117,12 +117,13 @@ def leaves(tree, path=()):
 
 @pytest.mark.parametrize("file", PLANS, ids=lambda p: p.name)
 def test_every_run_of_a_study_instantiates(file, monkeypatch):
-    """One of each arm and point: every option of a plan is one that `fit` knows."""
+    """Each arm and each point once: every option of a plan is one that `fit` knows."""
     monkeypatch.chdir(ROOT)
     study = Study(**yaml.safe_load(file.read_text()))
     assert study.baseline in study.arms
+    first = study.runs[0]
     for run in study.runs:
-        if run.seed == 0:
+        if run.seed == 0 and (run.arm == first.arm or run.point == first.point):
             try:
                 cli = Built(["fit", *run.options])
             except UserError as error:

@@ -34,6 +34,7 @@ ABOVE = {
     "gear_lightning.cli",
     "gear_lightning.doctor",
     "gear_lightning.doctor_checks",
+    "gear_lightning.idle_options",
     "gear_lightning.refusals",
     *COMMANDS,
 }

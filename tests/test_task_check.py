@@ -189,6 +189,21 @@ def test_a_reference_that_the_check_missed_costs_the_teachers_view_alone(tmp_pat
     assert fit.callback_metrics["teacher/overlong"] == 4
 
 
+@pytest.mark.parametrize("where", ["prompt", "reference"])
+def test_a_text_that_cannot_be_encoded_is_told_before_training(where):
+    half = "e1 \ud800"
+
+    class Halves(Numbers):
+        def __getitem__(self, index):
+            said = half if where == "prompt" else "e1"
+            reference = half if where == "reference" else "e1"
+            return Task("t7", [{"role": "user", "content": said}], reference=reference, meta={"answer": "e1"})
+
+    source = data(train_tasks=Halves(3), val_tasks=None)
+    with pytest.raises(UserError, match=r"task t7: .*surrogates not allowed"):
+        generation(environment=functools.partial(SingleTurn, "contains")).attach(module(), source)
+
+
 def test_a_run_stops_with_one_line_where_its_task_file_is_overwritten(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "SMALL", 0)
     monkeypatch.setenv("GEAR_LIGHTNING_CACHE", str(tmp_path / "cache"))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import LLAMA, Family
 from tiny import source
 
 from gear_lightning import token_stats as room
@@ -113,6 +114,38 @@ def test_a_model_that_transforms_its_logits_is_refused():
     with pytest.raises(UserError, match="transforms its logits"):
         room.check_head(model)
     assert model.get_output_embeddings() is head
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 50.0])
+@pytest.mark.parametrize(
+    ("kind", "options", "refused"),
+    [
+        ("Gemma2", {"head_dim": 16}, "transforms its logits"),
+        ("Gemma2", {"head_dim": 16, "final_logit_softcapping": 1e3}, "transforms its logits"),
+        ("Gemma2", {"head_dim": 16, "final_logit_softcapping": None}, None),
+        ("Granite", {"logits_scaling": 8.0}, "transforms its logits"),
+        ("Granite", {"logits_scaling": 1.0}, None),
+        ("Cohere", {"logit_scale": 0.0625}, "transforms its logits"),
+        ("MiniCPM3", {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+                      "v_head_dim": 24, "dim_model_base": 16}, "does not apply its output head"),
+        ("Rwkv", {"num_hidden_layers": 8, "rescale_every": 2, "attention_hidden_size": 32}, "changes its weights"),
+        ("Llama", {}, None),
+    ],
+)  # fmt: skip
+def test_what_is_done_to_logits_shows_at_any_size_of_them(kind, options, refused, scale):
+    model = Family(kind=kind, options=tuple({**LLAMA, **options}.items())).model().eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(scale)
+    states, logits = {k: v.clone() for k, v in model.state_dict().items()}, None
+    if refused is None:
+        logits = model(torch.tensor([[6, 7]])).logits
+        room.check_head(model)
+        assert torch.equal(logits, model(torch.tensor([[6, 7]])).logits)
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in states.items())
+        return
+    with pytest.raises(UserError, match=f"{kind}ForCausalLM {refused}"):
+        room.check_head(model)
+    assert refused == "changes its weights" or all(torch.equal(v, model.state_dict()[k]) for k, v in states.items())
 
 
 def test_dropout_is_switched_off_for_training():

@@ -9,6 +9,7 @@ from distributed.pieces import Chatter
 from distributed.short import train
 
 from gear_lightning.engines import CachedEngine, Sampling
+from gear_lightning.errors import UserError
 
 STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
 MODES = [(name, "auto") for name in STRATEGIES[:1] + STRATEGIES[2:4]] + [
@@ -55,6 +56,31 @@ def test_one_rank_ends_at_the_first_token_and_the_other_at_the_limit(pair, tmp_p
     assert short["tokens"] == 4
     assert long["tokens"] == 4 * 40
     assert short["metrics"] == long["metrics"]
+
+
+class WrongOnOneRank(CachedEngine):
+    """Tells log-probs on rank 1 that are not the policy's."""
+
+    def poll(self) -> Any:
+        turns = super().poll()
+        for turn in turns if rank() == 1 else []:
+            turn.logprobs = [x - 0.1 for x in turn.logprobs]
+        return turns
+
+
+def wrong(run: Path, name: str, mode: str) -> str:
+    try:
+        train(run, name, engine=WrongOnOneRank(), weights=mode)
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(("name", "mode"), [("ddp", "auto"), ("fsdp", "stream"), ("zero3", "gather")])
+def test_log_probs_that_are_wrong_on_one_rank_stop_all_before_the_first_rollout(pair, tmp_path, name, mode):
+    for message in pair.run(wrong, tmp_path, name, mode):
+        assert "log-probs of WrongOnOneRank and of the trainer differ by up to 0.1 nats" in message
+    pair.stop()  # the strategy was left in the middle
 
 
 def failing(run: Path, name: str, mode: str) -> dict[str, Any]:
