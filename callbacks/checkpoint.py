@@ -80,8 +80,8 @@ class IterationCheckpoint(BackgroundSaves):
         min_interval: least seconds from the start of a save to the next one; a checkpoint that is due earlier is left
             to a later iteration. 0: save whenever one is due. Null: as long as training waits for saves for less than 5
             % of the time, and files are written for less than 25 %; whenever one is due where a checkpoint has less
-            than 256 MiB, where there is a ``monitor``, or where ``every_n_epochs``, ``every_n_train_steps`` or
-            ``train_time_interval`` is given. The state at the end of a run is always saved.
+            than 256 MiB, or where ``every_n_epochs``, ``every_n_train_steps`` or ``train_time_interval`` is given. The
+            state at the end of a run, and one whose ``monitor`` is among the best, is always saved.
 
     Raises:
         UserError: options that contradict one another, or of which one would do nothing or is out of range.
@@ -130,8 +130,7 @@ class IterationCheckpoint(BackgroundSaves):
             raise UserError(f"checkpoint.min_interval={min_interval} must be at least 0, and finite")
         self.background = background
         self.min_interval = min_interval
-        cadence = (every_n_epochs, every_n_train_steps, train_time_interval)
-        self.asked = monitor is not None or any(value is not None for value in cadence)
+        self.asked = any(value is not None for value in (every_n_epochs, every_n_train_steps, train_time_interval))
         self._monitor = None if monitor is None else Monitor("checkpoint.monitor", monitor)
         self._newest = self._spare = ""  # paths
         self._files: list[str] = []  # written here, and not removed yet
@@ -189,7 +188,7 @@ class IterationCheckpoint(BackgroundSaves):
         missing = self._monitor.missing(trainer) if self._monitor is not None and value is None else None
         due = self._due_by_epochs(trainer, bool(pl_module.evaluated)) or self._due_by_steps(trainer)
         due |= self._due_by_time(trainer)
-        due = due and not self.postponed(trainer)
+        due = due and (self._among_the_best(value) or not self.postponed(trainer))
         if due or missing or pl_module.failure is not None or last_iteration(trainer):
             self._save(trainer, self._path(trainer, trainer.current_epoch, values), value)
         if missing:
@@ -248,6 +247,13 @@ class IterationCheckpoint(BackgroundSaves):
             if file not in kept and self._should_remove_checkpoint(trainer, file, path):
                 self._remove_checkpoint(trainer, file)
                 self._files.remove(file)
+
+    def _among_the_best(self, value: float | None) -> bool:
+        """Whether a checkpoint with this value would be kept for it."""
+        sign = 1 if self.mode == "max" else -1
+        known = sorted((sign * float(score) for score in self.best_k_models.values()), reverse=True)
+        place = max(self.save_top_k, 1)  # of all that are kept, the best one is named
+        return value is not None and (len(known) < place or sign * value > known[place - 1])
 
     def _rank(self, path: str, value: float | None) -> None:
         """Put a checkpoint among the best ones, and take the worst of them out where there are too many."""

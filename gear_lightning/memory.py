@@ -279,7 +279,7 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
         weights, ``kv_cache``, ``sampling`` (prefill and the draws). Then ``update`` and ``rollout``, the sums of the
         two phases, which do not overlap, and ``total``, the larger of them. In CPU memory, and part of no sum:
         ``host``, kept for each GPU; ``loading``, of a process that loads the model; ``saving``, of rank 0 while it
-        gathers a checkpoint.
+        writes a checkpoint: a copy of it.
 
     Raises:
         UserError: no such strategy, or precision, or replicas that do not divide the GPUs.

@@ -42,6 +42,7 @@ class ModuleState(L.LightningModule):
     _identity_of_base: dict[str, str] | None = None
     _shipped: dict[str, bytes]
     _base_model: str | None
+    _files: dict[str, Tensor] | None = None  # of the policy; training changes none of them, and waits for each save
     _frozen: dict[tuple[int, ...], Kept]
 
     @property
@@ -55,7 +56,8 @@ class ModuleState(L.LightningModule):
         raise NotImplementedError
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["policy_files"] = self.policy_files()
+        self._files = self._files or self.policy_files()
+        checkpoint["policy_files"] = self._files
         checkpoint["made_by"] = {**code_version(), "base_model": self._base_model}
         checkpoint["identity"] = self._identity()
         checkpoint["lora"] = None if self.lora is None else self._adapters()

@@ -322,6 +322,18 @@ def test_a_large_checkpoint_is_left_out_while_another_is_written(monkeypatch):
     assert not callback._too_soon(1e9)
 
 
+def test_an_interval_leaves_out_none_of_the_best(tmp_path):
+    class Log(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            pl_module.log("mine", float([5, 7, 6, 8, 4, 3][trainer.current_epoch]), batch_size=1)
+
+    options = {"monitor": "mine", "mode": "max", "save_top_k": 2, "min_interval": 3600}
+    run(tmp_path, 6, Log(), **options)
+    kept = [path.name for path, _ in known_checkpoints(tmp_path / "c")]
+    # 5 is the first, 7 the second of the best two, 8 takes the place of 5; 6 and 4 are left out, 3 is the end
+    assert kept == ["epoch=5.ckpt", "epoch=3.ckpt", "epoch=1.ckpt"]
+
+
 def test_an_interval_below_0_is_refused():
     with pytest.raises(UserError, match=r"checkpoint\.min_interval=-1"):
         IterationCheckpoint(min_interval=-1)

@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 from distributed.test_ddp import command_line
+from distributed.test_kill_anywhere import lives
+from nursery import play
 from pace import seconds
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -78,3 +80,14 @@ def test_8_bit_adamw_and_activation_checkpointing_save_memory(tmp_path, reposito
     run([*command[:place], *saving, *command[place:]], environment, repository)
     plain, less = rows(tmp_path / "plain")[-1], rows(tmp_path / "saving")[-1]
     assert float(less["memory/update_gib"]) < 0.8 * float(plain["memory/update_gib"])
+
+
+def test_a_run_stopped_in_a_later_inner_epoch_goes_on(tmp_path):
+    """What was kept of the first one lies in CPU memory, and meets tensors on the GPU."""
+    options = (*GPU, "--data.inner_epochs", "2", "--trainer.max_epochs", "2")
+    stop = ("update", 7, "SIGTERM", 0)  # of 4 micro-batches x 2 inner epochs
+    assert play(tmp_path / "one", lives(tmp_path / "whole", [], 1, *options))[-1] == [0]
+    assert play(tmp_path / "two", lives(tmp_path / "parts", [stop], 1, *options)) == [[75], [0]]
+    whole, parts = rows(tmp_path / "whole")[-1], rows(tmp_path / "parts")[-1]
+    for name in ("train/loss", "train/grad_norm", "train/reward"):
+        assert float(parts[name]) == pytest.approx(float(whole[name]), rel=2e-2, abs=1e-3), name
