@@ -11,7 +11,7 @@ BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 install: $(STAMP)
 
 $(STAMP): requirements/packages.lock requirements/torch.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info < (3, 13); sys.exit(0 if ok else "Python 3.10-3.12 is needed, found %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); sys.exit(0 if ok else "Python 3.11-3.13 is needed, found %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements/packages.lock
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/torch.lock
@@ -49,7 +49,7 @@ format: install
 
 # torch and what it brings are left out: see requirements/torch.lock.
 lock: install
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --generate-hashes --no-annotate \
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --no-annotate \
 	  --no-header --constraint requirements/torch.lock --quiet --output-file requirements/packages.lock \
 	  --no-emit-package torch --no-emit-package triton \
 	  $(foreach p,cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \

@@ -22,6 +22,7 @@ from .callbacks.sample_table import SampleTable
 from .chat import ignored_stops
 from .data import RolloutDataModule
 from .distillation import SDPG, SDPO
+from .engines import Sampling
 from .environments.single_turn import SingleTurn
 from .loss import CISPO, GSPO, ClippedSurrogate
 from .module import GearModule
@@ -66,6 +67,12 @@ def _changed(section: str, value: Callable[[str], Any], kinds: tuple[type, ...],
     defaults = {n: p.default for kind in kinds for n, p in inspect.signature(kind).parameters.items()}
     told = {name: value(name) for name in names or defaults}
     return [f"{section}.{name}={told[name]}" for name in told if name in defaults and told[name] != defaults[name]]
+
+
+def _trainer(given: Given, **defaults: Any) -> list[str]:
+    """Those of the trainer's options with a value other than this default, or none."""
+    told = {name: given.options["trainer"][name] for name in defaults}
+    return [f"trainer.{name}={told[name]}" for name in told if told[name] not in (None, defaults[name])]
 
 
 def _line(names: list[str], why: str) -> Iterator[str]:
@@ -146,9 +153,15 @@ def _learning_from_rewards(given: Given) -> Iterator[str]:
 def _generation(given: Given) -> Iterator[str]:
     budgets, options = given.generation.budgets, given.options["generation"]
     strategy, _ = configured_strategy(given.options["trainer"])
-    if given.generation.weights != "auto" and strategy in ("ddp", "zero1", "zero2"):
-        why = f"with trainer.strategy={strategy}, which leaves every process the whole weights; leave it out"
-        yield from _line([f"generation.weights={given.generation.weights}"], why)
+    if strategy in ("ddp", "zero1", "zero2"):  # no copy is made, unless of another dtype
+        stored = "bfloat16" if str(given.options["trainer"]["precision"]) == "bf16-true" else "float32"
+        names = [f"generation.weights={given.generation.weights}"] * (given.generation.weights != "auto")
+        names += [f"generation.weights_dtype={stored}"] * (given.generation.weights_dtype == stored)
+        why = f"with trainer.strategy={strategy}, where every process has the whole weights in {stored}"
+        yield from _line(names, why)
+    if given.generation.val_sampling.temperature == 0:
+        names = given.changed("generation.val_sampling", Sampling, names=("top_p", "top_k"))
+        yield from _line(names, "with temperature=0, which takes the likeliest token")
     if budgets.turn_tokens is not None and budgets.turn_tokens >= budgets.tokens:
         why = f"with generation.budgets.tokens={budgets.tokens}, which ends a turn first"
         yield from _line([f"generation.budgets.turn_tokens={budgets.turn_tokens}"], why)
@@ -163,7 +176,7 @@ def _switched_off(given: Given) -> Iterator[str]:
     trainer = given.options["trainer"]
     if trainer["enable_checkpointing"] is False:
         names = (
-            "dirpath", "monitor", "save_top_k", "mode", "every_n_epochs", "every_n_train_steps", "train_time_interval",
+            "dirpath", "monitor", "save_top_k", "every_n_epochs", "every_n_train_steps", "train_time_interval",
             "save_on_exception", "save_weights_only", "background", "min_interval",
         )  # fmt: skip
         names = given.changed("checkpoint", ModelCheckpoint, IterationCheckpoint, names=names)
@@ -173,9 +186,13 @@ def _switched_off(given: Given) -> Iterator[str]:
     if given.options["samples"]["every_n_iterations"] == 0:
         names = given.changed("samples", SampleTable, names=("rows", "print_table"))
         yield from _line(names, "with samples.every_n_iterations=0")
-    if not trainer["gradient_clip_val"] and trainer["gradient_clip_algorithm"] is not None:
-        names = [f"trainer.gradient_clip_algorithm={trainer['gradient_clip_algorithm']}"]
-        yield from _line(names, "without trainer.gradient_clip_val")
+    if given.options["checkpoint"]["monitor"] is None:
+        yield from _line(given.changed("checkpoint", ModelCheckpoint, names=("mode",)), "without checkpoint.monitor")
+    if not trainer["gradient_clip_val"]:
+        yield from _line(_trainer(given, gradient_clip_algorithm=None), "without trainer.gradient_clip_val")
+    if not trainer["callbacks"]:  # one of the user's may look at it
+        why = "here: every metric is logged once an iteration"
+        yield from _line(_trainer(given, log_every_n_steps=1), why)
     if given.module.distillation is not None and "feedback" not in given.module.teacher_options.shows:
         names = given.changed("health", Health, names=("warn_after", "stop_after"))
         yield from _line(names, "with model.distillation, which learns without rewards")

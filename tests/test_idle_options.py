@@ -31,7 +31,8 @@ SECTIONS = {
     "samples": SampleTable, "progress": PhaseProgress, "checkpoint": IterationCheckpoint,
 }  # fmt: skip
 TRAINER = {"strategy": "auto", "accelerator": "cpu", "enable_checkpointing": None, "enable_progress_bar": None}
-TRAINER |= {"gradient_clip_val": None, "gradient_clip_algorithm": None, "check_val_every_n_epoch": 1}
+TRAINER |= {"gradient_clip_val": None, "gradient_clip_algorithm": None, "check_val_every_n_epoch": 1, "precision": None}
+TRAINER |= {"val_check_interval": None, "log_every_n_steps": 1, "callbacks": None}
 
 
 def defaults(kind: type) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def told(change: dict[str, Any] | None = None, *, parts: dict | None = None, **o
     of_data = {n: v for n, v in parts.items() if n in inspect.signature(RolloutDataModule).parameters}
     of_generation = {n: v for n, v in parts.items() if n not in of_data}
     given["data"] |= of_data
-    given["generation"] |= of_generation
+    given["generation"] |= {n: dict(vars(v)) if n == "val_sampling" and v else v for n, v in of_generation.items()}
     for name, value in (change or {}).items():
         section, _, option = name.rpartition(".")
         (given[section] if section else given)[option] = value
@@ -140,6 +141,14 @@ IDLE = {
         {}, {"trainer.gradient_clip_algorithm": "value"}, "gradient_clip_algorithm=value does nothing without tr",
         {}, {"trainer.gradient_clip_algorithm": "value", "trainer.gradient_clip_val": 1.0},
     ),
+    "which end of a metric is good, and no metric": (
+        {}, {"checkpoint.mode": "max"}, "checkpoint.mode=max does nothing without checkpoint.monitor",
+        {}, {"checkpoint.mode": "max", "checkpoint.monitor": "val/reward"},
+    ),
+    "how often to log what is logged once an iteration": (
+        {}, {"trainer.log_every_n_steps": 5}, "trainer.log_every_n_steps=5 does nothing here: every metric is",
+        {}, {"trainer.log_every_n_steps": 5, "trainer.callbacks": ["mine"]},
+    ),
     "health of rewards, and none learned from": (
         {**NO_OBJECTIVE, "distillation": OPSD()}, {"health.warn_after": 2}, "health.warn_after=2 does nothing with mod",
         {**NO_OBJECTIVE, "distillation": OPSD(), "teacher": TeacherOptions(shows="feedback")}, {"health.warn_after": 2},
@@ -162,7 +171,13 @@ PARTS = {
         {"val_limit": 3, "val_sampling": Sampling(0.0)},
     ),
     "weights that are whole anyway": (
-        {"weights": "stream"}, "generation.weights=stream does nothing with trainer.strategy=ddp", {},
+        {"weights": "stream", "weights_dtype": "float32"},
+        "generation.weights=stream, generation.weights_dtype=float32 do nothing with trainer.strategy=ddp",
+        {"weights_dtype": "bfloat16"},
+    ),
+    "how to draw the likeliest token": (
+        {"val_sampling": Sampling(0.0, top_k=3)}, "generation.val_sampling.top_k=3 does nothing with temperature=0",
+        {"val_sampling": Sampling(0.5, top_k=3)},
     ),
     "a turn that may be longer than the rollout": (
         {"budgets": Budgets(tokens=8, turn_tokens=8, context=96)}, "turn_tokens=8 does nothing with generation.budgets",
