@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -256,12 +255,12 @@ def test_collapse_is_a_fall_from_the_best(tmp_path):
 # runs -----------------------------------------------------------------------------------------------------------------
 
 
-def command(config: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "gear_lightning", "study", "--config", str(config), *more]
+def command(python: str, config: Path, *more: str) -> list[str]:
+    return [python, "-m", "gear_lightning", "study", "--config", str(config), *more]
 
 
 @pytest.fixture(scope="module")
-def carried(tmp_path_factory):
+def carried(quick, tmp_path_factory):
     """A study that was killed in the middle and then went on."""
     from dataclasses import asdict
 
@@ -271,7 +270,9 @@ def carried(tmp_path_factory):
     study = plan(folder / "out", jobs=2)
     replace_text(folder / "study.json", json.dumps(asdict(study)))
     env = {**os.environ, "GEAR_LIGHTNING_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen(command(folder / "study.json"), env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        command(quick.executable, folder / "study.json"), env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert first.stdout is not None
     for line in first.stdout:
         if line.startswith("[2/8]"):
@@ -280,7 +281,9 @@ def carried(tmp_path_factory):
     told = first.stdout.read()
     first.wait(seconds(120))
     kept = {run.folder: (run.folder / "metrics.csv").stat().st_mtime for run in study.runs if is_done(run)}
-    second = subprocess.run(command(folder / "study.json"), env=env, cwd=ROOT, capture_output=True, text=True)
+    second = subprocess.run(
+        command(quick.executable, folder / "study.json"), env=env, cwd=ROOT, capture_output=True, text=True
+    )
     return study, first.returncode, told, kept, second
 
 
@@ -393,13 +396,15 @@ def test_a_metric_that_is_not_there_is_told_before_more_is_run(carried, monkeypa
         study_command(["--config", str(file), "--metric", "train/lossy", "--seeds", "3"])
 
 
-def test_runs_end_with_a_study_that_is_killed(tmp_path):
+def test_runs_end_with_a_study_that_is_killed(quick, tmp_path):
     from dataclasses import asdict
 
     study = plan(tmp_path / "out", options={**QUICK, "trainer.max_epochs": 10_000}, seeds=1, jobs=2, blocks=1)
     (tmp_path / "study.json").write_text(json.dumps(asdict(study)))
     env = {**os.environ, "GEAR_LIGHTNING_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    killed = subprocess.Popen(command(tmp_path / "study.json"), env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
+    killed = subprocess.Popen(
+        command(quick.executable, tmp_path / "study.json"), env=env, cwd=ROOT, stdout=subprocess.DEVNULL
+    )
     status = study.runs[0].folder / "status.json"
     until(status.exists, "the start of the first run", limit=300)
     process = json.loads(status.read_text())["process"]
@@ -408,8 +413,8 @@ def test_runs_end_with_a_study_that_is_killed(tmp_path):
     until(lambda: not Path(f"/proc/{process}").exists(), "a run outlived its study")
 
 
-def test_a_plan_can_be_read_in_part(tmp_path):
-    plan_command = command(ROOT / "configs/study/credit.yaml", "--seeds", "100", "--plan", "true")
+def test_a_plan_can_be_read_in_part(quick, tmp_path):
+    plan_command = command(quick.executable, ROOT / "configs/study/credit.yaml", "--seeds", "100", "--plan", "true")
     reading = subprocess.Popen(plan_command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert reading.stdout is not None
     assert reading.stderr is not None

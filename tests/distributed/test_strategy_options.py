@@ -266,6 +266,9 @@ BAD = {
 }
 
 
+AS_A_USER = ("stage", "layers")  # started afresh, in a group of processes that can be looked at
+
+
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory):
     """Name of a mistake -> (status, what was printed), after all of its processes have ended."""
@@ -273,8 +276,8 @@ def refused(tmp_path_factory):
 
     def play(name: str) -> tuple[int, str]:
         which, options, _ = BAD[name]
-        log = folder / name / "log.txt"
-        process = start(fit_command(folder / name, *strategy(which), *options, python=PYTHON), log)
+        log, python = folder / name / "log.txt", PYTHON if name in AS_A_USER else None
+        process = start(fit_command(folder / name, *strategy(which), *options, python=python), log)
         status = finish(process, log)
         until(lambda: not members(process.pid), "the others find the same mistake by themselves")
         return status, log.read_text()

@@ -41,7 +41,7 @@ def watching(limit: float) -> list[str]:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
 def test_a_process_that_holds_the_interpreter_ends_the_job(tmp_path, repository, strategy):
-    options = ["--config", f"configs/strategy/{strategy}.yaml", *TWO, *watching(6)]
+    options = ["--config", f"configs/strategy/{strategy}.yaml", *TWO, *watching(12)]
     options += ["--generation.environment", "trouble.Endless", "--first_evaluation.enabled", "false"]
     status, said = finish(*command_line(tmp_path, *options), repository)
     assert status != 0
@@ -53,20 +53,20 @@ def test_a_process_that_holds_the_interpreter_ends_the_job(tmp_path, repository,
 
 
 def test_one_process_alone_is_watched_too(tmp_path, repository):
-    command, environment = command_line(tmp_path, *watching(5), "--generation.environment", "trouble.Endless")
+    command, environment = command_line(tmp_path, *watching(12), "--generation.environment", "trouble.Endless")
     status, said = finish(command, {**environment, "WORLD_SIZE_ONE": "1"}, repository)
     assert status != 0
     assert "trouble.py" in said
 
 
 def test_a_slow_process_is_not_stuck(tmp_path, repository):
-    options = [*TWO, "--trainer.strategy", "ddp", *watching(3), "--trainer.max_epochs", "1"]
+    options = [*TWO, "--trainer.strategy", "ddp", *watching(6), "--trainer.max_epochs", "1", "--data.group_size", "8"]
     options += ["--generation.environment", "trouble.Slow", "--first_evaluation.enabled", "false"]
     command, environment = command_line(tmp_path, *options, "--trainer.check_val_every_n_epoch", "9")
-    pause, slept = seconds(3) / 6, tmp_path / "slept"
+    pause, slept = seconds(6) / 3, tmp_path / "slept"
     status, said = finish(command, {**environment, "PAUSE": str(pause), "SLEPT": str(slept)}, repository)
     assert status == 0, said[-2000:]
-    assert len(slept.read_text()) * pause > 2 * seconds(3), "too few steps to show anything"
+    assert len(slept.read_text()) * pause > 2 * seconds(6), "too few steps to show anything"
 
 
 def ranks(tmp_path, repository, *options: str, second: tuple[str, ...]) -> list[tuple[int, str]]:
