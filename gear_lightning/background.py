@@ -195,7 +195,8 @@ def snapshot(value: Any, done: dict[tuple[Any, ...], Tensor] | None = None) -> A
         return made
     if isinstance(value, list | tuple):
         parts = [snapshot(part, done) for part in value]
-        return parts if type(value) is list else value._make(parts) if hasattr(value, "_make") else type(value)(parts)
+        make = getattr(value, "_make", type(value))  # of a named tuple
+        return make(parts)
     return copy.deepcopy(value)
 
 

@@ -23,8 +23,7 @@ class ProbeCLI(GearCLI):
 
     tells_idle = False
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
+    def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return {"fit": LightningCLI.subcommands()["fit"]}
 
     def make_probe(self, options: Any) -> L.Callback:

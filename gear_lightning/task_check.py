@@ -62,29 +62,30 @@ def check_source(name: str, source: TaskSource, used: int | None, limit: int | N
     Raises:
         UserError: there are no tasks, or one cannot be used; names it.
     """
-    size = ENDLESS if source.size is None else source.size
-    if not size:
-        raise UserError(f"{name}: {type(source).__name__} has no tasks")
-    count = size if used is None else min(size, used)
-    indices = chosen(source, count, limit)
-    stamp = _stamp(source, indices, checker)
-    known = stamp is not None and stamp.exists()
     rank, ranks = place()
-    mine = [] if known else indices[rank::ranks] or indices[:1]
 
-    def check() -> None:
-        for index in mine:
+    def check() -> tuple[int, int, Path | None, bool]:
+        size = ENDLESS if source.size is None else source.size
+        if not size:
+            raise UserError(f"{name}: {type(source).__name__} has no tasks")
+        count = size if used is None else min(size, used)
+        indices = chosen(source, count, limit)
+        stamp = _stamp(source, indices, checker)
+        known = stamp is not None and stamp.exists()
+        mine = [] if known else indices[rank::ranks]
+        for index in mine or indices[:1]:  # one at least: this machine may lack what others have
             checker.check_task(source[index])
+        return len(indices), count, stamp, known
 
-    together(check)
+    checked, count, stamp, known = together(check)
     if stamp is not None and not known:
-        text = f"{name}: {len(indices)} tasks can be used\n"
+        text = f"{name}: {checked} tasks can be used\n"
         try_to_write("result of the check of the tasks", lambda: replace_text(stamp, text))
-    if len(indices) < count:
+    if checked < count:
         when = " at an earlier start" if known else ""
         rank_zero_info(
-            f"{name}: checked {len(indices):,} of {count:,} tasks{when}: a sample, and "
-            "those with the longest lines. A task that turns out bad costs its rollouts (data.check_limit)"
+            f"{name}: checked {checked:,} of {count:,} tasks{when}: a sample, and those with the longest lines. A task "
+            "that turns out bad costs its rollouts (data.check_limit)"
         )
 
 

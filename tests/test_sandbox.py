@@ -100,7 +100,7 @@ def test_what_an_isolated_environment_does_costs_its_rollout_alone(deed, status,
     before, good, after = play(task(reward=0.5), task(deed), task(reward=0.25))
     assert (good.status, before.status, after.status) == (status, "done", "done")
     assert error in (good.error or "")
-    assert good.learnable == (status == "done")
+    assert good.learnable == (status in ("done", "environment_flood"))
     assert (before.reward, after.reward) == (0.5, 0.25)
 
 
@@ -143,8 +143,24 @@ def test_a_server_that_is_gone_is_replaced():
 
 def test_an_environment_that_hangs_at_its_close_holds_nobody_up(monkeypatch):
     monkeypatch.setattr(sandbox, "CLOSE_SECONDS", seconds(0.5))
-    play(task("hang at close"))
+    (rollout,) = play(task("hang at close"))
+    assert (rollout.status, rollout.reward, rollout.success) == ("done", 1.0, True)
+    assert rollout.side_error.startswith("close: ")
     until(at_rest, "the end of what hung")
+
+
+@pytest.mark.parametrize(
+    ("deed", "told"),
+    [
+        ("last flood", "gave more than 67,108,864 bytes of text"),
+        ("last long", "step gave more than 1,000,000 bytes of text"),
+        ("last bytes", "in place of a message with role and content"),
+    ],
+)
+def test_what_an_isolated_environment_says_beside_its_score_costs_itself_alone(deed, told):
+    (rollout,) = play(task(deed))
+    assert (rollout.status, rollout.reward, rollout.success, rollout.error) == ("done", 1.0, True, None)
+    assert told in rollout.side_error
 
 
 TRAINER = """

@@ -74,6 +74,9 @@ DEEDS = {
     "refused": lambda _: (_ for _ in ()).throw(ConnectionError("refused")),
     "flood": lambda _: Step([{"role": "tool", "content": "x" * (80 << 20)}]),
     "long": lambda _: Step([{"role": "tool", "content": "x" * (2 << 20)}]),
+    "last flood": lambda _: Step([{"role": "tool", "content": "x" * (80 << 20)}], 1.0, True),
+    "last long": lambda _: Step([{"role": "tool", "content": "x" * (2 << 20)}], 1.0, True),
+    "last bytes": lambda _: Step([{"role": "tool", "content": b"x"}], 1.0, True, info={"state": 5}),
     "no step": lambda _: 5,
     "bytes": lambda _: Step([{"role": "tool", "content": b"x"}]),
     "nan": lambda _: Step(done=True, reward=float("nan")),
@@ -102,7 +105,7 @@ class Unruly(Environment):
 
     def misbehave(self, place):
         deed = self.task.meta.get("deed")
-        return DEEDS[deed](self) if deed and place == self.place else None
+        return DEEDS[deed](self) if deed in DEEDS and place == self.place else None
 
     def close(self):
         if self.task.meta.get("deed") == "hang at close":
