@@ -418,6 +418,7 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
         import deepspeed
 
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        wrapped: Any
         engine, wrapped, _, _ = deepspeed.initialize(
             args=self._arguments,
             config=self.config,
