@@ -47,11 +47,10 @@ class Health(L.Callback):
     """
 
     def __init__(self, warn_after: int = 5, stop_after: int = 20, stop_after_skipped: int = 5):
-        if warn_after < 1 or stop_after < 1 or stop_after_skipped < 1:
-            raise UserError(
-                f"health.warn_after={warn_after}, health.stop_after={stop_after} and "
-                f"health.stop_after_skipped={stop_after_skipped} must be at least 1"
-            )
+        counts = {"warn_after": warn_after, "stop_after": stop_after, "stop_after_skipped": stop_after_skipped}
+        for name, count in counts.items():
+            if count < 1:
+                raise UserError(f"health.{name}={count} must be at least 1")
         self.warn_after = warn_after
         self.stop_after = stop_after
         self.stop_after_skipped = stop_after_skipped

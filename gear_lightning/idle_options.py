@@ -187,7 +187,9 @@ def _switched_off(given: Given) -> Iterator[str]:
         names = given.changed("samples", SampleTable, names=("rows", "print_table"))
         yield from _line(names, "with samples.every_n_iterations=0")
     if given.options["checkpoint"]["monitor"] is None:
-        yield from _line(given.changed("checkpoint", ModelCheckpoint, names=("mode",)), "without checkpoint.monitor")
+        yield from _line(
+            given.changed("checkpoint", IterationCheckpoint, names=("mode",)), "without checkpoint.monitor"
+        )
     if not trainer["gradient_clip_val"]:
         yield from _line(_trainer(given, gradient_clip_algorithm=None), "without trainer.gradient_clip_val")
     if not trainer["callbacks"]:  # one of the user's may look at it

@@ -300,8 +300,10 @@ class Teacher(nn.Module):
             policy: that the teacher follows.
             keep: False on a rank that only takes part; it gets none.
         """
+        if self.shadow is None:
+            return []
         states = []
-        for parameter, mine in zip(self._pair(policy)[0], self.shadow or (), strict=self.shadow is not None):
+        for parameter, mine in zip(self._pair(policy)[0], self.shadow, strict=True):
             whole = whole_of(parameter, mine)
             if keep:
                 states.append(whole.cpu().clone())

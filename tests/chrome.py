@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pace import seconds
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (

@@ -149,9 +149,7 @@ class HeldDisk(L.Callback):
 
         def held(place: int) -> None:
             if os.readlink(f"/proc/self/fd/{place}").endswith("iteration=00001.ckpt.partial"):
-                end = time.monotonic() + 60
-                while not any(strike.marker.exists() for strike in STRIKES) and time.monotonic() < end:
-                    time.sleep(0.01)
+                until(lambda: any(strike.marker.exists() for strike in STRIKES), "the strike", limit=60)
             fsync(place)
 
         os.fsync = held

@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from pace import seconds
 from test_checkpoints import flip
 from tiny import data, generation, module, trainer
 
@@ -31,7 +32,7 @@ from gear_lightning.checkpoints import (
 from gear_lightning.errors import UserError
 from gear_lightning.loggers import MetricsFile
 
-DEADLINE = 60  # seconds of a wait that should be short
+DEADLINE = seconds(60)  # of a wait that should be short
 
 
 def run(folder: Path, epochs: int, *callbacks: L.Callback, resume: bool = False, **options: Any) -> L.Trainer:

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from pace import seconds
 from scripted import answered
 
 from gear_lightning.environments.base import Task, calls

@@ -36,7 +36,7 @@ TRAINER |= {"val_check_interval": None, "log_every_n_steps": 1, "callbacks": Non
 
 
 def defaults(kind: type) -> dict[str, Any]:
-    kinds = kind.__mro__ if kind is IterationCheckpoint else (kind,)
+    kinds = reversed(kind.__mro__) if kind is IterationCheckpoint else (kind,)
     return {n: p.default for k in kinds for n, p in inspect.signature(k).parameters.items()}
 
 

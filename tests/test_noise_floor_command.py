@@ -65,7 +65,7 @@ def test_the_command_measures_a_recipe_and_a_run_and_leaves_the_run_alone(tmp_pa
     where = ["--trainer.default_root_dir", tmp_path]
     status, out, err = command(repository, *COMMAND, *where, "--trainer.precision", "bf16-mixed")
     assert status == 0, err
-    assert "Noise floor of GEAR (k1) in bf16-mixed on cpu" in out
+    assert "Noise floor of GEAR (k1) in bf16-mixed, head in float32 on cpu" in out
     for part in ("p50", "p99.9", "|divergence|, nats", "weights further than 0.01 from 1", "anchors: 0 per rollout"):
         assert part in out
     assert [p.name for p in tmp_path.iterdir()] == ["noise_floor.json"]

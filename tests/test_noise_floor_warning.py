@@ -37,7 +37,7 @@ class Deaf(Sharp):
         model = super().model()
         with torch.no_grad():
             for layer in model.model.layers:
-                layer.self_attn.o_proj.weight.mul_(0.03)
+                layer.self_attn.o_proj.weight.mul_(0.02)
         return model
 
 
@@ -63,6 +63,7 @@ def run(folder, *callbacks, source=Deaf(), rule=EAGER, **options) -> tuple[list[
         rule,
         teacher=TeacherOptions("live", template=" <ref> {reference}"),
         optimizer=lambda p: torch.optim.SGD(p, lr=1e-3),
+        head_precision="bfloat16" if options.get("precision") == "bf16-mixed" else None,  # for the most rounding
     )
     tasks = data(train_tasks=TalkTasks(turns=4), val_tasks=None, group_size=6, micro_batch_size=6)
     talk = generation(environment=Talk, budgets=Budgets(4, 80, 24, 250))

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from pace import seconds
 from scripted import CHAT, Scripted, answered
 from tiny import AnyCall, data, generation, module, trainer
 
@@ -23,7 +24,7 @@ from gear_lightning.rollout import LEARNABLE, STATUSES, AgentLoop, Budgets, Roll
 
 CALL = '<tool_call>[{"name": "look", "arguments": {"relation": "r1", "entity": "e1"}}]</tool_call>'
 TASK = Task("t1", [{"role": "user", "content": "Go."}], TOOLS, meta={"answer": "12"})
-WIDE = Budgets(tokens=4000, context=8000, step_seconds=5)
+WIDE = Budgets(tokens=4000, context=8000, step_seconds=seconds(5))
 
 
 def play(environment, *turns: str, stop: bool = True, budgets: Budgets = WIDE, task: Task = TASK) -> Rollout:
@@ -300,9 +301,9 @@ def test_a_close_that_fails_does_not_void_the_score():
     rollout = play(doing(close=raising(RuntimeError("connection lost"))), CALL, "12")
     assert (rollout.status, rollout.reward, rollout.success, rollout.error) == ("done", 1.25, True, None)
     assert rollout.side_error == "close: RuntimeError: connection lost"
-    rollout = play(doing(close=lambda: time.sleep(60)), "12", budgets=Budgets(tokens=99, step_seconds=0.2))
+    rollout = play(doing(close=lambda: time.sleep(1000)), "12", budgets=Budgets(tokens=99, step_seconds=seconds(0.2)))
     assert (rollout.status, rollout.reward, rollout.learnable) == ("done", 1.0, True)
-    assert rollout.side_error == "close: no answer within 0.2 s"
+    assert rollout.side_error == f"close: no answer within {seconds(0.2):g} s"
     failed = play(doing(raising(KeyError("lost")), close=raising(ValueError("too"))), "12")
     assert (failed.status, failed.error) == ("environment_error", "KeyError: 'lost'")
     assert failed.side_error == "close: ValueError: too"

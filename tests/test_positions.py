@@ -76,7 +76,8 @@ def reasons(policy: Any, budgets: Budgets, credit: Any = Uniform(), **teacher: A
     """Why ``fit`` and ``doctor`` refuse the recipe."""
     module = GearModule(policy, credit, teacher=TeacherOptions(template=TEMPLATE, **teacher))
     options = {"strategy": "auto", "precision": "32-true", "gradient_clip_algorithm": None}
-    options["accumulate_grad_batches"] = 1
+    options |= {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "max_epochs": 1, "callbacks": None}
+    options["limit_val_batches"] = None
     generate = generation(budgets=budgets, engine=GenerateEngine())
     return list(refusals(module, data(), generate, options, 1, skeleton_of(policy)))
 

@@ -90,8 +90,12 @@ def test_the_metrics_that_the_readme_explains_are_logged(tmp_path):
     corrected = module(GEAR(anchor_floor=0.0), **options)
     callbacks = generation(), NoiseFloor()
     trainer(tmp_path, *callbacks, max_epochs=1, limit_val_batches=None).fit(corrected, datamodule=data())
-    with (tmp_path / "metrics.csv").open() as file:
-        logged = set(next(csv.DictReader(file)))
+    masked = tmp_path / "masked"
+    trainer(masked, generation(), max_epochs=1).fit(module(), datamodule=data(truncated="mask", zero_spread="keep"))
+    logged = set()
+    for run in (tmp_path, masked):
+        with (run / "metrics.csv").open() as file:
+            logged |= set(next(csv.DictReader(file)))
     table = (ROOT / "README.md").read_text().split("## How to read the metrics")[1].split("##")[0]
     named = set(re.findall(r"`([a-z]+/[\w_]+)`", table))
     assert named <= logged, named - logged

@@ -330,7 +330,7 @@ def test_torchrun_with_other_processes_than_the_recipe_asks_for_is_refused(tmp_p
 
 def test_what_the_page_on_slurm_names_exists(repository, script):
     text = (repository / "docs" / "slurm.md").read_text()
-    assert set(re.findall(r"^\| `(\w+\.\w+)` \|", text, re.MULTILINE)) == {
+    assert set(re.findall(r"^\| `(\w+\.(?:yaml|sh))` \|", text, re.MULTILINE)) == {
         path.name for path in (repository / "configs" / "slurm").iterdir()
     }
     for block in re.findall(r"```bash\n(gear-lightning slurm .*?)```", text, re.DOTALL):

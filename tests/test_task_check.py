@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 from tiny import AnyCall, data, generation, module, trainer
@@ -14,6 +15,7 @@ from gear_lightning.environments.base import Task, TaskSource
 from gear_lightning.environments.jsonl import JsonlTasks
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.errors import UserError
+from gear_lightning.module import GearModule
 from gear_lightning.rollout import Budgets
 from gear_lightning.task_check import TaskChecker, check_source, chosen
 from gear_lightning.teacher import TeacherOptions
@@ -174,7 +176,9 @@ def test_a_task_that_the_check_missed_costs_its_rollouts_and_not_the_run(tmp_pat
     assert fit.callback_metrics[metric] == pytest.approx(1 / 8)
 
 
-def test_a_reference_that_the_check_missed_costs_the_teachers_view_alone(tmp_path, monkeypatch):
+def test_a_reference_that_is_too_long_and_that_the_check_missed_ends_the_run_where_that_is_asked_for(
+    tmp_path, monkeypatch
+):
     options = TeacherOptions(template=" <ref> {reference}", max_prompt=40, overlong="error")
     tasks = lookups(tmp_path / "tasks.jsonl", 8, reference="e1 " * 80)
     source = data(train_tasks=tasks, tasks_per_iteration=8, val_tasks=None)
@@ -183,9 +187,29 @@ def test_a_reference_that_the_check_missed_costs_the_teachers_view_alone(tmp_pat
         generation(environment=environment).attach(module(teacher=options), source)
     source.check_limit = 1
     monkeypatch.setattr(JsonlTasks, "longest", lambda self, count: ())
-    fit = trainer(tmp_path, generation(environment=environment), max_epochs=1)
-    with pytest.warns(UserWarning, match="task tasks-5: the teacher's prompt cannot be made"):
+    fit = trainer(tmp_path / "error", generation(environment=environment), max_epochs=1)
+    with pytest.raises(UserError, match="task tasks-5: its privileged prompt has"):
         fit.fit(module(teacher=options), datamodule=source)
+    fit = trainer(tmp_path / "drop", generation(environment=environment), max_epochs=1)
+    fit.fit(module(teacher=replace(options, overlong="drop")), datamodule=source)
+    assert fit.callback_metrics["teacher/overlong"] == 4
+
+
+def test_a_teachers_prompt_that_cannot_be_made_costs_the_teachers_view_alone(tmp_path, monkeypatch):
+    source = data(train_tasks=lookups(tmp_path / "tasks.jsonl", 8), tasks_per_iteration=8, val_tasks=None)
+    model, make = module(), GearModule.privileged_prompt
+
+    def fails(self, task, *rest, **options):
+        if task.id == "tasks-5":
+            raise ValueError("no such character")
+        return make(self, task, *rest, **options)
+
+    monkeypatch.setattr(GearModule, "privileged_prompt", fails)
+    source.check_limit = 1
+    monkeypatch.setattr(JsonlTasks, "longest", lambda self, count: ())
+    fit = trainer(tmp_path, generation(environment=functools.partial(SingleTurn, "contains")), max_epochs=1)
+    with pytest.warns(UserWarning, match="task tasks-5: the teacher's prompt cannot be made"):
+        fit.fit(model, datamodule=source)
     assert fit.callback_metrics["teacher/overlong"] == 4
 
 

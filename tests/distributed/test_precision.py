@@ -190,14 +190,14 @@ def test_float32_adapters_on_a_bfloat16_base_go_from_strategy_to_strategy(pair, 
 
 
 def test_adapters_trained_under_several_strategies_are_those_of_one_process(pair, base, tmp_path):
-    states = chain(pair, tmp_path, base, ["fsdp", "zero3", "one"], "32-true", 1e-3)
+    lr = 1e-3
+    states = chain(pair, tmp_path, base, ["fsdp", "zero3", "one"], "32-true", lr)
     folder = tmp_path / "whole"
     folder.mkdir()
     adapters(folder, "one", {"policy": base, "max_epochs": 3})
     whole = torch.load(folder / "end.ckpt", weights_only=True)["state_dict"]
-    for key, value in states[-1]["state_dict"].items():
-        scale = max(float(value.abs().max()), 1e-3)
-        assert (value - whole[key]).abs().max() <= 2e-5 * scale, key
+    for key, value in states[-1]["state_dict"].items():  # in learning rates: Adam divides rounding by its own size
+        assert (value - whole[key]).abs().max() <= 1e-3 * lr, key
 
 
 def refused(run: Path, name: str, options: dict[str, Any]) -> str:
