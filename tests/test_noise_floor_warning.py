@@ -164,6 +164,7 @@ def test_never_measuring_and_having_no_file_says_nothing(tmp_path):
 
 def test_rounding_is_measured_once_before_the_first_update(tmp_path):
     """Two forwards of whole rollouts, as many as hold the tokens: 12 rollouts, 6 in a forward."""
+    run(tmp_path / "first", source=Sharp(), max_epochs=1)  # an engine is tried on a kind of model once in a process
     for tokens, passes in ((1, 1), (10**9, 2)):
         calls = []
 
