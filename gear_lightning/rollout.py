@@ -30,6 +30,7 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 # Ends that the policy brings about: the rollout keeps its reward so far and is learned from. An end that the policy can
 # choose and that is left out of learning is never corrected. All other ends are failures of the task or environment.
 LEARNABLE: frozenset[str] = frozenset({"done", "truncated", "invalid_tool_call", "empty_response", "environment_flood"})
+SLOW_CALL = 1.0  # seconds of an environment's call from which on it is reported as progress
 
 
 @dataclass
@@ -267,18 +268,26 @@ class AgentLoop:
         """Call the environment, or render what it said; a failure ends the rollout."""
         rollout = episode.rollout
         try:
-            return self._call(function, self.budgets.step_seconds)
+            return self._timed(function)
         except Exception as error:
             rollout.status = _status_of(error)
             rollout.error = str(error)
             episode.transient = isinstance(error, TransientError | TimeoutError)
-            self._note_wait(error)
         return None
 
-    def _note_wait(self, error: Exception) -> None:
-        """Report progress after a call that took all its time: however many of them there are, the run goes on."""
-        if isinstance(error, TimeoutError):
-            self.on_progress(*self._progress)
+    def _timed(self, function: Callable[[], Any]) -> Any:
+        """Call the environment for at most ``step_seconds``. A call that was given up, or took a second or more, is
+        reported as progress: however many slow calls there are, the run does not stand still."""
+        started = time.monotonic()
+        given_up = False
+        try:
+            return self._call(function, self.budgets.step_seconds)
+        except TimeoutError:
+            given_up = True
+            raise
+        finally:
+            if given_up or time.monotonic() - started >= SLOW_CALL:
+                self.on_progress(*self._progress)
 
     def _room(self, episode: _Episode) -> int:
         """Tokens that the next turn may have. 0: the budgets leave no next turn."""
@@ -379,9 +388,8 @@ class AgentLoop:
         if isinstance(episode.environment, _Unmade):
             return
         try:
-            self._call(episode.environment.close, self.budgets.step_seconds)
+            self._timed(episode.environment.close)
         except Exception as error:
-            self._note_wait(error)
             episode.rollout.note(f"close: {error}")
 
 
