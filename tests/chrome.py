@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pace import seconds
+from pace import seconds, until
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (

@@ -142,9 +142,8 @@ def test_a_rate_given_at_a_resume_is_used_and_told(tmp_path, capsys):
     made = fit(tmp_path, model=module(optimizer=adamw(lr=1e-2)), max_epochs=2)
     moments = {k: v["exp_avg"].clone() for k, v in made.optimizers[0].state_dict()["state"].items()}
     before = weights(made)
-    still = fit(
-        tmp_path, resume=folder_of(tmp_path), model=module(optimizer=adamw(lr=0.0, weight_decay=0.0)), max_epochs=3
-    )
+    idle = adamw(lr=0.0, weight_decay=0.0)
+    still = fit(tmp_path, resume=folder_of(tmp_path), model=module(optimizer=idle), max_epochs=3)
     assert "hyperparameters that are given now: lr 0.01 -> 0; weight_decay 0.01 -> 0" in capsys.readouterr().err
     assert torch.equal(weights(still), before), "a rate of 0 moves nothing"
     state = still.optimizers[0].state_dict()["state"]
