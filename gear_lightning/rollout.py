@@ -276,17 +276,13 @@ class AgentLoop:
         return None
 
     def _timed(self, function: Callable[[], Any]) -> Any:
-        """Call the environment for at most ``step_seconds``. A call that was given up, or took a second or more, is
-        reported as progress: however many slow calls there are, the run does not stand still."""
+        """Call the environment for at most ``step_seconds``. A slow call, and one that was given up, is reported as
+        progress: however many of them there are, the run does not stand still."""
         started = time.monotonic()
-        given_up = False
         try:
             return self._call(function, self.budgets.step_seconds)
-        except TimeoutError:
-            given_up = True
-            raise
         finally:
-            if given_up or time.monotonic() - started >= SLOW_CALL:
+            if time.monotonic() - started >= min(SLOW_CALL, self.budgets.step_seconds):
                 self.on_progress(*self._progress)
 
     def _room(self, episode: _Episode) -> int:

@@ -328,6 +328,21 @@ def test_calls_that_take_their_time_are_progress():
     assert len(told) >= 3, "the watchdog would take many of them for a standstill"
 
 
+@pytest.mark.parametrize(("taken", "reports"), [(2.0, 3), (0.1, 0)])
+def test_slow_calls_are_progress_and_quick_ones_are_not(monkeypatch, taken, reports):
+    """One report after each round of turns comes on top."""
+    now, told = [0.0], []
+    monkeypatch.setattr("gear_lightning.rollout.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def step():
+        now[0] += taken
+        return Step(done=True, reward=1.0)
+
+    play(doing(step), jobs=3, progress=lambda *numbers: told.append(numbers))
+    before = [numbers for numbers in told if numbers[0] == 0]
+    assert len(before) == reports
+
+
 def test_the_whole_rollout_has_a_clock_too(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("gear_lightning.rollout.time", SimpleNamespace(monotonic=lambda: now[0]))

@@ -196,8 +196,10 @@ def test_adapters_trained_under_several_strategies_are_those_of_one_process(pair
     folder.mkdir()
     adapters(folder, "one", {"policy": base, "max_epochs": 3})
     whole = torch.load(folder / "end.ckpt", weights_only=True)["state_dict"]
-    for key, value in states[-1]["state_dict"].items():  # in learning rates: Adam divides rounding by its own size
-        assert (value - whole[key]).abs().max() <= 1e-3 * lr, key
+    for key, value in states[-1]["state_dict"].items():
+        # B starts at 0 and is a few steps of Adam large, which divides rounding by its own size: 1e-4 of one of them
+        limit = max(2e-5 * float(value.abs().max()), 1e-4 * lr)
+        assert (value - whole[key]).abs().max() <= limit, key
 
 
 def refused(run: Path, name: str, options: dict[str, Any]) -> str:
