@@ -96,13 +96,13 @@ def one_side(side: str, iterations: int) -> dict[str, Any]:
     import lightning as L
     import torch
 
-    from gear_lightning.background import WRITER
     from gear_lightning.callbacks.generation import GenerationCallback
-    from gear_lightning.checkpoints import CompleteCheckpoints, known_checkpoints
     from gear_lightning.credit import Uniform
     from gear_lightning.data import RolloutDataModule
     from gear_lightning.module import GearModule
     from gear_lightning.rollout import Budgets
+    from gear_lightning.runs.background import WRITER
+    from gear_lightning.runs.checkpoints import CompleteCheckpoints, known_checkpoints
 
     class Clock(L.Callback):
         def __init__(self) -> None:

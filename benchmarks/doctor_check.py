@@ -110,7 +110,7 @@ def one_case(case: str) -> dict:
     import lightning as L
     import torch
 
-    from gear_lightning.doctor import estimate_of, read_recipe
+    from gear_lightning.commands.doctor import estimate_of, read_recipe
 
     on_gpu = torch.cuda.is_available()
     recipe = read_recipe([*BASE, *CASES[case]])

@@ -108,7 +108,7 @@ class Shaped(PolicySource):
 
 def one_case(case: str, accelerator: str) -> dict[str, Any]:
     """Train and return the last iteration's figures, with doctor's estimate of the peaks in GiB."""
-    from gear_lightning.doctor import estimate_of, read_recipe
+    from gear_lightning.commands.doctor import estimate_of, read_recipe
 
     options = [*BASE, *CASES[case], f"--trainer.accelerator={accelerator}"]
     here = str(Path(__file__).parent)

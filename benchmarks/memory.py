@@ -3,7 +3,7 @@
     python benchmarks/memory.py                                      # all cases; writes benchmarks/results/memory.json
     python benchmarks/memory.py --case pieces --vocabulary 32768 --tokens 1024   # one case, in this process
 
-Sides: ``pieces`` (`gear_lightning.token_stats`) and ``whole`` (below) score every token of the policy, with entropy and
+Sides: ``pieces`` (`gear_lightning.learning.token_stats`) and ``whole`` (below) score every token of the policy, with entropy and
 top-k, and go backward; ``teacher`` is ``pieces`` without gradients. The model is one small layer, so that the logits
 are what is seen; float32, temperature 0.7, 4 rows. Every case is a process of its own.
 
@@ -79,7 +79,7 @@ def whole(model: Any, tokens: Tensor) -> Tensor:
 
 def pieces(model: Any, tokens: Tensor) -> Tensor:
     """The same with this package."""
-    from gear_lightning.token_stats import token_stats
+    from gear_lightning.learning.token_stats import token_stats
 
     wanted = torch.ones_like(tokens, dtype=torch.bool)
     wanted[:, 0] = False
@@ -150,7 +150,7 @@ def main() -> None:
                 case = {"side": side, "vocabulary": vocabulary, "tokens": tokens}
                 found.append({**case, **json.loads(line.removeprefix("RESULT "))})
                 print(json.dumps(found[-1]), flush=True)
-    from gear_lightning.token_stats import LOGITS
+    from gear_lightning.learning.token_stats import LOGITS
 
     cuda = torch.cuda.is_available()
     result = {

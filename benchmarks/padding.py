@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from gear_lightning.packing import balanced_split
+from gear_lightning.generation.packing import balanced_split
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = RESULTS / "gsm8k_lengths.csv"
@@ -61,9 +61,9 @@ def take_lengths(run: Path, tasks: Path) -> None:
     """Write the lengths of a run's rollouts; ``tasks`` is the GSM8K file that the run used."""
     from transformers import AutoTokenizer
 
-    from gear_lightning.chat import Chat, ChatOptions
     from gear_lightning.environments.gsm8k import GSM8KTasks
-    from gear_lightning.records import read_records
+    from gear_lightning.generation.chat import Chat, ChatOptions
+    from gear_lightning.runs.records import read_records
     from gear_lightning.teacher import TeacherOptions, privileged_prompt
 
     chat = Chat(AutoTokenizer.from_pretrained(run / "tokenizer"), ChatOptions())

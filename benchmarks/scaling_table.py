@@ -52,8 +52,8 @@ def _directory(size: str, where: Path) -> Path:
 
 def table() -> str:
     """The table as Markdown: GiB of the larger phase on each GPU."""
-    from gear_lightning.doctor import columns, configured_strategy, load_of, read_recipe, setup_of, skeleton_of
-    from gear_lightning.memory import STRATEGIES, model_shape
+    from gear_lightning.commands.doctor import columns, configured_strategy, load_of, read_recipe, setup_of, skeleton_of
+    from gear_lightning.recipes.memory import STRATEGIES, model_shape
 
     rows = ["| model | training | " + " | ".join(STRATEGIES) + " | checkpoint |", "|---|---|" + "--:|" * 7]
     with tempfile.TemporaryDirectory() as where:

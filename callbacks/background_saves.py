@@ -10,8 +10,8 @@ from weakref import proxy
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from gear_lightning.background import WRITER
-from gear_lightning.checkpoints import failing_together, remove_unfinished
+from gear_lightning.runs.background import WRITER
+from gear_lightning.runs.checkpoints import failing_together, remove_unfinished
 
 SMALL = 256 * 2**20  # bytes of a checkpoint that is never too large to be written after an iteration
 STALL = 0.05  # most of the time for which training waits while it saves

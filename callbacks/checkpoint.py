@@ -13,9 +13,11 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from gear_lightning.background import WRITER
 from gear_lightning.callbacks.background_saves import BackgroundSaves
-from gear_lightning.checkpoint_files import (
+from gear_lightning.errors import UserError
+from gear_lightning.learning.iterations import last_iteration
+from gear_lightning.runs.background import WRITER
+from gear_lightning.runs.checkpoint_files import (
     FileNameValues,
     check_cadence,
     check_choice,
@@ -23,11 +25,9 @@ from gear_lightning.checkpoint_files import (
     check_places,
     put_aside,
 )
-from gear_lightning.checkpoints import known_checkpoints
-from gear_lightning.errors import UserError
-from gear_lightning.iterations import last_iteration
-from gear_lightning.loggers import MetricsFile
-from gear_lightning.monitor import (
+from gear_lightning.runs.checkpoints import known_checkpoints
+from gear_lightning.runs.loggers import MetricsFile
+from gear_lightning.runs.monitor import (
     Mode,
     Monitor,
     check_monitor,

@@ -5,10 +5,10 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from gear_lightning.credit_page import write_credit_page
 from gear_lightning.errors import UserError
-from gear_lightning.files import try_to_write
-from gear_lightning.records import record_files
+from gear_lightning.lens.page import write_credit_page
+from gear_lightning.runs.files import try_to_write
+from gear_lightning.runs.records import record_files
 
 
 class CreditMap(L.Callback):

@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 
 from gear_lightning.errors import Stopped
-from gear_lightning.monitor import has_evaluations
+from gear_lightning.runs.monitor import has_evaluations
 
 
 class FirstEvaluation(L.Callback):

@@ -15,22 +15,22 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from gear_lightning import __version__
 from gear_lightning.data import RolloutDataModule, RolloutGenerator
-from gear_lightning.engines import CachedEngine, GenerationEngine, Sampling
+from gear_lightning.distributed.sharding import shape
+from gear_lightning.distributed.together import gather, together
 from gear_lightning.environments.base import Environment, Task
 from gear_lightning.environments.checks import refuse_async_methods
 from gear_lightning.environments.single_turn import SingleTurn
+from gear_lightning.environments.task_check import check_teacher_views
 from gear_lightning.errors import UserError
-from gear_lightning.identity import UnknownIdentityError, identity_of
+from gear_lightning.generation.engines import CachedEngine, GenerationEngine, Sampling
+from gear_lightning.generation.sampling_weights import SamplingWeights, WeightsMode
+from gear_lightning.learning.positions import longest_row
 from gear_lightning.module import GearModule
-from gear_lightning.positions import longest_row
+from gear_lightning.probes.sampling_check import TRIES, compare, explain, make_trial, ordinary_ids, sample
 from gear_lightning.rewards import OverlongPenalty
 from gear_lightning.rollout import STATUSES, AgentLoop, Budgets, Rollout
-from gear_lightning.sampling_check import TRIES, compare, explain, make_trial, ordinary_ids, sample
-from gear_lightning.sampling_weights import SamplingWeights, WeightsMode
-from gear_lightning.sharding import shape
-from gear_lightning.task_check import check_teacher_views
+from gear_lightning.runs.identity import UnknownIdentityError, identity_of
 from gear_lightning.teacher import SHOWN, OverlongError, privileged_text
-from gear_lightning.together import gather, together
 
 EnvironmentFactory = Callable[[], Environment]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gear_lightning.batch import RolloutBatch
 from gear_lightning.errors import UserError
-from gear_lightning.noise_floor import FILE, anchor_tokens, conditions, weight_spread
-from gear_lightning.rounding import Floor, chosen, floor_from, measure_floor
+from gear_lightning.probes.noise_floor import FILE, anchor_tokens, conditions, weight_spread
+from gear_lightning.probes.rounding import Floor, chosen, floor_from, measure_floor
 
 ANCHORS, TOKENS = 16, 256  # to judge by
 MOVED = 0.005  # mean distance of weights from their rollout's median that is worth a word

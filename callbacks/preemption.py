@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from gear_lightning.background import WRITER
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.callbacks.generation import GenerationCallback
-from gear_lightning.checkpoints import failing_together, known_checkpoints
 from gear_lightning.data import RolloutDataModule
+from gear_lightning.distributed.peers import Peers, peers_of
 from gear_lightning.errors import Stopped
-from gear_lightning.iterations import at_a_limit
-from gear_lightning.peers import Peers, peers_of
-from gear_lightning.signals import MEANING, NOTES, REQUEUE
+from gear_lightning.learning.iterations import at_a_limit
+from gear_lightning.runs.background import WRITER
+from gear_lightning.runs.checkpoints import failing_together, known_checkpoints
+from gear_lightning.runs.signals import MEANING, NOTES, REQUEUE
 
 NAME = "stopped.ckpt"
 LOOK = 0.5  # seconds between two looks at what the other processes were asked

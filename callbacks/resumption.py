@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from gear_lightning.callbacks.health import Health
 from gear_lightning.callbacks.preemption import Preemption
-from gear_lightning.checkpoints import known_checkpoints
 from gear_lightning.errors import UserError
-from gear_lightning.monitor import check_early_stopping
+from gear_lightning.runs.checkpoints import known_checkpoints
+from gear_lightning.runs.monitor import check_early_stopping
 
 
 class Resumption(L.Callback):

@@ -12,13 +12,13 @@ from torch import Tensor
 from gear_lightning.batch import RolloutBatch
 from gear_lightning.credit import RoundingNoise
 from gear_lightning.errors import UserError
-from gear_lightning.files import replace_file, try_to_write
-from gear_lightning.records import FORMAT, TENSOR_KEYS, record_files, write_record
 from gear_lightning.rollout import Rollout
+from gear_lightning.runs.files import replace_file, try_to_write
+from gear_lightning.runs.records import FORMAT, TENSOR_KEYS, record_files, write_record
 
 
 class RolloutRecorder(L.Callback):
-    """Records rollouts under ``RUN/rollouts`` (layout: `gear_lightning.records`), and those of ``predict`` as
+    """Records rollouts under ``RUN/rollouts`` (layout: `gear_lightning.runs.records`), and those of ``predict`` as
     ``RUN/predictions/rank_R.jsonl``. Only watches.
 
     Args:
@@ -136,7 +136,7 @@ def rollout_json(
     row: int | None,
     noise: RoundingNoise | None = None,
 ) -> dict[str, Any]:
-    """A rollout as one line of a record (see `gear_lightning.records.ROLLOUT_KEYS`)."""
+    """A rollout as one line of a record (see `gear_lightning.runs.records.ROLLOUT_KEYS`)."""
     return {
         "format": FORMAT,
         "iteration": trainer.current_epoch,

@@ -12,9 +12,9 @@ from typing import Any
 import lightning as L
 
 from gear_lightning.callbacks.generation import GenerationCallback
+from gear_lightning.distributed.together import gather
 from gear_lightning.errors import Stopped
-from gear_lightning.files import replace_text, try_to_write
-from gear_lightning.together import gather
+from gear_lightning.runs.files import replace_text, try_to_write
 
 STATUS, ATTEMPTS = "status.json", "attempts.jsonl"
 EVERY = 2.0  # seconds between two writes within a phase

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gear_lightning.credit_trace import visible
 from gear_lightning.environments.base import Message
 from gear_lightning.errors import UserError
-from gear_lightning.loggers import Board
+from gear_lightning.lens.trace import visible
 from gear_lightning.rollout import Rollout
+from gear_lightning.runs.loggers import Board
 
 COLUMNS = ["task", "reward", "status", "tokens", "question", "what the policy said"]
 

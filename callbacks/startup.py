@@ -18,10 +18,10 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.utilities import rank_zero_info
 
 from gear_lightning import __version__
+from gear_lightning.distributed.sharding import shape, state_bytes
+from gear_lightning.distributed.together import check_same, gather, together
+from gear_lightning.distributed.zero_state import piece_bytes
 from gear_lightning.errors import UserError
-from gear_lightning.sharding import shape, state_bytes
-from gear_lightning.together import check_same, gather, together
-from gear_lightning.zero_state import piece_bytes
 
 PACKAGES = ("torch", "lightning", "transformers", "deepspeed")
 PATIENCE = 10.0  # seconds for a new file to show on the other machines: NFS clients remember for some

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from gear_lightning.batch import RolloutBatch
+from gear_lightning.distributed.sharding import full, rest
+from gear_lightning.distributed.zero_state import whole_gradient
 from gear_lightning.errors import UserError
-from gear_lightning.sharding import full, rest
-from gear_lightning.step_records import Step, is_teacher, sample, write_step
-from gear_lightning.zero_state import whole_gradient
+from gear_lightning.runs.step_records import Step, is_teacher, sample, write_step
 
 
 class StepRecorder(L.Callback):
     """Records the gradient of every optimizer step, as it is before clipping, and the trained and the teacher's weights
-    after it, under ``RUN/steps`` (layout: `gear_lightning.step_records`). `gear-lightning parity` adds it to its runs.
+    after it, under ``RUN/steps`` (layout: `gear_lightning.runs.step_records`). `gear-lightning parity` adds it to its runs.
     Only watches.
 
     Args:

@@ -14,11 +14,11 @@ from typing import Any
 
 import lightning as L
 
-from gear_lightning.background import WRITER
 from gear_lightning.callbacks.generation import GenerationCallback
+from gear_lightning.distributed.peers import Peers, peers_of
 from gear_lightning.errors import Stopped, UserError
-from gear_lightning.peers import Peers, peers_of
-from gear_lightning.signals import NOTES
+from gear_lightning.runs.background import WRITER
+from gear_lightning.runs.signals import NOTES
 
 GRACE = 10.0  # seconds for a process to end by itself after another has failed
 PAUSE = 1.0  # seconds between two looks

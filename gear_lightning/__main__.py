@@ -33,19 +33,19 @@ scale
   slurm      write or send a batch script:  gear-lightning slurm --config RECIPE --nodes 4 --gpus-per-node 8 --time 2-0
 """
 LIGHTNING = ("fit", "validate", "test", "predict")
-COMMANDS = {  # module and function, called with the arguments that follow; returns the exit status
-    "credit": ("credit_page", "credit_command"),
-    "recredit": ("recredit_command", "recredit_command"),
-    "status": ("status", "status_command"),
-    "compare": ("compare", "compare_command"),
-    "doctor": ("doctor", "doctor_command"),
-    "template": ("template_check", "template_command"),
-    "export": ("export", "export_command"),
-    "parity": ("parity", "parity_command"),
-    "slurm": ("slurm", "slurm_command"),
-    "study": ("study_command", "study_command"),
-    "teacher-check": ("teacher_check_command", "teacher_check_command"),
-    "noise-floor": ("noise_floor_command", "noise_floor_command"),
+COMMANDS = {  # module of `gear_lightning.commands`; its `NAME_command` takes the arguments and returns the exit status
+    "credit": "credit",
+    "recredit": "recredit",
+    "status": "status",
+    "compare": "compare",
+    "doctor": "doctor",
+    "template": "template",
+    "export": "export",
+    "parity": "parity",
+    "slurm": "slurm",
+    "study": "study",
+    "teacher-check": "teacher_check",
+    "noise-floor": "noise_floor",
 }
 
 
@@ -71,17 +71,18 @@ def main() -> None:
 
     command, rest = args[0], args[1:]
     if command == "fit":  # asked to stop before there is anything to stop: noted, and heard when the training begins
-        from .signals import NOTES
+        from .runs.signals import NOTES
 
         NOTES.watch(signal.SIGUSR1, signal.SIGUSR2)
     try:
         if command in LIGHTNING:
-            from .cli import main as run
+            from .recipes.cli import main as run
 
             run(args)
         elif command in COMMANDS:
-            module, function = COMMANDS[command]
-            sys.exit(getattr(import_module(f".{module}", __package__), function)(rest))
+            name = COMMANDS[command]
+            module = import_module(f".commands.{name}", __package__)
+            sys.exit(getattr(module, f"{name}_command")(rest))
         else:
             raise UserError(f"no command {command!r}; there are {', '.join((*LIGHTNING, *COMMANDS))}")
     except UserError as error:

@@ -12,15 +12,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from .advantage import GRPO, GroupAdvantage
 from .batch import RolloutBatch, RolloutRow, Sealed, collate
+from .distributed.together import check_same, gather_on_first, together
 from .environments.base import Task, TaskSource
+from .environments.task_check import TaskChecker, check_source
 from .errors import Stopped, UserError
-from .iteration_stats import IterationStats
-from .limits import check_limits, keep_iterations_whole, option_of
-from .packing import balanced_split
-from .resume import random_state, restore_random_state
+from .generation.iteration_stats import IterationStats
+from .generation.packing import balanced_split
 from .rollout import Rollout, RolloutGroup
-from .task_check import TaskChecker, check_source
-from .together import check_same, gather_on_first, together
+from .runs.limits import check_limits, keep_iterations_whole, option_of
+from .runs.resume import random_state, restore_random_state
 
 ZeroSpread = Literal["keep", "drop", "resample"]
 Truncated = Literal["learn", "mask"]

@@ -11,8 +11,8 @@ from types import MethodType
 from typing import Any, Literal
 
 from .errors import UserError, require_extra
-from .files import build_once, cache_dir
-from .shipped import shipped_files, stop_ids
+from .learning.shipped import shipped_files, stop_ids
+from .runs.files import build_once, cache_dir
 
 
 class PolicySource(ABC):
@@ -33,7 +33,7 @@ class PolicySource(ABC):
     def skeleton(self) -> Any:
         """The model with its parameters on the meta device: shapes without values, and without memory where the source
         knows how."""
-        from .sharding import skeleton
+        from .distributed.sharding import skeleton
 
         return skeleton(self.model())
 

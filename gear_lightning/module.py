@@ -13,25 +13,25 @@ from torch import Tensor
 from torchmetrics import MaxMetric, MeanMetric
 
 from .batch import Credit, RolloutBatch, TokenStats
-from .chat import Chat, ChatOptions
 from .credit import GEAR, CreditAssigner, Evidence, RoundingNoise, Uniform
 from .distillation import Distillation
 from .environments.base import Message, Task
 from .errors import UserError, require_extra
-from .frozen import Kept, Scored, keep, recall
-from .gradients import Float32Sums
-from .head import HeadPrecision, head_in_float32, use_float32_head
-from .lora import LoRA, add_teacher
+from .generation.chat import Chat, ChatOptions
+from .learning.frozen import Kept, Scored, keep, recall
+from .learning.gradients import Float32Sums
+from .learning.head import HeadPrecision, head_in_float32, use_float32_head
+from .learning.lora import LoRA, add_teacher
+from .learning.metrics import Quantile
+from .learning.module_state import ModuleState
+from .learning.positions import Longest, longest_row
+from .learning.schedule import Schedule
+from .learning.step_guard import StepGuard
+from .learning.token_stats import check_head, token_stats
 from .loss import ClippedSurrogate, LossTerms, PolicyLoss
-from .metrics import Quantile
 from .models import Float32Buffers, PolicySource, checkpoint_activations, without_dropout
-from .module_state import ModuleState
-from .positions import Longest, longest_row
-from .schedule import Schedule
-from .step_guard import StepGuard
 from .strategies import place
 from .teacher import Teacher, TeacherOptions, privileged_prompt
-from .token_stats import check_head, token_stats
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:

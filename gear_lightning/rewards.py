@@ -83,7 +83,7 @@ def number(task: Task, transcript: list[Message]) -> float:
 
 def math(task: Task, transcript: list[Message]) -> float:
     """1 where the final answer is a mathematical equal of the ``answer``, LaTeX included (extra: math-verify)."""
-    from .math_judge import judge
+    from .environments.math_judge import judge
 
     verdict = judge(answer_of(task), final_answer(transcript))
     if verdict == "bad gold":

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from .budgets import Budgets
-from .chat import Chat, ToolCallError
-from .engines import GenerationEngine, SampledTurn, Sampling, TurnRequest
 from .environments.base import Environment, FloodError, Message, RewardError, Step, Task, TransientError
 from .environments.checks import CheckedStep, checked_messages, checked_step, text_bytes
 from .environments.deadline import DeadlineRunner
 from .environments.decisions import decision_marks
+from .generation.budgets import Budgets
+from .generation.chat import Chat, ToolCallError
+from .generation.engines import GenerationEngine, SampledTurn, Sampling, TurnRequest
 
 Status = Literal[
     "done",  # the environment ended the episode

@@ -23,13 +23,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from . import zero_state
-from .checkpoints import read_checkpoint, remove_checkpoint, resolve, save_checkpoint
+from .distributed import zero_state
+from .distributed.sharding import fill, full, local, replace_parameters, shard_like, skeleton, whole_of
+from .distributed.strategy_rules import check_replicas, check_zero, whole_replicas
+from .distributed.together import together
 from .errors import UserError
 from .optimizers import as_kept, in_floats
-from .sharding import fill, full, local, replace_parameters, shard_like, skeleton, whole_of
-from .strategy_rules import check_replicas, check_zero, whole_replicas
-from .together import together
+from .runs.checkpoints import read_checkpoint, remove_checkpoint, resolve, save_checkpoint
 
 TIMEOUT = timedelta(minutes=30)  # Lightning's own
 

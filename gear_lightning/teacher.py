@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .batch import RolloutBatch, TokenStats
-from .chat import Chat
+from .distributed.sharding import is_sharded, local, part_of, rest, stored, whole_of
 from .environments.base import Message, Task
 from .errors import UserError
-from .lora import POLICY, TEACHER, active, adapter_parameters, add_teacher, has_teacher, is_adapted
-from .positions import Longest
-from .sharding import is_sharded, local, part_of, rest, stored, whole_of
-from .token_stats import token_stats
+from .generation.chat import Chat
+from .learning.lora import POLICY, TEACHER, active, adapter_parameters, add_teacher, has_teacher, is_adapted
+from .learning.positions import Longest
+from .learning.token_stats import token_stats
 
 SHOWN = ("reference", "answer")  # of `TeacherOptions.shows`: texts that a task has before any rollout
 

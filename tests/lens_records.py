@@ -6,7 +6,7 @@ import torch
 from test_credit_page import fake_rollout
 
 from gear_lightning.batch import Credit
-from gear_lightning.records import Record
+from gear_lightning.runs.records import Record
 
 WORDS = (
     *("the", "a", "look", "open", "red", "door", "it", "is", "locked", "I", "quit", "so", "then", "move", "left"),

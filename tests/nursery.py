@@ -89,7 +89,7 @@ def _live(ranks: list[list[str]], logs: list[Path]) -> list[int]:
 
 
 if __name__ == "__main__":
-    import gear_lightning.cli  # noqa: F401
+    import gear_lightning.recipes.cli  # noqa: F401
 
     spec = Path(sys.argv[1])
     told = json.loads(spec.read_text())

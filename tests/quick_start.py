@@ -147,6 +147,6 @@ if __name__ == "__main__":
     import deepspeed  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import gear_lightning.cli  # noqa: F401
+    import gear_lightning.recipes.cli  # noqa: F401
 
     _serve(sys.argv[1])

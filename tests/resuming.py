@@ -11,8 +11,8 @@ from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.callbacks.first_evaluation import FirstEvaluation
 from gear_lightning.callbacks.preemption import Preemption
 from gear_lightning.callbacks.resumption import Resumption
-from gear_lightning.checkpoints import CompleteCheckpoints
 from gear_lightning.module import GearModule
+from gear_lightning.runs.checkpoints import CompleteCheckpoints
 
 
 class Scores(L.Callback):

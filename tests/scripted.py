@@ -6,9 +6,9 @@ import torch
 from pace import seconds
 from templates import CHATML, byte_tokenizer
 
-from gear_lightning.chat import Chat
-from gear_lightning.engines import GenerationEngine, SampledTurn, Sampling
 from gear_lightning.environments.base import Environment, Task
+from gear_lightning.generation.chat import Chat
+from gear_lightning.generation.engines import GenerationEngine, SampledTurn, Sampling
 from gear_lightning.rollout import AgentLoop, Budgets, Rollout
 
 CHAT = Chat(byte_tokenizer(CHATML))

@@ -11,7 +11,7 @@ from pace import until
 from tiny import AnyCall
 
 from gear_lightning.callbacks.watchdog import GRACE
-from gear_lightning.signals import NOTES
+from gear_lightning.runs.signals import NOTES
 
 PLACES = (
     "start", "rollout", "tool call", "rollouts end", "teacher pass", "update", "optimizer step", "update end",

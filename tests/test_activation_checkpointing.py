@@ -9,11 +9,11 @@ from laws import untrained
 from tiny import WORDS, data, generation, module, source, trainer
 
 from gear_lightning.errors import UserError
+from gear_lightning.learning.token_stats import token_stats
+from gear_lightning.learning.warm_start import WarmStart, WarmStartModule
 from gear_lightning.models import FromScratch, checkpoint_activations
 from gear_lightning.module import GearModule
 from gear_lightning.teacher import TeacherOptions
-from gear_lightning.token_stats import token_stats
-from gear_lightning.warm_start import WarmStart, WarmStartModule
 
 ROWS, LENGTH, WIDTH = 4, 40, 32
 

@@ -17,11 +17,12 @@ from pace import seconds
 from test_checkpoints import flip
 from tiny import data, generation, module, trainer
 
-from gear_lightning import background, checkpoints
-from gear_lightning.background import WRITER, nbytes, snapshot
 from gear_lightning.callbacks import background_saves
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
-from gear_lightning.checkpoints import (
+from gear_lightning.errors import UserError
+from gear_lightning.runs import background, checkpoints
+from gear_lightning.runs.background import WRITER, nbytes, snapshot
+from gear_lightning.runs.checkpoints import (
     CompleteCheckpoints,
     UnwrittenCheckpoint,
     damage,
@@ -29,8 +30,7 @@ from gear_lightning.checkpoints import (
     newest_complete,
     read_checkpoint,
 )
-from gear_lightning.errors import UserError
-from gear_lightning.loggers import MetricsFile
+from gear_lightning.runs.loggers import MetricsFile
 
 DEADLINE = seconds(60)  # of a wait that should be short
 
@@ -203,7 +203,7 @@ def test_an_exception_finds_the_file_written_before_it_leaves(tmp_path, gate):
 
 def test_the_interpreter_ends_after_the_thread(tmp_path):
     program = (
-        "import sys, time, pathlib; from gear_lightning.background import WRITER\n"
+        "import sys, time, pathlib; from gear_lightning.runs.background import WRITER\n"
         f"WRITER.add(lambda: (time.sleep(0.5), pathlib.Path({str(tmp_path / 'written')!r}).touch()))\n"
         "sys.exit(3)"
     )

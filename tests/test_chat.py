@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from templates import CHATML, HERMES, NO_END_MARK, NO_GENERATION_PROMPT, NO_TOOL_ROLE, byte_tokenizer, ending
 from tiny import source
 
-from gear_lightning.chat import Chat, ChatOptions, ToolCallError, parse_tool_calls
 from gear_lightning.environments.base import tool_call, tool_result
 from gear_lightning.environments.lookup_chain import TOOLS
 from gear_lightning.errors import UserError
+from gear_lightning.generation.chat import Chat, ChatOptions, ToolCallError, parse_tool_calls
 
 USER = {"role": "user", "content": "What is 5 + 7?"}
 

@@ -13,9 +13,10 @@ import torch
 from disks import fill
 from tiny import data, generation, module, trainer
 
-from gear_lightning import checkpoints
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
-from gear_lightning.checkpoints import (
+from gear_lightning.errors import UserError
+from gear_lightning.runs import checkpoints
+from gear_lightning.runs.checkpoints import (
     CompleteCheckpoints,
     damage,
     known_checkpoints,
@@ -25,9 +26,8 @@ from gear_lightning.checkpoints import (
     resolve,
     write_checkpoint,
 )
-from gear_lightning.errors import UserError
-from gear_lightning.files import replace_file, try_to_write
-from gear_lightning.loggers import Board, MetricsFile
+from gear_lightning.runs.files import replace_file, try_to_write
+from gear_lightning.runs.loggers import Board, MetricsFile
 
 
 def write(folder: Path, steps: int, name: str | None = None) -> Path:

@@ -8,16 +8,16 @@ from tiny import generation
 
 from gear_lightning.callbacks.watchdog import Watchdog
 from gear_lightning.credit import GEAR
-from gear_lightning.engines import Sampling
 from gear_lightning.environments.lookup_chain import LookupChainDemonstrations
 from gear_lightning.environments.python_tool import PythonTool
 from gear_lightning.environments.sandbox import Limits
 from gear_lightning.errors import UserError
 from gear_lightning.gear import find_spikes
-from gear_lightning.lora import LoRA
+from gear_lightning.generation.engines import Sampling
+from gear_lightning.learning.lora import LoRA
+from gear_lightning.learning.warm_start import WarmStart
 from gear_lightning.rewards import OverlongPenalty
 from gear_lightning.rollout import Budgets
-from gear_lightning.warm_start import WarmStart
 
 TAKES_A_NUMBER = {
     "generation.success_threshold": lambda x: generation(success_threshold=x),

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gear_lightning.compare import compare_command
-from gear_lightning.compare_figure import _spread
-from gear_lightning.compare_numbers import contrasts, measure, summarise
-from gear_lightning.compare_runs import make_arms, read_run
+from gear_lightning.commands.compare import compare_command
 from gear_lightning.errors import UserError
-from gear_lightning.records import FORMAT
+from gear_lightning.runs.records import FORMAT
+from gear_lightning.study.figure import _spread
+from gear_lightning.study.numbers import contrasts, measure, summarise
+from gear_lightning.study.runs import make_arms, read_run
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")

@@ -10,7 +10,6 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from gear_lightning.advantage import GRPO, MTGRPO, DrGRPO, GiGPO, TurnGRPO
-from gear_lightning.cli import GearCLI
 from gear_lightning.credit import (
     CREST,
     EGRSD,
@@ -31,7 +30,8 @@ from gear_lightning.distillation import OPSD, SDAR, SDPG, SDPO
 from gear_lightning.errors import UserError
 from gear_lightning.loss import CISPO, GSPO, ClippedSurrogate
 from gear_lightning.module import GearModule
-from gear_lightning.study import Study
+from gear_lightning.recipes.cli import GearCLI
+from gear_lightning.study.plan import Study
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

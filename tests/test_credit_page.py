@@ -15,16 +15,16 @@ from chrome import dump
 
 from gear_lightning.batch import Credit
 from gear_lightning.callbacks.credit_map import CreditMap
-from gear_lightning.credit_page import (
+from gear_lightning.errors import UserError
+from gear_lightning.lens.page import (
     credit_command,
     load_decoder,
     render_credit_page,
     render_credit_text,
     write_credit_page,
 )
-from gear_lightning.credit_trace import trace, visible
-from gear_lightning.errors import UserError
-from gear_lightning.records import FORMAT, TENSOR_KEYS, Record, read_records, write_record
+from gear_lightning.lens.trace import trace, visible
+from gear_lightning.runs.records import FORMAT, TENSOR_KEYS, Record, read_records, write_record
 
 # One letter per token: p prompt, A and B sampled in turns 0 and 1, o observation. Tokens 4 and 5 are one segment.
 LAYOUT = "ppAAAAooBBB"
@@ -232,7 +232,7 @@ def test_credit_of_other_rollouts_is_a_user_error(run):
 
 def test_a_page_holds_no_more_than_forty_megabytes(run, monkeypatch):
     add(run, *(fake_rollout(rollout=n) for n in range(20)))
-    monkeypatch.setattr("gear_lightning.credit_page._MAX_BYTES", 3000)
+    monkeypatch.setattr("gear_lightning.lens.page._MAX_BYTES", 3000)
     data = page_data(render_credit_page(list(read_records(run)), decode))
     assert 1 <= len(data["rollouts"]) < 10
     assert len(json.dumps(data["rollouts"], separators=(",", ":"))) <= 3000 + len(data["rollouts"]) + 1

@@ -6,8 +6,6 @@ import pytest
 import torch
 from scripted import CHAT, Scripted
 
-from gear_lightning.chat import Chat
-from gear_lightning.engines import SampledTurn, Sampling
 from gear_lightning.environments.base import Environment, Step, Task, tool_call
 from gear_lightning.environments.decisions import find
 from gear_lightning.environments.lookup_chain import (
@@ -20,6 +18,8 @@ from gear_lightning.environments.lookup_chain import (
     LookupChainTasks,
     solution,
 )
+from gear_lightning.generation.chat import Chat
+from gear_lightning.generation.engines import SampledTurn, Sampling
 from gear_lightning.models import FromScratch
 from gear_lightning.rollout import AgentLoop, Budgets, Rollout
 

@@ -11,9 +11,9 @@ from test_checkpoints import write
 from tiny import data, generation, module, trainer
 
 from gear_lightning.callbacks.run_status import _append
-from gear_lightning.checkpoints import UnwrittenCheckpoint, damage, newest_complete, write_checkpoint
-from gear_lightning.loggers import Board
-from gear_lightning.records import ledger
+from gear_lightning.runs.checkpoints import UnwrittenCheckpoint, damage, newest_complete, write_checkpoint
+from gear_lightning.runs.loggers import Board
+from gear_lightning.runs.records import ledger
 
 
 def names(folder):

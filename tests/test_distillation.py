@@ -22,10 +22,10 @@ from gear_lightning.credit import GEAR, SCGRPO, Uniform
 from gear_lightning.distillation import OPSD, SDAR, SDPG, SDPO, Distillation, gated_gap, skew_divergence
 from gear_lightning.environments.lookup_chain import LookupChainTasks
 from gear_lightning.errors import UserError
+from gear_lightning.learning.token_stats import token_stats
 from gear_lightning.loss import ClippedSurrogate
 from gear_lightning.module import GearModule
 from gear_lightning.teacher import Teacher, TeacherOptions
-from gear_lightning.token_stats import token_stats
 
 TEMPLATE = " <ref> {reference}"
 FROZEN = TeacherOptions("frozen", template=TEMPLATE)
@@ -359,7 +359,7 @@ def test_a_loss_of_distributions_says_that_there_are_none():
 
 @pytest.mark.parametrize("pieces", [1, 4])
 def test_top_log_probs_have_the_gradient_of_whole_logits(tmp_path, monkeypatch, pieces):
-    from gear_lightning import token_stats as room
+    from gear_lightning.learning import token_stats as room
 
     model = untrained(GearModule(Sharp(), teacher=TeacherOptions(template=TEMPLATE)), tmp_path).policy
     rows = collate(random_rows(4), step_tokens=1, step_rollouts=1, temperature=0.8)

@@ -12,18 +12,11 @@ from templates import CHATML, byte_tokenizer
 from tiny import source
 from transformers import LlamaConfig
 
-from gear_lightning.doctor import (
-    columns,
-    configured_strategy,
-    doctor_command,
-    load_of,
-    setup_of,
-    skeleton_of,
-)
-from gear_lightning.doctor_checks import Machine, look_at_machine, package_problems, problems
+from gear_lightning.commands.doctor import columns, configured_strategy, doctor_command, load_of, setup_of, skeleton_of
 from gear_lightning.errors import UserError
-from gear_lightning.memory import Load, model_shape
-from gear_lightning.recipe import configured_gpus, read_recipe
+from gear_lightning.recipes.checks import Machine, look_at_machine, package_problems, problems
+from gear_lightning.recipes.memory import Load, model_shape
+from gear_lightning.recipes.recipe import configured_gpus, read_recipe
 
 GOOD = {
     "python": "3.11", "torch": "2.13.0", "lightning": "2.6.6", "pytorch-lightning": "2.6.6", "transformers": "5.23.0",

@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny import source
 
-from gear_lightning.engines import CachedEngine, GenerateEngine, Sampling, TurnRequest, draw
 from gear_lightning.errors import UserError
-from gear_lightning.token_stats import token_stats
+from gear_lightning.generation.engines import CachedEngine, GenerateEngine, Sampling, TurnRequest, draw
+from gear_lightning.learning.token_stats import token_stats
 
 STOP = {5}
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import yaml
 
-from gear_lightning.statistics import mean_over_curve, paired_difference
-from gear_lightning.study_report import markdown
+from gear_lightning.study.report import markdown
+from gear_lightning.study.statistics import mean_over_curve, paired_difference
 
 ROOT = Path(__file__).parents[1]
 EVIDENCE = ROOT / "docs/evidence"

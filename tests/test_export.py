@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import data, generation, module, source, trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gear_lightning.commands.export import export_checkpoint, export_command
 from gear_lightning.errors import UserError
-from gear_lightning.export import export_checkpoint, export_command
 from gear_lightning.models import Pretrained
 from gear_lightning.module import GearModule
 from gear_lightning.teacher import TeacherOptions

@@ -11,11 +11,11 @@ from tiny import data, generation, module, trainer
 from torch import Tensor
 
 from gear_lightning.batch import Credit, TokenStats, collate
-from gear_lightning.checkpoints import read_checkpoint, write_checkpoint
 from gear_lightning.credit import GEAR, SCGRPO, CreditAssigner, Uniform
 from gear_lightning.distillation import OPSD, SDAR, Distillation
-from gear_lightning.frozen import keep, recall
+from gear_lightning.learning.frozen import keep, recall
 from gear_lightning.loss import ClippedSurrogate
+from gear_lightning.runs.checkpoints import read_checkpoint, write_checkpoint
 
 TEMPLATE = " <ref> {reference}"
 RULES: list[tuple[CreditAssigner, Distillation | None]] = [

@@ -10,7 +10,7 @@ from tiny import module
 from torch.optim import lr_scheduler as schedules
 
 from gear_lightning.errors import UserError
-from gear_lightning.hyperparameters import FreshOptimizer, take_up_given
+from gear_lightning.learning.hyperparameters import FreshOptimizer, take_up_given
 
 SCHEDULES = {
     "StepLR": lambda o: schedules.StepLR(o, 3),

@@ -8,10 +8,10 @@ import torch
 from tiny import data, generation, module, source, trainer
 from torch import nn
 
-from gear_lightning.engines import next_logits
 from gear_lightning.errors import UserError
-from gear_lightning.head import Float32Head, head_in_float32, use_float32_head
-from gear_lightning.token_stats import token_stats
+from gear_lightning.generation.engines import next_logits
+from gear_lightning.learning.head import Float32Head, head_in_float32, use_float32_head
+from gear_lightning.learning.token_stats import token_stats
 
 
 @pytest.mark.parametrize("bias", [False, True])

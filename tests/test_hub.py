@@ -12,8 +12,8 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import data, generation, module, trainer
 
+from gear_lightning.commands.export import export_command
 from gear_lightning.errors import UserError
-from gear_lightning.export import export_command
 
 
 class Hub:

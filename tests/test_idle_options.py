@@ -14,14 +14,14 @@ from gear_lightning.callbacks.health import Health
 from gear_lightning.callbacks.noise_floor import NoiseFloor
 from gear_lightning.callbacks.progress import PhaseProgress
 from gear_lightning.callbacks.sample_table import SampleTable
-from gear_lightning.cli import GearCLI
 from gear_lightning.credit import GEAR, Uniform
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.distillation import OPSD, SDPG, SDPO
-from gear_lightning.engines import Sampling
-from gear_lightning.idle_options import idle_options
+from gear_lightning.generation.engines import Sampling
 from gear_lightning.loss import CISPO, GSPO, ClippedSurrogate
-from gear_lightning.recipe import idle, read_recipe
+from gear_lightning.recipes.cli import GearCLI
+from gear_lightning.recipes.idle_options import idle_options
+from gear_lightning.recipes.recipe import idle, read_recipe
 from gear_lightning.rewards import OverlongPenalty
 from gear_lightning.rollout import Budgets
 from gear_lightning.teacher import TeacherOptions
@@ -229,7 +229,7 @@ def test_a_shipped_recipe_uses_all_that_it_gives_and_takes_any_objective(reposit
 
 
 def test_doctor_lists_them(repository, monkeypatch, capsys):
-    from gear_lightning.doctor import doctor_command
+    from gear_lightning.commands.doctor import doctor_command
 
     monkeypatch.chdir(repository)
     assert doctor_command(["--config", "configs/quickstart.yaml", "--model.objective", "GSPO"]) == 0
@@ -246,7 +246,7 @@ def test_fit_warns_of_them_and_trains(command, tmp_path):  # noqa: F811
 
 def test_a_resume_says_that_its_warm_start_is_over(monkeypatch):
     said = []
-    monkeypatch.setattr("gear_lightning.cli.rank_zero_info", said.append)
+    monkeypatch.setattr("gear_lightning.recipes.cli.rank_zero_info", said.append)
     cli = object.__new__(GearCLI)
     cli.subcommand, cli.config = "fit", {"fit": {"warm_start": {"steps": 3}}}
     cli.config_init = {"fit": {"ckpt_path": "last.ckpt"}}

@@ -23,19 +23,19 @@ EXCEPTIONS = {
 }
 # built on the command line's parser, or forks of it
 COMMANDS = {
-    "gear_lightning.recipe",
-    "gear_lightning.probe_cli",
-    "gear_lightning.noise_floor_command",
-    "gear_lightning.teacher_check_command",
-    "gear_lightning.study_child",
+    "gear_lightning.recipes.recipe",
+    "gear_lightning.commands.probe",
+    "gear_lightning.commands.noise_floor",
+    "gear_lightning.commands.teacher_check",
+    "gear_lightning.study.child",
 }
 # they read whole recipes
 ABOVE = {
-    "gear_lightning.cli",
-    "gear_lightning.doctor",
-    "gear_lightning.doctor_checks",
-    "gear_lightning.idle_options",
-    "gear_lightning.refusals",
+    "gear_lightning.recipes.cli",
+    "gear_lightning.commands.doctor",
+    "gear_lightning.recipes.checks",
+    "gear_lightning.recipes.idle_options",
+    "gear_lightning.recipes.refusals",
     *COMMANDS,
 }
 
@@ -121,7 +121,7 @@ def test_the_library_imports_neither_configs_nor_plug_ins_nor_tests(name):
         assert other.partition(".")[0] != "pytorch_lightning", f"{name} mixes two Lightnings"
         if other.startswith("gear_lightning.callbacks"):
             assert inside or name in ABOVE, f"{name} imports the plug-in {other}"
-        if other == "gear_lightning.cli":
+        if other == "gear_lightning.recipes.cli":
             assert name in {"gear_lightning.__main__", *COMMANDS}, f"{name} imports the command line"
 
 

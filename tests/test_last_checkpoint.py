@@ -11,8 +11,8 @@ import torch
 from resuming import Scores, StopAt, fit, folder_of, steps, weights
 
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
-from gear_lightning.checkpoints import write_checkpoint
 from gear_lightning.errors import UserError
+from gear_lightning.runs.checkpoints import write_checkpoint
 
 LIMITS = [  # and the steps of the run, two an iteration
     ({"max_epochs": 3}, 6),

@@ -12,8 +12,8 @@ from lens_records import decode, other_credit, record
 from test_credit_page import ATTACK, fake_rollout, fake_tensors
 from test_credit_page import decode as decode_words
 
-from gear_lightning.credit_page import render_credit_page
-from gear_lightning.records import Record
+from gear_lightning.lens.page import render_credit_page
+from gear_lightning.runs.records import Record
 
 RECORDS = [record(iteration) for iteration in range(3)]  # 8 rollouts each, of which the last has no row
 OTHERS = [other_credit(one) for one in RECORDS]

@@ -17,10 +17,10 @@ from tiny import data, generation, module, trainer
 import gear_lightning
 from gear_lightning.callbacks.health import Health
 from gear_lightning.errors import UserError
-from gear_lightning.limits import check_limits
-from gear_lightning.monitor import KNOWN, NAMES
-from gear_lightning.records import ledger
 from gear_lightning.rollout import STATUSES
+from gear_lightning.runs.limits import check_limits
+from gear_lightning.runs.monitor import KNOWN, NAMES
+from gear_lightning.runs.records import ledger
 
 EARLY = "lightning.pytorch.callbacks.EarlyStopping"
 

@@ -10,12 +10,12 @@ from laws import Sharp, random_rows, untrained, watched
 from tiny import data, generation, module, source, trainer
 
 from gear_lightning.batch import collate
-from gear_lightning.cli import GearCLI
 from gear_lightning.errors import UserError
-from gear_lightning.lora import LoRA, active, adapter_parameters
+from gear_lightning.learning.lora import LoRA, active, adapter_parameters
+from gear_lightning.learning.token_stats import token_stats
 from gear_lightning.module import GearModule
+from gear_lightning.recipes.cli import GearCLI
 from gear_lightning.teacher import TeacherOptions
-from gear_lightning.token_stats import token_stats
 
 SMALL = LoRA(rank=4, alpha=8)
 TEMPLATE = " <ref> {reference}"

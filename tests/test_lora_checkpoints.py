@@ -9,9 +9,9 @@ from test_lora_export import directory, with_peft
 from tiny import data, generation, source, trainer
 from transformers import AutoModelForCausalLM
 
+from gear_lightning.commands.export import export_checkpoint, export_command
 from gear_lightning.errors import UserError
-from gear_lightning.export import export_checkpoint, export_command
-from gear_lightning.lora import adapter_parameters, is_adapter
+from gear_lightning.learning.lora import adapter_parameters, is_adapter
 from gear_lightning.models import Pretrained
 from gear_lightning.module import GearModule
 from gear_lightning.teacher import TeacherOptions

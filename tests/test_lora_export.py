@@ -9,9 +9,9 @@ from test_lora import SMALL, TEMPLATE, fit, logits, tied
 from tiny import module, source
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gear_lightning.commands.export import export_checkpoint, export_command
 from gear_lightning.errors import UserError
-from gear_lightning.export import export_checkpoint, export_command
-from gear_lightning.lora import LoRA, remove
+from gear_lightning.learning.lora import LoRA, remove
 from gear_lightning.models import Pretrained
 from gear_lightning.module import GearModule
 from gear_lightning.teacher import TeacherOptions

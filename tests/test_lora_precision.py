@@ -10,8 +10,8 @@ from test_lora import SMALL, TEMPLATE, adapted, flat, logits, split, stir
 from tiny import data, generation, module, trainer
 from torch.nn import functional as F
 
-from gear_lightning.lora import LoRA, adapter_parameters, is_adapter
-from gear_lightning.sharding import fingerprint, whole_copy
+from gear_lightning.distributed.sharding import fingerprint, whole_copy
+from gear_lightning.learning.lora import LoRA, adapter_parameters, is_adapter
 from gear_lightning.teacher import TeacherOptions
 
 

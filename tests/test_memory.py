@@ -9,8 +9,9 @@ from tiny import source
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from gear_lightning.errors import UserError
-from gear_lightning.lora import LoRA
-from gear_lightning.memory import (
+from gear_lightning.learning.lora import LoRA
+from gear_lightning.models import FromScratch, Pretrained
+from gear_lightning.recipes.memory import (  # fmt: skip
     SHARDED,
     STRATEGIES,
     Load,
@@ -20,8 +21,7 @@ from gear_lightning.memory import (
     estimate,
     layer_activations,
     model_shape,
-)  # fmt: skip
-from gear_lightning.models import FromScratch, Pretrained
+)
 
 WORDS = "gear_lightning.environments.lookup_chain.WORDS"
 GIB = 1 << 30

@@ -9,9 +9,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from gear_lightning import __version__
-from gear_lightning.export import export_checkpoint
-from gear_lightning.model_card import model_card
-from gear_lightning.provenance import code_version
+from gear_lightning.commands.export import export_checkpoint
+from gear_lightning.export.model_card import model_card
+from gear_lightning.runs.provenance import code_version
 
 RECIPE = {
     "seed_everything": 3,
@@ -126,7 +126,7 @@ def test_any_recipe_gives_a_card(run, config):
 def test_an_export_has_a_card_unless_it_is_not_wanted(tmp_path):
     from tiny import module
 
-    from gear_lightning.checkpoints import write_checkpoint
+    from gear_lightning.runs.checkpoints import write_checkpoint
 
     mine = module()
     assert mine.chat_format
@@ -152,7 +152,7 @@ def test_a_checkpoint_knows_its_code(monkeypatch, tmp_path):
     made_by = torch.load(tmp_path / "a.ckpt", weights_only=True)["made_by"]
     assert made_by == {**code_version(), "base_model": None}
     assert made_by["version"] == __version__
-    import gear_lightning.provenance as provenance
+    import gear_lightning.runs.provenance as provenance
 
     monkeypatch.setattr(provenance, "ROOT", tmp_path)  # no checkout
     installed = {"vcs_info": {"vcs": "git", "commit_id": "0123abc"}, "url": "https://host/repository"}

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from gear_lightning.batch import Credit, RolloutBatch, collate
 from gear_lightning.credit import GEAR, PBSD, RLSD, SCGRPO, RoundingNoise, TokenOnly, Turn, TurnSight
 from gear_lightning.errors import UserError
-from gear_lightning.noise_floor import (
+from gear_lightning.learning.token_stats import token_stats
+from gear_lightning.probes.noise_floor import (
     STAND_IN,
     MeasureNoise,
     Noise,
@@ -32,7 +33,6 @@ from gear_lightning.noise_floor import (
     write_result,
 )
 from gear_lightning.teacher import Teacher, TeacherOptions
-from gear_lightning.token_stats import token_stats
 
 HINTS = (3, 40, 0, 7, 20)
 BF16 = torch.autocast("cpu", dtype=torch.bfloat16)

@@ -13,11 +13,7 @@ from tiny import data, generation, module, trainer
 from gear_lightning.batch import RolloutBatch
 from gear_lightning.credit import GEAR
 from gear_lightning.errors import UserError
-from gear_lightning.noise_floor import (
-    measure,
-    read_floor,
-    recorded_batches,
-)
+from gear_lightning.probes.noise_floor import measure, read_floor, recorded_batches
 
 
 def metrics(folder) -> list[dict[str, str]]:

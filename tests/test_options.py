@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import gear_lightning
-from gear_lightning.cli import GearCLI
-from gear_lightning.warm_start import WarmStart
+from gear_lightning.learning.warm_start import WarmStart
+from gear_lightning.recipes.cli import GearCLI
 
 ROOT = Path(gear_lightning.__file__).parent
 

@@ -13,14 +13,14 @@ from tiny import AnyCall, data, generation, module, trainer
 from gear_lightning.advantage import GiGPO
 from gear_lightning.callbacks.health import Health
 from gear_lightning.data import RolloutDataModule, RolloutGenerator
-from gear_lightning.engines import SampledTurn, Sampling
 from gear_lightning.environments.base import Environment, Step, Task, TaskSource, tool_result
 from gear_lightning.environments.calculator import CALCULATOR, Calculator
 from gear_lightning.environments.functions import FunctionTools
 from gear_lightning.environments.lookup_chain import TOOLS
 from gear_lightning.environments.single_turn import SingleTurn
-from gear_lightning.records import read_records
+from gear_lightning.generation.engines import SampledTurn, Sampling
 from gear_lightning.rollout import LEARNABLE, STATUSES, AgentLoop, Budgets, Rollout
+from gear_lightning.runs.records import read_records
 
 CALL = '<tool_call>[{"name": "look", "arguments": {"relation": "r1", "entity": "e1"}}]</tool_call>'
 TASK = Task("t1", [{"role": "user", "content": "Go."}], TOOLS, meta={"answer": "12"})

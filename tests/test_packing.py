@@ -15,8 +15,8 @@ from tiny import data, generation, trainer
 
 from gear_lightning.credit import GEAR, Uniform
 from gear_lightning.data import RolloutDataModule
+from gear_lightning.generation.packing import balanced_split
 from gear_lightning.module import GearModule
-from gear_lightning.packing import balanced_split
 
 ROOT = Path(__file__).resolve().parent.parent
 VIEWS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), max_size=8)

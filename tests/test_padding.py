@@ -9,9 +9,9 @@ from torch.testing import assert_close
 
 from gear_lightning.batch import RolloutBatch, collate
 from gear_lightning.credit import CREST, EGRSD, GEAR, GTPO, PBSD, RLSD, SCGRPO, Evidence, Placebo, Turn, TurnSight
+from gear_lightning.learning.token_stats import token_stats
 from gear_lightning.module import GearModule
 from gear_lightning.teacher import TeacherOptions
-from gear_lightning.token_stats import token_stats
 
 ROWS = random_rows(5, hints=(0, 45, 3, 12, 0))
 RULES = [

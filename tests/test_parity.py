@@ -16,13 +16,13 @@ import yaml
 from pace import seconds, until
 from tiny import data, generation, module, trainer
 
-from gear_lightning import parity
 from gear_lightning.callbacks.step_recorder import StepRecorder
+from gear_lightning.commands import parity
+from gear_lightning.commands.parity import STRATEGIES, UNCOMPARED, idle_iterations, parity_command
 from gear_lightning.environments.lookup_chain import LookupChain
 from gear_lightning.errors import UserError
 from gear_lightning.module import GearModule
-from gear_lightning.parity import STRATEGIES, UNCOMPARED, idle_iterations, parity_command
-from gear_lightning.parity_compare import compare, tolerance_of
+from gear_lightning.parity.compare import compare, tolerance_of
 
 
 def played(run, environment=None, iterations=1, callbacks=(), make=module, precision="32-true", **options):

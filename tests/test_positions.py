@@ -11,14 +11,14 @@ from laws import Talk, TalkTasks, watched
 from tiny import data, generation
 
 from gear_lightning.credit import GEAR, Uniform
-from gear_lightning.engines import CachedEngine, GenerateEngine, Sampling, TurnRequest
 from gear_lightning.environments.base import Task
 from gear_lightning.errors import UserError
+from gear_lightning.generation.engines import CachedEngine, GenerateEngine, Sampling, TurnRequest
+from gear_lightning.learning.positions import longest_row
 from gear_lightning.models import FromScratch
 from gear_lightning.module import GearModule
-from gear_lightning.noise_floor import measure
-from gear_lightning.positions import longest_row
-from gear_lightning.refusals import refusals, skeleton_of
+from gear_lightning.probes.noise_floor import measure
+from gear_lightning.recipes.refusals import refusals, skeleton_of
 from gear_lightning.rollout import Budgets
 from gear_lightning.teacher import TeacherOptions, privileged_prompt
 

@@ -13,9 +13,12 @@ from test_credit_page import add, fake_rollout, fake_tensors, page_data, run, un
 from test_lens import browser  # noqa: F401  # the fixture
 from tiny import WORDS, AnyCall, data, generation, trainer
 
+from gear_lightning.commands.recredit import recredit_command
 from gear_lightning.credit import GEAR, RLSD, SCGRPO, CreditAssigner, Placebo, TokenOnly, Turn, Uniform
 from gear_lightning.credit.base import spread_credit
-from gear_lightning.credit_difference import (
+from gear_lightning.environments.base import Step, tool_result
+from gear_lightning.errors import UserError
+from gear_lightning.lens.difference import (
     auc,
     compare,
     first_wrong,
@@ -25,14 +28,11 @@ from gear_lightning.credit_difference import (
     summary,
     total_variation,
 )
-from gear_lightning.environments.base import Step, tool_result
-from gear_lightning.errors import UserError
+from gear_lightning.lens.recredit import CREDIT_KEYS, recorded_credit, recredit, stands_in, told
 from gear_lightning.models import FromScratch
 from gear_lightning.module import GearModule
-from gear_lightning.records import Record, read_records
-from gear_lightning.recredit import CREDIT_KEYS, recorded_credit, recredit, stands_in, told
-from gear_lightning.recredit_command import recredit_command
 from gear_lightning.rollout import Budgets
+from gear_lightning.runs.records import Record, read_records
 from gear_lightning.teacher import TeacherOptions
 
 SYMMETRIC = {"sign_rule": "symmetric"}

@@ -242,7 +242,7 @@ class TestMath:
             score("math", "", "$1$")
 
     def test_a_hostile_answer_is_not_right_within_its_deadline_and_the_next_is_scored(self):
-        from gear_lightning import math_judge
+        from gear_lightning.environments import math_judge
 
         assert math_judge.judge("1", "$1$") == "right"
         verdict = math_judge.judge("1", "$9^{9^{9^9}}$", seconds=1)  # not waited for: it would take for ever
@@ -250,7 +250,7 @@ class TestMath:
         assert math_judge.judge("1", "$1$") == "right"
 
     def test_a_worker_that_was_killed_meanwhile_costs_no_right_answer(self):
-        from gear_lightning import math_judge
+        from gear_lightning.environments import math_judge
 
         assert math_judge.judge("1", "$1$") == "right"
         assert math_judge._worker is not None

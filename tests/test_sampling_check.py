@@ -14,15 +14,15 @@ from laws import Talk, TalkTasks, untrained
 from tiny import data, generation, trainer
 
 from gear_lightning.credit import Uniform
-from gear_lightning.engines import CachedEngine, GenerateEngine, Sampling
 from gear_lightning.environments.lookup_chain import LookupChainDemonstrations
 from gear_lightning.errors import UserError
-from gear_lightning.lora import LoRA
+from gear_lightning.generation.engines import CachedEngine, GenerateEngine, Sampling
+from gear_lightning.learning.lora import LoRA
+from gear_lightning.learning.token_stats import check_head, token_stats
+from gear_lightning.learning.warm_start import WarmStart, run_warm_start
 from gear_lightning.models import checkpoint_activations, without_dropout
 from gear_lightning.module import GearModule
-from gear_lightning.sampling_check import compare, make_trial, sample, tried_length
-from gear_lightning.token_stats import check_head, token_stats
-from gear_lightning.warm_start import WarmStart, run_warm_start
+from gear_lightning.probes.sampling_check import compare, make_trial, sample, tried_length
 
 TOKENS = torch.arange(6, 54).reshape(2, 24)
 WANTED = torch.arange(24).expand(2, 24) > 0

@@ -13,13 +13,13 @@ from tiny import data, trainer
 
 from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.credit import GEAR, Uniform
-from gear_lightning.engines import CachedEngine, GenerateEngine, Sampling
 from gear_lightning.errors import UserError
+from gear_lightning.generation.engines import CachedEngine, GenerateEngine, Sampling
+from gear_lightning.learning.token_stats import token_stats
 from gear_lightning.loss import ClippedSurrogate
 from gear_lightning.module import GearModule
 from gear_lightning.rollout import Budgets
 from gear_lightning.teacher import TeacherOptions
-from gear_lightning.token_stats import token_stats
 
 SAMPLINGS = [
     Sampling(0.6),
@@ -85,7 +85,7 @@ def test_the_samplers_logprobs_are_the_trainers_in_every_iteration(tmp_path, eng
 
 @pytest.mark.parametrize("engine", [CachedEngine, GenerateEngine])
 def test_an_engine_follows_weights_that_change_between_phases(engine):
-    from gear_lightning.chat import Chat
+    from gear_lightning.generation.chat import Chat
     from gear_lightning.rollout import AgentLoop
 
     model, other = Sharp().model(), Sharp(seed=1).model()

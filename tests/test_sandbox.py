@@ -16,13 +16,13 @@ from pace import seconds, until
 from scripted import CHAT, Scripted, answered
 from unruly import Unruly
 
-from gear_lightning.engines import Sampling
 from gear_lightning.environments import sandbox
 from gear_lightning.environments.base import Task
 from gear_lightning.environments.functions import FunctionTools, tool_schemas
 from gear_lightning.environments.python_tool import PythonTool, run_python
 from gear_lightning.environments.sandbox import Isolated, Limits
 from gear_lightning.errors import UserError
+from gear_lightning.generation.engines import Sampling
 from gear_lightning.rollout import AgentLoop, Budgets
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes with limits need Linux")
@@ -249,7 +249,7 @@ def test_where_the_kernel_gives_no_namespaces_the_network_must_be_allowed():
 
 
 def test_isolation_is_one_line_of_the_config(repository):
-    from gear_lightning.recipe import read_recipe
+    from gear_lightning.recipes.recipe import read_recipe
 
     limit = round(seconds(70))  # importing this file's tools takes seconds
     config = {

@@ -11,7 +11,7 @@ from tiny import data, generation, module, trainer
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.environments.lookup_chain import LookupChainTasks
 from gear_lightning.errors import UserError
-from gear_lightning.recipe import read_recipe
+from gear_lightning.recipes.recipe import read_recipe
 
 
 @pytest.mark.parametrize(

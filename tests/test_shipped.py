@@ -11,16 +11,16 @@ from templates import CHATML, HERMES, byte_tokenizer
 from tiny import data, generation, trainer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from gear_lightning.chat import Chat, ignored_stops
+from gear_lightning.commands.export import export_checkpoint
+from gear_lightning.commands.template import template_command
 from gear_lightning.credit import Uniform
 from gear_lightning.environments.base import Task, TaskSource
 from gear_lightning.environments.single_turn import SingleTurn
-from gear_lightning.export import export_checkpoint
+from gear_lightning.generation.chat import Chat, ignored_stops
+from gear_lightning.learning.shipped import generation_config, merged_config
 from gear_lightning.models import Pretrained
 from gear_lightning.module import GearModule
 from gear_lightning.rollout import Budgets
-from gear_lightning.shipped import generation_config, merged_config
-from gear_lightning.template_check import template_command
 
 DOCUMENT_END = "<|endoftext|>"
 

@@ -12,9 +12,9 @@ import pytest
 from distributed.test_ddp import DEADLINE, command_line, metrics
 
 from gear_lightning.callbacks.startup import check_launch
+from gear_lightning.commands.slurm import slurm_command
 from gear_lightning.errors import UserError
-from gear_lightning.slurm import slurm_command
-from gear_lightning.slurm_script import seconds
+from gear_lightning.recipes.slurm_script import seconds
 
 pytestmark = pytest.mark.usefixtures("starts_quickly")
 RECIPE = "configs/quickstart.yaml"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gear_lightning.errors import UserError
-from gear_lightning.statistics import (
+from gear_lightning.study.statistics import (
     bootstrap_interval,
     collapse_rate,
     first_reach,

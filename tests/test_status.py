@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from gear_lightning.commands.status import status_command, status_of
 from gear_lightning.errors import UserError
-from gear_lightning.status import status_command, status_of
 
 
 def run(folder, *, process: int, phase: str = "update", age: float = 0.0, host: str | None = None):

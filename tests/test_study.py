@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from pace import seconds, until
 
+from gear_lightning.commands.study import study_command
 from gear_lightning.errors import UserError
-from gear_lightning.files import hold
-from gear_lightning.rule_options import caveat, caveat_of_run
-from gear_lightning.statistics import ratio_of_means
-from gear_lightning.study import Study
-from gear_lightning.study_command import study_command
-from gear_lightning.study_report import draw, label, markdown, rows
-from gear_lightning.study_results import Curves, analyse, collect
-from gear_lightning.study_runner import _digests, carry_out, is_done, least_used, start_context, visible_gpus
+from gear_lightning.recipes.rule_options import caveat, caveat_of_run
+from gear_lightning.runs.files import hold
+from gear_lightning.study.plan import Study
+from gear_lightning.study.report import draw, label, markdown, rows
+from gear_lightning.study.results import Curves, analyse, collect
+from gear_lightning.study.runner import _digests, carry_out, is_done, least_used, start_context, visible_gpus
+from gear_lightning.study.statistics import ratio_of_means
 
 ROOT = Path(__file__).parents[1]
 LR = "model.optimizer.init_args.lr"
@@ -264,7 +264,7 @@ def carried(quick, tmp_path_factory):
     """A study that was killed in the middle and then went on."""
     from dataclasses import asdict
 
-    from gear_lightning.files import replace_text
+    from gear_lightning.runs.files import replace_text
 
     folder = tmp_path_factory.mktemp("study")
     study = plan(folder / "out", jobs=2)
@@ -426,7 +426,7 @@ def test_a_plan_can_be_read_in_part(quick, tmp_path):
 
 def test_runs_beside_gpus_start_afresh_and_take_turns_at_them(tmp_path, monkeypatch):
     monkeypatch.setenv("GEAR_LIGHTNING_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("gear_lightning.study_runner.visible_gpus", lambda: ["4", "6"])
+    monkeypatch.setattr("gear_lightning.study.runner.visible_gpus", lambda: ["4", "6"])
     options = {**QUICK, "generation.environment": "tiny.TellsGPU"}
     study = plan(tmp_path / "out", grid={}, seeds=1, blocks=1, options=options)
     assert not carry_out(study.runs, 2, lambda run: None)
@@ -487,8 +487,8 @@ def test_a_run_whose_files_are_damaged_is_set_aside_and_done_again(copied, name,
 
         def join(self, *_): ...
 
-    monkeypatch.setattr("gear_lightning.study_runner._start", lambda context, run, gpu: started.append(run) or Ended())
-    monkeypatch.setattr("gear_lightning.study_runner.wait", lambda active, timeout: active)
+    monkeypatch.setattr("gear_lightning.study.runner._start", lambda context, run, gpu: started.append(run) or Ended())
+    monkeypatch.setattr("gear_lightning.study.runner.wait", lambda active, timeout: active)
     assert carry_out(study.runs, 1, lambda run: None) == [run] == started
     aside = Path(study.out) / "unfinished" / run.folder.parent.relative_to(Path(study.out) / "runs") / "seed_00-1"
     assert {p.name for p in aside.iterdir()} == before

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gear_lightning.records import Record
-from gear_lightning.study_onset import onset_of, onset_scores
+from gear_lightning.runs.records import Record
+from gear_lightning.study.onset import onset_of, onset_scores
 
 
 def record(divergence: list[list[float]], decisions: list[list[int]], anchor: list[list[int]]) -> Record:

@@ -8,16 +8,15 @@ from dataclasses import replace
 import pytest
 from tiny import AnyCall, data, generation, module, trainer
 
-from gear_lightning import task_check
 from gear_lightning.credit import GEAR, Uniform
-from gear_lightning.environments import lines
+from gear_lightning.environments import lines, task_check
 from gear_lightning.environments.base import Task, TaskSource
 from gear_lightning.environments.jsonl import JsonlTasks
 from gear_lightning.environments.single_turn import SingleTurn
+from gear_lightning.environments.task_check import TaskChecker, check_source, chosen
 from gear_lightning.errors import UserError
 from gear_lightning.module import GearModule
 from gear_lightning.rollout import Budgets
-from gear_lightning.task_check import TaskChecker, check_source, chosen
 from gear_lightning.teacher import TeacherOptions
 
 

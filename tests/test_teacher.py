@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gear_lightning.batch import collate
 from gear_lightning.credit import CREST, GEAR, PBSD, RLSD, Evidence, Placebo, TokenOnly, Turn, TurnSight, Uniform
+from gear_lightning.learning.token_stats import token_stats
 from gear_lightning.models import Pretrained
 from gear_lightning.module import GearModule
-from gear_lightning.records import read_records
+from gear_lightning.runs.records import read_records
 from gear_lightning.teacher import Teacher, TeacherOptions
-from gear_lightning.token_stats import token_stats
 
 TEMPLATE = " <ref> {reference}"
 NO_HINT = TeacherOptions("live", template=TEMPLATE, max_prompt=1)  # every reference is dropped for its length

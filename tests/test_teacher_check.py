@@ -10,8 +10,8 @@ from tiny import AnyCall, data, generation, module, trainer
 
 from gear_lightning.environments.base import Task
 from gear_lightning.errors import UserError
+from gear_lightning.probes.teacher_check import CheckTeacher, Scored, pairs_of, summary, table
 from gear_lightning.teacher import TeacherOptions
-from gear_lightning.teacher_check import CheckTeacher, Scored, pairs_of, summary, table
 
 
 def task(name: str, reference: str | None, answer: str | None = None) -> Task:

@@ -12,13 +12,13 @@ from laws import Sharp, Talk, TalkTasks, watched
 from templates import CHATML, HERMES, byte_tokenizer
 from tiny import data, generation, source
 
-from gear_lightning.chat import Chat
 from gear_lightning.credit import Uniform
 from gear_lightning.distillation import OPSD
-from gear_lightning.engines import Sampling
 from gear_lightning.environments.base import Step, Task
 from gear_lightning.environments.lookup_chain import WORDS
 from gear_lightning.errors import UserError
+from gear_lightning.generation.chat import Chat
+from gear_lightning.generation.engines import Sampling
 from gear_lightning.module import GearModule
 from gear_lightning.rollout import Budgets, Rollout, RolloutGroup
 from gear_lightning.teacher import TeacherOptions, privileged_prompt, privileged_text

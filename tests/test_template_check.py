@@ -4,9 +4,9 @@ import pytest
 from templates import CHATML, HERMES, NO_TOOL_ROLE, byte_tokenizer
 from tiny import source
 
-from gear_lightning.chat import Chat
+from gear_lightning.commands.template import spans, template_command
 from gear_lightning.errors import UserError
-from gear_lightning.template_check import spans, template_command
+from gear_lightning.generation.chat import Chat
 
 
 @pytest.fixture(params=[CHATML, HERMES], ids=["chatml", "hermes"])

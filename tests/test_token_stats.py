@@ -5,8 +5,8 @@ import torch
 from families import LLAMA, Family
 from tiny import source
 
-from gear_lightning import token_stats as room
 from gear_lightning.errors import UserError
+from gear_lightning.learning import token_stats as room
 
 
 def setup():

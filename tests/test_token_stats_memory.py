@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gear_lightning import token_stats as room
 from gear_lightning.batch import RolloutBatch, RolloutRow, collate
+from gear_lightning.learning import token_stats as room
 from gear_lightning.teacher import Teacher, TeacherOptions
 
 VOCABULARY, WIDTH = 500, 16

@@ -10,7 +10,7 @@ from tiny import data, generation, module, trainer
 
 from gear_lightning.credit import GEAR, Uniform
 from gear_lightning.errors import UserError
-from gear_lightning.records import TENSOR_KEYS, read_records
+from gear_lightning.runs.records import TENSOR_KEYS, read_records
 
 
 def fit(run: Path, model=None, source=None, generate=None, **options):

@@ -9,13 +9,13 @@ from tiny import AnyCall, data, generation, trainer
 
 from gear_lightning.advantage import GRPO, DrGRPO, LeaveOneOut, TurnGRPO
 from gear_lightning.callbacks.run_status import RunStatus
+from gear_lightning.commands.status import status_of
 from gear_lightning.credit import Uniform
 from gear_lightning.environments.base import Step
 from gear_lightning.module import GearModule
-from gear_lightning.records import read_records
 from gear_lightning.rewards import OverlongPenalty
 from gear_lightning.rollout import Budgets
-from gear_lightning.status import status_of
+from gear_lightning.runs.records import read_records
 
 
 def iteration(tmp_path, rewards: list[float], cut: set[int], monkeypatch, **options):

@@ -14,7 +14,7 @@ from ..errors import UserError
 
 class RoundingNoise(NamedTuple):
     """Size of what rounding alone makes, as 99th percentiles of absolute values, nats: a constant of a run, measured
-    once with equal weights and nothing privileged (`gear_lightning.noise_floor`). 0: not known, or none.
+    once with equal weights and nothing privileged (`gear_lightning.probes.noise_floor`). 0: not known, or none.
 
     Attributes:
         log_ratio: of log p_policy - log p_teacher at the sampled tokens.

@@ -9,15 +9,7 @@ from .. import gear
 from ..batch import Credit
 from ..checks import check_positive, check_range
 from ..errors import UserError
-from .base import (
-    CreditAssigner,
-    Evidence,
-    at_bound,
-    mixing,
-    spread_credit,
-    teacher_of,
-    top_of,
-)
+from .base import CreditAssigner, Evidence, at_bound, mixing, spread_credit, teacher_of, top_of
 
 
 @dataclass(frozen=True)

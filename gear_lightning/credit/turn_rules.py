@@ -9,13 +9,7 @@ from torch import Tensor
 from .. import gear
 from ..batch import Credit
 from ..checks import check_positive, check_range
-from .base import (
-    CreditAssigner,
-    Evidence,
-    spread_credit,
-    teacher_of,
-    turn_starts,
-)
+from .base import CreditAssigner, Evidence, spread_credit, teacher_of, turn_starts
 
 
 def turn_sums(values: Float[Tensor, "batch seq"], starts: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:

@@ -10,8 +10,8 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from ..errors import UserError
-from ..identity import file_digest
 from ..rewards import last_number
+from ..runs.identity import file_digest
 from . import lines
 from .arithmetic import CalculatorError, calculate
 from .base import Demonstration, Demonstrations, Message, Task, TaskSource, tool_call, tool_result

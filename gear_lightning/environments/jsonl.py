@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..identity import UnknownIdentityError, file_digest, identity_of
 from ..rewards import BUILT_IN, resolve_reward
+from ..runs.identity import UnknownIdentityError, file_digest, identity_of
 from . import lines
 from .base import Message, Task, TaskSource
 from .lines import IndexedLines, index_lines, kind_of

@@ -19,7 +19,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ..errors import UserError
-from ..files import build_once, cache_dir
+from ..runs.files import build_once, cache_dir
 from .base import deeper_than
 
 MAX_DEPTH = 64  # lists and objects within each other in a line

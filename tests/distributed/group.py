@@ -59,7 +59,7 @@ class Group:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         context = multiprocessing.get_context("forkserver")  # the imports are done once
-        context.set_forkserver_preload(["gear_lightning.cli", "deepspeed"])
+        context.set_forkserver_preload(["gear_lightning.recipes.cli", "deepspeed"])
         for rank in range(self.world):
             mine, theirs = context.Pipe()
             worker = context.Process(target=_serve, args=(rank, self.world, port, theirs), daemon=True)

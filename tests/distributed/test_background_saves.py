@@ -5,7 +5,7 @@ import os
 from distributed.test_preemption import strike
 from nursery import play, said
 
-from gear_lightning.checkpoints import damage, known_checkpoints, newest_complete
+from gear_lightning.runs.checkpoints import damage, known_checkpoints, newest_complete
 
 HELD = ("--trainer.callbacks+=strike.HeldDisk",)
 

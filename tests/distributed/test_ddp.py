@@ -11,8 +11,8 @@ import pytest
 import torch
 from pace import seconds
 
-from gear_lightning.parity_steps import compare_steps
-from gear_lightning.step_records import RECORDER
+from gear_lightning.parity.steps import compare_steps
+from gear_lightning.runs.step_records import RECORDER
 
 DEADLINE = seconds(300)
 
@@ -81,7 +81,7 @@ def test_two_processes_equal_one(runs):
 
 
 def test_two_processes_log_the_same_metrics_and_record_the_same_rollouts(runs):
-    from gear_lightning.records import read_records
+    from gear_lightning.runs.records import read_records
 
     for a, b in zip(metrics(runs / "one"), metrics(runs / "two"), strict=True):
         assert a.keys() == b.keys()

@@ -9,8 +9,8 @@ import torch
 from disks import small_disk
 from distributed.test_ddp import DEADLINE, checkpoint, command_line
 
-from gear_lightning.checkpoints import damage, newest_complete
-from gear_lightning.records import ledger
+from gear_lightning.runs.checkpoints import damage, newest_complete
+from gear_lightning.runs.records import ledger
 
 STRATEGIES = {
     "one": (),

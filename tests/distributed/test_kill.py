@@ -10,7 +10,7 @@ import pytest
 from distributed.test_ddp import DEADLINE, RECORD, assert_same_steps, checkpoint, command_line, metrics
 from pace import until
 
-from gear_lightning.records import read_records
+from gear_lightning.runs.records import read_records
 
 ITERATIONS = 8
 

@@ -8,7 +8,7 @@ from distributed.test_ddp import RECORD, assert_same_steps, checkpoint, command_
 from nursery import play, said
 from strike import PLACES
 
-from gear_lightning.records import read_records
+from gear_lightning.runs.records import read_records
 
 ITERATIONS = 20
 # how often a place is reached within some iterations, to draw from

@@ -8,8 +8,8 @@ import pytest
 from distributed.pieces import Chatter
 from distributed.short import train
 
-from gear_lightning.engines import CachedEngine, Sampling
 from gear_lightning.errors import UserError
+from gear_lightning.generation.engines import CachedEngine, Sampling
 
 STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
 MODES = [(name, "auto") for name in STRATEGIES[:1] + STRATEGIES[2:4]] + [

@@ -12,11 +12,11 @@ from distributed.pieces import Opinions
 from distributed.short import train
 from torch import nn
 
+from gear_lightning.distributed.sharding import full
 from gear_lightning.errors import UserError
-from gear_lightning.gradients import Float32Sums
-from gear_lightning.lora import LoRA, is_adapter
+from gear_lightning.learning.gradients import Float32Sums
+from gear_lightning.learning.lora import LoRA, is_adapter
 from gear_lightning.models import Float32Buffers, Pretrained
-from gear_lightning.sharding import full
 from gear_lightning.strategies import place
 
 MICRO_BATCHES, WIDTH = 64, 4096

@@ -11,8 +11,8 @@ from distributed.test_ddp import metrics
 from distributed.test_kill_anywhere import lives
 from nursery import play, said
 
-from gear_lightning.checkpoints import newest_complete
-from gear_lightning.status import status_of
+from gear_lightning.commands.status import status_of
+from gear_lightning.runs.checkpoints import newest_complete
 
 SHORT = ("--trainer.max_epochs", "3")
 

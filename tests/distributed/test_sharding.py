@@ -8,8 +8,7 @@ import torch
 from distributed.group import Group, connect
 from torch.distributed.tensor import DTensor
 
-from gear_lightning.errors import UserError
-from gear_lightning.sharding import (
+from gear_lightning.distributed.sharding import (
     fill,
     fingerprint,
     full,
@@ -22,8 +21,9 @@ from gear_lightning.sharding import (
     state_bytes,
     whole_of,
 )
+from gear_lightning.distributed.together import gather, gather_on_first, together
+from gear_lightning.errors import UserError
 from gear_lightning.teacher import Teacher, TeacherOptions
-from gear_lightning.together import gather, gather_on_first, together
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ from distributed.pieces import (
 )
 from pace import until
 
-from gear_lightning import parity
-from gear_lightning.export import export_command
-from gear_lightning.parity_compare import compare, read_rollouts
+from gear_lightning.commands import parity
+from gear_lightning.commands.export import export_command
+from gear_lightning.parity.compare import compare, read_rollouts
 
 SPREAD = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 STRATEGIES = [*SPREAD, "zero3_offload"]
@@ -166,8 +166,8 @@ def test_means_over_uneven_ranks_are_those_of_one_process(runs, name):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_size_of_rounding_is_one_number_on_all_ranks_and_in_all_iterations(runs, name):
-    from gear_lightning.records import read_records
-    from gear_lightning.recredit import recorded_noise
+    from gear_lightning.lens.recredit import recorded_noise
+    from gear_lightning.runs.records import read_records
 
     found = {recorded_noise(record) for record in read_records(runs[name])}
     assert len(found) == 1
@@ -177,7 +177,7 @@ def test_the_size_of_rounding_is_one_number_on_all_ranks_and_in_all_iterations(r
 
 
 def records(run: Path):
-    from gear_lightning.records import record_files
+    from gear_lightning.runs.records import record_files
 
     return record_files(run)
 

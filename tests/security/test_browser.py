@@ -6,8 +6,8 @@ import pytest
 from chrome import dump
 from test_credit_page import fake_rollout, fake_tensors
 
-from gear_lightning.credit_page import render_credit_page
-from gear_lightning.records import Record
+from gear_lightning.lens.page import render_credit_page
+from gear_lightning.runs.records import Record
 
 PWN = "document.documentElement.setAttribute('data-pwned', 'yes')"
 ATTACKS = [

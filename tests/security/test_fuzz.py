@@ -16,9 +16,6 @@ from templates import CHATML, HERMES, byte_tokenizer
 from test_credit_page import fake_rollout, fake_tensors
 from tiny import source
 
-from gear_lightning.chat import Chat, ToolCallError
-from gear_lightning.credit_page import render_credit_page
-from gear_lightning.credit_text import render_credit_text
 from gear_lightning.environments.arithmetic import CalculatorError, calculate
 from gear_lightning.environments.base import Message, RewardError, Task
 from gear_lightning.environments.calculator import CALCULATOR, Calculator
@@ -27,9 +24,12 @@ from gear_lightning.environments.gsm8k import load, transcript
 from gear_lightning.environments.jsonl import JsonlTasks
 from gear_lightning.environments.lookup_chain import TOOLS
 from gear_lightning.errors import UserError, printable
-from gear_lightning.records import Record, read_records, write_record
+from gear_lightning.generation.chat import Chat, ToolCallError
+from gear_lightning.lens.page import render_credit_page
+from gear_lightning.lens.text import render_credit_text
 from gear_lightning.rewards import BUILT_IN, evaluate, last_number
 from gear_lightning.rollout import Budgets
+from gear_lightning.runs.records import Record, read_records, write_record
 
 CHATS = [Chat(byte_tokenizer(CHATML)), Chat(byte_tokenizer(HERMES)), Chat(source().tokenizer())]
 STATUSES = {"done", "truncated", "invalid_tool_call", "empty_response", "environment_error", "invalid_reward"}

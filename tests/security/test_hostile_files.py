@@ -17,14 +17,14 @@ from test_credit_page import add, fake_rollout
 from tiny import data, generation, module, source, trainer
 
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
-from gear_lightning.chat import Chat
-from gear_lightning.credit_page import credit_command, write_credit_page
-from gear_lightning.credit_trace import load_decoder
+from gear_lightning.commands.export import export_checkpoint
 from gear_lightning.environments.jsonl import JsonlTasks
 from gear_lightning.errors import UserError, printable
-from gear_lightning.export import export_checkpoint
+from gear_lightning.generation.chat import Chat
+from gear_lightning.lens.page import credit_command, write_credit_page
+from gear_lightning.lens.trace import load_decoder
 from gear_lightning.models import Pretrained
-from gear_lightning.records import read_records
+from gear_lightning.runs.records import read_records
 
 
 class Call:

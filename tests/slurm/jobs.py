@@ -11,7 +11,7 @@ from pathlib import Path
 from pace import until
 from slurm.cluster import OVER, run
 
-from gear_lightning.slurm import slurm_command
+from gear_lightning.commands.slurm import slurm_command
 
 RECIPE = "tests/distributed/run.yaml"
 

@@ -8,7 +8,7 @@ import pytest
 from slurm.cluster import run as run_command
 from slurm.jobs import RECIPE, Sent, send, send_script
 
-from gear_lightning.parity_compare import compare, read_rollouts
+from gear_lightning.parity.compare import compare, read_rollouts
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 STRATEGIES = ("ddp", "fsdp", "zero2")

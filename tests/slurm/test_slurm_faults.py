@@ -9,7 +9,7 @@ from pace import seconds, until
 from slurm.cluster import alive, run
 from slurm.jobs import send
 
-from gear_lightning.parity_compare import compare
+from gear_lightning.parity.compare import compare
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 DDP = ("--config", "configs/strategy/ddp.yaml")

@@ -8,7 +8,7 @@ import pytest
 from slurm.cluster import run
 from slurm.jobs import Sent, send
 
-from gear_lightning.parity_compare import compare
+from gear_lightning.parity.compare import compare
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 STRATEGIES = ("ddp", "fsdp")

@@ -1,0 +1,210 @@
+"""`gear-lightning compare RUN RUN ...`: learning curves and numbers of runs, side by side."""
+
+import argparse
+import csv
+import glob
+import math
+import os
+import shutil
+import sys
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+from ..errors import UserError, printable, require_extra
+from ..runs.files import replace_text
+from ..study.numbers import Measure, contrasts, measure, summarise
+from ..study.runs import AXES, Arm, Run, check_metric, check_tasks, make_arms, read_run
+from ..study.tables import Table, contrast_table, difference_table, summary_table
+
+KINDS = (".html", ".png", ".svg", ".csv")
+
+
+def compare_command(argv: list[str]) -> int:
+    """``gear-lightning compare``: print the tables, and write the page, the figure or the numbers.
+
+    Args:
+        argv: the arguments after ``compare``.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: runs that cannot be read or compared, or options that do not go together.
+    """
+    options = _parser().parse_args(argv)
+    for out in options.out or []:
+        if out.suffix not in KINDS:
+            raise UserError(f"--out {out}: its name must end in {', '.join(KINDS)}")
+        if not out.parent.is_dir():
+            raise UserError(f"{out}: the folder {out.parent} does not exist")
+    if options.threshold is not None and not math.isfinite(options.threshold):
+        raise UserError(f"--threshold {options.threshold} is no finite number")
+    require_extra("scipy")
+    require_extra("matplotlib")
+    astray = [path for path in options.runs if options.names and not path.is_dir()]
+    if astray:
+        raise UserError(f"{astray[0]}: no such directory; --names takes its names with commas between: --names A,B")
+    paths, groups = _paths(options.runs, options.group or [])
+    runs = [read_run(path) for path in paths]
+    check_metric(runs, options.metric)
+    if not options.allow_different_tasks:
+        check_tasks(runs)
+    arms = _named(make_arms(runs, groups), options.names)
+    threshold = options.threshold
+    if threshold is None and options.metric.endswith("success"):
+        threshold = 0.8
+    what = measure(runs, options.metric, options.over, threshold)
+    tables = _tables(arms, what)
+    print(_render(tables, _short_runs(runs, what)), end="")
+    for out in options.out or [paths[0].resolve().parent / "compare.html"]:
+        _write(out, arms, what, tables)
+        print(f"Written: {printable(str(out))}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gear-lightning compare",
+        description="Compare runs: learning curves over iterations, rollouts, sampled tokens and seconds; mean over "
+        "the curve and final value by arm; paired differences by seed. Runs whose configs differ in nothing but seeds "
+        "form one arm. Every arm is compared with the first run's.",
+    )
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories")
+    parser.add_argument("--metric", default="val/success", help="column of metrics.csv (default val/success)")
+    parser.add_argument(
+        "--over", choices=list(AXES), default="iterations", help="what the tables count in (default iterations)"
+    )
+    parser.add_argument(
+        "--threshold", type=float, metavar="VALUE", help="when was it reached? (default 0.8 for .../success)"
+    )
+    parser.add_argument(
+        "--group",
+        action="append",
+        metavar="LABEL=GLOB",
+        help="put the run directories of a pattern into one arm, whatever their configs; may be given again",
+    )
+    parser.add_argument(
+        "--names",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        metavar="NAME,NAME",
+        help="names of the arms, in their order, with commas between",
+    )
+    parser.add_argument(
+        "--out",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="where to: .html (page with figure and tables), .png or .svg (figure), .csv (a row for each run); may be "
+        "given again (default: compare.html beside the first run)",
+    )
+    parser.add_argument(
+        "--allow-different-tasks", action="store_true", help="also compare runs of different tasks or environments"
+    )
+    return parser
+
+
+def _paths(given: list[Path], groups: list[str]) -> tuple[list[Path], dict[Path, str]]:
+    """Run directories in order, groups first, and the label of those that are in a group."""
+    labels: dict[Path, str] = {}
+    for group in groups:
+        label, equals, pattern = group.partition("=")
+        if not (label and equals and pattern):
+            raise UserError(f"--group {group}: give it as LABEL=GLOB, in quotes: 'GRPO=runs/grpo_*'")
+        found = sorted(Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True))
+        found = [path for path in found if path.is_dir()]
+        if not found:
+            raise UserError(f"--group {group}: no directory matches {pattern}")
+        for path in found:
+            if labels.setdefault(path, label) != label:
+                raise UserError(f"{path} is in two groups, {labels[path]} and {label}")
+    grouped = {path.resolve() for path in labels}
+    paths = [*labels, *(path for path in given if path.resolve() not in grouped)]
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise UserError(f"{path} is given twice")
+        seen.add(path.resolve())
+    if len(paths) < 2:
+        raise UserError(f"{len(paths)} run{'s' * (not paths)} given: give two or more run directories")
+    return paths, labels
+
+
+def _named(arms: list[Arm], names: list[str] | None) -> list[Arm]:
+    if names is None:
+        return arms
+    if len(names) != len(arms) or len(set(names)) < len(names) or "" in names:
+        there = "; ".join(f"{arm.name} ({', '.join(str(run.path) for run in arm.runs)})" for arm in arms)
+        raise UserError(f"--names: give {len(arms)} different names with commas between, for the arms {there}")
+    return [replace(arm, name=name) for arm, name in zip(arms, names, strict=True)]
+
+
+def _tables(arms: list[Arm], what: Measure) -> list[Table]:
+    tables = [summary_table([summarise(arm, what) for arm in arms], what)]
+    if len(arms) > 1:
+        tables.append(contrast_table(contrasts(arms, what), arms[0], what))
+    differing = difference_table(arms)
+    return tables if differing is None else [*tables, differing]
+
+
+def _short_runs(runs: list[Run], what: Measure) -> list[str]:
+    """A warning where some run is far shorter than another: all are compared over what the shortest has."""
+    ends = [curve[0][-1] for run in runs if (curve := run.curve(what.metric, what.over)) is not None]
+    if what.over != "iterations" or max(ends) <= 1.05 * what.high:
+        return []
+    short = runs[ends.index(min(ends))]
+    told = f"{short.path} ends at iteration {what.high:g}, others go on to {max(ends):g}"
+    return [f"Warning: {told}; the tables end where it ends."]
+
+
+def _render(tables: list[Table], warnings: list[str]) -> str:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    out = StringIO()
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    width = shutil.get_terminal_size((160, 24)).columns
+    console = Console(file=out, width=width, force_terminal=colour, no_color=not colour, highlight=False)
+    for table in tables:
+        shown = RichTable(
+            title=Text(printable(table.title)), title_justify="left", box=None, header_style="bold", pad_edge=False
+        )
+        for place, name in enumerate(table.columns):
+            shown.add_column(Text(printable(name)), justify="right" if place else "left", overflow="fold")
+        for row in table.rows:
+            shown.add_row(*(Text(printable(cell)) for cell in row))
+        console.print(shown)
+        for note in table.notes:
+            console.print(Text(printable(note)), style="dim")
+        console.print()
+    for warning in warnings:
+        console.print(Text(printable(warning)), style="yellow")
+    return out.getvalue()
+
+
+def _write(out: Path, arms: list[Arm], what: Measure, tables: list[Table]) -> None:
+    from ..study.figure import write_figure, write_page
+
+    try:
+        if out.suffix == ".csv":
+            replace_text(out, _rows(arms, what))
+        elif out.suffix == ".html":
+            write_page(out, arms, what.metric, tables)
+        else:
+            write_figure(out, arms, what.metric)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror or error})") from None
+
+
+def _rows(arms: list[Arm], what: Measure) -> str:
+    """A row for each run, for a study of one's own."""
+    text = StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["arm", "run", "seed", "mean_over_curve", "final", f"{what.over}_to_threshold"])
+    for arm in arms:
+        for seed, run in zip(arm.seeds, arm.runs, strict=True):
+            reached = math.inf if what.threshold is None else what.reached(run)
+            place = "" if math.isinf(reached) else reached
+            writer.writerow([arm.name, run.path, seed, what.mean(run), what.final(run), place])
+    return text.getvalue()

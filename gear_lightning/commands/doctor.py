@@ -1,0 +1,357 @@
+"""``gear-lightning doctor``: what a recipe needs per GPU under each strategy, and what will not work, before it is run.
+
+Nothing is allocated: the model is built on the meta device, and the numbers are those of `memory.py`.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..distributed.strategy_rules import check_replicas
+from ..errors import UserError
+from ..generation.engines import CachedEngine
+from ..learning.head import head_in_float32
+from ..module import GearModule
+from ..recipes.checks import Machine, look_at_machine, problems
+from ..recipes.memory import (
+    STRATEGIES,
+    Load,
+    ModelShape,
+    Setup,
+    Strategy,
+    element_bytes,
+    estimate,
+    model_shape,
+    precision_name,
+)
+from ..recipes.recipe import Recipe, configured_gpus, read_recipe
+from ..recipes.refusals import configured_strategy
+
+GIB, MIB = 1 << 30, 1 << 20
+ROWS = {  # component -> what the table calls it
+    "weights": "weights",
+    "fp32_partition": "DeepSpeed's float32 weights",
+    "optimizer": "optimizer state",
+    "teacher": "teacher",
+    "teacher_shadow": "teacher's float32 average",
+    "gradients": "gradients",
+    "buckets": "communication buckets",
+    "parked_teacher": "update: parked teacher",
+    "autocast_copy": "update: autocast copy",
+    "gathered": "update: gathered layers",
+    "activations": "update: activations",
+    "logits": "update: logits chunk",
+    "new_gradient": "update: a new gradient",
+    "step_scratch": "step: optimizer's scratch",
+    "generation": "rollout: copy of the weights",
+    "kv_cache": "rollout: KV cache",
+    "sampling": "rollout: prefill, sampling",
+    "update": "update phase",
+    "rollout": "rollout phase",
+    "total": "PEAK",
+    "host": "CPU memory: offloaded, parked",
+    "loading": "CPU memory: loading",
+    "saving": "CPU memory: saving",
+}
+TIGHT = 0.9  # share of the memory above which the CUDA context and fragmentation decide
+
+
+def skeleton_of(recipe: Recipe) -> Any:
+    """The policy as it is trained, with its adapters, on the meta device."""
+    return _adapted(recipe, recipe.module.source.skeleton())
+
+
+def _adapted(recipe: Recipe, model: Any) -> Any:
+    if recipe.module.lora is not None:
+        recipe.module.lora.adapt(model)
+    return model
+
+
+@dataclass(frozen=True)
+class OptimizerNeeds:
+    """State in bytes per parameter, and whether a step works on all parameters at once."""
+
+    state_bytes: float
+    foreach: bool
+
+
+def optimizer_needs(module: GearModule, dtype: torch.dtype, on_gpu: bool) -> OptimizerNeeds:
+    """Try the recipe's optimizer on a small parameter.
+
+    Raises:
+        UserError: it cannot be made, or cannot take a step on the CPU.
+    """
+    parameter = torch.nn.Parameter(torch.zeros(64, 128, dtype=dtype))  # large enough for 8-bit states
+    try:
+        optimizer = module.optimizer([parameter])
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    except Exception as error:
+        raise UserError(f"model.optimizer cannot take a step: {type(error).__name__}: {error}") from error
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    size = sum(t.numel() * t.element_size() for t in tensors if t.numel() > 1)
+    asked = optimizer.defaults.get("foreach"), optimizer.defaults.get("fused")
+    foreach = "foreach" in optimizer.defaults and not asked[1] and (on_gpu if asked[0] is None else bool(asked[0]))
+    return OptimizerNeeds(size / parameter.numel(), foreach)
+
+
+def load_of(recipe: Recipe, gpus: int) -> Load:
+    """What one of so many GPUs works on, at the longest rollouts that the budgets allow."""
+    data, budgets = recipe.data, recipe.generation.budgets
+    mine = math.ceil(data.tasks_per_iteration / gpus) * data.group_size
+    rows = min(data.micro_batch_size, mine)
+    together, prompt = mine, max(1, budgets.context - budgets.tokens)
+    if data.val_tasks is not None:
+        tasks = data.val_limit if data.val_tasks.size is None else min(data.val_limit, data.val_tasks.size)
+        together = max(mine, min(data.eval_batch_size, math.ceil(tasks * data.val_rollouts / gpus)))
+    engine = recipe.generation.engine
+    prefill = engine.prefill_tokens if isinstance(engine, CachedEngine) else together * budgets.context
+    return Load(
+        rows=rows,
+        length=budgets.context,
+        sampled=min(budgets.tokens, budgets.context),
+        # the privileged text is at most as long as the rest, and seldom that
+        teacher_length=2 * budgets.context if recipe.module.needs_teacher else 0,
+        micro_batches=math.ceil(mine / rows) * data.inner_epochs,
+        rollouts=together,
+        prefill=min(prefill, together * prompt),
+    )
+
+
+def setup_of(recipe: Recipe, trainable: int, options: dict[str, Any], on_gpu: bool) -> Setup:
+    """How the recipe trains.
+
+    Args:
+        recipe: the recipe.
+        trainable: parameters that the optimizer sees.
+        options: of the strategy, see `configured_strategy`.
+        on_gpu: whether training is on a GPU.
+    """
+    module, precision, generation = recipe.module, recipe.trainer["precision"], recipe.generation
+    low = module.lora is None and element_bytes(precision)[0] < 4  # adapters are float32
+    stored = torch.bfloat16 if low else torch.float32
+    needs = optimizer_needs(module, stored, on_gpu)
+    teacher = module.teacher_options
+    # of adapters the frozen teacher is the base without them
+    shared = teacher.weights == "live" or (module.lora is not None and teacher.weights == "frozen")
+    return Setup(
+        precision=precision_name(precision),
+        head_float32=head_in_float32(module.head_precision, precision_name(precision)),
+        state_bytes=needs.state_bytes,
+        float32_state_bytes=optimizer_needs(module, torch.float32, on_gpu).state_bytes,
+        foreach=needs.foreach,
+        teacher_parameters=0 if shared or not module.needs_teacher else trainable,
+        averaged=teacher.weights == "ema",
+        parked=teacher.park,
+        activation_checkpointing=module.activation_checkpointing,
+        generation="stream" if generation.weights == "stream" else "gather",
+        generation_bytes=getattr(torch, generation.weights_dtype).itemsize if generation.weights_dtype else None,
+        replicas=int(options.get("replicas") or 1),
+        reshard=options.get("reshard_after_forward") is not False,
+        bucket=int(options.get("bucket_size") or options.get("reduce_bucket_size") or Setup.bucket),
+        bucket_view=bool(options.get("gradient_as_bucket_view")),
+        offload_optimizer=bool(options.get("offload_optimizer")),
+        saves_frozen=module.lora is None
+        or recipe.options["warm_start"] is not None
+        or module.source.published() is None,
+    )
+
+
+def columns(
+    shape: ModelShape, gpus: int, load: Load, setup: Setup, chosen: str | None, room: float | None
+) -> dict[Strategy, dict[str, int]]:
+    """Every strategy's estimate: the recipe's own with the options given to it, the others as configs/strategy has
+    them.
+
+    Args:
+        shape: the model.
+        gpus: processes.
+        load: what each works on.
+        setup: how training is done.
+        chosen: the recipe's strategy.
+        room: GiB of a GPU; where a gathered copy of the weights does not fit, they are streamed. None: they fit.
+    """
+    plain = Setup()
+    theirs = {"replicas": plain.replicas, "reshard": plain.reshard, "bucket": plain.bucket}
+    theirs |= {"bucket_view": plain.bucket_view, "offload_optimizer": plain.offload_optimizer}
+    found = {}
+    for strategy in STRATEGIES:
+        mine = setup if strategy == chosen else replace(setup, **theirs)
+        found[strategy] = estimate(shape, strategy, gpus, load, mine)
+        if room is not None and found[strategy]["rollout"] > TIGHT * room * GIB:
+            found[strategy] = estimate(shape, strategy, gpus, load, replace(mine, generation="stream"))
+    return found
+
+
+def estimate_of(recipe: Recipe, gpus: int, on_gpu: bool) -> tuple[ModelShape, dict[str, int]]:
+    """Sizes of the recipe's model, and what it needs under its own strategy.
+
+    Raises:
+        UserError: its strategy is unknown.
+    """
+    shape = model_shape(skeleton_of(recipe))
+    chosen, options = configured_strategy(recipe.trainer)
+    if chosen is None:
+        raise UserError(f"trainer.strategy={recipe.trainer['strategy']}: not one of {', '.join(STRATEGIES)}")
+    setup = setup_of(recipe, shape.trainable, options, on_gpu)
+    return shape, estimate(shape, chosen, gpus, load_of(recipe, gpus), setup)
+
+
+def _place(recipe: Recipe) -> str:
+    return "process" if recipe.trainer["accelerator"] == "cpu" else "GPU"
+
+
+def _cell(size: int, unit: int) -> str:
+    places = 2 if unit == GIB else 1
+    least = 10**-places
+    return "-" if not size else f"{size / unit:.{places}f}" if size >= least * unit else f"<{least}"
+
+
+def _verdict(total: int, memory: float | None) -> str:
+    if memory is None:
+        return ""
+    return "no" if total > memory * GIB else "tight" if total > TIGHT * memory * GIB else "fits"
+
+
+def table(
+    shape: ModelShape, gpus: int, load: Load, setup: Setup, memory: float | None, chosen: str | None, place: str,
+    auto: bool,
+) -> Any:  # fmt: skip
+    """Strategies side by side, GiB (MiB where all is small) in each place (GPU or process).
+
+    Args:
+        shape: the model.
+        gpus: processes.
+        load: what each works on.
+        setup: how training is done.
+        memory: GiB of a GPU, where it is known.
+        chosen: the recipe's strategy.
+        place: GPU or process.
+        auto: weights that do not fit are streamed (``generation.weights=auto``).
+    """
+    from rich.table import Table
+
+    room = memory if auto else None
+    found = columns(shape, gpus, load, setup, chosen, room)
+    other = replace(setup, activation_checkpointing=not setup.activation_checkpointing)
+    switched = {s: n["total"] for s, n in columns(shape, gpus, load, other, chosen, room).items()}
+    out = Table(box=None, pad_edge=False, header_style="bold")
+    largest = max(*(max(numbers.values()) for numbers in found.values()), *switched.values())
+    unit, name = (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
+    out.add_column(f"{name} per {place}", no_wrap=True)
+    for strategy in STRATEGIES:
+        out.add_column(strategy + ("*" if strategy == chosen else ""), justify="right", no_wrap=True)
+    for key, name in ROWS.items():
+        values = [found[s][key] for s in STRATEGIES]
+        if any(values):
+            out.add_row(name, *(_cell(v, unit) for v in values), style="bold" if key == "total" else None)
+        if key == "total" and memory is not None:
+            out.add_row(f"in {memory:g} GiB", *(_verdict(v, memory) for v in values), style="bold")
+    with_or_without = "without" if setup.activation_checkpointing else "with"
+    out.add_row(f"PEAK {with_or_without} act. checkpointing", *(_cell(v, unit) for v in switched.values()))
+    if memory is not None:
+        out.add_row(f"in {memory:g} GiB", *(_verdict(v, memory) for v in switched.values()))
+    return out
+
+
+def doctor_command(argv: list[str]) -> int:
+    """``gear-lightning doctor --config RECIPE``.
+
+    Raises:
+        UserError: an option or the recipe is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        "gear-lightning doctor",
+        usage="gear-lightning doctor --config RECIPE [--config MORE ...] [--gpus N] [--gpu-memory GIB] [fit's options]",
+        description="What a recipe needs per GPU under each strategy, and what will not work, without running it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int, help="over all nodes; default: what the recipe asks for")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU; default: of the GPU here")
+    options, rest = parser.parse_known_args(argv)
+    if options.gpus is not None and options.gpus < 1:
+        raise UserError(f"--gpus={options.gpus} must be at least 1")
+    if options.gpu_memory is not None and not options.gpu_memory > 0:
+        raise UserError(f"--gpu-memory={options.gpu_memory:g} must be above 0 GiB")
+    if not any(a.split("=")[0] in ("--config", "-c") for a in rest):
+        raise UserError("which recipe? gear-lightning doctor --config configs/quickstart.yaml")
+    machine = look_at_machine()
+    recipe = read_recipe(rest)
+    gpus = options.gpus or configured_gpus(recipe.trainer)
+    chosen, strategy_options = configured_strategy(recipe.trainer)
+    model = recipe.module.source.skeleton()
+    found = problems(recipe, machine, model, gpus, chosen)
+    on_gpu = recipe.trainer["accelerator"] != "cpu"
+    console = _console()
+    try:
+        shape = model_shape(_adapted(recipe, model))
+        setup = setup_of(recipe, shape.trainable, strategy_options, on_gpu)
+        check_replicas(setup.replicas, gpus)
+    except UserError as error:
+        if str(error) not in found:
+            raise
+        _tell(console, found)
+        console.print("\nThere are no estimates of a recipe like that.")
+        return 2
+    memory = options.gpu_memory or (min(machine.memory_gib) if machine.memory_gib and on_gpu else None)
+    _show(console, recipe, machine, model, shape, load_of(recipe, gpus), setup, gpus, memory, chosen, found)
+    return 0
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    plain = not sys.stdout.isatty()
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=plain, width=200 if plain else None)
+    console.width = max(console.width, 100)  # what the table takes; a narrower terminal wraps it
+    return console
+
+
+def _tell(console: Any, found: list[str]) -> None:
+    console.print("\nProblems and advice:" if found else "\nNo problems found.")
+    for problem in found:
+        console.print(f"- {problem}")
+
+
+def _show(
+    console: Any, recipe: Recipe, machine: Machine, model: Any, shape: ModelShape, load: Load, setup: Setup, gpus: int,
+    memory: float | None, chosen: Strategy | None, found: list[str],
+) -> None:  # fmt: skip
+    place = _place(recipe)
+    auto = recipe.generation.weights == "auto"
+    some = "" if shape.trainable == shape.parameters else f", {shape.trainable / 1e6:,.1f}M of them trained"
+    teacher = recipe.module.teacher_options.weights if recipe.module.needs_teacher else "none"
+    plural = "" if gpus == 1 else "es" if place == "process" else "s"
+    console.print(
+        f"model      {type(model).__name__}, {shape.parameters / 1e6:,.1f}M parameters{some}, {shape.layers} layers, "
+        f"width {shape.hidden}, vocabulary {shape.vocab}\n"
+        f"training   {gpus} {place}{plural}, {setup.precision}, optimizer state {setup.state_bytes:g} bytes a "
+        f"parameter, teacher {teacher}, activation checkpointing {'on' if setup.activation_checkpointing else 'off'}\n"
+        f"on each    {load.micro_batches} micro-batch{'es' * (load.micro_batches > 1)} of {load.rows} x "
+        f"{load.length} tokens, {load.rollouts} rollouts generated together"
+    )
+    console.print("versions   " + ", ".join(f"{name} {v or 'none'}" for name, v in machine.versions.items()))
+    console.print("GPUs here  " + (", ".join(machine.gpus) or "none") + "\n")
+    console.print(table(shape, gpus, load, setup, memory, chosen, place, auto))
+    streamed = memory is not None and auto
+    console.print(
+        "\nRollout and update take turns. Lengths are the longest that generation.budgets allows."
+        + ("" if place == "process" else " The CUDA context (about 0.5 GiB)\nand fragmentation come on top.")
+        + (
+            f" *: the recipe's strategy, {chosen}, with its options; the others as in configs/strategy."
+            if chosen
+            else ""
+        )
+        + "\nCPU memory: what is offloaded or parked, for each GPU; loading the model, on rank 0 (ddp, zero1, zero2: on"
+        "\nevery process); saving a checkpoint, on rank 0."
+        + (" Where a whole copy of sharded weights does not fit, rollouts stream them." if streamed else "")
+        + ("" if memory or place == "process" else " Whether it fits: give --gpu-memory GIB.")
+    )
+    own = None if chosen is None else columns(shape, gpus, load, setup, chosen, memory if auto else None)[chosen]
+    if memory is not None and own is not None and own["total"] > memory * GIB:
+        found.append(f"the recipe's strategy, {chosen}, needs more than {memory:g} GiB per {place}")
+    _tell(console, found)

@@ -1,0 +1,112 @@
+"""``gear-lightning noise-floor``: what rounding does to credit, from a ``fit`` that stops before its first step."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from ..credit import CreditAssigner
+from ..errors import UserError
+from ..probes.noise_floor import FILE, NEAR_ONE, QUANTILES, MeasureNoise, recorded_batches, write_result
+from ..recipes.cli import main
+from .probe import ProbeCLI
+
+
+class NoiseFloorCLI(ProbeCLI):
+    """``gear-lightning noise-floor``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--rollouts",
+            type=str | None,
+            default=None,
+            help="Run directory with recorded rollouts. Null: make new ones.",
+        )
+        parser.add_argument("--micro_batches", type=int, default=2, help="Micro-batches to measure, at most.")
+        parser.add_argument(
+            "--out", type=str | None, default=None, help=f"File for the result. Null: {FILE} in the run directory."
+        )
+
+    def make_probe(self, options: Any) -> MeasureNoise:
+        return MeasureNoise(options["micro_batches"])
+
+    def before_instantiate_classes(self) -> None:
+        if self.config["fit"]["micro_batches"] < 1:
+            raise UserError(f"micro_batches={self.config['fit']['micro_batches']} must be at least 1")
+        strategy = self.config["fit"]["trainer"]["strategy"]
+        if not isinstance(strategy, str) and self.config["fit"]["trainer"]["precision"] not in (None, "32-true"):
+            print(
+                "This measures in one process without the recipe's strategy. A run under FSDP2 with bf16-mixed rounds "
+                "more, and measures its own floor (callback noise_floor).",
+                file=sys.stderr,
+            )
+        super().before_instantiate_classes()
+
+    def before_fit(self) -> None:
+        data, run = self.datamodule, self.config["fit"]["rollouts"]
+        if run is not None:
+            self.probe.recorded = recorded_batches(
+                Path(run),
+                micro_batch_size=data.micro_batch_size,
+                temperature=self._get(self.config_init, "generation").temperature,
+                vocabulary=len(self.model.chat_format.tokenizer),
+            )
+        wanted = -(-self.probe.micro_batches * data.micro_batch_size // data.group_size)
+        data.tasks_per_iteration = min(data.tasks_per_iteration, wanted)
+        super().before_fit()
+
+    def after_fit(self) -> None:
+        out = Path(self.config["fit"]["out"] or self.run_dir / FILE)
+        source = self.config["fit"]["rollouts"]
+        write_result(out, {**self.probe.result, "rollouts_from": source or "generated for this measurement"})
+        print(f"\n{table(self.probe.result, self.model.credit)}\n\n{out}: the same, for programs and for the run")
+
+
+def noise_floor_command(argv: list[str]) -> int:
+    """``gear-lightning noise-floor``.
+
+    Args:
+        argv: the arguments after ``noise-floor``: those of ``fit``, and its own.
+
+    Returns:
+        The exit status.
+    """
+    main(["fit", *argv], NoiseFloorCLI)
+    return 0
+
+
+def table(result: dict[str, Any], rule: CreditAssigner) -> str:
+    """A measurement as text, and what it means for the rule."""
+    kind = f" ({result['divergence_kind']})" if result["divergence_kind"] else ""
+    shapes = sorted({tuple(shape.values()) for shape in result["shapes"]})
+    told = ", ".join(f"{rows} x {policy} (teacher: {teacher})" for rows, policy, teacher in shapes)
+    off, least_weight = result["share_of_weights_off_one"], result["weight"]["min"]
+    lines = [
+        f"Noise floor of {result['rule']}{kind} in {result['precision']} on {result['device']},",
+        "with equal weights and nothing privileged:",
+        f"{result['tokens']} tokens of {result['rollouts']} rollouts, rows x columns {told}",
+        "",
+        " " * 20 + "".join(f"{name:>10}" for name in QUANTILES),
+    ]
+    shown = [("|log-ratio|, nats", "log_ratio")] if rule.top_k else []
+    shown += [("|divergence|, nats", "divergence"), ("weight", "weight"), ("|weight - 1|", "weight_off_one")]
+    for name, key in shown:
+        lines.append(f"{name:<20}" + "".join(f"{result[key][q]:>10.3g}" for q in QUANTILES))
+    p99 = result["divergence"]["p99"]
+    lines += [
+        "",
+        f"weights further than {NEAR_ONE} from 1: {off:.1%} of the tokens (the least weight is {least_weight:.3g})",
+        f"anchors: {result['anchors_per_rollout']:.3g} per rollout",
+    ]
+    least = getattr(rule, "floor", None)
+    if least is not None and getattr(rule, "segment_end", "none") != "none" and not rule.fixed_segments:
+        if least <= p99:
+            lines.append(
+                f"The least divergence of an anchor, {least:g} nats, lies INSIDE this floor: rounding opens segments. "
+                f"Use a wider trainer.precision, or a model.credit.anchor_floor above {p99:.2g}."
+            )
+        else:
+            lines.append(f"The least divergence of an anchor, {least:g} nats, lies above the floor's p99 ({p99:.2g}).")
+    return "\n".join(lines)

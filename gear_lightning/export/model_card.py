@@ -1,0 +1,205 @@
+"""The model card of an export: what was trained, from what, on what, how well, and with which code.
+
+Taken from the checkpoint and from the run directory around it, as far as that is still there. The card may be
+published, and the recipe can hold what should not be: only sections that say how the policy was trained are shown,
+values under names of secrets and credentials in addresses are masked, and of paths the last part is shown.
+"""
+
+import re
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError
+from ..runs.metrics_file import read_columns
+
+SECTIONS = ("seed_everything", "model", "data", "generation", "warm_start")
+OF_TRAINER = (  # of the trainer's section, which also holds loggers and plugins
+    "max_epochs", "max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm", "strategy", "devices",
+    "num_nodes", "check_val_every_n_epoch",
+)  # fmt: skip
+METRICS = ("val/", "train/reward", "train/success", "train/response_tokens", "perf/rollouts", "perf/sampled_tokens")
+UNKNOWN = "The run's `config.yaml` was not beside the checkpoint, or not readable: recipe and data are not known."
+LARGEST = 20_000  # values in a recipe that is shown
+_SECRET = re.compile(r"(^|[_-])(key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
+_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@|(?<=[?&])(?:\w*(?:key|token|secret|signature))=[^&\s]+", re.IGNORECASE)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML with text of several lines in one line, as escapes."""
+
+
+def _one_line(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _one_line)
+
+
+def model_card(checkpoint: Path, state: dict[str, Any], *, name: str, adapter: bool, license: str | None) -> str:
+    """A README.md with the hub's YAML front matter.
+
+    Args:
+        checkpoint: the file; the run directory is its folder's parent, or its folder.
+        state: what is in it.
+        name: of the model.
+        adapter: whether adapters alone are exported.
+        license: to be named. None: none is.
+    """
+    from huggingface_hub import ModelCardData
+
+    run, made_by, step = _run_of(checkpoint), state.get("made_by"), state.get("global_step")
+    recipe = {} if run is None else _recipe(run / "config.yaml")
+    base = _name(_at(made_by, "base_model"))
+    step = step if isinstance(step, int) else 0
+    front = ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        base_model=base,
+        license=license,
+        tags=["gear_lightning", "reinforcement-learning"],
+    )
+    about = _about(recipe, base, _name(_at(made_by, "version")), _name(_at(made_by, "commit")), step)
+    body = [about, _use(base or "base", adapter), _data(recipe), _results(run, step), _whole(recipe) or UNKNOWN]
+    return "\n\n".join([f"---\n{front.to_yaml()}\n---", f"# {_text(name)}", *filter(None, body)]) + "\n"
+
+
+def _about(recipe: dict[str, Any], base: str | None, version: str | None, commit: str | None, step: int) -> str:
+    model = _at(recipe, "model")
+    policy = _at(model, "policy")
+    named = _cell(_at(policy, "init_args", "path") or _class(policy) or "A model")
+    begun = f"[{base}](https://huggingface.co/{base})" if base else f"`{named}`"
+    classes = {part: _class(_at(model, part)) for part in ("credit", "objective", "distillation")}
+    method = [f"{part} `{_cell(kind)}`" for part, kind in classes.items() if kind]
+    method += ["low-rank adapters"] if _at(model, "lora") else []
+    code = f"gear_lightning {version or '(version unknown)'}" + (f", commit `{commit}`" if commit else "")
+    steps = f"{step} optimizer step{'s' * (step != 1)}"
+    return f"{begun} after reinforcement learning with {code}: {', '.join([*method, steps])}."
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """The run directory that a checkpoint lies in; None where it was moved out of it."""
+    for folder in (
+        checkpoint.absolute().parent.parent,
+        checkpoint.absolute().parent,
+        checkpoint.resolve().parent.parent,
+    ):
+        if (folder / "config.yaml").is_file():
+            return folder
+    return None
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """The sections of a recipe that are shown, masked."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            return {}
+        shown = {key: found[key] for key in SECTIONS if key in found}
+        trainer = found.get("trainer")
+        if isinstance(trainer, dict):
+            shown["trainer"] = {key: trainer[key] for key in OF_TRAINER if trainer.get(key) is not None}
+        return _masked(shown, count(1))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {}
+
+
+def _masked(value: Any, seen: Iterator[int], name: str = "") -> Any:
+    if next(seen) > LARGEST:  # a few lines of YAML can refer to one another without end
+        raise ValueError("a recipe without end")
+    if value is not None and _SECRET.search(name):
+        return "(left out)"
+    if isinstance(value, dict):
+        return {key: _masked(item, seen, str(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_masked(item, seen) for item in value]
+    if isinstance(value, str):
+        if re.fullmatch(r"(/|~/)[^\n]*", value):
+            return f".../{value.rstrip('/').rpartition('/')[2]}"
+        return _IN_ADDRESS.sub("(left out)", value)
+    return value
+
+
+def _name(value: Any) -> str | None:
+    """A hub id, a version or a commit from a checkpoint; None for anything else."""
+    return value if isinstance(value, str) and re.fullmatch(r"[\w.+-]+(/[\w.+-]+)?", value, re.ASCII) else None
+
+
+def _at(found: Any, *keys: str) -> Any:
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def _class(part: Any) -> str | None:
+    """The bare name of a class in a recipe."""
+    path = _at(part, "class_path")
+    return path.rpartition(".")[2] if isinstance(path, str) else None
+
+
+def _use(base: str, adapter: bool) -> str:
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig", ""]
+    if adapter:
+        lines[:1] = ["from peft import PeftModel", lines[0]]
+        lines += [
+            f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), DIRECTORY)",
+            "model.generation_config = GenerationConfig.from_pretrained(DIRECTORY)  # the stop tokens of training",
+        ]
+    else:
+        lines[0] = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+        lines.append("model = AutoModelForCausalLM.from_pretrained(DIRECTORY)")
+    lines.append("tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)  # with the chat template of training")
+    return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def _data(recipe: dict[str, Any]) -> str:
+    rows = []
+    for key, use in (("train_tasks", "training"), ("val_tasks", "evaluation")):
+        source = _at(recipe, "data", key)
+        if isinstance(source, dict):
+            given = _at(source, "init_args") or {}
+            options = ", ".join(f"{k}={v!r}" for k, v in given.items() if v is not None)
+            rows.append(f"| {use} | `{_cell(_at(source, 'class_path'))}` | {_cell(options)} |")
+    warm = _at(recipe, "warm_start", "demonstrations")
+    if isinstance(warm, dict):
+        rows.append(f"| warm start | `{_cell(_at(warm, 'class_path'))}` | {_cell(_at(warm, 'init_args') or '')} |")
+    return "\n".join(["## Data", "", "| | tasks | options |", "|---|---|---|", *rows]) if rows else ""
+
+
+def _results(run: Path | None, step: int) -> str:
+    """The newest value of each metric that the checkpoint's policy had, and the first one."""
+    try:
+        columns = {} if run is None else read_columns(run / "metrics.csv")
+    except UserError:
+        return ""
+    rows = list(_rows(columns, step))
+    head = ["## Results", "", "| metric | at the start | newest | after step |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows]) if rows else ""
+
+
+def _rows(columns: dict[str, Any], step: int) -> Iterator[str]:
+    for name, (steps, values) in sorted(columns.items(), key=lambda item: (not item[0].startswith("val/"), item[0])):
+        known = steps <= step
+        if name.startswith(METRICS) and known.any():
+            at, value = int(steps[known][-1]), values[known][-1]
+            yield f"| {_cell(name)} | {values[known][0]:.4g} | {value:.4g} | {at} |"
+
+
+def _whole(recipe: dict[str, Any]) -> str:
+    if not recipe:
+        return ""
+    text = yaml.dump(recipe, Dumper=_Dumper, sort_keys=False, width=100)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    head = "## Recipe\n\n<details><summary>The options of the run</summary>\n\n"
+    return f"{head}{fence}yaml\n{text}{fence}\n\n</details>"
+
+
+def _text(value: Any) -> str:
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(value).split()))
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")[:300]

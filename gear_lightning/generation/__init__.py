@@ -1,0 +1,1 @@
+"""From messages to sampled tokens: chat templates, engines, budgets."""

@@ -1,0 +1,55 @@
+"""What one rank's rollouts of an iteration were like."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..rollout import Rollout, RolloutGroup
+
+
+@dataclass
+class IterationStats:
+    """Counts for logging. Lists have an entry for each rollout that takes part in its group's advantages.
+
+    Attributes:
+        zero_spread: groups without anything to learn from.
+        overlong: rollouts whose privileged text was dropped.
+        retried: rollouts whose environment was opened more than once.
+        masked: rollouts that count in their group's baseline and not in the loss.
+        side_errors: rollouts with a `Rollout.side_error`.
+        statuses: of all rollouts.
+        left_out: of those that are not in the loss.
+    """
+
+    seconds: float = 0.0
+    tokens: int = 0
+    groups: int = 0
+    zero_spread: int = 0
+    overlong: int = 0
+    retried: int = 0
+    masked: int = 0
+    side_errors: int = 0
+    statuses: Counter = field(default_factory=Counter)
+    left_out: Counter = field(default_factory=Counter)
+    rewards: list[float] = field(default_factory=list)
+    successes: list[bool] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+
+    def add(self, group: RolloutGroup, *, signal: bool, masked: Callable[[Rollout], bool]) -> None:
+        """Count a group."""
+        self.groups += 1
+        self.zero_spread += not signal
+        for rollout in group.rollouts:
+            self.statuses[rollout.status] += 1
+            self.retried += rollout.retries > 0
+            self.tokens += sum(rollout.action_mask)
+            self.masked += masked(rollout)
+            self.side_errors += rollout.side_error is not None
+            if masked(rollout) or not rollout.learnable:
+                self.left_out[rollout.status] += 1
+            if rollout.learnable:
+                self.rewards.append(rollout.reward)
+                self.successes.append(rollout.success)
+                self.lengths.append(sum(rollout.action_mask))
+                self.turns.append(rollout.turns)

@@ -1,0 +1,1 @@
+"""What the training step is made of: token statistics, adapters, optimizer steps, state."""

@@ -1,0 +1,94 @@
+"""The optimizer and its learning rate schedule, and when the schedule is stepped."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from ..errors import UserError
+from ..runs.monitor import Monitor, measured, mode_of
+from .hyperparameters import FreshOptimizer
+from .iterations import Iterations
+
+
+def plateau_monitor(scheduler: Any) -> str | None:
+    """The metric that a schedule follows; None for one that counts steps.
+
+    Raises:
+        UserError: it names none, or takes the wrong values for the best ones.
+    """
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        return None
+    monitor = getattr(scheduler, "monitor", None)
+    if monitor is None:
+        raise UserError(
+            "model.lr_scheduler: ReduceLROnPlateau must know which metric it follows; use --model.lr_scheduler "
+            "lightning.pytorch.cli.ReduceLROnPlateau --model.lr_scheduler.monitor val/success "
+            "--model.lr_scheduler.mode max"
+        )
+    mode_of("model.lr_scheduler.mode", monitor, scheduler.mode)  # pyright: ignore[reportArgumentType]
+    return monitor
+
+
+class Schedule(Iterations, L.LightningModule):
+    """The part of a module that makes the optimizer and steps the schedule.
+
+    Schedules are stepped by Lightning after every optimizer step. ``ReduceLROnPlateau`` is stepped here, at the end of
+    the iterations that have measured its metric, before their checkpoint is written: Lightning would do it after that,
+    and also with the value of an earlier evaluation.
+    """
+
+    policy: Any
+    optimizer: Any
+    lr_scheduler: Any
+    _monitor: Monitor | None = None
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        if self.trainer.precision == "bf16-mixed" and hasattr(optimizer, "_step_supports_amp_scaling"):
+            # Lightning will not clip the gradients of a fused optimizer, which might unscale them again; bfloat16 has
+            # no scaler (https://github.com/Lightning-AI/pytorch-lightning/issues/21435)
+            setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        name = plateau_monitor(scheduler)
+        self._monitor = None if name is None else Monitor("model.lr_scheduler.monitor", name)
+        schedule = {"scheduler": scheduler, "interval": "step" if name is None else "epoch", "reduce_on_plateau": False}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def followed_metric(self) -> str | None:
+        """Make the optimizer and its schedule on trial, and return the metric that the schedule follows; None where it
+        counts steps.
+
+        Raises:
+            UserError: they cannot be made with the options that are given, or the metric is not given.
+        """
+        fresh = FreshOptimizer(self.optimizer, self.lr_scheduler, [torch.zeros(1)])
+        return plateau_monitor(fresh.scheduler)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if self._monitor is None:
+            super().lr_scheduler_step(scheduler, metric)
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        if self._monitor is None:
+            return
+        if not self.step_plateau(measured(self.trainer)) and (missing := self._monitor.missing(self.trainer)):
+            self.fail(UserError(missing))
+
+    def step_plateau(self, values: dict[str, Any]) -> bool:
+        """Step a schedule that follows a metric. All ranks must call it.
+
+        Args:
+            values: metrics that are new.
+
+        Returns:
+            Whether its metric is among them.
+        """
+        value = None if self._monitor is None else self._monitor.value(self.trainer, values)
+        if value is not None:
+            self.trainer.lr_scheduler_configs[0].scheduler.step(value)  # pyright: ignore[reportArgumentType]
+        return value is not None

@@ -1,0 +1,1 @@
+"""Where credit went: the HTML page, the text view, and what another rule would have made of it."""

@@ -1,0 +1,194 @@
+"""Credit of recorded rollouts, computed anew by any rule, without the model."""
+
+from dataclasses import fields, is_dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..batch import Credit, TokenStats
+from ..credit import GEAR, SCGRPO, CreditAssigner, Evidence, RoundingNoise
+from ..errors import UserError
+from ..runs.records import Record
+
+CREDIT_KEYS = ("weights", "token_advantages", "divergence", "anchor")
+
+
+def told(rule: CreditAssigner) -> str:
+    """A rule as one would write it: its class, and the options that depart from the defaults."""
+    given = []
+    for field in fields(rule) if is_dataclass(rule) else ():
+        value = getattr(rule, field.name)
+        if value != field.default:
+            given.append(f"{field.name}={value!r}")
+    return type(rule).__name__ + (f"({', '.join(given)})" if given else "")
+
+
+def evidence_of(record: Record, rule: CreditAssigner, *, divergence: bool = False) -> Evidence:
+    """What a rule would have seen of a record's rollouts in training.
+
+    Args:
+        record: at least one of its rollouts has a row.
+        rule: a teacher is shown only to a rule that needs one, as in training.
+        divergence: let the recorded divergence take the place of one of whole distributions (see `stands_in`).
+
+    Raises:
+        UserError: the rule needs a teacher, and none scored these rollouts.
+    """
+    t = record.tensors
+    teacher = None
+    if rule.needs_teacher:
+        if t["action_mask"].any() and not t["teacher_logprobs"].any():
+            raise UserError(
+                f"iteration {record.iteration}, rank {record.rank}: no teacher scored these rollouts (its log-probs "
+                f"are zeros), and {told(rule)} needs one. Record with a rule that runs a teacher: --model.credit GEAR "
+                "--model.credit.mix 0 trains as plain GRPO does"
+            )
+        teacher = TokenStats(t["teacher_logprobs"], t["teacher_entropy"])
+    return Evidence(
+        t["advantages"],
+        t["action_mask"],
+        t["turn_ids"],
+        t["stop_mask"],
+        t["policy_version"],
+        TokenStats(t["policy_logprobs"], t["entropy"]),
+        teacher,
+        t["divergence"] if divergence else None,
+        privileged=t["privileged"],
+        turn_advantages=t["base_advantages"],
+        decisions=t["decisions"],
+        solved=t["solved"],
+        noise=recorded_noise(record),
+    )
+
+
+def recorded_noise(record: Record) -> RoundingNoise:
+    """What training took for the size of rounding: none, in records that do not tell."""
+    told = (rollout.get("noise") for rollout in record.rollouts if rollout["row"] is not None)
+    found = next((noise for noise in told if noise is not None), None)
+    return RoundingNoise() if found is None else RoundingNoise(**found)
+
+
+@torch.no_grad()
+def recredit(record: Record, rule: CreditAssigner, *, divergence: bool = False) -> Credit:
+    """The credit that a rule gives to a record's rollouts, as it would have in training.
+
+    Args:
+        record: at least one of its rollouts has a row.
+        rule: any; its statistics are of one rollout, so that all rows may be given at once.
+        divergence: see `evidence_of`.
+
+    Raises:
+        UserError: the rule needs what the record does not hold: a teacher, or whole distributions.
+    """
+    return rule(evidence_of(record, rule, divergence=divergence))
+
+
+def recorded_credit(record: Record) -> Credit:
+    """The credit that training used."""
+    return Credit(*(record.tensors[name] for name in CREDIT_KEYS))
+
+
+def check_credit(record: Record, rule: CreditAssigner, credit: object) -> Credit:
+    """What a rule gave to a record's rollouts, once it is clear that it is credit: a user's own rule may give anything.
+
+    Raises:
+        UserError: it is no `Credit`, of another shape than the rollouts, or holds a weight or advantage of a sampled
+            token that is not finite.
+    """
+    where = f"iteration {record.iteration}, rank {record.rank}"
+    if not isinstance(credit, Credit):
+        raise UserError(
+            f"{told(rule)} returned {type(credit).__name__} for {where}, expected a gear_lightning.batch.Credit"
+        )
+    mask = record.tensors["action_mask"]
+    for name in CREDIT_KEYS:
+        value = getattr(credit, name)
+        if not isinstance(value, Tensor) or value.shape != mask.shape:
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(
+                f"{told(rule)} returned {name} {found} for {where}, expected {list(mask.shape)}, one value for each "
+                "token of each rollout"
+            )
+    for name in ("weights", "token_advantages"):
+        values = getattr(credit, name)
+        odd = (mask & ~values.isfinite()).nonzero()
+        if len(odd):
+            row, token = odd[0].tolist()
+            raise UserError(
+                f"{told(rule)} gives {_named(record, row)} of {where} {name} that are not finite: "
+                f"{float(values[row, token])} on token {token}, the first of {len(odd)}{_cause(record, row, mask[row])}"
+            )
+    return credit
+
+
+def _named(record: Record, row: int) -> str:
+    """Which rollout a row is."""
+    for rollout in record.rollouts:
+        if rollout["row"] == row:
+            return f"rollout {rollout['rollout']} of task {rollout['task_id']}"
+    return f"row {row}"
+
+
+def _cause(record: Record, row: int, mask: Tensor) -> str:
+    """What a rule may have it from: recorded evidence that is not finite."""
+    names = ("policy_logprobs", "entropy", "teacher_logprobs", "teacher_entropy", "divergence", "base_advantages")
+    odd = [name for name in names if not record.tensors[name][row][mask].isfinite().all()]
+    return f" (so are the recorded {', '.join(odd)})" if odd else ""
+
+
+class Measured(NamedTuple):
+    """Which divergence of distributions a rule takes, and of which tokens."""
+
+    kind: str
+    top_k: int
+    exclude_stop: bool = False
+    exclude_tail: int = 0
+
+
+def measured(rule: CreditAssigner) -> Measured | None:
+    """What a rule's recorded divergence is; None where that is not of whole distributions, or not known."""
+    if isinstance(rule, GEAR) and type(rule).measure is GEAR.measure and rule.top_k:
+        return Measured(rule.divergence, rule.top_k, rule.exclude_stop, rule.exclude_tail)
+    if type(rule) is SCGRPO:
+        return Measured("forward_kl", rule.top_k)
+    return None
+
+
+def stands_in(rule: CreditAssigner, own: CreditAssigner | None, unknown: str = "") -> bool:
+    """Whether a rule takes the recorded divergence in place of one of whole distributions, which are not recorded.
+
+    Args:
+        rule: to be recomputed.
+        own: the rule that the rollouts were trained with; None where it is not known.
+        unknown: why it is not.
+
+    Returns:
+        False for a rule that looks at sampled tokens alone: their log-probs are recorded.
+
+    Raises:
+        UserError: the rule compares distributions, and the recorded divergence is another, or leaves out tokens that
+            the rule counts.
+    """
+    if not rule.top_k or rule == own:
+        return bool(rule.top_k)
+    asked, there = measured(rule), None if own is None else measured(own)
+    if asked is not None and there is not None and asked[:2] == there[:2]:
+        stop, tail = there.exclude_stop > asked.exclude_stop, there.exclude_tail > asked.exclude_tail
+        if not stop and not tail:
+            return True
+        had = f"no divergence on {'stop tokens' if stop else f'the last {there.exclude_tail} action tokens'}, which"
+        fit = (["exclude_stop true"] if stop else []) + ([f"exclude_tail {there.exclude_tail}"] if tail else [])
+        fit = f"; with {' and '.join(fit)} it can be recomputed" if isinstance(rule, GEAR) else ""
+        raise UserError(f"the records have {had} {told(rule)} counts (the run's rule is {told(own)}){fit}")  # pyright: ignore[reportArgumentType]
+    if own is None:
+        has = f"one divergence per token, of a rule that is not known ({unknown})"
+    elif there is None:
+        has = f"log-probs of the sampled tokens (the run's rule is {told(own)})"
+    else:
+        has = f"the {there.kind} on {there.top_k} tokens (the run's rule is {told(own)})"
+    what = f" ({asked.kind} on {asked.top_k} tokens)" if asked is not None else ""
+    raise UserError(
+        f"{told(rule)} compares whole distributions{what}, and the records have only {has}. Train with it, or take a "
+        "rule of the sampled tokens: GEAR with divergence=k1, or RLSD"
+    )

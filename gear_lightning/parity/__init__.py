@@ -1,0 +1,1 @@
+"""Whether runs under several strategies are equal but for rounding."""

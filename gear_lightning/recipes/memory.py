@@ -1,0 +1,418 @@
+"""What training needs in bytes on each GPU, under each strategy: plain arithmetic on the model's shape.
+
+The formulas follow what this project's code keeps alive, so they hold for decoders built like Llama and Qwen3 (RMS
+norms, rotary positions, attention that never stores a score matrix). Lengths are the longest that the recipe allows: an
+estimate is an upper bound for shorter rollouts. The CUDA context (about half a GiB) and fragmentation come on top.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ..distributed.strategy_rules import check_replicas
+from ..errors import UserError
+from ..learning.token_stats import LOGITS
+
+Strategy = Literal["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+SHARDED = ("fsdp", "zero3", "zero3_offload")  # weights are split over the GPUs
+PRECISIONS = {  # bytes of a stored weight, and of the numbers that layers compute with
+    "32-true": (4, 4), "bf16-mixed": (4, 2), "16-mixed": (4, 2), "bf16-true": (2, 2), "16-true": (2, 2),
+}  # fmt: skip
+ALIASES = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: ZeRO-3 keeps so many parameters gathered
+DRAW_BYTES = 24  # per logit in engines.draw: logits and log-probs in float32, probabilities and their sum in float64
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder's sizes.
+
+    Args:
+        parameters: all of them; a tied head counts once.
+        trainable: those that the optimizer sees.
+        embedding: parameters of the input embedding.
+        head: parameters of the output head; 0 where it is tied to the embedding.
+        layers: decoder layers.
+        layer: parameters of the largest layer.
+        largest: elements of the largest single parameter.
+        hidden: width of the residual stream.
+        intermediate: width of the MLP.
+        gated: the MLP has a gate (three matrices in place of two).
+        heads: attention heads.
+        kv_heads: key and value heads.
+        head_dim: width of a head.
+        qk_norm: queries and keys are normalised (Qwen3).
+        vocab: rows of the output head.
+    """
+
+    parameters: int
+    trainable: int
+    embedding: int
+    head: int
+    layers: int
+    layer: int
+    largest: int
+    hidden: int
+    intermediate: int
+    gated: bool
+    heads: int
+    kv_heads: int
+    head_dim: int
+    qk_norm: bool
+    vocab: int
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one parameter."""
+        return self.head == 0
+
+    @property
+    def root(self) -> int:
+        """Parameters outside the layers, without norms."""
+        return self.embedding + self.head
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are trained on frozen weights."""
+        return self.trainable < self.parameters
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much one GPU works on.
+
+    Args:
+        rows: rollouts in a micro-batch.
+        length: tokens of a row, prompt included.
+        sampled: tokens of a row that are scored.
+        teacher_length: tokens of a row in the teacher's view; 0 where nothing is scored by a teacher.
+        micro_batches: of one optimizer step.
+        rollouts: rows that are generated together.
+        prefill: tokens in one prefill forward.
+    """
+
+    rows: int
+    length: int
+    sampled: int
+    teacher_length: int
+    micro_batches: int
+    rollouts: int
+    prefill: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How training is done.
+
+    Args:
+        precision: as ``trainer.precision``.
+        state_bytes: optimizer state per trainable parameter: 8 for Adam on float32, which adapters always are.
+        float32_state_bytes: the same on float32 parameters, which are what DeepSpeed's optimizer always works on.
+        foreach: the optimizer works on all parameters at once and needs a copy of them for it (on GPUs, unless fused).
+        teacher_parameters: parameters that the teacher keeps for itself; 0 for a live one or none.
+        averaged: the teacher is a moving average, which is kept in float32 beside low-precision weights.
+        parked: the teacher lies in CPU memory while it does not score.
+        activation_checkpointing: layers are computed again in backward.
+        generation: how sharded weights are sampled from: ``gather`` a whole copy, or ``stream`` layer by layer.
+        generation_bytes: of a weight of the copy that is sampled from. None: as the strategy gathers them.
+        replicas: copies of the weights over all GPUs (FSDP2's hybrid sharding).
+        reshard: FSDP2 frees a layer's gathered weights after its forward.
+        bucket: elements of a DeepSpeed reduce bucket (``bucket_size``).
+        bucket_view: DDP's gradients are views of its buckets (``gradient_as_bucket_view``); else they are kept twice.
+        offload_optimizer: DeepSpeed keeps gradients, its partition and the optimizer's state in CPU memory.
+        head_float32: the output head computes in float32 though the layers do not (``model.head_precision``).
+        saves_frozen: checkpoints hold frozen weights too, for nothing else has them.
+    """
+
+    precision: str = "32-true"
+    state_bytes: float = 8.0
+    float32_state_bytes: float = 8.0
+    foreach: bool = True
+    teacher_parameters: int = 0
+    averaged: bool = True
+    parked: bool = False
+    activation_checkpointing: bool = False
+    generation: Literal["gather", "stream"] = "gather"
+    generation_bytes: int | None = None
+    replicas: int = 1
+    reshard: bool = True
+    bucket: int = 50_000_000
+    bucket_view: bool = True
+    offload_optimizer: bool = False
+    head_float32: bool = False
+    saves_frozen: bool = True
+
+
+def precision_name(precision: Any) -> str:
+    """``trainer.precision`` written out: ``bf16`` is ``bf16-mixed``.
+
+    Raises:
+        UserError: a precision that this project does not train in.
+    """
+    name = ALIASES.get(str(precision), str(precision))
+    if name not in PRECISIONS:
+        raise UserError(f"trainer.precision={precision}: doctor knows {', '.join(PRECISIONS)}")
+    return name
+
+
+def element_bytes(precision: Any) -> tuple[int, int]:
+    """Bytes of a stored weight, and of a number that layers compute with."""
+    return PRECISIONS[precision_name(precision)]
+
+
+def model_shape(model: Any) -> ModelShape:
+    """Sizes of a causal language model, which may lie on the meta device (`PolicySource.skeleton`).
+
+    Raises:
+        UserError: it has no decoder layers, or its config does not tell its width or heads.
+    """
+    from torch import nn
+
+    config = model.config.get_text_config()
+    body, head = model.get_decoder(), model.get_output_embeddings()
+    blocks = next((part for part in body.modules() if isinstance(part, nn.ModuleList) and len(part)), None)
+    names = {name.rpartition(".")[2] for name, _ in body.named_modules()}
+    heads = getattr(config, "num_attention_heads", None)
+    if blocks is None or head is None or heads is None:
+        raise UserError(f"{type(model).__name__}: not a causal language model with decoder layers, heads and a head")
+    hidden = config.hidden_size
+    sizes = [p.numel() for p in model.parameters()]
+    return ModelShape(
+        parameters=sum(sizes),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        embedding=(embedding := model.get_input_embeddings().weight).numel(),
+        head=0 if head.weight is embedding else head.weight.numel(),
+        layers=len(blocks),
+        layer=max(sum(p.numel() for p in block.parameters()) for block in blocks),
+        largest=max(sizes),
+        hidden=hidden,
+        intermediate=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden,
+        gated=bool(names & {"gate_proj", "gate_up_proj"}),
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        qk_norm="q_norm" in names,
+        vocab=head.weight.shape[0],
+    )
+
+
+def layer_activations(shape: ModelShape, precision: Any) -> int:
+    """Bytes that autograd keeps of one layer for one token, where all its weights are trained.
+
+    Two norms (input in float32, normalised, output; under autocast the output is cast anew for each of five
+    matrices), queries, keys, values and output of the attention with its log-sum-exp, and the MLP's inner numbers.
+    With adapters on all layers it is a few percent less.
+    """
+    return _layer(shape, *element_bytes(precision))
+
+
+def _layer(shape: ModelShape, weight: int, compute: int) -> int:
+    outputs = 2 if weight == compute else 5
+    norms = shape.hidden * (2 * 4 + 2 * weight + outputs * compute) + 2 * 4
+    inner, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = (2 * inner + 2 * keys) * compute + shape.heads * 4
+    if shape.qk_norm:
+        attention += (inner + keys) * (4 + compute) + (shape.heads + shape.kv_heads) * 4
+    return norms + attention + (4 if shape.gated else 2) * shape.intermediate * compute
+
+
+def _passing(shape: ModelShape, weight: int, compute: int) -> int:
+    """Bytes for one token that a layer holds while it works and nobody keeps: residual, norm and MLP."""
+    return shape.hidden * (2 * weight + compute) + 3 * shape.intermediate * compute
+
+
+def _activations(shape: ModelShape, load: Load, setup: Setup, weight: int, compute: int) -> int:
+    """What autograd keeps of the policy's forward, and the larger of what comes on top of it for a while: the teacher's
+    forward, and the first layer of a backward that finds gradients there."""
+    tokens = load.rows * load.length
+    per_layer = _layer(shape, weight, compute)
+    if setup.activation_checkpointing:
+        kept = tokens * (shape.layers * shape.hidden * weight + per_layer)
+    else:
+        kept = tokens * shape.layers * per_layer
+    kept += tokens * shape.hidden * (4 + 2 * weight)  # the last norm
+    kept += load.rows * load.sampled * shape.hidden * weight  # what the head sees
+    passing = max(load.rows * load.teacher_length, tokens if load.micro_batches > 1 else 0)
+    return kept + passing * _passing(shape, weight, compute)
+
+
+def _logits(shape: ModelShape, load: Load, setup: Setup, weight: int, compute: int) -> int:
+    """The chunk of logits in `token_stats`: float32 logits, log-probs, probabilities and their product. A float32 head
+    on low-precision weights casts them first, and has a float32 gradient of them."""
+    wanted = load.rows * load.sampled
+    chunk = min(wanted, max(1, LOGITS // shape.vocab))
+    copies = 4 * 4 + (compute if compute < 4 and not setup.head_float32 else 0)
+    if chunk == wanted and load.teacher_length:  # the policy's log-probs are kept while the teacher's are made
+        copies += 4
+    cast = 2 * 4 * shape.vocab * shape.hidden if setup.head_float32 and weight < 4 else 0
+    return chunk * shape.vocab * copies + cast
+
+
+def _kv_cache(shape: ModelShape, load: Load, weight: int, compute: int) -> int:
+    """Keys and values of all rows; of one layer once more, picked for the rows that still go on and repeated for all
+    heads.
+
+    Under autocast the keys come out of the rotation in float32, the values in low precision.
+    """
+    columns = -(-load.length // 64) * 64
+    layer = load.rollouts * columns * shape.head_dim * (weight + compute)
+    repeated = shape.heads if shape.heads > shape.kv_heads else 0
+    return layer * (shape.layers * shape.kv_heads + shape.kv_heads + repeated)
+
+
+def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup: Setup = Setup()) -> dict[str, int]:
+    """Bytes on each GPU.
+
+    Args:
+        shape: the model.
+        strategy: how it is spread.
+        gpus: processes over which it is spread, one on each GPU.
+        load: what one GPU works on.
+        setup: how training is done.
+
+    Returns:
+        Kept all the time: ``weights``, ``fp32_partition`` (DeepSpeed's own float32 copy of the trainable weights),
+        ``optimizer``, ``teacher``, ``teacher_shadow``, ``buckets`` (of the communication). In the update:
+        ``gradients`` (ZeRO-3 keeps room for them all the time), ``parked_teacher`` while it scores, ``autocast_copy``,
+        ``gathered`` layers, ``reduce_buckets``, ``activations``, ``logits``, ``new_gradient`` (before it is added to
+        the old), or else ``step_scratch`` in the optimizer's step. In the rollout phase: ``generation`` copy of
+        weights, ``kv_cache``, ``sampling`` (prefill and the draws). Then ``update`` and ``rollout``, the sums of the
+        two phases, which do not overlap, and ``total``, the larger of them. In CPU memory, and part of no sum:
+        ``host``, kept for each GPU; ``loading``, of a process that loads the model; ``saving``, of rank 0 while it
+        writes a checkpoint: a copy of it.
+
+    Raises:
+        UserError: no such strategy, or precision, or replicas that do not divide the GPUs.
+    """
+    if strategy not in STRATEGIES:
+        raise UserError(f"strategy={strategy}: there are {', '.join(STRATEGIES)}")
+    check_replicas(setup.replicas, gpus)
+    weight, compute = element_bytes(setup.precision)
+    mixed = weight > compute  # autocast
+    zero, sharded = strategy.startswith("zero"), strategy in SHARDED
+    offload = zero and (setup.offload_optimizer or strategy == "zero3_offload")
+    over = (gpus // setup.replicas if strategy == "fsdp" else gpus) if sharded else 1
+    states_over = 1 if strategy == "ddp" else over if sharded else gpus
+    trained, frozen = shape.trainable, shape.parameters - shape.trainable
+    kind = 4 if shape.adapted else weight  # bytes of a trained weight: adapters are float32
+    # FSDP2 gathers in bfloat16, and all of a layer is in it; autocast alone leaves what is between matrices float32
+    flow = compute if strategy == "fsdp" and setup.precision == "bf16-mixed" else weight
+    kept = {
+        "weights": (frozen * weight + trained * kind) // over,
+        "fp32_partition": trained * 4 // gpus if zero else 0,
+        "optimizer": int(trained * (setup.float32_state_bytes if zero else setup.state_bytes)) // states_over,
+        "teacher": setup.teacher_parameters * kind // over,
+        "teacher_shadow": setup.teacher_parameters * 4 // over if setup.averaged and kind < 4 else 0,
+    }
+    # added up in float32, over several micro-batches and over the ranks of ddp; then rounded to the weights' precision
+    summed = 4 if zero or load.micro_batches > 1 or (strategy == "ddp" and gpus > 1) else kind
+    gradients = trained * summed // (gpus if strategy == "zero2" else over)
+    rounded = 0 if zero else gradients - trained * kind // over
+    saved = trained * kind + (frozen * weight if setup.saves_frozen else 0)
+    saved += setup.teacher_parameters * kind + kept["optimizer"] * states_over + kept["teacher_shadow"] * over
+    moved = ["teacher", "teacher_shadow"] if setup.parked else []
+    parked = kept["teacher"] if setup.parked else 0
+    if offload:
+        moved += [
+            "fp32_partition",
+            "optimizer",
+            *(("weights", "teacher", "teacher_shadow") if strategy == "zero3_offload" else ()),
+        ]
+    host = sum(kept[name] for name in set(moved))
+    kept |= dict.fromkeys(moved, 0)
+    if offload and strategy != "zero1":
+        host, gradients = host + gradients, 0
+    buckets = 0
+    # DDP has none of low-precision weights, whose gradients are reduced in float32
+    bucketed = strategy == "ddp" and gpus > 1 and kind == 4
+    if bucketed and not setup.bucket_view:
+        buckets = trained * kind
+    elif zero:  # sent in float32; ZeRO-1 and 2 fill one while the other is sent
+        buckets = setup.bucket * 4 * (1 if sharded else 2)
+    # what is there in rollouts too: DDP's gradients lie in its buckets, ZeRO-3 has a place for them
+    standing = sum(kept.values()) + (gradients + buckets if zero and sharded else 0)
+    standing += gradients if bucketed else 0
+    growing = sum(kept.values()) + gradients + buckets - standing
+
+    chunks = load.rows * load.sampled * shape.vocab > LOGITS
+    update = {
+        "parked_teacher": parked,
+        # DeepSpeed's own linear layer keeps none
+        "autocast_copy": _casts(shape, setup, compute) if mixed and flow == weight and not (zero and sharded) else 0,
+        "gathered": _gathered(shape, strategy, setup, weight, flow),
+        "activations": _activations(shape, load, setup, flow, compute),
+        "logits": _logits(shape, load, setup, flow, compute),
+        "new_gradient": min(shape.largest, trained) * kind if load.micro_batches > 1 or chunks else 0,
+    }
+    size = 4 if zero else kind
+    scratch = trained * 4 // gpus if zero else 0  # DeepSpeed joins the gradients
+    if offload:
+        scratch = 0
+    elif setup.foreach and setup.state_bytes:
+        scratch += trained * size // states_over
+    else:  # DeepSpeed's optimizer sees one parameter
+        scratch += 2 * (trained * size // gpus if zero else min(shape.largest, trained) * kind // over)
+    # the first forward of an iteration finds no gradients; they come while the activations go
+    first = sum(update.values()) + (growing if load.micro_batches > 1 else 0)
+    last_layer = load.rows * load.length * _layer(shape, flow, compute) + update["gathered"]
+    rollout = _rollout(shape, strategy, load, setup, flow)
+    sums = {
+        "update": standing + max(first, growing + max(scratch - rounded, last_layer)),
+        "rollout": standing + sum(rollout.values()),
+    }
+    return {
+        **kept, "gradients": gradients, "buckets": buckets, **update, "step_scratch": scratch, **rollout, **sums,
+        "total": max(sums.values()), "host": host, "loading": 4 * shape.parameters,
+        "saving": saved,
+    }  # fmt: skip
+
+
+def _casts(shape: ModelShape, setup: Setup, compute: int) -> int:
+    """Low-precision copies of weights under autocast. That of a trained weight lives until the end of the pass, so that
+    sharding does not make it smaller; that of a frozen one as long as backward needs it."""
+    if setup.activation_checkpointing and shape.adapted:
+        return compute * shape.trainable
+    if setup.head_float32:
+        return compute * (shape.parameters - shape.root)
+    return compute * (shape.parameters - (0 if shape.tied else shape.embedding))
+
+
+def _gathered(shape: ModelShape, strategy: Strategy, setup: Setup, weight: int, flow: int) -> int:
+    """Whole weights of sharded layers in the update.
+
+    FSDP2 holds embedding and head from forward to backward, a layer and the next one, and as much of their gradients
+    (and a layer's in float32, to reduce them); or, while the teacher scores, its embedding and head beside the
+    policy's. ZeRO-3 keeps up to `LIVE_PARAMETERS`, and has as many on the way, twice where it fetches the teacher's.
+    """
+    if strategy == "fsdp":
+        share, some = shape.trainable / shape.parameters, shape.root + 2 * shape.layer
+        whole = some if setup.reshard else shape.parameters
+        reduced = 4 * shape.layer if flow < 4 else 0
+        return int(flow * whole + max(share * (flow * some + reduced), flow * shape.root))
+    if strategy not in SHARDED:
+        return 0
+    held, teacher = (min(n, LIVE_PARAMETERS) for n in (shape.parameters, setup.teacher_parameters))
+    return weight * (held + max(held, 2 * teacher))
+
+
+def _rollout(shape: ModelShape, strategy: Strategy, load: Load, setup: Setup, flow: int) -> dict[str, int]:
+    """What sampling needs: a copy of the weights (none, the autocast copy of the policy's own, a gathered one, or a few
+    layers of it), its cache, and its forwards."""
+    weight, compute = element_bytes(setup.precision)
+    sharded, wanted = strategy in SHARDED, setup.generation_bytes or flow
+    frozen = sharded or shape.trainable < shape.parameters  # then no cast of a weight outlives its use
+    if sharded and setup.generation == "stream":
+        wanted, copy = flow, flow * (shape.root + 2 * shape.layer)
+    else:
+        copy = shape.parameters * wanted if sharded or wanted != weight else 0
+    if wanted > compute and weight > compute:
+        copy += compute * shape.largest if frozen or copy else _casts(shape, setup, compute)
+    values = min(wanted, compute) if weight > compute else wanted
+    return {
+        "generation": copy,
+        "kv_cache": _kv_cache(shape, load, wanted, values),
+        "sampling": max(
+            min(load.prefill, load.rollouts * load.length) * _passing(shape, wanted, values),
+            load.rollouts * shape.vocab * DRAW_BYTES,
+        ),
+    }

@@ -1,0 +1,193 @@
+"""Credit rules by name: those that a command line names, and the one that a run's ``config.yaml`` says it had."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import advantage, credit
+from ..credit import CreditAssigner
+from ..errors import UserError
+
+RULES = ("--credit", "--against")
+
+
+def split(argv: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """A command line without the arguments that name rules, and those, as ``--credit=X`` or ``--credit.option=X``.
+
+    Raises:
+        UserError: one of those has no value.
+    """
+    others, rules, rest = [], {name: [] for name in RULES}, list(argv)
+    while rest:
+        key, equals, value = (arg := rest.pop(0)).partition("=")
+        name = key.partition(".")[0]
+        if name not in RULES:
+            others.append(arg)
+        elif equals or rest:
+            rules[name].append(f"{key}={value if equals else rest.pop(0)}")
+        else:
+            raise UserError(f"{key} what? It takes a value")
+    return others, rules
+
+
+def read_rule(name: str, typed: list[str], run: Path) -> tuple[CreditAssigner, str]:
+    """The rule that a command line names, its options read as ``fit`` reads those of ``--model.credit``.
+
+    Args:
+        name: one of `RULES`.
+        typed: its arguments, as `split` gives them.
+        run: a run directory; a file in it has nothing imported.
+
+    Returns:
+        The rule, and the import path of its class.
+
+    Raises:
+        UserError: no such rule or option, or a value out of range.
+        SystemExit: help was asked for, and printed.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    known = ArgumentParser(prog="gear-lightning recredit", exit_on_error=False)
+    known.add_argument(name, type=CreditAssigner, required=True)
+    asked = [arg.partition("=")[2] for arg in typed if arg.startswith(f"{name}=")]
+    helped = any(arg.startswith(f"{name}.help=") for arg in typed)
+    if not helped:
+        if len(asked) != 1:
+            raise UserError(f"{name} names one rule: {', '.join(_names())}, an import path, or a YAML file")
+        typed = [_start(name, asked[0], run), *(arg for arg in typed if not arg.startswith(f"{name}="))]
+    try:
+        found = known.parse_args(typed)
+        return getattr(known.instantiate(found), name[2:]), found[name[2:]]["class_path"]
+    except ArgumentError as error:
+        raise UserError(f"{name}: {' '.join(str(error).split())}") from None
+    except UserError:
+        raise
+    except Exception as error:  # the class may be a user's own
+        raise UserError(f"{name}: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
+
+
+def run_rule(run: Path, named: dict[str, type[CreditAssigner]]) -> tuple[CreditAssigner | None, str]:
+    """The credit rule of a run, by its ``config.yaml``. The file may be anybody's: nothing that it names is imported.
+
+    Args:
+        run: the run directory.
+        named: import path -> class of those that the user has named.
+
+    Returns:
+        The rule, and an empty text; or None, and why it is not known.
+    """
+    path = run / "config.yaml"
+    try:
+        found = _recipe(path)
+    except UserError as error:
+        return None, str(error)
+    name, options = found["class_path"], found["init_args"]
+    kind = named.get(name) or _of_ours(name)
+    if kind is None:
+        return None, f"{path} names {name}, which is no class of gear_lightning.credit"
+    if not all(value is None or isinstance(value, str | int | float) for value in options.values()):
+        return None, f"{path} gives {name} options that are no plain values"
+    try:
+        return kind(**options), ""
+    except Exception as error:
+        return None, f"{path} gives {name} options that it does not take: {error}"
+
+
+def caveat(path: Any) -> str:
+    """A line for where results of a rule are shown, by the import path of its class; empty where there is none, or for
+    a class of others, of which nothing is imported."""
+    kind = _of_ours(path) if isinstance(path, str) else None
+    return (
+        ""
+        if kind is None or not kind.lacks
+        else f"{kind.__name__} is in the style of its paper, and lacks {kind.lacks}."
+    )
+
+
+def caveat_of_run(run: Path) -> str:
+    """`caveat` of a run's own rule, by its ``config.yaml``; empty where that does not tell."""
+    try:
+        return caveat(_recipe(run / "config.yaml")["class_path"])
+    except UserError:
+        return ""
+
+
+def _names() -> list[str]:
+    return [name for name in credit.__all__ if name != "CreditAssigner" and _of_ours(f"gear_lightning.credit.{name}")]
+
+
+def _of_ours(path: str) -> type[CreditAssigner] | None:
+    """The class of `gear_lightning.credit` that an import path names; nothing is imported."""
+    package, _, name = path.rpartition(".")
+    found = getattr(credit, name, None) if f"{package}.".startswith("gear_lightning.credit.") else None
+    return found if isinstance(found, type) and issubclass(found, CreditAssigner) else None
+
+
+def _start(name: str, value: str, run: Path) -> str:
+    """The argument that names a rule, for jsonargparse.
+
+    Raises:
+        UserError: no such class of ours; a file that names none, or that lies in the run and names one of others.
+    """
+    if value.endswith((".yaml", ".yml")):
+        found = _recipe(Path(value))
+        if found["class_path"] == "gear_lightning.credit.Uniform" and (other := _other_method(Path(value))):
+            raise UserError(
+                f"{name} {value}: its method is {other}, and its credit that of GRPO; only weights of tokens are "
+                f"recomputed here (GRPO's: {name} Uniform)"
+            )
+        if Path(value).resolve().is_relative_to(run.resolve()) and _of_ours(found["class_path"]) is None:
+            raise UserError(
+                f"{value} lies in the run and names {found['class_path']}, which is imported only where you name it: "
+                f"{name} {found['class_path']}"
+            )
+        return f"{name}={json.dumps(found, default=str)}"
+    if "." in value or "{" in value:
+        return f"{name}={value}"
+    if value not in _names():
+        raise UserError(f"{name} {value}: no class of gear_lightning.credit; there are {', '.join(_names())}")
+    return f"{name}=gear_lightning.credit.{value}"
+
+
+def _other_method(path: Path) -> str | None:
+    """The distillation, or the advantage of turns, that a file names; None for none of them."""
+    found = _yaml(path)
+    distillation = _at(found, "model", "distillation", "class_path")
+    if isinstance(distillation, str):
+        return f"model.distillation={distillation.rpartition('.')[2]}"
+    name = str(_at(found, "data", "advantage", "class_path")).rpartition(".")[2]
+    kind = getattr(advantage, name, None)
+    of_turns = getattr(kind, "of_turns", advantage.GroupAdvantage.of_turns)
+    return None if of_turns is advantage.GroupAdvantage.of_turns else f"data.advantage={name}"
+
+
+def _yaml(path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: no YAML ({' '.join(str(error).split())[:200]})") from None
+
+
+def _at(found: Any, *keys: str) -> Any:
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """``model.credit`` of a YAML file, as plain data.
+
+    Raises:
+        UserError: the file cannot be read, or names no rule.
+    """
+    found = _at(_yaml(path), "model", "credit")
+    if not isinstance(found, dict) or not isinstance(found.get("class_path"), str):
+        raise UserError(f"{path}: holds no model.credit.class_path")
+    options = found.get("init_args") or {}
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        raise UserError(f"{path}: its model.credit.init_args are no options")
+    return {"class_path": found["class_path"], "init_args": options}

@@ -1,0 +1,216 @@
+"""A training job as a batch script for Slurm: pure text, made of a `Job`."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+from ..errors import UserError
+
+SWITCHES_OFF = ("bash", "interactive")  # job names that Lightning takes for a shell: it would not look at Slurm's ranks
+LINGER = 30  # seconds for the other processes of a job to end, and to write reports, after the first has ended
+SEEDS = ("seed_everything", "data.seed")  # what torch draws; the order of the tasks and all sampling
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of Slurm, and what is run.
+
+    Args:
+        run: run directory, absolute.
+        directory: where the job runs, absolute: what relative paths of the recipe start from.
+        fit: options of ``fit``.
+        nodes: machines.
+        tasks_per_node: processes on each, one for each GPU.
+        gpus_per_node: 0: a job on CPUs.
+        cpus_per_task: cores, and threads, of each process.
+        time: time limit, as Slurm takes it.
+        signal: seconds before the limit at which every process is told to save and the job goes back into the queue.
+        timeout: seconds without progress after which the watchdog ends the job.
+        collective: option of ``fit`` that sets the strategy's own time-out; None where it has none.
+        name: of the job.
+        python: interpreter on the nodes.
+        sbatch: more lines for ``sbatch``, as ``--exclusive``.
+        setup: shell lines before the training.
+        container: image for pyxis/enroot; None: no container.
+        mounts: what the container sees of the machine, besides both directories.
+        seeds: Slurm's array of seeds, as ``0-9%4``; None: one run.
+        command: the command line that wrote the script.
+    """
+
+    run: Path
+    directory: Path
+    fit: tuple[str, ...]
+    nodes: int
+    tasks_per_node: int
+    gpus_per_node: int
+    cpus_per_task: int
+    time: str
+    signal: int
+    timeout: int
+    collective: str | None
+    name: str
+    python: str
+    sbatch: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+    container: str | None = None
+    mounts: tuple[str, ...] = ()
+    seeds: str | None = None
+    command: str = ""
+
+    @property
+    def logs(self) -> Path:
+        """Where script and output go; Slurm makes no directory, and a job without one fails without a word."""
+        return self.run / "slurm"
+
+    def script(self) -> str:
+        """The whole script."""
+        return "\n".join([*self._head(), "", *self._environment(), "", *self._launch(), ""])
+
+    def _head(self) -> list[str]:
+        job = "%A_%a" if self.seeds else "%j"
+        asked = [
+            f"job-name={quote(self.name)}",
+            f"nodes={self.nodes}",
+            f"ntasks-per-node={self.tasks_per_node}",
+            *([f"gpus-per-node={self.gpus_per_node}"] if self.gpus_per_node else []),
+            f"cpus-per-task={self.cpus_per_task}",
+            f"time={self.time}",
+            *([f"array={self.seeds}"] if self.seeds else []),
+            f"chdir={quote(str(self.directory))}",
+            "export=ALL",
+        ]
+        kept = [
+            f"signal=USR1@{self.signal}",
+            "requeue",
+            "open-mode=append",
+            f"output={quote(f'{self.logs}/{job}.out')}",
+        ]
+        return [
+            "#!/bin/bash",
+            f"# {self.command}",
+            *(f"#SBATCH --{line}" for line in asked),
+            *(f"#SBATCH {line}" for line in self.sbatch),
+            f"# {self.signal} s before the limit every process gets USR1 (no B:, which would signal this shell alone);",
+            "# the job saves one checkpoint, goes back into the queue and writes on into the same files.",
+            *(f"#SBATCH --{line}" for line in kept),
+        ]
+
+    def _environment(self) -> list[str]:
+        return [
+            *self.setup,
+            f"export OMP_NUM_THREADS={self.cpus_per_task} PYTHONUNBUFFERED=1",
+            "# a failed collective ends its process; the heartbeat leaves the watchdog time to say who is stuck",
+            f"export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC={2 * self.timeout}",
+        ]
+
+    def _launch(self) -> list[str]:
+        job = "%A_%a" if self.seeds else "%j"
+        run, seed = quote(str(self.run)), []
+        if self.seeds:
+            run, seed = f"{run}/seed_$SLURM_ARRAY_TASK_ID", [f"--{option}=$SLURM_ARRAY_TASK_ID" for option in SEEDS]
+        srun = [
+            "--kill-on-bad-exit=0",
+            f"--wait={LINGER}",
+            f"--cpus-per-task={self.cpus_per_task}",
+            "--open-mode=append",
+            f"--output={quote(f'{self.logs}/{job}_%t.log')}",
+        ]
+        if self.container is not None:
+            seen = [self.directory] + [self.run] * (not self.run.is_relative_to(self.directory))
+            mounts = ",".join([*(f"{p}:{p}" for p in seen), *self.mounts])
+            srun += [
+                f"--container-image={quote(self.container)}",
+                f"--container-workdir={quote(str(self.directory))}",
+                f"--container-mounts={quote(mounts)}",
+            ]
+        ours = [
+            f"--trainer.accelerator={'gpu' if self.gpus_per_node else 'cpu'}",
+            f"--trainer.num_nodes={self.nodes}",
+            f"--trainer.devices={self.tasks_per_node}",
+            f"--trainer.default_root_dir={run}",
+            f"--watchdog.seconds={self.timeout}",
+            *([quote(self.collective)] if self.collective else []),
+            *seed,
+            "--ckpt_path=last",
+        ]
+        lines = [
+            "# exec: a signal for the batch script reaches the processes, too. Where one has ended, the others have",
+            f"# {LINGER} s to write their reports; kill-on-bad-exit would leave them none.",
+            f"exec srun {' '.join(srun[:4])} \\",
+            *(f"  {option} \\" for option in srun[4:]),
+            f"  {quote(self.python)} -m gear_lightning fit \\",
+        ]
+        rest = [*pairs(self.fit), *ours]
+        return [*lines, *(f"  {option} \\" for option in rest[:-1]), f"  {rest[-1]}"]
+
+
+def pairs(options: tuple[str, ...]) -> list[str]:
+    """Quoted options of a command line, each with its value."""
+    found: list[str] = []
+    for option in options:
+        if found and not option.startswith("-") and "=" not in found[-1] and " " not in found[-1]:
+            found[-1] += f" {quote(option)}"
+        else:
+            found.append(quote(option))
+    return found
+
+
+def check_job(job: Job) -> None:
+    """Look for what Slurm would take and the job would fail on.
+
+    Raises:
+        UserError: says which option.
+    """
+    for option, value in {"nodes": job.nodes, "tasks-per-node": job.tasks_per_node, "timeout": job.timeout}.items():
+        if value < 1:
+            raise UserError(f"--{option} {value} must be at least 1")
+    if job.cpus_per_task < 1:
+        raise UserError(f"--cpus-per-task {job.cpus_per_task} must be at least 1")
+    limit = seconds(job.time)
+    if job.signal < 1:
+        raise UserError(f"--signal {job.signal} must be at least 1 second before the end")
+    if job.signal >= limit:
+        raise UserError(
+            f"--signal {job.signal}: the job would be told to save {job.signal} s before its limit, and --time "
+            f"{job.time} is {limit} s; give a longer --time or a smaller --signal"
+        )
+    if job.name in SWITCHES_OFF:
+        raise UserError(f"--name {job.name}: Lightning takes a job of that name for a shell; give another --name")
+    if job.seeds is not None and not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%[1-9]\d*)?", job.seeds):
+        raise UserError(f"--seeds {job.seeds}: give seeds as 0-9, 0,3,7 or, four at a time, 0-9%4")
+    for first, last in re.findall(r"(\d+)-(\d+)", job.seeds or ""):
+        if int(last) < int(first):
+            raise UserError(f"--seeds {job.seeds}: {first}-{last} holds no seed")
+    for what in (job.run, job.directory):
+        if "%" in str(what) or "," in str(what) or "\n" in str(what):
+            raise UserError(f"{what}: '%' and ',' in a path mean something else to Slurm; give another directory")
+    for line in job.sbatch:
+        if not line.startswith("-"):
+            raise UserError(f"--sbatch {line}: give a whole option, as --sbatch=--exclusive")
+        if not line.isprintable():
+            raise UserError(f"{line!r}: an option of sbatch is one line")
+        if line.partition("=")[0] in ("--time", "-t", "--signal", "--nodes", "--array"):
+            raise UserError(f"--sbatch {line}: give it as an option of this command")
+
+
+def seconds(limit: str) -> int:
+    """A time limit in seconds.
+
+    Raises:
+        UserError: it is not one.
+    """
+    # minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    found = 0
+    if match:
+        days, *parts = match.groups()
+        given = [int(part) for part in parts if part is not None]
+        if days is not None or len(given) == 3:
+            scale = (3600, 60, 1)
+        else:
+            scale = (60, 1)
+        found = int(days or 0) * 86400 + sum(a * b for a, b in zip(given, scale, strict=False))
+    if not found:
+        raise UserError(f"--time {limit}: give hours:minutes:seconds as 24:00:00, days-hours as 2-12, or minutes")
+    return found

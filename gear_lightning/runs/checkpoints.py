@@ -1,0 +1,378 @@
+"""Checkpoint files and how it is known that one is whole.
+
+Beside ``NAME.ckpt`` lies ``NAME.ckpt.json``, written after it: size and SHA-256 of the file, and where in the run it
+was written. A file without it, or that differs from it, is not complete.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ..distributed.together import together
+from ..errors import UserError
+from ..learning.step_guard import all_finite
+from .background import WRITER, free_memory, nbytes, snapshot
+from .files import replace_file
+
+FORMAT = 1
+MEMORY = 0.8  # most of the free memory that a copy may take
+
+
+class _Hashing:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        written = self._file.write(data)
+        self.size += memoryview(data).nbytes
+        WRITER.progress += memoryview(data).nbytes
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def manifest_path(path: Path) -> Path:
+    """Where the manifest of a checkpoint lies."""
+    return path.with_name(path.name + ".json")
+
+
+def non_finite(checkpoint: dict[str, Any]) -> str | None:
+    """Which of the tensors that a run goes on with holds a number that is not finite; None where none does."""
+
+    def search(value: Any, name: str) -> str | None:
+        if isinstance(value, torch.Tensor):
+            return None if all_finite([value]) else name
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        return next((found for key, part in items if (found := search(part, f"{name}.{key}")) is not None), None)
+
+    parts = {name: checkpoint.get(name) for name in ("state_dict", "teacher_shadow", "optimizer_states")}
+    return next((found for name, part in parts.items() if (found := search(part, name)) is not None), None)
+
+
+class UnwrittenCheckpoint(UserError):
+    """A checkpoint that could not be written. Raised on rank 0 alone, which alone writes: see `failing_together`."""
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: Path, owned: tuple[str, ...] = ()) -> None:
+    """Write a checkpoint on rank 0: from a copy and beside training where `WRITER` is asked for that and the copy has
+    room in memory, else at once.
+
+    Args:
+        checkpoint: what to write.
+        path: of the file.
+        owned: keys of the checkpoint whose CPU tensors nobody else holds; they are not copied.
+
+    Raises:
+        UnwrittenCheckpoint: it cannot be written. Beside training, `WRITER` keeps the error.
+    """
+    WRITER.size = nbytes(checkpoint)
+    if WRITER.beside:
+        mine = {key: value for key, value in checkpoint.items() if key in owned}
+        others = {key: value for key, value in checkpoint.items() if key not in owned}
+        needed, free = nbytes(others), free_memory()
+        if needed < MEMORY * free:
+            WRITER.add(partial(write_checkpoint, {**mine, **snapshot(others)}, path, processes()))
+            return
+        if not WRITER.complained:
+            WRITER.complained = True
+            rank_zero_warn(
+                f"Training waits while checkpoints are written: a copy of {path.name} needs {in_words(needed)}, and "
+                f"{in_words(free)} of memory are free."
+            )
+    WRITER.wait()  # one file at a time
+    write_checkpoint(checkpoint, path)
+
+
+def processes() -> int:
+    """Number of processes of the run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path, world_size: int | None = None) -> None:
+    """Write a checkpoint, then its manifest.
+
+    Args:
+        checkpoint: what to write.
+        path: of the file.
+        world_size: processes of the run. None: those of this one.
+
+    Raises:
+        UnwrittenCheckpoint: it cannot be written, or holds numbers that are not finite; nothing of it is left behind,
+            and the others are untouched, one of the same name included.
+    """
+    from .. import __version__
+
+    if (name := non_finite(checkpoint)) is not None:
+        raise UnwrittenCheckpoint(
+            f"the checkpoint {path} is not written: {name} holds numbers that are not finite after "
+            f"{checkpoint.get('global_step', 0)} optimizer steps{_to_go_on_from(path.parent)}. Lower the learning "
+            "rate, clip gradients (trainer.gradient_clip_val) or use a wider trainer.precision"
+        )
+
+    hashing: list[_Hashing] = []
+
+    def save(file: IO[bytes], manifest: IO[bytes]) -> None:
+        hashing.append(_Hashing(file))
+        torch.save(checkpoint, cast(Any, hashing[0]))  # which needs no more of a file than these two methods
+        told = {
+            "format": FORMAT,
+            "size": hashing[0].size,
+            "sha256": hashing[0].digest(),
+            "optimizer_steps": checkpoint.get("global_step", 0),
+            "iteration": checkpoint.get("epoch", 0),
+            "time": time.time(),
+            "gear_lightning": __version__,
+            "finite": True,
+            "world_size": world_size or processes(),
+        }
+        manifest.write(json.dumps(told, indent=1).encode() + b"\n")
+        manifest.flush()
+        os.fsync(manifest.fileno())  # it has its room on the disk before anything is put in place
+
+    def save_both(manifest: IO[bytes]) -> None:  # the manifest is put in place after the file
+        replace_file(path, lambda file: save(file, manifest), durable=True)
+
+    try:
+        _check_room(path)
+        replace_file(manifest_path(path), save_both, durable=True)
+    except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        reason = cause.strerror or str(cause)
+        after = f" after {in_words(hashing[0].size)}" if hashing else ""
+        kept = _to_go_on_from(path.parent)
+        raise UnwrittenCheckpoint(f"the checkpoint {path} cannot be written: {reason}{after}{kept}") from error
+
+
+def _to_go_on_from(folder: Path) -> str:
+    """The newest checkpoint of a folder that a run can resume from, as the end of a sentence."""
+    whole = next((known.name for known, _ in known_checkpoints(folder) if unusable(known) is None), None)
+    return f"; {whole} is there to go on from" if whole else ""
+
+
+def _check_room(path: Path) -> None:
+    """Fail before an hour of writing, not after it."""
+    sizes = [known.stat().st_size for known, _ in known_checkpoints(path.parent)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if sizes and free < max(sizes):
+        raise OSError(errno.ENOSPC, f"{in_words(max(sizes))} are needed and {in_words(free)} are free")
+
+
+def in_words(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
+
+
+@contextmanager
+def failing_together(strategy: Strategy) -> Iterator[None]:
+    """Around Lightning's saving of a checkpoint, on all ranks: what rank 0 cannot write fails on all of them. They wait
+    for it in the barrier that ends the saving, and would there for as long as a collective may take.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    failed: UnwrittenCheckpoint | None = None
+    try:
+        yield
+    except UnwrittenCheckpoint as error:
+        failed = error
+        strategy.barrier("Trainer.save_checkpoint")
+
+    def tell() -> None:
+        if failed is not None:
+            raise failed
+
+    together(tell)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint and its manifest."""
+    manifest_path(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left. None may write there now."""
+    for path in [*folder.glob("*.ckpt.partial"), *folder.glob("*.ckpt.json.partial")]:
+        path.unlink()
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None where nothing is. Reads the whole file."""
+    path = path.resolve()
+    manifest = _manifest(path)
+    if isinstance(manifest, str):
+        return manifest
+    size = path.stat().st_size
+    if size != manifest["size"]:
+        return f"it has {size:,} bytes of {manifest['size']:,}"
+    content = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            content.update(block)
+    return None if content.hexdigest() == manifest["sha256"] else "its content has changed since it was written"
+
+
+def poison(path: Path) -> str | None:
+    """Which numbers of a checkpoint are not finite; None where all are. Reads the file only where its manifest, of an
+    earlier version, does not say so."""
+    manifest = _manifest(path.resolve())
+    if isinstance(manifest, dict) and manifest.get("finite"):
+        return None
+    try:
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception:  # whoever loads it reports this
+        return None
+    name = non_finite(found) if isinstance(found, dict) else None
+    return None if name is None else f"{name} holds numbers that are not finite"
+
+
+def unusable(path: Path) -> str | None:
+    """Why a run cannot resume from a checkpoint: `damage`, else `poison`; None where it can."""
+    return damage(path) or poison(path)
+
+
+def _manifest(path: Path) -> dict[str, Any] | str:
+    """The manifest of a checkpoint, or what is wrong with it."""
+    place = manifest_path(path)
+    if not place.exists():
+        return f"there is no {place.name}: it was not written to its end, or copied without it"
+    try:
+        found = json.loads(place.read_text())
+        order = [float(found[key]) for key in ("optimizer_steps", "iteration", "time", "size")]
+        return {**found, "order": order[:3]} if found["format"] == FORMAT else f"{place.name} is of another version"
+    except (ValueError, KeyError, TypeError, OSError):
+        return f"{place.name} cannot be read"
+
+
+def known_checkpoints(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Checkpoints of a folder that have a manifest, with it: those that have come farthest first. Nothing is hashed."""
+    found = []
+    for path in folder.glob("*.ckpt"):
+        if path.is_file() and not path.is_symlink() and isinstance(manifest := _manifest(path), dict):
+            found.append((path, manifest))
+    return sorted(found, key=lambda pair: (pair[1]["order"], pair[0].name), reverse=True)
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The checkpoint that has come farthest, is complete and holds finite numbers; None where there is none.
+
+    Others that would have gone before it are named on stderr, with what is wrong, and left where they are.
+    """
+    known = known_checkpoints(folder)
+    chosen, bad = None, {}
+    for path, _ in known:
+        if (wrong := unusable(path)) is None:
+            chosen = path
+            break
+        bad[path] = wrong
+    since = 0 if chosen is None else chosen.stat().st_mtime_ns
+    for path in folder.glob("*.ckpt"):
+        if path.is_file() and not path.is_symlink() and path not in dict(known) and path.stat().st_mtime_ns >= since:
+            bad[path] = str(_manifest(path))
+    for path, wrong in bad.items():
+        print(f"checkpoint {path} is passed over: {wrong}", file=sys.stderr)
+    return chosen
+
+
+def resolve(path: Path) -> Path:
+    """The file to resume from, the same on all ranks. All ranks must call it, and rank 0 alone reads the file.
+
+    Args:
+        path: a checkpoint, or a folder: the newest complete one in it.
+
+    Raises:
+        UserError: on all ranks, where there is none or where it is not whole.
+    """
+    several = dist.is_available() and dist.is_initialized()
+    mine = not several or dist.get_rank() == 0
+    found: list[Path | None] = [together(lambda: _resolve(path) if mine else None)]
+    if several:
+        dist.broadcast_object_list(found, src=0)
+    assert found[0] is not None
+    return found[0]
+
+
+def _resolve(path: Path) -> Path:
+    if path.is_dir():
+        newest = newest_complete(path)
+        if newest is None:
+            raise UserError(f"there is no complete checkpoint in {path}; move its .ckpt files away to start afresh")
+        return newest
+    check_whole(path)
+    return path
+
+
+def check_whole(path: Path) -> None:
+    """Look at a checkpoint that was asked for by name; one without a manifest is taken, with a word.
+
+    Raises:
+        UserError: no such file, it differs from its manifest, or it holds numbers that are not finite; says how.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    if not manifest_path(path.resolve()).exists():
+        print(f"{path} has no manifest ({path.name}.json): whether it is whole is not known", file=sys.stderr)
+    elif (wrong := damage(path)) is not None:
+        raise UserError(f"{path} is damaged: {wrong}")
+    if (wrong := poison(path)) is not None:
+        raise UserError(f"{path} is not used: {wrong}; give an earlier checkpoint")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint as plain data and tensors, mapped from the file.
+
+    Raises:
+        UserError: not a checkpoint, or one that holds more than data.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(found, dict) or not {"state_dict", "policy_files", "pytorch-lightning_version"} <= found.keys():
+        raise UserError(f"{path}: not a checkpoint of gear_lightning")
+    return found
+
+
+class CompleteCheckpoints(TorchCheckpointIO):
+    """Lightning's files of one device and of DDP, written, read and removed as above."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if storage_options is not None or "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        save_checkpoint(checkpoint, Path(path), owned=("teacher_shadow",))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, True)
+        return read_checkpoint(resolve(Path(path)))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        if "://" in str(path):
+            return super().remove_checkpoint(path)
+        remove_checkpoint(Path(path))

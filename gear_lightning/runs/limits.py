@@ -1,0 +1,99 @@
+"""Options of Lightning's Trainer that cut an epoch short. Here an epoch is an iteration: rollouts, then their update.
+
+An iteration is trained on as a whole. What would leave out a part of its micro-batches, or evaluate in the middle of
+it, is refused; what ends a run ends it between two iterations, or, with ``max_steps``, between two optimizer steps.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch.callbacks import Timer
+
+from ..errors import UserError
+
+
+def check_limits(option: Callable[[str], Any], data: Any, processes: int, stage: str = "fit") -> None:
+    """Look at options of the Trainer that would break an iteration or an evaluation.
+
+    Args:
+        option: value of an option by its name; None where it is not given.
+        data: the `RolloutDataModule`.
+        processes: that share an iteration.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        UserError: one would; says what to use.
+    """
+    if stage == "fit":
+        _check_iteration(option, data.micro_batches_of(processes) * data.inner_epochs)
+    if data.val_tasks is None or stage == "predict":
+        return
+    every = option("check_val_every_n_epoch")
+    if stage == "fit" and (every is None or every < 1):
+        raise UserError(
+            f"trainer.check_val_every_n_epoch={every} gives evaluations no place: give a number of iterations of at "
+            "least 1, or no evaluations by trainer.limit_val_batches=0"
+        )
+    name = "limit_test_batches" if stage == "test" else "limit_val_batches"
+    limit = option(name)
+    if limit not in (None, 0, 1.0) or (type(limit) is int and limit == 1):
+        batches = data.evaluation_batches(processes)
+        if _cuts(limit, batches):
+            raise UserError(
+                f"trainer.{name}={limit} would cut an evaluation's {batches} batches short, and a mean over some of "
+                "the tasks is not logged; use data.val_limit, which counts tasks"
+            )
+
+
+def _check_iteration(option: Callable[[str], Any], batches: int) -> None:
+    if option("fast_dev_run"):
+        raise UserError(
+            "trainer.fast_dev_run would train on a part of an iteration; for a trial use --trainer.max_epochs 1 with a "
+            "small data.tasks_per_iteration and data.val_limit, in a trainer.default_root_dir of its own"
+        )
+    if option("overfit_batches"):
+        raise UserError(
+            "trainer.overfit_batches would train on a part of an iteration; give data.train_tasks only a few tasks"
+        )
+    if _cuts(limit := option("limit_train_batches"), batches):
+        raise UserError(
+            f"trainer.limit_train_batches={limit} would train on a part of an iteration's {batches} micro-batches; for "
+            "smaller iterations give data.tasks_per_iteration, for a shorter run trainer.max_epochs or "
+            "trainer.max_steps"
+        )
+    interval = option("val_check_interval")
+    at_the_end = interval == batches if type(interval) is int else interval in (None, 1.0)
+    if not at_the_end:
+        raise UserError(
+            f"trainer.val_check_interval={interval} would evaluate in the middle of an iteration; use "
+            "trainer.check_val_every_n_epoch, which counts iterations"
+        )
+
+
+def _cuts(limit: Any, batches: int) -> bool:
+    """Whether a limit of batches leaves out some of them; a float is a share."""
+    return limit is not None and (limit < batches if type(limit) is int else limit < 1)
+
+
+def option_of(trainer: Any) -> Callable[[str], Any]:
+    """Options of a Trainer by their names."""
+
+    def value(name: str) -> Any:
+        if name == "val_check_interval" and trainer._val_check_time_interval is not None:
+            return f"{trainer._val_check_time_interval:g} s"
+        return getattr(trainer, name)
+
+    return value
+
+
+def keep_iterations_whole(trainer: Any) -> None:
+    """Make Lightning end and resume runs between iterations.
+
+    With ``max_steps`` it takes every resume for one in the middle of an epoch, and an epoch that is complete is not
+    left (https://github.com/Lightning-AI/pytorch-lightning/issues/19617). The timer of ``max_time`` looks at its clock
+    after every micro-batch, and would leave the iteration there.
+    """
+    trainer.fit_loop._iteration_based_training = lambda: False
+    for callback in trainer.callbacks:
+        if isinstance(callback, Timer):
+            callback._interval = "epoch"

@@ -1,0 +1,1 @@
+"""Comparing runs: arms and seeds, statistics, tables, figures."""

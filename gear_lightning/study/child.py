@@ -1,0 +1,73 @@
+"""What runs of a study are forked from: a process that has done the imports, which are most of a short run's start."""
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+for _name in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it, with a noise
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+import torch  # noqa: E402
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
+
+from ..__main__ import main  # noqa: E402
+from ..errors import UserError, one_line  # noqa: E402
+from ..recipes import cli  # noqa: E402, F401
+from ..recipes.recipe import configured_gpus, read_recipe, refused  # noqa: E402
+from ..recipes.refusals import skeleton_of  # noqa: E402
+
+
+def end_with_parent() -> None:
+    """Be told to stop when the process that this one was forked from ends, which it does when a study is killed."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def fit(arguments: list[str], log: str) -> None:
+    """One run: ``gear-lightning`` with these arguments, its output in a file."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the study's to handle
+    end_with_parent()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.argv = ["gear-lightning", *arguments]
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    main()
+
+
+def rehearse(recipes: dict[str, list[str]], told: Any) -> None:
+    """Read what runs would be started with, as ``fit`` does, and start nothing.
+
+    Args:
+        recipes: name -> arguments of ``fit``.
+        told: a connection, which is sent why the first of them cannot be run, with its name; or None.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+    for name, arguments in recipes.items():
+        if complaint := _complaint(arguments):
+            told.send(f"{name}: {complaint}")
+            return
+    told.send(None)
+
+
+def _complaint(arguments: list[str]) -> str | None:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            recipe = read_recipe(arguments)
+            model = skeleton_of(recipe.module.source)
+            return next(iter(refused(recipe, model, configured_gpus(recipe.trainer))), None)
+    except UserError as error:
+        return str(error)
+    except SystemExit:  # the parser, which has printed why
+        before, found, after = said.getvalue().partition("error: ")
+        return (after if found else before).strip()
+    except Exception as error:
+        return one_line(error)  # None: `fit` meets it, and its log has the traceback

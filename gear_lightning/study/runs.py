@@ -1,0 +1,273 @@
+"""Runs to be compared: what their directories hold, and which of them form one arm."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..runs.metrics_file import read_columns
+from ..runs.records import FORMAT
+
+# What a curve can be drawn over: axis -> metric of `callbacks.throughput.Throughput`, counted since the start.
+AXES = {"iterations": None, "rollouts": "perf/rollouts", "tokens": "perf/sampled_tokens", "seconds": "perf/seconds"}
+TASK = (  # of the config: where these differ, a metric does not mean the same
+    "data.train_tasks", "data.val_tasks", "data.val_limit", "generation.environment", "generation.budgets",
+    "generation.success_threshold", "generation.val_sampling",
+)  # fmt: skip
+WATCHING = (  # of the config: has no part in what is learned
+    "ckpt_path", "weights_only", "recorder", "credit_map", "noise_floor.share", "noise_floor.weight_share",
+    "samples", "progress", "preemption", "watchdog", "checkpoint", "trainer.default_root_dir", "trainer.logger",
+    "trainer.enable_checkpointing", "trainer.enable_progress_bar", "trainer.enable_model_summary",
+    "trainer.log_every_n_steps",
+    "trainer.check_val_every_n_epoch", "trainer.val_check_interval", "first_evaluation", "data.eval_batch_size",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run directory as read. Two are the same where they are one object.
+
+    Attributes:
+        path: of the directory.
+        config: every option, by its dotted name.
+        columns: metric -> (optimizer steps, values), both [points], steps rising, values finite.
+        inner_epochs: optimizer steps of an iteration.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    columns: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    inner_epochs: int = 1
+
+    def curve(self, metric: str, over: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """A metric over an axis, where both are known.
+
+        Args:
+            metric: a column.
+            over: a key of `AXES`.
+
+        Returns:
+            Places [points], rising, and values [points]; None where the run has not logged the axis along two points.
+        """
+        steps, values = self.columns[metric]
+        counted = AXES[over]
+        if counted is None:
+            return steps / self.inner_epochs, values
+        if counted not in self.columns:
+            return None
+        at, total = self.columns[counted]
+        known = steps <= at[-1]
+        places = np.interp(steps[known], np.concatenate([[0], at]), np.concatenate([[0], total]))
+        rising = np.concatenate([[True], np.diff(places) > 0])
+        return (places[rising], values[known][rising]) if rising.sum() > 1 else None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in the seed alone, or that the user has put together.
+
+    Attributes:
+        name: for tables and figures.
+        runs: at least one.
+        differs: option -> its value here, for the options that tell the arms apart.
+        seeds: the seed of each run; runs of two arms with the same one are a pair.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+    differs: Mapping[str, str]
+    seeds: tuple[str, ...]
+
+    def by_seed(self) -> dict[str, list[Run]]:
+        """Runs of each seed, in the order of the runs."""
+        found: dict[str, list[Run]] = {}
+        for seed, run in zip(self.seeds, self.runs, strict=True):
+            found.setdefault(seed, []).append(run)
+        return found
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_run(path: Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        UserError: no run directory, files that cannot be read, or records of another format.
+    """
+    for name in ("config.yaml", "metrics.csv"):
+        if not (path / name).is_file():
+            raise UserError(f"{path}: no {name}; is this the run directory (trainer.default_root_dir) of a fit?")
+    _check_format(path)
+    config = _read_config(path / "config.yaml")
+    inner = config.get("data.inner_epochs", 1)
+    if not isinstance(inner, int) or inner < 1:
+        raise UserError(f"{path / 'config.yaml'}: data.inner_epochs={inner!r} is no number of epochs")
+    return Run(path, config, read_columns(path / "metrics.csv"), inner)
+
+
+def _check_format(path: Path) -> None:
+    newest = max((path / "rollouts").glob("iter_*.jsonl"), default=None)
+    if newest is None:
+        return
+    with newest.open("rb") as file:
+        line = file.readline()
+    try:
+        record = json.loads(line)
+        found = record.get("format") if isinstance(record, dict) else None
+    except (ValueError, RecursionError):
+        raise UserError(f"{newest}: its first line is no JSON object") from None
+    if found != FORMAT:
+        raise UserError(
+            f"{newest}: record format {found!r}, this version reads {FORMAT}: the run is of another version, and its "
+            "metrics may mean something else"
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise UserError(f"{path}: no config")
+        return dict(_flat(config))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+
+
+def _flat(config: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value
+
+
+# -- arms -------------------------------------------------------------------------------------------------------------
+
+
+def check_metric(runs: list[Run], metric: str) -> None:
+    """Look at whether all runs have a curve of a metric.
+
+    Raises:
+        UserError: one has not; lists the metrics that it has.
+    """
+    for run in runs:
+        points = len(run.columns[metric][0]) if metric in run.columns else 0
+        if points < 2:
+            there = sorted(name for name, (steps, _) in run.columns.items() if len(steps) > 1)
+            lack = f"one value of {metric} makes no curve" if points else f"no metric {metric}"
+            raise UserError(f"{run.path}: {lack}; there are {', '.join(there) or 'none with two values'}")
+
+
+def check_tasks(runs: list[Run]) -> None:
+    """Look at whether all runs are of the same tasks.
+
+    Raises:
+        UserError: two differ; names the option and both values.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        for key in sorted({*first.config, *run.config}):
+            ours, theirs = first.config.get(key), run.config.get(key)
+            if _below(key, TASK) and not is_seed(key) and ours != theirs:
+                raise UserError(
+                    f"these runs are of different tasks: {key} is {show(ours)} in {first.path} and {show(theirs)} in "
+                    f"{run.path}; --allow-different-tasks compares them all the same"
+                )
+
+
+def is_seed(key: str) -> bool:
+    """Whether an option is a seed. The seed of the validation tasks is not: it says which tasks they are."""
+    return key.rpartition(".")[2] in ("seed", "seed_everything") and not key.startswith("data.val_tasks.")
+
+
+def make_arms(runs: list[Run], groups: dict[Path, str]) -> list[Arm]:
+    """Put runs into arms: those of one label, and, of the rest, those whose configs differ in nothing but seeds and
+    what only watches a run.
+
+    Args:
+        runs: in order; the first one's arm comes first.
+        groups: label of the runs that have one, by path.
+
+    Returns:
+        The arms, named by what tells them apart.
+    """
+    varying = [key for key in _keys(runs) if not is_seed(key) and len({_at(run, key) for run in runs}) > 1]
+    told = [key for key in varying if _tells(runs, key, varying)]
+    seeds = [key for key in _keys(runs) if is_seed(key) and all(key in run.config for run in runs)]
+    seeds = [key for key in seeds if len({_at(run, key) for run in runs}) > 1]
+    members: dict[Any, list[Run]] = {}
+    for run in runs:
+        label = groups.get(run.path)
+        members.setdefault(label or tuple(_at(run, key) for key in varying), []).append(run)
+    arms = []
+    for key, mine in members.items():
+        differs = {option: " or ".join(dict.fromkeys(show(r.config.get(option)) for r in mine)) for option in told}
+        has = [option for option in told if any(option in run.config for run in mine)]
+        name = key if isinstance(key, str) else ", ".join(_short(told, option, differs[option]) for option in has)
+        arms.append(Arm(name or _credit(mine[0]), tuple(mine), differs, tuple(_seed(run, seeds) for run in mine)))
+    return [_numbered(arm, i, arms) for i, arm in enumerate(arms)]
+
+
+def show(value: Any) -> str:
+    """A value of a config, short: the name of a class without its package."""
+    text = "not set" if value is None else str(value) if not isinstance(value, float) else f"{value:g}"
+    package, dot, name = text.rpartition(".")
+    return name if dot and name.isidentifier() and all(part.isidentifier() for part in package.split(".")) else text
+
+
+def _below(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _keys(runs: list[Run]) -> list[str]:
+    return sorted({key for run in runs for key in run.config if not _below(key, WATCHING)})
+
+
+def _at(run: Run, key: str) -> str:
+    """As text, which can be compared and put into sets. An option that is missing is not one that is null."""
+    return repr(run.config[key]) if key in run.config else ""
+
+
+def _tells(runs: list[Run], key: str, varying: list[str]) -> bool:
+    """Whether an option is worth telling: not one that only comes with another class."""
+    if len({_at(run, key) for run in runs if key in run.config}) < 2:
+        return False
+    parent, inside, _ = key.rpartition(".init_args.")
+    kind = f"{parent}.class_path"
+    if not inside or kind not in varying:
+        return True
+    return len({(_at(run, kind), _at(run, key)) for run in runs}) > len({_at(run, kind) for run in runs})
+
+
+def _short(told: list[str], option: str, value: str) -> str:
+    """``model.credit.class_path``: the class; ``model.optimizer.init_args.lr``: lr=0.001."""
+    if option.endswith(".class_path"):
+        return value
+    names = [name for name in option.split(".") if name != "init_args"]
+    same = sum(other.rpartition(".")[2] == names[-1] for other in told) > 1
+    return f"{'.'.join(names[-2:] if same else names[-1:])}={value}"
+
+
+def _credit(run: Run) -> str:
+    return show(run.config.get("model.credit.class_path", "runs"))
+
+
+def _seed(run: Run, keys: list[str]) -> str:
+    """One number where all seeds that vary are the same, as with `slurm --seeds`."""
+    values = {_at(run, key) for key in keys}
+    return next(iter(values)) if len(values) == 1 else ", ".join(f"{key}={_at(run, key)}" for key in keys)
+
+
+def _numbered(arm: Arm, place: int, arms: list[Arm]) -> Arm:
+    """Two arms of one name: their options differ in what has no short name."""
+    if sum(other.name == arm.name for other in arms) == 1:
+        return arm
+    return Arm(f"{arm.name} ({place + 1})", arm.runs, arm.differs, arm.seeds)

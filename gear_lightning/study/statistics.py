@@ -1,0 +1,343 @@
+"""Statistics of runs: pure functions on NumPy arrays (extra: ``study``).
+
+Scores are float arrays of shape [strata, seeds]: a stratum is a task or a setting, and the seeds are independent runs
+of it. Intervals of a level are percentile bootstraps: with fewer than about ten seeds they are too narrow. Intervals of
+paired differences are Student's, those of a ratio of two of them Fieller's. All resampling is seeded, so that a number
+in a report can be made again.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ..errors import UserError
+
+Statistic = Callable[[np.ndarray], np.ndarray]  # [resamples, strata, seeds, ...] -> [resamples, ...]
+
+
+def interquartile_mean(scores: np.ndarray) -> float:
+    """Mean of the middle half of all scores, whatever their shape; robust to single collapsed runs.
+
+    A quarter of the scores, rounded down, is cut off at each end; below four scores it is the mean.
+    Source: Agarwal et al. 2021 (arXiv 2108.13264).
+
+    Raises:
+        UserError: no scores, or scores that are not finite.
+    """
+    from scipy.stats import trim_mean
+
+    return float(trim_mean(_finite(scores).ravel(), 0.25))
+
+
+def mean_statistic(resampled: np.ndarray) -> np.ndarray:
+    """Mean over strata and seeds, for `bootstrap_interval`."""
+    return resampled.mean((1, 2))
+
+
+def iqm_statistic(resampled: np.ndarray) -> np.ndarray:
+    """Interquartile mean over strata and seeds together, for `bootstrap_interval`."""
+    from scipy.stats import trim_mean
+
+    return trim_mean(resampled.reshape(len(resampled), -1, *resampled.shape[3:]), 0.25, axis=1)
+
+
+def bootstrap_interval(
+    scores: np.ndarray,
+    statistic: Statistic = mean_statistic,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    together: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile interval of a statistic by the stratified bootstrap: seeds are drawn anew within each stratum.
+
+    Source: Efron and Tibshirani 1993; stratified as in Agarwal et al. 2021 (arXiv 2108.13264).
+
+    Args:
+        scores: [strata, seeds, ...]; further axes (points of a curve) are kept together in every draw.
+        statistic: of resampled scores [resamples, strata, seeds, ...] -> [resamples, ...].
+        level: coverage, between 0 and 1.
+        resamples: number of draws.
+        seed: of the draws.
+        together: draw the same seeds in all strata: for strata whose seeds are the same (a seed's run at each learning
+            rate), which are no independent runs.
+
+    Returns:
+        Low and high end, of the shape of the further axes.
+
+    Raises:
+        UserError: fewer than two seeds, scores that are not finite, or a level outside (0, 1).
+    """
+    scores = _finite(scores)
+    if not 0 < level < 1:
+        raise UserError(f"level={level} must lie between 0 and 1")
+    if scores.ndim < 2 or scores.shape[1] < 2:
+        raise UserError(f"an interval needs scores [strata, seeds] of at least 2 seeds, got shape {list(scores.shape)}")
+    strata, seeds = scores.shape[:2]
+    drawn = np.random.default_rng(seed).integers(0, seeds, (resamples, 1 if together else strata, seeds))
+    found = statistic(scores[np.arange(strata)[None, :, None], drawn])
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return low, high
+
+
+@dataclass(frozen=True)
+class SignTest:
+    """Outcome of `sign_test`: how many differences were above, below and at zero, and the two-sided p."""
+
+    wins: int
+    losses: int
+    ties: int
+    p: float
+
+
+def sign_test(differences: np.ndarray) -> SignTest:
+    """Exact two-sided sign test of paired differences against a median of zero. Ties are dropped, and counted.
+
+    With n pairs without ties the smallest p is 2 / 2^n: 5 pairs cannot reach 0.05. Source: Dixon and Mood 1946.
+
+    Raises:
+        UserError: differences that are not finite.
+    """
+    from scipy.stats import binomtest
+
+    differences = _finite(differences).ravel()
+    wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
+    p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    return SignTest(wins, losses, len(differences) - wins - losses, p)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Outcome of `paired_difference`; there is no interval where there is one pair."""
+
+    mean: float
+    interval: tuple[float, float] | None
+    pairs: int
+    test: SignTest
+
+
+def paired_difference(ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.95) -> PairedDifference:
+    """Mean of ``ours - theirs`` over pairs (same seed, same tasks), its interval and the sign test.
+
+    The interval is Student's, mean ± t(pairs - 1) s / sqrt(pairs): a bootstrap of five pairs covers 83 % where it says
+    95 %. Source: Student 1908.
+
+    Args:
+        ours: [pairs].
+        theirs: [pairs], in the same order.
+        level: coverage of the interval, between 0 and 1.
+
+    Raises:
+        UserError: arrays of other lengths, no pairs, scores that are not finite, or a level outside (0, 1).
+    """
+    from scipy.stats import sem, t
+
+    ours, theirs = _pairs(ours, theirs, level)
+    gaps = ours - theirs
+    mean, interval = float(gaps.mean()), None
+    if len(gaps) > 1:
+        half = float(t.ppf((1 + level) / 2, len(gaps) - 1) * sem(gaps))
+        interval = mean - half, mean + half
+    return PairedDifference(mean, interval, len(gaps), sign_test(gaps))
+
+
+@dataclass(frozen=True)
+class RatioOfMeans:
+    """Outcome of `ratio_of_means`; there is no interval where there is one pair, or where it has no bounds."""
+
+    ratio: float
+    interval: tuple[float, float] | None
+
+
+def ratio_of_means(ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.95) -> RatioOfMeans:
+    """Mean of ``ours`` over mean of ``theirs``, both of the same pairs, and Fieller's interval.
+
+    The interval holds the ratios r at which Student's test does not tell the mean of ``ours - r theirs`` from 0. It has
+    bounds where the same test tells the mean of ``theirs`` from 0, and is not symmetric about the ratio.
+    Source: Fieller 1954.
+
+    Args:
+        ours: [pairs].
+        theirs: [pairs], in the same order.
+        level: coverage of the interval, between 0 and 1.
+
+    Raises:
+        UserError: arrays of other lengths, no pairs, scores that are not finite, a mean of ``theirs`` of 0, or a level
+            outside (0, 1).
+    """
+    from scipy.stats import t
+
+    ours, theirs = _pairs(ours, theirs, level)
+    top, bottom, n = float(ours.mean()), float(theirs.mean()), len(ours)
+    if bottom == 0:
+        raise UserError("a ratio to a mean of 0 is none")
+    if n < 2:
+        return RatioOfMeans(top / bottom, None)
+    # of the means: q^2 var(top), q^2 cov, q^2 var(bottom); the ends are the roots of
+    # (bottom^2 - w) r^2 - 2 (top bottom - v) r + (top^2 - u)
+    q = float(t.ppf((1 + level) / 2, n - 1))
+    (u, v), (_, w) = q**2 * np.cov(ours, theirs) / n
+    a, b, c = bottom**2 - w, top * bottom - v, top**2 - u
+    if a <= 0:
+        return RatioOfMeans(top / bottom, None)
+    root = float(np.sqrt(max(b**2 - a * c, 0.0)))
+    return RatioOfMeans(top / bottom, (float((b - root) / a), float((b + root) / a)))
+
+
+def _pairs(ours: np.ndarray, theirs: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Two lists of one length, as floats.
+
+    Raises:
+        UserError: they are not, or the level of an interval is outside (0, 1).
+    """
+    ours, theirs = _finite(ours), _finite(theirs)
+    if ours.ndim != 1 or ours.shape != theirs.shape:
+        raise UserError(f"pairs are two lists of one length, got shapes {list(ours.shape)} and {list(theirs.shape)}")
+    if not 0 < level < 1:
+        raise UserError(f"level={level} must lie between 0 and 1")
+    return ours, theirs
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """p values adjusted for their number, in the given order: the i-th smallest of n is multiplied by n - i (i from 0),
+    made no smaller than the one before it, and capped at 1. Source: Holm 1979.
+
+    Raises:
+        UserError: values outside [0, 1].
+    """
+    p = _finite(p) if np.size(p) else np.zeros(0)
+    if p.ndim != 1 or ((p < 0) | (p > 1)).any():
+        raise UserError("p values are a list of numbers between 0 and 1")
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted
+
+
+def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Probability that a run of ours scores above one of theirs, ties counted half; mean over strata.
+
+    The Mann-Whitney statistic over the number of pairs, so 0.5 where nothing differs.
+    Source: Agarwal et al. 2021 (arXiv 2108.13264), section 4.
+
+    Args:
+        ours: [strata, seeds].
+        theirs: [strata, other seeds].
+
+    Raises:
+        UserError: arrays of other numbers of strata, or scores that are not finite.
+    """
+    from scipy.stats import mannwhitneyu
+
+    ours, theirs = _finite(ours), _finite(theirs)
+    if ours.ndim != 2 or theirs.ndim != 2 or len(ours) != len(theirs):
+        raise UserError(f"scores are [strata, seeds], got shapes {list(ours.shape)} and {list(theirs.shape)}")
+    above = mannwhitneyu(ours, theirs, axis=1, method="asymptotic").statistic
+    return float(np.mean(above / (ours.shape[1] * theirs.shape[1])))
+
+
+def collapse_rate(curves: np.ndarray, fraction: float = 0.5, *, at: Literal["last", "any"] = "last") -> float:
+    """Share of runs that lost most of what they had.
+
+    Args:
+        curves: [runs, points] of a score that is not negative and better when higher.
+        fraction: a run has collapsed where it is below this fraction of its best value so far.
+        at: ``last``: judged at its last point; ``any``: at any point, so that a run that recovered counts, too.
+
+    Raises:
+        UserError: curves that are not finite, or a fraction outside [0, 1].
+    """
+    curves = _finite(curves)
+    if curves.ndim != 2 or not 0 <= fraction <= 1:
+        raise UserError(f"curves are [runs, points] and fraction={fraction} lies between 0 and 1")
+    fallen = curves < fraction * np.maximum.accumulate(curves, axis=1)
+    return float((fallen[:, -1] if at == "last" else fallen.any(1)).mean())
+
+
+def on_grid(x: np.ndarray, y: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """A curve at other places, by linear interpolation between its points.
+
+    Args:
+        x: [points], rising.
+        y: [points].
+        grid: [places], between the first and the last ``x``.
+
+    Returns:
+        [places].
+
+    Raises:
+        UserError: no rising ``x``, or a place outside the curve: nothing is extrapolated.
+    """
+    x, y, grid = _finite(x), _finite(y), _finite(grid)
+    if x.ndim != 1 or x.shape != y.shape or (np.diff(x) <= 0).any():
+        raise UserError("a curve is two lists of one length, x rising")
+    slack = 1e-9 * max(abs(x[0]), abs(x[-1]))
+    if grid.min() < x[0] - slack or grid.max() > x[-1] + slack:
+        raise UserError(f"the curve runs from {x[0]:g} to {x[-1]:g}, not from {grid.min():g} to {grid.max():g}")
+    return np.interp(grid, x, y)
+
+
+def mean_over_curve(x: np.ndarray, y: np.ndarray, low: float | None = None, high: float | None = None) -> float:
+    """Mean height of a curve between two places: its area by the trapezoid rule over their distance. In y's unit.
+
+    Args:
+        x: [points], rising.
+        y: [points].
+        low: where the stretch begins. None: the first x.
+        high: where it ends. None: the last x.
+
+    Raises:
+        UserError: as `on_grid`, or an empty stretch.
+    """
+    low, high = float(x[0]) if low is None else low, float(x[-1]) if high is None else high
+    if not low < high:
+        raise UserError(f"a stretch from {low:g} to {high:g} is empty")
+    x = np.asarray(x, dtype=float)
+    places = np.concatenate([[low], x[(x > low) & (x < high)], [high]])
+    return float(np.trapezoid(on_grid(x, y, places), places) / (high - low))
+
+
+def first_reach(x: np.ndarray, y: np.ndarray, threshold: float, *, stay: bool = False) -> float:
+    """The first measured place where a curve is at or above a threshold; infinity where it never is.
+
+    Nothing is interpolated: a run has reached a value where it was measured.
+
+    Args:
+        x: [points], rising.
+        y: [points].
+        threshold: in y's unit.
+        stay: the first place from which on it is never below again, instead of the first place at all.
+    """
+    reached = _finite(y) >= threshold
+    if stay:
+        reached = np.logical_and.accumulate(reached[::-1])[::-1]
+    return float(x[int(reached.argmax())]) if reached.any() else float("inf")
+
+
+def lower_median(values: Iterable[float]) -> float:
+    """The lower of the two middle values, so that it is one that was measured; infinity counts as a value.
+
+    Raises:
+        UserError: no values.
+    """
+    ordered = sorted(values)
+    if not ordered:
+        raise UserError("there are no values")
+    return float(ordered[(len(ordered) - 1) // 2])
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """As floats.
+
+    Raises:
+        UserError: none, or one that is not finite.
+    """
+    values = np.asarray(values, dtype=float)
+    if not values.size:
+        raise UserError("there are no scores")
+    if not np.isfinite(values).all():
+        raise UserError("a score is not a finite number")
+    return values
