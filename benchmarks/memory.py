@@ -3,9 +3,9 @@
     python benchmarks/memory.py                                      # all cases; writes benchmarks/results/memory.json
     python benchmarks/memory.py --case pieces --vocabulary 32768 --tokens 1024   # one case, in this process
 
-Sides: ``pieces`` (`gear_lightning.learning.token_stats`) and ``whole`` (below) score every token of the policy, with entropy and
-top-k, and go backward; ``teacher`` is ``pieces`` without gradients. The model is one small layer, so that the logits
-are what is seen; float32, temperature 0.7, 4 rows. Every case is a process of its own.
+Sides: ``pieces`` (`gear_lightning.learning.token_stats`) and ``whole`` (below) score every token of the policy, with
+entropy and top-k, and go backward; ``teacher`` is ``pieces`` without gradients. The model is one small layer, so that
+the logits are what is seen; float32, temperature 0.7, 4 rows. Every case is a process of its own.
 
 The peak is that of live tensor bytes above the model's weights; gradients of the weights are part of it. With CUDA it
 is what the allocator counts. On a CPU every tensor that an operator makes is counted until it is freed: exact, unlike

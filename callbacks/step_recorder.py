@@ -16,8 +16,8 @@ from gear_lightning.runs.step_records import Step, is_teacher, sample, write_ste
 
 class StepRecorder(L.Callback):
     """Records the gradient of every optimizer step, as it is before clipping, and the trained and the teacher's weights
-    after it, under ``RUN/steps`` (layout: `gear_lightning.runs.step_records`). `gear-lightning parity` adds it to its runs.
-    Only watches.
+    after it, under ``RUN/steps`` (layout: `gear_lightning.runs.step_records`). `gear-lightning parity` adds it to its
+    runs. Only watches.
 
     Args:
         elements: of each tensor, at most so many values are kept, evenly spread. Norms are those of whole tensors.

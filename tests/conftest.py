@@ -5,10 +5,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pace
+import deadlines
 import pytest
-from disks import small_disk
+from checkout import ROOT
 from quick_start import QuickStart
+from small_disks import small_disk
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,11 +17,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 def pytest_configure(config: pytest.Config) -> None:
     if not config.option.collectonly:
-        pace.measure()
+        deadlines.measure()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"deadlines are {pace.factor():.1f} times those of a machine of the usual speed"
+    return f"deadlines are {deadlines.factor():.1f} times those of a machine of the usual speed"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -30,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         mark = item.get_closest_marker("timeout")
         limit = mark.args[0] if mark else config.getoption("timeout")
         if limit:
-            item.add_marker(pytest.mark.timeout(pace.seconds(limit)), append=False)
+            item.add_marker(pytest.mark.timeout(deadlines.seconds(limit)), append=False)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,7 @@ def starts_quickly(quick: QuickStart, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def repository() -> Path:
     """The root of the checkout."""
-    return Path(__file__).resolve().parent.parent
+    return ROOT
 
 
 @pytest.fixture

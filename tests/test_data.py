@@ -5,7 +5,7 @@ from collections import Counter
 import lightning as L
 import pytest
 import torch
-from tiny import data, generation, module, trainer
+from tiny_runs import data, generation, module, trainer
 
 from gear_lightning.data import RolloutDataModule, RolloutGenerator
 from gear_lightning.environments.base import Task, TaskSource

@@ -4,7 +4,7 @@ import ast
 import re
 from pathlib import Path
 
-import pace
+import deadlines
 import pytest
 
 TESTS = Path(__file__).parent
@@ -134,7 +134,7 @@ def test_no_test_depends_on_how_fast_the_machine_is():
         if name != "pace.py"
         for fault in faults(path.read_text(), clock=name in READERS)
     ]
-    assert not found, "use pace.until, pace.seconds or pace.cheap:\n" + "\n".join(found)
+    assert not found, "use deadlines.until, deadlines.seconds or deadlines.cheap:\n" + "\n".join(found)
     assert READERS.keys() <= files().keys()
 
 
@@ -168,31 +168,31 @@ def test_the_law_sees_what_it_is_for(line):
 
 
 def test_deadlines_follow_the_pace(monkeypatch):
-    monkeypatch.setenv(pace.FACTOR, "2.5")
-    assert pace.seconds(4) == 10
-    monkeypatch.delenv(pace.FACTOR)
-    assert pace.seconds(4) == 4, "in a process that nobody has told"
-    assert pace.measure() >= 1
-    first = pace.factor()
-    monkeypatch.setattr(pace.subprocess, "run", None)
-    assert pace.measure() == first, "once for each run of pytest"
+    monkeypatch.setenv(deadlines.FACTOR, "2.5")
+    assert deadlines.seconds(4) == 10
+    monkeypatch.delenv(deadlines.FACTOR)
+    assert deadlines.seconds(4) == 4, "in a process that nobody has told"
+    assert deadlines.measure() >= 1
+    first = deadlines.factor()
+    monkeypatch.setattr(deadlines.subprocess, "run", None)
+    assert deadlines.measure() == first, "once for each run of pytest"
     with pytest.raises(AssertionError, match="not within 0 s: the end"):
-        pace.until(lambda: False, "the end", limit=0.001 / first)
+        deadlines.until(lambda: False, "the end", limit=0.001 / first)
 
 
 def test_every_test_has_a_deadline_that_follows_the_pace(request):
     mark = request.node.get_closest_marker("timeout")
-    assert mark.args[0] == pytest.approx(pace.seconds(request.config.getoption("timeout")))
+    assert mark.args[0] == pytest.approx(deadlines.seconds(request.config.getoption("timeout")))
 
 
 def test_processor_time_is_what_is_cheap():
-    with pace.cheap(50):
+    with deadlines.cheap(50):
         pass
     with pytest.raises(AssertionError, match="units of work, and 1 are allowed"):
         _measure_twice()
 
 
 def _measure_twice() -> None:
-    with pace.cheap(1):
-        pace._unit.__wrapped__()
-        pace._unit.__wrapped__()
+    with deadlines.cheap(1):
+        deadlines._unit.__wrapped__()
+        deadlines._unit.__wrapped__()

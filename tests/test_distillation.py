@@ -9,10 +9,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from every_rule import Sharp, Talk, TalkTasks, random_rows, untrained, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import Sharp, Talk, TalkTasks, random_rows, untrained, watched
-from tiny import AnyCall, data, generation, module, trainer
+from tiny_runs import AnyCall, data, generation, module, trainer
 from torch import Tensor
 from torch.testing import assert_close
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maths import evidence, some_rollouts
+from reference_maths import evidence, some_rollouts
 from torch import Tensor
 from torch.testing import assert_close
 

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from every_rule import watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import watched
 from test_loss import count, off_sampler, random_step, row
-from tiny import data, module
+from tiny_runs import data, module
 from torch import Tensor
 from torch.testing import assert_close
 

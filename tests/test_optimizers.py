@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from checkout import ROOT
 from test_configs import CONFIGS, QUICKSTART, RECIPES, Built, arguments, printed
-from tiny import data, generation, source, trainer
+from tiny_runs import data, generation, source, trainer
 
 from gear_lightning.errors import UserError
 from gear_lightning.module import GearModule, adamw
@@ -198,7 +199,7 @@ def test_a_checkpoint_with_eight_bit_averages_is_plain_tensors(tmp_path, eight_b
     blocked = "import sys; sys.modules['torchao'] = None\n"
     code = f"{blocked}from gear_lightning.__main__ import main; main()"
     command = [sys.executable, "-c", code, "export", str(tmp_path / "one.ckpt"), str(tmp_path / "model")]
-    root = Path(__file__).resolve().parent.parent
+    root = ROOT
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model" / "model.safetensors").exists()

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from pace import seconds
-from scripted import CHAT, Scripted, answered
-from tiny import AnyCall, data, generation, module, trainer
+from deadlines import seconds
+from scripted_policy import CHAT, Scripted, answered
+from tiny_runs import AnyCall, data, generation, module, trainer
 
 from gear_lightning.advantage import GiGPO
 from gear_lightning.callbacks.health import Health

@@ -4,9 +4,9 @@ import copy
 import json
 
 import pytest
-from laws import watched
+from every_rule import watched
 from test_sampling_match import policy, talking, tasks
-from tiny import generation, trainer
+from tiny_runs import generation, trainer
 
 from gear_lightning.advantage import TurnGRPO
 from gear_lightning.callbacks.generation import _penalise

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from laws import Sharp, random_rows, untrained
+from every_rule import Sharp, random_rows, untrained
 from torch.testing import assert_close
 
 from gear_lightning.batch import RolloutBatch, collate

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # what a test cannot do: call itself, install into its own environment, reach a hub
 LEFT_OUT = ("make test", "make smollm2", "pip install", "gear-lightning template Qwen", "fit --config my_recipe.yaml")
 SHORTER = {
@@ -79,7 +79,7 @@ def test_the_memory_table_is_what_doctor_says(monkeypatch):
 def test_the_metrics_that_the_readme_explains_are_logged(tmp_path):
     import csv
 
-    from tiny import data, generation, module, trainer
+    from tiny_runs import data, generation, module, trainer
 
     from gear_lightning.callbacks.noise_floor import NoiseFloor
     from gear_lightning.credit import GEAR

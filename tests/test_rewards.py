@@ -5,7 +5,7 @@ from decimal import Decimal
 
 import pytest
 import torch
-from scripted import answered
+from scripted_policy import answered
 
 from gear_lightning.environments.base import Message, RewardError, Task, tool_call, tool_result
 from gear_lightning.environments.calculator import Calculator

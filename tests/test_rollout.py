@@ -6,9 +6,9 @@ import time
 
 import pytest
 import torch
-from pace import seconds
-from scripted import CHAT, Scripted
-from tiny import source
+from deadlines import seconds
+from scripted_policy import CHAT, Scripted
+from tiny_runs import source
 
 from gear_lightning.environments.base import Environment, Step, Task, tool_call, tool_result
 from gear_lightning.environments.lookup_chain import TOOLS, LookupChain, LookupChainTasks

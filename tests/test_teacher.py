@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from laws import Sharp, Talk, TalkTasks, random_rows, untrained, watched
-from tiny import data, generation, module, source
+from every_rule import Sharp, Talk, TalkTasks, random_rows, untrained, watched
+from tiny_runs import data, generation, module, source
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gear_lightning.batch import collate

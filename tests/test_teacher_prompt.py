@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_templates import CHATML, HERMES, byte_tokenizer
+from every_rule import Sharp, Talk, TalkTasks, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import Sharp, Talk, TalkTasks, watched
-from templates import CHATML, HERMES, byte_tokenizer
-from tiny import data, generation, source
+from tiny_runs import data, generation, source
 
 from gear_lightning.credit import Uniform
 from gear_lightning.distillation import OPSD

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import data, generation, module, trainer
+from tiny_runs import data, generation, module, trainer
 
 from gear_lightning.credit import GEAR, Uniform
 from gear_lightning.errors import UserError
@@ -224,7 +224,7 @@ def same_totals(one: Path, other: Path):
     ],
 )
 def test_resuming_with_other_options_says_which(tmp_path, changed, message):
-    from tiny import source as policy
+    from tiny_runs import source as policy
 
     from gear_lightning.module import GearModule
     from gear_lightning.teacher import TeacherOptions

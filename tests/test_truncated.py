@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from laws import Sharp
+from every_rule import Sharp
 from test_data import Told
 from test_data import iteration as one_iteration
-from tiny import AnyCall, data, generation, trainer
+from tiny_runs import AnyCall, data, generation, trainer
 
 from gear_lightning.advantage import GRPO, DrGRPO, LeaveOneOut, TurnGRPO
 from gear_lightning.callbacks.run_status import RunStatus

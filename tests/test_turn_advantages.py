@@ -8,13 +8,13 @@ from functools import partial
 
 import pytest
 import torch
+from every_rule import Talk, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import Talk, watched
-from scripted import answered
+from scripted_policy import answered
 from test_data import Finite, Told
 from test_sampling_match import policy, talking, tasks
-from tiny import trainer
+from tiny_runs import trainer
 from torch.testing import assert_close
 
 from gear_lightning.advantage import GRPO, MTGRPO, DrGRPO, GiGPO, GroupAdvantage, LeaveOneOut, TurnGRPO

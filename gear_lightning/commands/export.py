@@ -29,7 +29,8 @@ class ExportOptions:
         dtype: of the weights. ``auto``: as the checkpoint holds them; float32 where adapters are merged, for a sum
             rounded to bfloat16 would lose most of a small change.
         shard_size: largest file of weights, e.g. ``5GB``. None: what transformers takes (50 GB).
-        card: write a model card, ``README.md``: recipe, data, code version, metrics (see `gear_lightning.export.model_card`).
+        card: write a model card, ``README.md``: recipe, data, code version, metrics (see
+            `gear_lightning.export.model_card`).
         license: named on the card, e.g. ``apache-2.0``. None: the card names none.
         base: directory or hub id of the model that adapters were trained on, if it has moved since. It must have the
             same weights.

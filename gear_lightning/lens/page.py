@@ -1,7 +1,7 @@
 """Where credit went, token by token: one self-contained HTML page of a run, and a terminal print of one rollout.
 
-Both show what `gear_lightning.runs.records` holds and compute nothing but counts. Everything a model wrote is data here: the
-page carries it as JSON and turns it into text nodes, the print has its control characters made visible.
+Both show what `gear_lightning.runs.records` holds and compute nothing but counts. Everything a model wrote is data
+here: the page carries it as JSON and turns it into text nodes, the print has its control characters made visible.
 """
 
 import argparse

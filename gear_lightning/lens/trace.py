@@ -30,8 +30,8 @@ class Trace:
         tokens: T ids; empty without a row.
         sections: runs (turn, start, end) that cover all T tokens in order; turn -1 is prompt or observation.
         segments: runs (anchor, start, end) of the tokens that share an anchor, in order.
-        columns: N values each, under the names of `gear_lightning.runs.records.TENSOR_KEYS`; those of the teacher are left
-            out where they are zeros (no teacher ran).
+        columns: N values each, under the names of `gear_lightning.runs.records.TENSOR_KEYS`; those of the teacher
+            are left out where they are zeros (no teacher ran).
         decisions: runs (1 for right or -1 for wrong, start, end) of the tokens that the environment judged, none
             across turns.
         solved: solved rollouts of the group; None without a row.

@@ -9,8 +9,8 @@ to the teacher's width and moved to the teacher's positions, whatever divergence
 It is what rounding makes out of nothing. For ``k1`` that is also the error of a real divergence; the unsigned
 divergences are curved, so that the same rounding moves one that is already large by more.
 
-Credit rules take its 99th percentile as a constant (`gear_lightning.credit.RoundingNoise`); `gear_lightning.probes.rounding`
-measures it for a run.
+Credit rules take its 99th percentile as a constant (`gear_lightning.credit.RoundingNoise`);
+`gear_lightning.probes.rounding` measures it for a run.
 """
 
 import json

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from distributed.group import Group
+from rank_group import Group
 
 SLOW_STARTS = ("test_kill", "test_watchdog")  # they signal groups of processes
 

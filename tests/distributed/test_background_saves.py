@@ -2,12 +2,12 @@
 
 import os
 
-from distributed.test_preemption import strike
-from nursery import play, said
+from quickstart_runs import strike
+from restart_runs import play, said
 
 from gear_lightning.runs.checkpoints import damage, known_checkpoints, newest_complete
 
-HELD = ("--trainer.callbacks+=strike.HeldDisk",)
+HELD = ("--trainer.callbacks+=send_signal_at.HeldDisk",)
 
 
 def names(run) -> list[str]:

@@ -1,67 +1,11 @@
 """Two processes on CPU (gloo) do what one process does, through the command line."""
 
-import csv
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from pace import seconds
-
-from gear_lightning.parity.steps import compare_steps
-from gear_lightning.runs.step_records import RECORDER
-
-DEADLINE = seconds(300)
-
-
-def command_line(run: Path, *options: str) -> tuple[list[str], dict[str, str]]:
-    """A short, untrained version of the quickstart: command and environment."""
-    command = [sys.executable, "-m", "gear_lightning", "fit", "--config", "configs/quickstart.yaml"]
-    command += [
-        "--warm_start=null", "--trainer.default_root_dir", str(run), "--trainer.check_val_every_n_epoch", "2",
-        "--model.policy.hidden_size", "32", "--model.policy.layers", "2", "--model.optimizer.lr", "0.01",
-        "--data.tasks_per_iteration", "2", "--data.group_size", "4", "--data.micro_batch_size", "2",
-        "--data.val_limit", "6", "--data.eval_batch_size", "6", "--generation.environment", "tiny.AnyCall",
-        "--trainer.max_epochs", "4", "--checkpoint.save_top_k", "-1", *options,
-    ]  # fmt: skip
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-    }
-    return command, environment
-
-
-RECORD = f"--trainer.callbacks+={RECORDER}"
-
-
-def assert_same_steps(one: Path, other: Path, steps: int) -> None:
-    """Two runs took the same optimizer steps but for rounding; weights cannot tell it: Adam makes whole steps of it."""
-    found = compare_steps(one, other)
-    assert not found.faults, found
-    assert 0 < found.steps <= steps
-
-
-def launch(run: Path, *options: str, repository: Path) -> None:
-    command, environment = command_line(run, RECORD, *options)
-    done = subprocess.run(
-        command, cwd=repository, env=environment, timeout=DEADLINE, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    timing = ("time/", "perf/rollout_", "perf/update_", "perf/padding", "perf/seconds")
-    with (run / "metrics.csv").open() as file:
-        return [{k: float(v) for k, v in row.items() if v and not k.startswith(timing)} for row in csv.DictReader(file)]
-
-
-def checkpoint(run: Path, name: str = "last") -> dict:
-    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+from quickstart_runs import DEADLINE, assert_same_steps, checkpoint, command_line, launch, metrics
 
 
 @pytest.fixture(scope="module")

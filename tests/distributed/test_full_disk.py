@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from disks import small_disk
-from distributed.test_ddp import DEADLINE, checkpoint, command_line
+from quickstart_runs import DEADLINE, checkpoint, command_line
+from small_disks import small_disk
 
 from gear_lightning.runs.checkpoints import damage, newest_complete
 from gear_lightning.runs.records import ledger

@@ -7,10 +7,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from distributed.group import make_strategy
-from distributed.pieces import Chatter, Opinions
-from laws import TalkTasks
+from distributed_runs import Chatter, Opinions
+from every_rule import TalkTasks
 from lightning.pytorch.cli import ReduceLROnPlateau
+from rank_group import make_strategy
 
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.callbacks.generation import GenerationCallback

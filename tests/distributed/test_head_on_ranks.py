@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.short import train
+from short_runs import train
 
 
 def low(run: Path, name: str, precision: str, head: str | None) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import subprocess
 import time
 
 import pytest
-from distributed.test_ddp import DEADLINE, RECORD, assert_same_steps, checkpoint, command_line, metrics
-from pace import until
+from deadlines import until
+from quickstart_runs import DEADLINE, RECORD, assert_same_steps, checkpoint, command_line, metrics
 
 from gear_lightning.runs.records import read_records
 

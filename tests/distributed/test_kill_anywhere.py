@@ -4,32 +4,15 @@ import random
 from pathlib import Path
 
 import pytest
-from distributed.test_ddp import RECORD, assert_same_steps, checkpoint, command_line, metrics
-from nursery import play, said
-from strike import PLACES
+from quickstart_runs import ITERATIONS, assert_same_steps, checkpoint, lives, metrics
+from restart_runs import play, said
+from send_signal_at import PLACES
 
 from gear_lightning.runs.records import read_records
 
-ITERATIONS = 20
 # how often a place is reached within some iterations, to draw from
 OFTEN = {"rollout": 12, "tool call": 20, "teacher pass": 6, "update": 6, "update end": 6}
 OF_RANK_ZERO = ("checkpoint write", "checkpoint written", "metrics write")
-
-
-def lives(run: Path, strikes: list[tuple[str, int, str, int]], processes: int, *options: str) -> list[list[list[str]]]:
-    """Commands of one life per strike, and one that nothing befalls."""
-    command, _ = command_line(
-        run, RECORD, "--ckpt_path", "last", "--trainer.max_epochs", str(ITERATIONS), "--generation.environment",
-        "strike.Struck", "--trainer.devices", str(processes), *options,
-    )  # fmt: skip
-    arguments = [command[3:]] * processes
-    made = []
-    for number, (place, count, signal, rank) in enumerate(strikes):
-        strike = ["--trainer.callbacks+=strike.Strike", "--trainer.callbacks.place", place]
-        strike += ["--trainer.callbacks.count", str(count), "--trainer.callbacks.number", signal]
-        strike += ["--trainer.callbacks.rank", str(rank), "--trainer.callbacks.name", f"struck-{number}"]
-        made.append([[*one, *strike] for one in arguments])
-    return [*made, arguments]
 
 
 def ledger(run: Path) -> list[tuple[int, int, int, str, str]]:

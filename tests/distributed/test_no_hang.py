@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.pieces import Chatter
-from distributed.short import train
+from distributed_runs import Chatter
+from short_runs import train
 
 from gear_lightning.errors import UserError
 from gear_lightning.generation.engines import CachedEngine, Sampling

@@ -7,9 +7,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from distributed.group import make_strategy
-from distributed.pieces import Opinions
-from distributed.short import train
+from distributed_runs import Opinions
+from rank_group import make_strategy
+from short_runs import train
 from torch import nn
 
 from gear_lightning.distributed.sharding import full

@@ -4,21 +4,13 @@ import json
 import os
 import re
 import stat
-from pathlib import Path
 
 import pytest
-from distributed.test_ddp import metrics
-from distributed.test_kill_anywhere import lives
-from nursery import play, said
+from quickstart_runs import metrics, strike
+from restart_runs import play, said
 
 from gear_lightning.commands.status import status_of
 from gear_lightning.runs.checkpoints import newest_complete
-
-SHORT = ("--trainer.max_epochs", "3")
-
-
-def strike(run: Path, place: str, count: int, number: str, *options: str, processes: int = 1, rank: int = 0) -> list:
-    return lives(run, [(place, count, number, rank)], processes, *SHORT, *options)
 
 
 def test_a_stop_among_the_last_evaluation_is_made_up_for(tmp_path):
@@ -53,7 +45,7 @@ def test_a_stop_leaves_one_checkpoint_of_its_own_and_the_next_ones_replace_it(tm
 def test_a_stop_that_took_long_leaves_no_crash_report(tmp_path):
     """One is written in case that the process is killed while it waits."""
     run = tmp_path / "run"
-    life, _ = strike(run, "tool call", 2, "SIGTERM", "--generation.environment", "strike.Slow")
+    life, _ = strike(run, "tool call", 2, "SIGTERM", "--generation.environment", "send_signal_at.Slow")
     assert play(tmp_path / "lives", [life]) == [[75]]
     assert not list((run / "crash").glob("*")), "a stop is no crash"
 
@@ -106,10 +98,12 @@ def test_a_run_without_checkpoints_says_that_nothing_was_saved(tmp_path):
 
 
 def test_the_second_ctrl_c_stops_at_once(tmp_path):
-    options = ["--trainer.callbacks+=strike.Strike", "--trainer.callbacks.place", "tool call"]
+    options = ["--trainer.callbacks+=send_signal_at.Strike", "--trainer.callbacks.place", "tool call"]
     options += ["--trainer.callbacks.count", "3", "--trainer.callbacks.number", "SIGINT"]
     options += ["--trainer.callbacks.name", "again"]
-    life, _ = strike(tmp_path / "run", "tool call", 2, "SIGINT", *options, "--generation.environment", "strike.Deaf")
+    life, _ = strike(
+        tmp_path / "run", "tool call", 2, "SIGINT", *options, "--generation.environment", "send_signal_at.Deaf"
+    )
     assert play(tmp_path / "lives", [life]) == [[130]]
     assert "Ctrl-C again to stop at once" in said(tmp_path / "lives", 0)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.group import Group, connect
+from rank_group import Group, connect
 from torch.distributed.tensor import DTensor
 
 from gear_lightning.distributed.sharding import (

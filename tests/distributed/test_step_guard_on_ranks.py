@@ -8,8 +8,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from distributed.pieces import Chatter
-from distributed.short import train
+from distributed_runs import Chatter
+from short_runs import train
 
 STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
 

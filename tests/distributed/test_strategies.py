@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.pieces import (
+from deadlines import until
+from distributed_runs import (
     DEADLINE,
     PYTHON,
     ROOT,
@@ -21,7 +22,6 @@ from distributed.pieces import (
     start,
     strategy,
 )
-from pace import until
 
 from gear_lightning.commands import parity
 from gear_lightning.commands.export import export_command

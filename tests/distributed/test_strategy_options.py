@@ -7,10 +7,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from distributed.group import Group
-from distributed.pieces import PYTHON, Opinions, finish, fit_command, members, side_by_side, start, strategy
-from distributed.short import train
-from pace import until
+from deadlines import until
+from distributed_runs import PYTHON, Opinions, finish, fit_command, members, side_by_side, start, strategy
+from rank_group import Group
+from short_runs import train
 
 from gear_lightning.callbacks.startup import StartupCheck
 from gear_lightning.data import RolloutDataModule

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed.test_ddp import DEADLINE, command_line
-from pace import seconds, until
+from deadlines import seconds, until
+from quickstart_runs import DEADLINE, command_line
 
 TWO = ("--trainer.devices", "2", "--progress.every_seconds", "1000")
 
@@ -42,7 +42,7 @@ def watching(limit: float) -> list[str]:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
 def test_a_process_that_holds_the_interpreter_ends_the_job(tmp_path, repository, strategy):
     options = ["--config", f"configs/strategy/{strategy}.yaml", *TWO, *watching(12)]
-    options += ["--generation.environment", "trouble.Endless", "--first_evaluation.enabled", "false"]
+    options += ["--generation.environment", "failing_ranks.Endless", "--first_evaluation.enabled", "false"]
     status, said = finish(*command_line(tmp_path, *options), repository)
     assert status != 0
     report = (tmp_path / "crash" / "rank_0.txt").read_text()
@@ -53,7 +53,7 @@ def test_a_process_that_holds_the_interpreter_ends_the_job(tmp_path, repository,
 
 
 def test_one_process_alone_is_watched_too(tmp_path, repository):
-    command, environment = command_line(tmp_path, *watching(12), "--generation.environment", "trouble.Endless")
+    command, environment = command_line(tmp_path, *watching(12), "--generation.environment", "failing_ranks.Endless")
     status, said = finish(command, {**environment, "WORLD_SIZE_ONE": "1"}, repository)
     assert status != 0
     assert "trouble.py" in said
@@ -61,7 +61,7 @@ def test_one_process_alone_is_watched_too(tmp_path, repository):
 
 def test_a_slow_process_is_not_stuck(tmp_path, repository):
     options = [*TWO, "--trainer.strategy", "ddp", *watching(6), "--trainer.max_epochs", "1", "--data.group_size", "8"]
-    options += ["--generation.environment", "trouble.Slow", "--first_evaluation.enabled", "false"]
+    options += ["--generation.environment", "failing_ranks.Slow", "--first_evaluation.enabled", "false"]
     command, environment = command_line(tmp_path, *options, "--trainer.check_val_every_n_epoch", "9")
     pause, slept = seconds(6) / 3, tmp_path / "slept"
     status, said = finish(command, {**environment, "PAUSE": str(pause), "SLEPT": str(slept)}, repository)
@@ -108,7 +108,7 @@ def test_a_process_with_another_config_is_named_by_all(tmp_path, repository, opt
 
 
 def test_a_process_that_dies_takes_the_others_along(tmp_path, repository):
-    options = [*TWO, "--config", "configs/strategy/fsdp.yaml", "--generation.environment", "trouble.Fatal"]
+    options = [*TWO, "--config", "configs/strategy/fsdp.yaml", "--generation.environment", "failing_ranks.Fatal"]
     command, environment = command_line(tmp_path, *options, "--trainer.max_epochs", "1000")
     process = subprocess.Popen(
         command,
@@ -126,7 +126,7 @@ def test_a_run_that_raised_leaves_its_process_alone(tmp_path):
     """Whoever catches the error, a notebook say, goes on."""
     script = """
 import sys, threading, time
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 from pathlib import Path
 from tiny import data, generation, module, trainer
 from gear_lightning.callbacks import watchdog

@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import torch
-from distributed.test_ddp import command_line
-from distributed.test_kill_anywhere import lives
-from nursery import play
-from pace import seconds
+from deadlines import seconds
+from quickstart_runs import command_line, lives
+from restart_runs import play
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEADLINE = seconds(540)

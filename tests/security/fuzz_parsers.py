@@ -3,8 +3,8 @@
 Not a part of the test suite, and atheris is no dependency of the project (it has wheels for Linux, Python 3.11):
 
     python3.11 -m venv fuzz && fuzz/bin/pip install atheris
-    PYTHONPATH=.:tests fuzz/bin/python tests/security/fuzz_parsers.py tool_calls -max_total_time=180
-    PYTHONPATH=.:tests fuzz/bin/python tests/security/fuzz_parsers.py calculator -max_total_time=180
+    PYTHONPATH=.:tests/support fuzz/bin/python tests/security/fuzz_parsers.py tool_calls -max_total_time=180
+    PYTHONPATH=.:tests/support fuzz/bin/python tests/security/fuzz_parsers.py calculator -max_total_time=180
 
 Options after the target are libFuzzer's. A finding ends the run and leaves its input in ``crash-...``; give that file
 as the last argument to see it again.
@@ -19,7 +19,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import atheris  # pyright: ignore[reportMissingImports]
-from pace import cheap
+from deadlines import cheap
 
 with atheris.instrument_imports(include=["gear_lightning", "json"]):
     from gear_lightning.environments.arithmetic import MAX_BITS, CalculatorError, calculate, format_number

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from chrome import dump
+from headless_browser import dump
 from test_credit_page import fake_rollout, fake_tensors
 
 from gear_lightning.lens.page import render_credit_page

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from cases import JSON, PIECES, cases, hostile, soon
+from chat_templates import CHATML, HERMES, byte_tokenizer
+from deadlines import seconds
 from hypothesis import example, given
 from hypothesis import strategies as st
-from pace import seconds
-from scripted import answered
-from templates import CHATML, HERMES, byte_tokenizer
+from scripted_policy import answered
 from test_credit_page import fake_rollout, fake_tensors
-from tiny import source
+from tiny_runs import source
 
 from gear_lightning.environments.arithmetic import CalculatorError, calculate
 from gear_lightning.environments.base import Message, RewardError, Task

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from templates import CHATML, byte_tokenizer
+from chat_templates import CHATML, byte_tokenizer
 from test_cli import FIT, command  # noqa: F401  # the fixture
 from test_credit_page import add, fake_rollout
-from tiny import data, generation, module, source, trainer
+from tiny_runs import data, generation, module, source, trainer
 
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.commands.export import export_checkpoint

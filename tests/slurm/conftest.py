@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from slurm.cluster import Cluster, install
+from checkout import ROOT, SUPPORT
+from slurm_cluster import Cluster, install
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS: list[dict[str, str]] = []
 
 
@@ -21,7 +21,7 @@ def cluster() -> Iterator[Cluster]:
     if (why := install()) is not None:
         pytest.skip(f"no Slurm cluster here: {why}")
     made = Cluster(Path(tempfile.mkdtemp(prefix="slurm-")))  # munge wants a path that all may walk: not pytest's
-    os.environ.update(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), OMP_WAIT_POLICY="PASSIVE")
+    os.environ.update(PYTHONPATH=os.pathsep.join([str(ROOT), str(SUPPORT)]), OMP_WAIT_POLICY="PASSIVE")
     for name in [n for n in os.environ if n.startswith(("SLURM_", "SBATCH_"))]:
         del os.environ[name]
     try:

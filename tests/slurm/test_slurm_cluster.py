@@ -5,8 +5,8 @@ import sys
 import time
 
 import pytest
-from slurm.cluster import run as run_command
-from slurm.jobs import RECIPE, Sent, send, send_script
+from slurm_cluster import run as run_command
+from slurm_jobs import RECIPE, Sent, send, send_script
 
 from gear_lightning.parity.compare import compare, read_rollouts
 

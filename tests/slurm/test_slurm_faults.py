@@ -5,9 +5,9 @@ import signal
 import time
 
 import pytest
-from pace import seconds, until
-from slurm.cluster import alive, run
-from slurm.jobs import send
+from deadlines import seconds, until
+from slurm_cluster import alive, run
+from slurm_jobs import send
 
 from gear_lightning.parity.compare import compare
 

@@ -5,8 +5,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from slurm.cluster import run
-from slurm.jobs import Sent, send
+from slurm_cluster import run
+from slurm_jobs import Sent, send
 
 from gear_lightning.parity.compare import compare
 
@@ -70,9 +70,9 @@ def phases(cluster, tmp_path_factory):
     folder, sent = tmp_path_factory.mktemp("phases"), {}
     options = [
         "--config=configs/strategy/ddp.yaml", "--trainer.max_epochs=4", "--trainer.limit_val_batches=1.0",
-        "--data.val_tasks=slurm.phases.HeldOut", "--data.val_limit=4", "--trainer.check_val_every_n_epoch=2",
-        "--first_evaluation.enabled=false", "--generation.environment=slurm.phases.Lingering",
-        "--trainer.callbacks+=[{class_path: slurm.phases.LingeringSave}]",
+        "--data.val_tasks=long_phases.HeldOut", "--data.val_limit=4", "--trainer.check_val_every_n_epoch=2",
+        "--first_evaluation.enabled=false", "--generation.environment=long_phases.Lingering",
+        "--trainer.callbacks+=[{class_path: long_phases.LingeringSave}]",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for phase in (*PHASES, "none"):

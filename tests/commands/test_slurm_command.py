@@ -1,0 +1,339 @@
+"""``gear-lightning slurm``: the script that it writes, what it refuses, and the same recipe under torchrun."""
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from quickstart_runs import DEADLINE, command_line, metrics
+
+from gear_lightning.callbacks.startup import check_launch
+from gear_lightning.commands.slurm import slurm_command
+from gear_lightning.errors import UserError
+from gear_lightning.recipes.slurm_script import seconds
+
+pytestmark = pytest.mark.usefixtures("starts_quickly")
+RECIPE = "configs/quickstart.yaml"
+SIZE = ("--nodes", "2", "--gpus-per-node", "4", "--time", "24:00:00")
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+
+
+@pytest.fixture
+def script(capsys):
+    """The printed script of a command."""
+
+    def write(*options: str, recipe: str = RECIPE) -> str:
+        assert slurm_command(["--config", recipe, *options, "--dry-run"]) == 0
+        return capsys.readouterr().out
+
+    return write
+
+
+def asked(text: str) -> dict[str, str]:
+    """Options of the script's SBATCH lines."""
+    words = [word for line in re.findall(r"^#SBATCH (.*)", text, re.MULTILINE) for word in shlex.split(line)]
+    return dict(word.removeprefix("--").partition("=")[::2] for word in words)
+
+
+def launched(text: str) -> tuple[dict[str, str], list[str]]:
+    """Options of srun, and what it runs."""
+    words = shlex.split(text[text.index("exec srun") :].replace("\\\n", ""))[2:]
+    end = next(i for i, word in enumerate(words) if not word.startswith("--"))
+    return dict(o.removeprefix("--").partition("=")[::2] for o in words[:end]), words[end:]
+
+
+def test_the_script_asks_for_a_process_for_each_gpu_and_trains_with_as_many(script):
+    text = script(*SIZE, "--trainer.max_epochs", "7")
+    options = asked(text)
+    assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"]) == ("2", "4", "4")
+    assert (options["time"], options["open-mode"], options["signal"]) == ("24:00:00", "append", "USR1@300")
+    assert "requeue" in options
+    srun, command = launched(text)
+    assert command[:4] == [sys.executable, "-m", "gear_lightning", "fit"]
+    run = str(Path("runs/quickstart").absolute())
+    for option in ("num_nodes=2", "devices=4", "accelerator=gpu", f"default_root_dir={run}"):
+        assert f"--trainer.{option}" in command
+    assert "--ckpt_path=last" in command
+    assert command[command.index("--trainer.max_epochs") + 1] == "7"
+    assert srun["output"] == f"{run}/slurm/%j_%t.log"
+    assert srun["open-mode"] == "append"
+    assert srun["cpus-per-task"] == options["cpus-per-task"] == "4"
+    assert "OMP_NUM_THREADS=4" in text
+
+
+def test_the_script_is_one_that_bash_can_read(script, tmp_path):
+    odd = tmp_path / "it's a run"
+    text = script(
+        *SIZE, f"--trainer.default_root_dir={odd}", "--setup", 'export NOTE="two words"', "--container", "a b#c",
+        "--container-mounts", "/data:/data", "--seeds", "0-3%2", "--data.micro_batch_size=32",
+    )  # fmt: skip
+    checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    # what the shell makes of it
+    stub = 'srun() { printf \'%s\\n\' "$@"; }\nexec() { "$@"; }\nSLURM_ARRAY_TASK_ID=3\n' + text
+    words = subprocess.run(["bash"], input=stub, text=True, capture_output=True, check=True).stdout.splitlines()
+    assert f"--trainer.default_root_dir={odd}/seed_3" in words
+    assert {"--seed_everything=3", "--data.seed=3"} <= set(words)
+    assert "--container-image=a b#c" in words
+    assert f"--container-mounts={Path.cwd()}:{Path.cwd()},{odd}:{odd},/data:/data" in words
+    assert words[words.index("-m") - 1] == "python", "the interpreter of the container"
+    options = asked(text)
+    assert options["array"] == "0-3%2"
+    assert options["output"] == f"{odd}/slurm/%A_%a.out"
+
+
+def test_time_outs_of_collectives_are_longer_than_the_watchdogs(script):
+    text = script(*SIZE, "--config", "configs/strategy/ddp.yaml", "--timeout", "600")  # not waited for
+    _, command = launched(text)
+    assert "--watchdog.seconds=600" in command
+    assert "--trainer.strategy.init_args.timeout=0:20:00" in command
+    assert "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=1200" in text
+    for strategy in ("fsdp", "zero2"):
+        text = script(*SIZE, "--config", f"configs/strategy/{strategy}.yaml")
+        assert "--trainer.strategy.init_args.timeout=1:00:00" in launched(text)[1]
+    again = script(*SIZE, "--timeout", "600")  # not waited for
+    assert "init_args.timeout" not in again, "a strategy that was not named"
+
+
+@pytest.mark.parametrize("file", ["gpu_nodes", "cpu_trial"])
+def test_the_files_of_a_cluster_can_be_used(script, file):
+    options = ("--cluster", f"configs/slurm/{file}.yaml", "--data.tasks_per_iteration", "32")
+    found = asked(script(*options))
+    assert found["nodes"] == {"gpu_nodes": "4", "cpu_trial": "2"}[file]
+    assert found["time"] == {"gpu_nodes": "24:00:00", "cpu_trial": "15"}[file], "YAML's own idea of it is a number"
+    assert asked(script(*options, "--nodes", "1"))["nodes"] == "1", "the command line goes before the file"
+
+
+def test_the_example_is_what_the_command_writes(script, repository):
+    example = (repository / "configs" / "slurm" / "four_nodes.sh").read_text()
+    command = shlex.split(re.search(r"^# gear-lightning slurm (.*)", example, re.MULTILINE)[1])
+    text = script(*command[2:], recipe=command[1])
+    text = text.replace(str(repository), "/home/me/gear_lightning")
+    assert text.splitlines()[2:] == example.splitlines()[2:]
+
+
+def test_a_script_is_written_where_its_logs_go(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert slurm_command(["--config", RECIPE, *SIZE, f"--trainer.default_root_dir={run}"]) == 0
+    path = Path(capsys.readouterr().out.strip())
+    assert path == run / "slurm" / "job.sh"
+    assert asked(path.read_text())["output"] == f"{run}/slurm/%j.out"
+
+
+def test_a_dry_run_writes_nothing(tmp_path, script):
+    script(*SIZE, f"--trainer.default_root_dir={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
+
+
+WRONG = {
+    ("--nodes", "0"): "--nodes 0 must be at least 1",
+    ("--gpus-per-node", "-1"): "--gpus-per-node -1 must be at least 1, or 0",
+    ("--gpus-per-node", "0"): "add --tasks-per-node",
+    ("--tasks-per-node", "2"): "on GPUs there is one process for each",
+    ("--cpus-per-task", "0"): "--cpus-per-task 0",
+    ("--time", "a day"): "--time a day: give hours:minutes:seconds",
+    ("--time", "5"): "--signal 300: the job would be told to save 300 s before its limit, and --time 5 is 300 s",
+    ("--signal", "0"): "--signal 0",
+    ("--timeout", "0"): "--timeout 0",  # not waited for
+    ("--name", "bash"): "Lightning takes a job of that name for a shell",
+    ("--trainer.default_root_dir", "runs/interactive"): "--name interactive",
+    ("--trainer.default_root_dir", "runs/50%"): "'%' and ',' in a path",
+    ("--seeds", "0-3", "--data.seed", "1"): "--data.seed is what --seeds sets",
+    ("--seeds", "one"): "--seeds one: give seeds as 0-9",
+    ("--sbatch", "exclusive"): "--sbatch exclusive: give a whole option",
+    ("--config", "configs/none.yaml"): "--config configs/none.yaml: no such file",
+    ("--trainer.devices", "3"): "--trainer.devices is set by the job: give --gpus-per-node",
+    ("--ckpt_path", "a.ckpt"): "copy it and its .json to RUN/checkpoints",
+    ("--data.tasks_per_iteration", "12"): "data.tasks_per_iteration=12 does not divide over 2 x 4 processes",
+    ("--cluster", "none.yaml"): "--cluster none.yaml: No such file",
+}
+
+
+@pytest.mark.parametrize("options", WRONG, ids=" ".join)
+def test_what_would_fail_in_the_queue_is_refused_here(options):
+    with pytest.raises(UserError) as told:
+        slurm_command(["--config", RECIPE, *SIZE, *options, "--dry-run"])
+    assert WRONG[options] in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [("--time", "--time is missing"), ("--gpus-per-node", "--gpus-per-node is missing"), ("--config", "which recipe?")],
+)
+def test_what_is_missing_is_named(missing, told):
+    words = ["--config", RECIPE, *SIZE]
+    del words[words.index(missing) : words.index(missing) + 2]
+    with pytest.raises(UserError, match=re.escape(told)):
+        slurm_command(words)
+
+
+def test_an_option_that_fit_does_not_know_fails_at_once(capsys):
+    with pytest.raises(SystemExit) as ended:
+        slurm_command(["--config", RECIPE, *SIZE, "--model.creddit", "3", "--dry-run"])
+    assert ended.value.code == 2
+    assert "creddit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("nodez: 2", "no option 'nodez'; there are account, "),
+        ("nodes: [2, 3]", "nodes takes one value"),
+        ("- nodes", "options are given as `nodes: 2`"),
+        ("nodes: {", "while parsing"),
+        ("submit: yes", "no option 'submit'"),
+    ],
+)
+def test_a_wrong_file_of_a_cluster_is_named(tmp_path, text, told):
+    file = tmp_path / "cluster.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=re.escape(f"{file}: ")) as error:
+        slurm_command(["--config", RECIPE, *SIZE, "--cluster", str(file), "--dry-run"])
+    assert told in str(error.value)
+
+
+def test_a_submission_without_slurm_says_so(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="there is no sbatch on PATH"):
+        slurm_command(["--config", RECIPE, *SIZE, "--submit"])
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, "Submitted batch job 17"), (1, "Invalid partition name")])
+def test_a_submission_hands_on_what_sbatch_says(tmp_path, monkeypatch, capsys, code, said):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/bash\ntest -s "$1" || exit 9\necho {said}\nexit {code}\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    words = ["--config", RECIPE, *SIZE, "--submit", f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    if code:
+        with pytest.raises(UserError, match=f"sbatch did not take .*job.sh: {said}"):
+            slurm_command(words)
+    else:
+        assert slurm_command(words) == 0
+        assert capsys.readouterr().out.endswith(f"{said}\n")
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("90", 5400), ("2:30", 150), ("24:00:00", 86400), ("2-12", 216000), ("1-00:30", 88200), ("1-0:0:1", 86401)],
+)
+def test_time_limits_are_read_as_slurm_reads_them(limit, expected):
+    assert seconds(limit) == expected
+
+
+SLURM = {"SLURM_JOB_NAME": "run", "SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "2"}
+TRAINER = {"devices": 2, "num_nodes": 2, "accelerator": "cpu", "plugins": None}
+
+
+@pytest.mark.parametrize(
+    ("variables", "trainer", "told"),
+    [
+        ({"SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, {}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, {"devices": "auto"}, "asks for 2 on 2: give --trainer.num_nodes"),
+        ({"SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, {"devices": [0, 1]}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, {"devices": "0,1"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_NNODES": "1"}, {}, "Slurm started 4 tasks on 1 nodes"),
+        ({"SLURM_NTASKS": "8", "SLURM_NNODES": "2"}, {}, "Slurm started 8 tasks on 2 nodes, and trainer.devices=2 x"),
+        ({"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_STEP_ID": None}, {}, "put srun before the command"),
+        ({"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": None}, {}, "give --ntasks-per-node=2"),
+        ({"SLURM_NTASKS": "1", "SLURM_NNODES": "1", "SLURM_JOB_NAME": "bash"}, {}, None),  # a shell in a job
+        ({}, {}, None),
+        ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "4"}, {}, None),
+        ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2"}, {}, "torchrun started 2 processes"),
+        ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "4", "SLURM_NTASKS": "2", "SLURM_NNODES": "2"}, {}, None),
+    ],
+)
+def test_processes_that_do_not_fit_the_recipe_are_told(monkeypatch, variables, trainer, told):
+    for name in [n for n in os.environ if n.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in {**SLURM, **variables}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    if told is None:
+        check_launch({**TRAINER, **trainer})
+    else:
+        with pytest.raises(UserError) as error:
+            check_launch({**TRAINER, **trainer})
+        assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("apart", "told"),
+    [
+        ("folder", "rank 1 on .* cannot see there what rank 0 on .* wrote; give a directory on a file system"),
+        ("version", "rank 1 has other versions than rank 0: transformers is 9.9.9 there and 5.* on rank 0; give all"),
+    ],
+)
+def test_processes_that_differ_are_told_apart_by_all(tmp_path, repository, apart, told):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    running = []
+    for rank in range(2):
+        command, environment = command_line(Path("run"), "--trainer.strategy=ddp", "--trainer.devices=2")
+        command = [str(repository / word) if word.startswith("configs/") else word for word in command]
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+        paths, folder = [str(repository), environment["PYTHONPATH"]], tmp_path
+        if rank and apart == "version":
+            (tmp_path / "other" / "transformers-9.9.9.dist-info").mkdir(parents=True)
+            (tmp_path / "other" / "transformers-9.9.9.dist-info" / "METADATA").write_text("Version: 9.9.9\n")
+            paths.insert(0, str(tmp_path / "other"))
+        elif rank:
+            folder = tmp_path / "elsewhere"
+            folder.mkdir()
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        running.append(
+            subprocess.Popen(
+                command, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+            )
+        )
+    for process in running:
+        said = process.communicate(timeout=DEADLINE)[1]
+        assert process.returncode == 2, said[-3000:]
+        assert re.search(told, said), said[-3000:]
+        assert "Traceback" not in said
+    assert not list(tmp_path.rglob(".shared-*"))
+
+
+def torchrun(run: Path, repository: Path, processes: int, *options: str) -> subprocess.CompletedProcess:
+    """The same recipe under torchrun."""
+    command, environment = command_line(run, "--trainer.strategy=ddp", *options)
+    ours = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [command[0], *ours, *command[1:]], cwd=repository, env=environment, timeout=DEADLINE, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+
+
+def test_the_same_recipe_trains_under_torchrun(tmp_path, repository):
+    done = torchrun(tmp_path, repository, 2, "--trainer.devices=2", "--trainer.num_nodes=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "each of 2 processes holds" in done.stderr + done.stdout
+    assert len(metrics(tmp_path)) == 5
+
+
+def test_torchrun_with_other_processes_than_the_recipe_asks_for_is_refused(tmp_path, repository):
+    done = torchrun(tmp_path, repository, 2, "--trainer.devices=1")
+    assert done.returncode != 0
+    assert "torchrun started 2 processes, and trainer.devices=1 x trainer.num_nodes=1 asks for 1" in done.stderr
+    assert "in check_launch" not in done.stderr, "one line, no traceback of ours"
+
+
+def test_what_the_page_on_slurm_names_exists(repository, script):
+    text = (repository / "docs" / "slurm.md").read_text()
+    assert set(re.findall(r"^\| `(\w+\.(?:yaml|sh))` \|", text, re.MULTILINE)) == {
+        path.name for path in (repository / "configs" / "slurm").iterdir()
+    }
+    for block in re.findall(r"```bash\n(gear-lightning slurm .*?)```", text, re.DOTALL):
+        words = shlex.split(block.replace("\\\n", "").replace("my_recipe.yaml", RECIPE))[2:]
+        sent = [word for word in words if word not in ("--submit", "--dry-run")]
+        assert script(*sent[2:], "--data.tasks_per_iteration=32", recipe=sent[1])

@@ -1,0 +1,243 @@
+"""What an environment tells beyond its reward: which decisions were right, in which state a turn began, feedback."""
+
+import re
+
+import pytest
+import torch
+from scripted_policy import CHAT, Scripted
+
+from gear_lightning.environments.base import Environment, Step, Task, tool_call
+from gear_lightning.environments.decisions import find
+from gear_lightning.environments.lookup_chain import (
+    CONFUSED,
+    MEANING,
+    THINKING_WORDS,
+    TOOLS,
+    LookupChain,
+    LookupChainDemonstrations,
+    LookupChainTasks,
+    solution,
+)
+from gear_lightning.generation.chat import Chat
+from gear_lightning.generation.engines import SampledTurn, Sampling
+from gear_lightning.models import FromScratch
+from gear_lightning.rollout import AgentLoop, Budgets, Rollout
+
+CALL = '<tool_call>[{"name": "look", "arguments": {"relation": "r1", "entity": "e1"}}]</tool_call>'
+
+
+def play(environment, *turns: str) -> Rollout:
+    loop = AgentLoop(CHAT, Scripted(*turns), environment, Budgets(tokens=4000, context=8000), Sampling())
+    task = Task("t1", [{"role": "user", "content": "Go."}], TOOLS)
+    (rollout,), _ = loop.run(torch.nn.Linear(1, 1), [(task, (0, 0, 0, 0))], policy_version=0)
+    return rollout
+
+
+class Tells(Environment):
+    """Says of each turn what its class attribute says."""
+
+    told: dict = {}  # noqa: RUF012
+
+    def step(self, message):
+        if message.get("tool_calls"):
+            return Step([{"role": "tool", "name": "look", "content": "e2"}], reward=0.25, info=self.told)
+        return Step(done=True, reward=1.0, info={"feedback": "the answer is right"})
+
+
+def telling(**told) -> type[Tells]:
+    return type("Telling", (Tells,), {"told": told})
+
+
+def decided(rollout: Rollout) -> list[tuple[str, int]]:
+    """Texts of the marked runs of tokens."""
+    found, before = [], 0
+    for token, mark in zip(rollout.tokens, rollout.decisions, strict=True):
+        if mark and mark == before:
+            found[-1] = (found[-1][0] + CHAT.text([token]), mark)
+        elif mark:
+            found.append((CHAT.text([token]), mark))
+        before = mark
+    return found
+
+
+def test_decisions_mark_the_tokens_that_hold_their_text():
+    environment = telling(
+        decisions=[
+            {"text": "r1", "right": False, "occurrence": 0},
+            {"text": "e1", "right": True},
+        ]
+    )
+    rollout = play(environment, f"r1 or r1 {CALL}", "done")
+    assert decided(rollout) == [("r1", -1), ("e1", 1)]
+    assert rollout.decisions.index(-1) == rollout.prompt_length  # the first r1, at the beginning of the turn
+    assert not any(mark for mark, sampled in zip(rollout.decisions, rollout.action_mask, strict=True) if not sampled)
+    assert rollout.status == "done"
+
+
+def test_states_and_rewards_of_turns():
+    rollout = play(telling(), CALL, CALL, "done")
+    assert rollout.states == ["", "e2", "e2"]  # what was said last, where the environment has no word for it
+    assert rollout.turn_rewards == [0.25, 0.25, 1.0]
+    assert rollout.reward == 1.5
+    assert rollout.feedback == "the answer is right"
+    assert play(telling(state="room 5"), CALL, "done").states == ["", "room 5"]
+
+
+@pytest.mark.parametrize(
+    ("told", "error"),
+    [
+        ({"decisions": [{"text": "r7", "right": True}]}, "the decision 'r7', which the turn does not contain"),
+        ({"decisions": [{"text": "r1", "right": True, "occurrence": 5}]}, "the decision 'r1'"),
+        ({"decisions": [{"text": "r1", "right": True}, {"text": "r7", "right": True}]}, "the decision 'r7'"),
+        ({"decisions": [{"text": "r1"}]}, "in place of a text and whether it is right"),
+        ({"decisions": [{"text": "", "right": True}]}, "in place of a text"),
+        ({"decisions": {"r1": True}}, "in place of a list"),
+        ({"state": 5}, "state 5 in place of text"),
+        ({"state": "x" * 2_000_000}, "a state of more than"),
+        ({"feedback": ["no"]}, "feedback .* in place of text"),
+    ],
+)
+def test_nonsense_costs_itself_alone_and_is_told(told, error):
+    rollout = play(telling(**told), CALL, "done")
+    assert (rollout.status, rollout.reward, rollout.turns) == ("done", 1.25, 2)
+    assert re.search(error, rollout.side_error)
+    assert not any(rollout.decisions), "where one is not found, the others are in doubt"
+    assert rollout.states == ["", "e2"], "what the messages say"
+    assert rollout.feedback == "the answer is right"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text", "occurrence", "places"),
+    [
+        (["look", "r1", "r12", "r1"], "r1", -1, [3]),  # whole tokens first: r12 is no r1
+        (["look", "r1", "r12", "r1"], "r1", 0, [1]),
+        (["lo", "ok r", "1 now"], "r1", -1, [1, 2]),  # in pieces: all that hold a part of it
+        (["ab", "ab"], "b", -1, [1]),
+        (["a"], "z", -1, []),
+        (["", "a", ""], "a", 0, [1]),
+    ],
+)
+def test_find(pieces, text, occurrence, places):
+    assert find(pieces, text, occurrence) == places
+
+
+# the lookup chain -----------------------------------------------------------------------------------------------------
+
+
+def walk(*calls: tuple[str, ...]) -> list[list[tuple[str, bool]]]:
+    """What the environment tells of each call on one task; words stand for themselves, numbers for steps of the way."""
+    task = LookupChainTasks(hops=2)[0]
+    environment = LookupChain()
+    environment.reset(task, seed=0)
+    way = solution(task)
+    told = []
+    for name, *arguments in calls:
+        values = dict(zip(["relation", "entity"] if name == "look" else ["entity"], arguments, strict=False))
+        for key, value in values.items():
+            if isinstance(value, int):
+                values[key] = way[value][0 if key == "relation" else 1] if value < len(way) else way[-1][2]
+        step = environment.step(tool_call(name, values))
+        told.append([(d["text"], d["right"]) for d in step.info["decisions"]])
+    return told
+
+
+def test_the_right_way_is_right():
+    told = walk(("look", 0, 0), ("look", 1, 1), ("submit", 2))
+    assert all(right for step in told for _, right in step)
+    assert [len(step) for step in told] == [3, 3, 2]
+
+
+def test_a_wrong_relation_is_wrong_and_what_follows_must_go_back():
+    task = LookupChainTasks(hops=2)[0]
+    wrong = CONFUSED[task.meta["query"][0]]
+    told = walk(("look", wrong, 0), ("look", 0, 0), ("look", 1, 1), ("submit", 2))
+    assert [right for _, right in told[0]] == [True, False, True]
+    assert all(right for step in told[1:] for _, right in step)
+    told = walk(("look", wrong, 0), ("submit", 2))  # right by luck alone: it is not time to submit
+    assert told[1][0] == ("submit", False)
+
+
+def test_the_relation_of_a_thought_is_the_first_decision():
+    task = LookupChainTasks(hops=2)[0]
+    environment = LookupChain()
+    environment.reset(task, seed=0)
+    relation, entity, _ = solution(task)[0]
+    word = task.meta["query"][0]
+    message = tool_call("look", {"relation": relation, "entity": entity}, f"{word} {CONFUSED[word]} t0 t1")
+    told = environment.step(message).info["decisions"]
+    assert told[0] == {"text": CONFUSED[word], "right": False, "occurrence": 0}
+    assert [d["right"] for d in told[1:]] == [True, True, True]
+
+
+def test_thinking_demonstrations_are_long_and_decide_early():
+    demonstrations = LookupChainDemonstrations(hops=2, thought=3, hard_accuracy=1.0, easy_accuracy=1.0, seed=5)
+    for index in range(20):
+        item = demonstrations[index]
+        says = [m for m in item.messages if m["role"] == "assistant"]
+        for message in says[:-1]:
+            words = message["content"].split()
+            assert len(words) == 2 + 3 * 4
+            assert words[0] in task_words(item)
+            assert words[1] == message["tool_calls"][0]["function"]["arguments"]["relation"]
+            assert set(words) <= set(THINKING_WORDS)
+        assert len(says[-1]["content"].split()) == 3 * 4
+    plain = LookupChainDemonstrations(hops=2)[0]
+    assert all(not m.get("content") for m in plain.messages if m["role"] == "assistant")
+    assert {MEANING[w] for w in task_words(demonstrations[0])} >= {
+        c["function"]["arguments"]["relation"] for m in demonstrations[0].messages for c in m.get("tool_calls", [])[:1]
+        if c["function"]["name"] == "look" and not demonstrations[0].unlearned
+    }  # fmt: skip
+
+
+def test_made_up_references_are_followed_and_say_nothing_of_the_words():
+    made_up, right = (LookupChainDemonstrations(recovery_fraction=0.0, reference=r) for r in ("made_up", "right"))
+    meant = []
+    for index in range(200):
+        item = made_up[index]
+        if not item.privileged:
+            assert item == right[index]
+            continue
+        made = [c["function"] for m in item.messages for c in m.get("tool_calls", [])]
+        assert item.task.reference == " ".join(" ".join([c["name"], *c["arguments"].values()]) for c in made)
+        follows = {}
+        for word, call in zip(task_words(item), made[:-1], strict=True):
+            assert follows.setdefault(word, call["arguments"]["relation"]) == call["arguments"]["relation"]
+        meant += [relation == MEANING[word] for word, relation in follows.items()]
+    assert len(meant) > 200
+    assert sum(meant) / len(meant) < 0.15  # 1 of 16 by chance
+
+
+def task_words(item) -> list[str]:
+    return item.task.meta["query"]
+
+
+def test_marks_of_a_word_level_policy():
+    """The whole way with the embedded tokenizer: a thought, a call, and the tokens that are marked."""
+    tokenizer = FromScratch("gear_lightning.environments.lookup_chain.THINKING_WORDS").tokenizer()
+    chat = Chat(tokenizer)
+    task = LookupChainTasks(hops=1)[0]
+    (relation, entity, result) = solution(task)[0]
+    first = f"{task.meta['query'][0]} {relation} t0 t1 t2 t3 look {relation} {entity}"
+
+    class Says(Scripted):
+        def say(self, request):
+            text = first if request.seed[-1] == 0 else f"submit {result}"
+            ids = [*chat.encode(text), chat._end_mark]
+            return SampledTurn(request.key, ids, [-0.5] * len(ids), True)
+
+    loop = AgentLoop(chat, Says(), LookupChain, Budgets(tokens=100), Sampling())
+    (rollout,), _ = loop.run(torch.nn.Linear(1, 1), [(task, (0, 0, 0, 0))], policy_version=0)
+    assert (rollout.status, rollout.reward) == ("done", 1.0)
+    marked = [tokenizer.decode([t]).strip() for t, m in zip(rollout.tokens, rollout.decisions, strict=True) if m == 1]
+    assert marked == [relation, "look", relation, entity, "submit", result]
+    assert -1 not in rollout.decisions
+
+
+def test_references_of_the_lookup_chain():
+    calls, answer, another = (LookupChainTasks(2, reference=kind)[7] for kind in ("calls", "answer", "another"))
+    assert calls.messages == answer.messages == another.messages
+    way = solution(calls)
+    assert calls.reference == " ".join([*(f"look {r} {e}" for r, e, _ in way), f"submit {way[-1][2]}"])
+    assert answer.reference == f"submit {way[-1][2]}"
+    assert another.reference != calls.reference
+    assert len(another.reference.split()) == len(calls.reference.split())

@@ -1,0 +1,159 @@
+"""Tasks of reasoning-gym: its scorers decide, and the policy's text is never run."""
+
+import re
+from pathlib import Path
+
+import pytest
+from scripted_policy import answered
+
+from gear_lightning.environments.base import Task
+from gear_lightning.environments.reasoning_gym import _SHAPES, _UNSAFE, ReasoningGym, ReasoningGymTasks
+from gear_lightning.environments.single_turn import SingleTurn
+from gear_lightning.errors import UserError
+
+reasoning_gym = pytest.importorskip("reasoning_gym")
+JUNK = ["junk", "-", "<answer></answer>", "NaN", "\ud800", "9" * 5000, "<answer>" * 500, "(" * 3000, "None", "\x00"]
+
+
+def score(task: Task, text: str, **options) -> float:
+    environment = ReasoningGym(**options)
+    environment.reset(task, seed=0)
+    step = environment.step({"role": "assistant", "content": text})
+    assert step.done
+    assert step.info["success"] == (step.info["reward_parts"]["score"] >= 1)
+    return step.reward
+
+
+def test_tasks_are_the_same_by_index_and_seed():
+    tasks = ReasoningGymTasks("chain_sum", size=30, instruction="Be brief.")
+    assert tasks.size == 30
+    again = [tasks[i] for i in (7, 0, 7)]
+    assert again[0] == again[2] == ReasoningGymTasks("chain_sum", size=30, instruction="Be brief.")[7]
+    assert again[0].id == "chain_sum-0-7"
+    assert [m["role"] for m in again[0].messages] == ["system", "user"]
+    assert [m["role"] for m in ReasoningGymTasks("chain_sum", size=1)[0].messages] == ["user"]
+    assert ReasoningGymTasks("chain_sum", size=30, seed=1)[7].messages != again[0].messages[1:]
+
+
+def test_the_reference_shows_the_way_where_the_generator_gives_one():
+    task = ReasoningGymTasks("chain_sum", size=1)[0]
+    assert re.fullmatch(r"[-+ 0-9]+ = " + re.escape(task.meta["answer"]), task.reference)
+    for name in ("gsm_symbolic", "letter_counting"):
+        task = ReasoningGymTasks(name, size=1)[0]
+        assert isinstance(task.reference, str)
+        assert task.reference.rstrip(".").endswith(task.meta["answer"])
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "expected"),
+    [
+        ({}, "{}", 1),
+        ({}, "  {}\n", 1),
+        ({}, "It is {}.", 0),
+        ({"answer": "last_number"}, "1 and 2 make {}.00.", 1),
+        ({"answer": "last_number"}, "{}, and then 5", 0),
+        ({"answer": "last_number"}, "nothing", 0),
+        ({"answer": "tag"}, "<answer>1</answer> or <answer>\n{} </answer>", 1),
+        ({"answer": "tag"}, "{}", 0),
+        ({"answer": "tag"}, "<answer>{}", 0),
+        ({"partial_credit": True}, "{}", 1),
+    ],
+)
+def test_what_of_the_reply_is_the_answer(options, text, expected):
+    tasks = ReasoningGymTasks("chain_sum", size=10)
+    for task in (tasks[i] for i in range(10)):
+        rollout = answered(task, lambda: ReasoningGym(**options), text.format(task.meta["answer"]))
+        assert (rollout.status, rollout.reward, rollout.success) == ("done", expected, expected == 1)
+
+
+def test_long_numbers_keep_all_their_digits():
+    options = {"min_digits": 18, "max_digits": 18, "min_terms": 2, "max_terms": 2}
+    task = ReasoningGymTasks("chain_sum", options, size=1)[0]
+    assert score(task, f"It is {task.meta['answer']}.", answer="last_number") == 1
+    assert score(task, f"It is {int(task.meta['answer']) + 1}.", answer="last_number") == 0
+
+
+def test_a_whole_number_needs_no_decimals():
+    task = ReasoningGymTasks("gcd", size=1)[0]
+    assert score(task, f"It is {task.meta['answer']}.00.", answer="last_number") == 1
+
+
+def test_partial_credit_is_kept_only_where_asked_for():
+    task = ReasoningGymTasks("countdown", size=1)[0]
+    assert score(task, "1 + 1") == 0
+    assert 0 < score(task, "1 + 1", partial_credit=True) < 1
+    rollout = answered(task, lambda: ReasoningGym(partial_credit=True), "1 + 1")
+    assert rollout.reward_parts == {"score": rollout.reward}
+    assert not rollout.success
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "gsm_symbolic", "countdown", "coin_flip", "sudoku", "word_ladder"])
+@pytest.mark.parametrize("answer", ["all", "last_number", "tag"])
+def test_junk_scores_0(name, answer):
+    task = ReasoningGymTasks(name, size=1)[0]
+    assert [score(task, text, answer=answer) for text in JUNK] == [0] * len(JUNK)
+
+
+def test_a_scorer_that_raises_gives_0(monkeypatch):
+    def raises(self, answer, entry):
+        raise ZeroDivisionError
+
+    task = ReasoningGymTasks("chain_sum", size=1)[0]
+    assert score(task, task.meta["answer"]) == 1
+    monkeypatch.setattr(type(reasoning_gym.create_dataset("chain_sum")), "score_answer", raises)
+    assert score(task, task.meta["answer"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("chain_summ", {}, "no data set 'chain_summ'; there are chain_sum"),
+        ("nothing", {}, "no data set 'nothing'; there are "),
+        ("chain_sum", {"terms": 3}, "chain_sum does not take {'terms': 3}"),
+        ("chain_sum", {"min_terms": 5, "max_terms": 2}, "chain_sum does not take {'min_terms': 5, 'max_terms': 2}"),
+        ("chain_sum", {"min_terms": "two"}, "chain_sum does not take {'min_terms': 'two'}"),
+        ("chain_sum", {"seed": 3}, "chain_sum does not take {'seed': 3}"),
+        ("composite", {"datasets": [{"name": "chain_sum"}]}, "composite takes objects that no configuration can hold"),
+        ("rubiks_cube", {}, "rubiks_cube gives no answers, so that no teacher can see one"),
+    ],
+)
+def test_bad_data_sets_and_options_are_named(name, options, message):
+    with pytest.raises(UserError) as caught:
+        ReasoningGymTasks(name, options)
+    assert message in str(caught.value)
+
+
+def test_other_tasks_and_empty_sources_are_refused():
+    with pytest.raises(UserError, match="task t1 does not come from ReasoningGymTasks"):
+        ReasoningGym().check(Task("t1", []))
+    with pytest.raises(UserError, match="size=0 must be at least 1"):
+        ReasoningGymTasks("chain_sum", size=0)
+
+
+@pytest.mark.parametrize("name", sorted(_SHAPES))
+def test_answers_that_python_would_run_score_0_unseen(name, tmp_path):
+    tasks = ReasoningGymTasks(name, size=5)
+    assert [score(tasks[i], tasks[i].meta["answer"]) for i in range(5)] == [1] * 5, "right answers pass"
+    ran = tmp_path / "ran"
+    code = f"__import__('pathlib').Path({str(ran)!r}).touch()"
+    hostile = [code, f"[{code}]", f"[{code} or 'a']", "9**9**9**9", "1 + 9* *9**9**9", "1e999999999", "[0]*9**9"]
+    for text in hostile:
+        assert score(tasks[0], text, partial_credit=True) == 0
+        assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", sorted(_UNSAFE))
+def test_data_sets_whose_answers_cannot_be_told_from_code_are_refused(name):
+    task = ReasoningGymTasks(name, size=1)[0]
+    with pytest.raises(UserError, match=f"scorer of {name} runs the policy's text as Python code; use the environment"):
+        ReasoningGym().check(task)
+    assert answered(task, ReasoningGym, "1").status == "environment_error"
+    rollout = answered(task, lambda: SingleTurn("exact"), task.meta["answer"])
+    assert (rollout.status, rollout.reward) == ("done", 1.0), "the way out that the message shows"
+
+
+def test_every_scorer_that_evaluates_is_known():
+    evaluates = re.compile(r"\b(?:eval|exec|parse_expr|Fraction|sympify)\((?:\w+_)?answer\b")
+    root = Path(reasoning_gym.__file__).parent
+    found = {path.stem for path in root.rglob("*.py") if evaluates.search(path.read_text(encoding="utf-8"))}
+    assert found == set(_SHAPES) | _UNSAFE

@@ -1,0 +1,160 @@
+"""Templates become incremental, tool calls are read, and anything unknown is named at the start."""
+
+import contextlib
+import json
+
+import pytest
+from chat_templates import CHATML, HERMES, NO_END_MARK, NO_GENERATION_PROMPT, NO_TOOL_ROLE, byte_tokenizer, ending
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_runs import source
+
+from gear_lightning.environments.base import tool_call, tool_result
+from gear_lightning.environments.lookup_chain import TOOLS
+from gear_lightning.errors import UserError
+from gear_lightning.generation.chat import Chat, ChatOptions, ToolCallError, parse_tool_calls
+
+USER = {"role": "user", "content": "What is 5 + 7?"}
+
+
+@pytest.mark.parametrize("template", [CHATML, HERMES])
+def test_turns_extend_the_prefix(template):
+    chat = Chat(byte_tokenizer(template))
+    ids = chat.prompt([USER], TOOLS)
+    assert chat.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+    ids += chat.write(tool_call("look", {"relation": "r1", "entity": "e1"}, "Let me see."))
+    assert chat.tokenizer.decode(ids).endswith("<|im_end|>")
+    ids += chat.continuation([tool_result("look", "e9")])
+    text = chat.tokenizer.decode(ids)
+    result = "<|im_start|>tool\ne9" if template is CHATML else "<|im_start|>user\n<tool_response>\ne9\n</tool_response>"
+    assert text.endswith(f"<|im_end|>\n{result}<|im_end|>\n<|im_start|>assistant\n")
+    assert "<think>" not in text, "a turn was rendered again"
+
+
+def test_words_of_the_from_scratch_model():
+    chat = Chat(source().tokenizer())
+    assert chat.syntax == "words"
+    ids = chat.prompt([{"role": "user", "content": "e5 w3"}], TOOLS)
+    ids += chat.write(tool_call("look", {"relation": "r1", "entity": "e5"}))
+    ids += chat.continuation([tool_result("look", "e9")])
+    assert chat.tokenizer.convert_ids_to_tokens(ids) == (
+        ["<task>", "e5", "w3", "<end>", "<act>", "look", "r1", "e5", "<end>", "<tool>", "e9", "<end>", "<act>"]
+    )
+    message = chat.parse(chat.write(tool_call("look", {"relation": "r1", "entity": "e5"})), TOOLS)
+    assert message["tool_calls"][0]["function"] == {"name": "look", "arguments": {"relation": "r1", "entity": "e5"}}
+    with pytest.raises(ToolCallError, match="look takes 2 arguments"):
+        chat.parse(chat.encode("look r1"), TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ("12", "12", []),
+        ('<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>', "", [("f", {"x": 1})]),
+        ('So: <tool_call>[{"name": "f", "arguments": {"x": "a"}}]</tool_call>', "So:", [("f", {"x": "a"})]),
+        ('<tool_call>[{"name": "f"}, {"name": "g", "arguments": {}}]</tool_call>', "", [("f", {}), ("g", {})]),
+        ('<tool_call>{"name": "f", "arguments": {}}</tool_call><tool_call>{"name": "g", "arguments": {}}</tool_call>',
+         "", [("f", {}), ("g", {})]),
+        ('<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}', "", [("f", {"x": 1})]),
+    ],
+)  # fmt: skip
+def test_tool_calls_are_read(text, content, calls):
+    found_content, found = parse_tool_calls(text)
+    assert found_content == content
+    assert [(c["function"]["name"], c["function"]["arguments"]) for c in found] == calls
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>",
+        "<tool_call>nonsense</tool_call>",
+        '<tool_call>{"name": 3}</tool_call>',
+        "<tool_call>[1]</tool_call>",
+        '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>',
+        "<tool_call>" + "[" * 100_000,
+        '<tool_call>{"name": "f", "arguments": {"x": "\\ud800"}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"x": ' + "9" * 10_000 + "}}</tool_call>",
+    ],
+)
+def test_broken_tool_calls_are_an_error_of_their_own(text):
+    with pytest.raises(ToolCallError):
+        parse_tool_calls(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet=st.sampled_from(list('<>/tool_call{}[]":,name arguments0\\u\n'))))
+def test_no_text_breaks_the_parser(text):
+    for attempt in (text, f"<tool_call>{text}</tool_call>", f'<tool_call>{{"name": "f", "arguments": {text}}}'):
+        with contextlib.suppress(ToolCallError):
+            json.dumps(parse_tool_calls(attempt), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        (NO_GENERATION_PROMPT, "ignores add_generation_prompt"),
+        (NO_END_MARK, "no end mark"),
+        (CHATML + "{# tools #}", "tool_syntax"),
+    ],
+)
+def test_unknown_templates_fail_at_the_start(template, message):
+    with pytest.raises(UserError, match=message):
+        Chat(byte_tokenizer(template))
+
+
+def test_a_template_without_a_tool_role_is_named():
+    with pytest.raises(UserError, match="roles user, assistant, tool"):
+        Chat(byte_tokenizer(NO_TOOL_ROLE)).check_tools()
+
+
+def test_tools_reach_the_policy_once():
+    for template in (CHATML, HERMES):
+        chat = Chat(byte_tokenizer(template))
+        text = chat.tokenizer.decode(chat.prompt([{"role": "system", "content": "Be brief."}, USER], TOOLS))
+        assert text.count('"submit"') == 1
+        assert "Be brief." in text
+
+
+def test_syntax_can_be_forced():
+    assert Chat(byte_tokenizer(CHATML), ChatOptions(tool_syntax="json")).syntax == "json"
+
+
+@pytest.mark.parametrize(
+    ("before", "end"),
+    [
+        ("", "<|im_end|>"),
+        ("\\n", "<|im_end|>"),
+        (" ", "<|im_end|>"),
+        ("\\n\\n ", "<|im_end|>"),
+        (" ", "{{ eos_token }}"),
+    ],
+)
+def test_a_turn_ends_at_the_end_token_and_not_at_the_white_space_before_it(before, end):
+    """DeepSeek-Coder's template has a newline there, Llama 2's a space: a policy stopped there could say one line."""
+    chat = Chat(byte_tokenizer(ending(before, end)))
+    assert chat.tokenizer.convert_ids_to_tokens(list(chat.stop_ids)) == ["<|im_end|>"]
+    answer = "\none line\nand another"
+    assert not set(chat.encode(answer)) & chat.stop_ids
+    opening, closing = chat.prompt([USER]), chat.continuation([USER])
+    whole = chat.tokenizer.decode([*opening, *chat.write({"role": "assistant", "content": answer}), *closing])
+    said = {"role": "assistant", "content": answer}
+    rendered = chat.tokenizer.apply_chat_template([USER, said, USER], add_generation_prompt=True, tokenize=False)
+    assert whole == rendered, "a demonstration is not what the template writes"
+    assert chat.parse([*chat.encode(answer), *chat.stop_ids])["content"] == answer.strip()
+
+
+@pytest.mark.parametrize("end", ["### End", "</turn>", "\\n\\n### End\\n{{ eos_token }}"])
+def test_a_turn_that_ends_in_ordinary_text_is_refused(end):
+    with pytest.raises(UserError, match=r"ends an assistant turn with the text .* could not stop; use a template that"):
+        Chat(byte_tokenizer(ending("", end)))
+
+
+def test_white_space_that_a_vocabulary_adds_is_no_end_of_a_turn():
+    tokenizer = byte_tokenizer(ending("\\n  ", "<|im_end|>"))
+    tokenizer.add_tokens(["  ", "\n"])  # as GPT-NeoX has them
+    chat = Chat(tokenizer)
+    assert chat.tokenizer.convert_ids_to_tokens(list(chat.stop_ids)) == ["<|im_end|>"]

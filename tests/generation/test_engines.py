@@ -1,0 +1,135 @@
+"""What an engine samples depends on the request alone, and its log-probs are the model's."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import source
+
+from gear_lightning.errors import UserError
+from gear_lightning.generation.engines import CachedEngine, GenerateEngine, Sampling, TurnRequest, draw
+from gear_lightning.learning.token_stats import token_stats
+
+STOP = {5}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = source().model().eval()
+    with torch.no_grad():  # away from uniform, so that tokens differ and some rows stop early
+        for p in model.parameters():
+            p.mul_(3)
+    return model
+
+
+def play(engine, model, prompts, turns=3, sampling=Sampling(), per_turn=6):
+    """Each conversation: ``turns`` turns, with observations of different lengths in between."""
+    engine.begin(model, sampling, STOP)
+    contexts = {key: list(prompt) for key, prompt in enumerate(prompts)}
+    done = dict.fromkeys(contexts, 0)
+    out = {key: [] for key in contexts}
+    for key, context in contexts.items():
+        engine.submit(TurnRequest(key, list(context), per_turn, (7, key, 0)))
+    while finished := engine.poll():
+        for turn in finished:
+            key = turn.key
+            out[key].append((tuple(turn.ids), tuple(turn.logprobs), turn.stopped))
+            done[key] += 1
+            contexts[key] += turn.ids + [10 + key % 7] * (1 + 2 * key % 5)
+            if done[key] < turns - key % 2:
+                engine.submit(TurnRequest(key, list(contexts[key]), per_turn, (7, key, done[key])))
+            else:
+                engine.release(key)
+    engine.end()
+    return out
+
+
+PROMPTS = [
+    [6, 7, 8, 9],
+    [6, 7, 8, 9],
+    [11, 12],
+    [6, 7, 8, 9, 10, 11, 12, 13],
+    [11, 12],
+    *[[20 + i] * (i + 1) for i in range(8)],
+]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_p=0.9), Sampling(top_k=5), Sampling(0)])
+def test_cache_over_turns_equals_a_forward_of_the_whole_context(model, sampling):
+    cached = play(CachedEngine(), model, PROMPTS, sampling=sampling)
+    plain = play(GenerateEngine(), model, PROMPTS, sampling=sampling)
+    for key in plain:
+        assert [t[0] for t in cached[key]] == [t[0] for t in plain[key]]
+        for a, b in zip(cached[key], plain[key], strict=True):
+            np.testing.assert_allclose(a[1], b[1], atol=1e-4)
+            assert a[2] == b[2]
+
+
+def test_a_conversation_does_not_depend_on_its_neighbours(model):
+    together = play(CachedEngine(), model, PROMPTS)
+    small = play(CachedEngine(prefill_tokens=4), model, PROMPTS)
+    assert {k: [t[0] for t in v] for k, v in together.items()} == {k: [t[0] for t in v] for k, v in small.items()}
+    alone = play(CachedEngine(), model, PROMPTS[:1])
+    assert [t[0] for t in alone[0]] == [t[0] for t in together[0]]
+
+
+def test_turns_end_with_a_stop_token_or_at_the_limit(model):
+    turns = [t for conversation in play(CachedEngine(), model, PROMPTS).values() for t in conversation]
+    assert any(stopped for *_, stopped in turns)
+    for ids, logprobs, stopped in turns:
+        assert len(ids) == len(logprobs) <= 6
+        assert stopped == (ids[-1] in STOP)
+        assert stopped or len(ids) == 6
+        assert not any(i in STOP for i in ids[:-1])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_reported_logprobs_are_those_of_training(model, temperature):
+    (turn,) = play(CachedEngine(), model, [[6, 7, 8]], turns=1, sampling=Sampling(temperature, top_p=0.8))[0]
+    tokens = torch.tensor([[6, 7, 8, *turn[0]]])
+    wanted = torch.tensor([[False] * 3 + [True] * len(turn[0])])
+    stats = token_stats(model, tokens, torch.ones_like(wanted), wanted, temperature=temperature)
+    np.testing.assert_allclose(stats.logprobs[0, 3:].detach().numpy(), turn[1], atol=1e-5)
+
+
+def test_draw_follows_the_distribution():
+    logits = torch.tensor([0.5, 0.2, 0.3]).log().expand(20000, 3)
+    ids, logprobs = draw(logits, torch.rand(20000, generator=torch.Generator().manual_seed(0)), Sampling())
+    shares = torch.bincount(ids, minlength=3) / 20000
+    assert torch.allclose(shares, torch.tensor([0.5, 0.2, 0.3]), atol=0.015)
+    assert torch.allclose(logprobs.exp(), torch.tensor([0.5, 0.2, 0.3])[ids])
+    # the nucleus of 0.6 holds tokens 0 and 2 (0.5 + 0.3); of the two most likely, the same; greedy takes token 0
+    for sampling in (Sampling(top_p=0.6), Sampling(top_k=2)):
+        ids, _ = draw(logits, torch.rand(20000), sampling)
+        assert set(ids.tolist()) == {0, 2}
+    assert (draw(logits, torch.rand(20000), Sampling(0))[0] == 0).all()
+
+
+def test_draw_is_never_out_of_range():
+    logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]])
+    for u in (0.0, 0.5, 1 - 2**-53):
+        token, logprob = draw(logits, torch.tensor([u], dtype=torch.float64), Sampling())
+        assert token.item() in (0, 2)
+        assert torch.isfinite(logprob)
+
+
+def test_sampling_out_of_range_is_refused():
+    with pytest.raises(UserError, match="top_p"):
+        Sampling(top_p=0)
+
+
+@pytest.mark.parametrize("kind", ["sliding", "alibi"])
+def test_a_model_whose_cache_works_otherwise_is_refused_and_not_sampled_wrongly(kind):
+    from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 32, "vocab_size": 50}
+    if kind == "alibi":  # positions come from the length of the attention mask
+        model = BloomForCausalLM(BloomConfig(**sizes, n_layer=2, n_head=4))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(std=0.3)
+    else:
+        small = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+        model = MistralForCausalLM(MistralConfig(**sizes, **small, sliding_window=4096))
+    with pytest.raises(UserError, match=r"CachedEngine .* set generation.engine to .*GenerateEngine"):
+        CachedEngine().begin(model.eval(), Sampling(), STOP)

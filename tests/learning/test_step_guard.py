@@ -1,0 +1,136 @@
+"""A gradient that is not finite, or no gradient at all, moves nothing; and what is not finite reaches no checkpoint."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from tiny_runs import AnyCall, data, generation, module, trainer
+
+from gear_lightning.errors import UserError
+from gear_lightning.learning.step_guard import all_finite
+
+
+def numbers(model: Any, run: L.Trainer) -> list[torch.Tensor]:
+    """Weights of policy and teacher, and the optimizer's state."""
+    states = [v for state in run.optimizers[0].state.values() for v in state.values()]
+    return [p.detach().clone() for p in (*model.policy.parameters(), *model.teacher.model.parameters(), *states)]
+
+
+class Watch(L.Callback):
+    """Keeps all numbers before the first step, and after every step."""
+
+    def __init__(self) -> None:
+        self.kept: list[list[torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if pl_module.steps_after(batch_idx):
+            self.kept.append(numbers(pl_module, trainer))
+
+    def moved(self, step: int) -> bool:
+        """Whether any number changed in the step; the first is number 1."""
+        before, after = self.kept[step - 1], self.kept[step]
+        return len(before) != len(after) or any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+class Spoil(L.Callback):
+    """Puts a value into one gradient of some steps, in one of Lightning's hooks."""
+
+    def __init__(self, hook: str, value: float, *steps: int):
+        setattr(self, hook, self.spoil)
+        self.value, self.steps = value, steps
+
+    def spoil(self, trainer, pl_module, *_):
+        if trainer.global_step in self.steps:
+            next(p for p in pl_module.policy.parameters() if p.grad is not None).grad.view(-1)[3] = self.value
+
+
+class Lost(L.Callback):
+    """Makes the loss of some steps not finite: an advantage of NaN."""
+
+    def __init__(self, *steps: int):
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step in self.steps:
+            batch.base_advantages[0] = math.nan
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+SPOILED = [
+    Spoil("on_after_backward", math.inf, 2),
+    Spoil("on_before_optimizer_step", math.nan, 2),
+    Spoil("on_after_backward", -math.inf, 2),
+    Lost(2),
+]
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("spoil", SPOILED, ids=lambda s: type(s).__name__ + str(getattr(s, "value", "")))
+def test_a_step_on_a_gradient_that_is_not_finite_is_left_out_and_counted(tmp_path, spoil, clip):
+    watch, model = Watch(), module(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1))
+    run = trainer(tmp_path, generation(), spoil, watch, max_epochs=5, gradient_clip_val=clip)
+    with pytest.warns(UserWarning, match="gradient of optimizer step 3 is not finite: the step is skipped"):
+        run.fit(model, datamodule=data())
+    assert [watch.moved(step) for step in range(1, 5)] == [True, False, True, True]
+    assert all_finite(watch.kept[-1])
+    assert [float(row["train/skipped_steps"]) for row in rows(tmp_path)] == [0, 0, 1, 0, 0]
+    norms = [row["train/grad_norm"] for row in rows(tmp_path)]
+    assert norms[2] == ""
+    assert all(0 < float(norms[i]) < math.inf for i in (0, 1, 3, 4))
+
+
+class PaysAtFirst(AnyCall):
+    """Pays nothing after so many rollouts."""
+
+    played, paid = 0, 16
+
+    def step(self, message):
+        step = super().step(message)
+        step.reward = step.reward if PaysAtFirst.played < self.paid else 0.0
+        return step
+
+    def close(self):
+        PaysAtFirst.played += 1
+
+
+@pytest.mark.parametrize("zero_spread", ["keep", "drop"])
+def test_a_step_without_any_signal_moves_nothing(tmp_path, zero_spread, monkeypatch):
+    """Momentum and weight decay would."""
+    monkeypatch.setattr(PaysAtFirst, "played", 0)
+    watch, model = Watch(), module(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1))
+    run = trainer(tmp_path, generation(environment=PaysAtFirst), watch, max_epochs=4)
+    run.fit(model, datamodule=data(zero_spread=zero_spread))
+    assert [float(row["train/zero_spread_groups"]) for row in rows(tmp_path)] == [0, 0, 1, 1]
+    assert [watch.moved(step) for step in range(1, 4)] == [True, False, False]
+    assert [float(row["train/grad_norm"]) for row in rows(tmp_path)[2:]] == [0, 0]
+    assert [float(row["train/skipped_steps"]) for row in rows(tmp_path)] == [0, 0, 0, 0]
+
+
+def test_weights_that_are_not_finite_stop_the_run_at_once(tmp_path):
+    class Break(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                with torch.no_grad():
+                    pl_module.policy.lm_head.weight[0, 0] = math.nan
+
+    run = trainer(tmp_path, generation(), Break(), max_epochs=9)
+    with pytest.raises(UserError, match=r"policy has weights that are not finite after 1 optimizer steps.*ckpt_path"):
+        run.fit(module(), datamodule=data())
+    assert run.global_step == 1
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_finite_finds_one_number_among_many(value, dtype):
+    parts = [torch.zeros(0), torch.arange(5), torch.zeros(7, 9, dtype=dtype)]
+    assert all_finite(parts)
+    parts[2][6, 8] = value
+    assert not all_finite(parts)

@@ -1,0 +1,163 @@
+"""Chunked stats equal plain ones, values and gradients, and never hold all logits."""
+
+import pytest
+import torch
+from model_families import LLAMA, Family
+from tiny_runs import source
+
+from gear_lightning.errors import UserError
+from gear_lightning.learning import token_stats as room
+
+
+def setup():
+    torch.manual_seed(0)
+    model = source().model()
+    tokens = torch.randint(6, 100, (3, 11))
+    valid = torch.arange(11) < torch.tensor([11, 7, 4])[:, None]
+    wanted = valid & (torch.rand(3, 11) < 0.6)
+    wanted[:, 0] = False
+    return model, tokens, valid, wanted
+
+
+def plain(model, tokens, wanted, temperature=1.0):
+    logprobs = (model(input_ids=tokens).logits.float() / temperature).log_softmax(-1)
+    picked = torch.zeros(tokens.shape)
+    entropy = torch.zeros(tokens.shape)
+    for b, t in wanted.nonzero().tolist():  # the distribution of token t is read at t - 1
+        picked[b, t] = logprobs[b, t - 1, tokens[b, t]]
+        entropy[b, t] = torch.distributions.Categorical(logits=logprobs[b, t - 1]).entropy()
+    return picked, entropy, logprobs
+
+
+@pytest.mark.parametrize("logits", [100, 1 << 24])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_equal_to_full_logits(monkeypatch, logits, temperature):
+    monkeypatch.setattr(room, "LOGITS", logits)
+    model, tokens, valid, wanted = setup()
+    stats = room.token_stats(model, tokens, valid, wanted, temperature=temperature, top_k=3)
+    picked, entropy, logprobs = plain(model, tokens, wanted, temperature)
+    torch.testing.assert_close(stats.logprobs, picked, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats.entropy, entropy, atol=1e-5, rtol=1e-5)
+    for b, t in wanted.nonzero().tolist():
+        top = logprobs[b, t - 1].topk(3)
+        assert stats.top_ids[b, t].tolist() == top.indices.tolist()
+        torch.testing.assert_close(stats.top_logprobs[b, t], top.values, atol=1e-5, rtol=1e-5)
+    grads = []
+    for loss in (stats.logprobs.sum(), picked.sum()):
+        model.zero_grad()
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-4, rtol=1e-4)
+    assert not stats.entropy.requires_grad
+
+
+def test_padding_changes_nothing():
+    model, tokens, valid, wanted = setup()
+    together = room.token_stats(model, tokens, valid, wanted).logprobs
+    for row, length in enumerate((11, 7, 4)):
+        cut = (slice(row, row + 1), slice(0, length))
+        alone = room.token_stats(model, tokens[cut], valid[cut], wanted[cut]).logprobs
+        torch.testing.assert_close(together[cut], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [20, 80])
+def test_no_tensor_of_all_tokens_times_the_vocabulary_is_made(monkeypatch, length):
+    """Forward and backward: what grows with tokens x vocabulary is never larger than one piece."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(x, torch.Tensor) and x.dim() and x.shape[-1] == vocabulary and x.shape[0] != 32:
+                    self.numel = max(self.numel, x.numel())
+            return out
+
+    model = source().model()
+    vocabulary = model.config.vocab_size
+    monkeypatch.setattr(room, "LOGITS", 7 * vocabulary)
+    tokens = torch.randint(0, vocabulary, (4, length))
+    wanted = torch.ones_like(tokens, dtype=torch.bool)
+    wanted[:, 0] = False
+    with Largest() as seen:
+        room.token_stats(model, tokens, torch.ones_like(wanted), wanted, top_k=3).logprobs.sum().backward()
+    assert seen.numel == 7 * vocabulary
+
+
+def test_nothing_wanted_still_has_a_gradient():
+    model, tokens, valid, _ = setup()
+    stats = room.token_stats(model, tokens, valid, torch.zeros_like(valid))
+    stats.logprobs.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_given_tokens_are_looked_up():
+    model, tokens, valid, wanted = setup()
+    first = room.token_stats(model, tokens, valid, wanted, top_k=4)
+    again = room.token_stats(model, tokens, valid, wanted, top_ids=first.top_ids)
+    torch.testing.assert_close(first.top_logprobs, again.top_logprobs)
+
+
+def test_a_model_that_transforms_its_logits_is_refused():
+    model, *_ = setup()
+    head = model.get_output_embeddings()
+
+    class Capped(type(model)):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = torch.tanh(out.logits) + 1
+            return out
+
+    model.__class__ = Capped
+    with pytest.raises(UserError, match="transforms its logits"):
+        room.check_head(model)
+    assert model.get_output_embeddings() is head
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 50.0])
+@pytest.mark.parametrize(
+    ("kind", "options", "refused"),
+    [
+        ("Gemma2", {"head_dim": 16}, "transforms its logits"),
+        ("Gemma2", {"head_dim": 16, "final_logit_softcapping": 1e3}, "transforms its logits"),
+        ("Gemma2", {"head_dim": 16, "final_logit_softcapping": None}, None),
+        ("Granite", {"logits_scaling": 8.0}, "transforms its logits"),
+        ("Granite", {"logits_scaling": 1.0}, None),
+        ("Cohere", {"logit_scale": 0.0625}, "transforms its logits"),
+        ("MiniCPM3", {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+                      "v_head_dim": 24, "dim_model_base": 16}, "does not apply its output head"),
+        ("Rwkv", {"num_hidden_layers": 8, "rescale_every": 2, "attention_hidden_size": 32}, "changes its weights"),
+        ("Llama", {}, None),
+    ],
+)  # fmt: skip
+def test_what_is_done_to_logits_shows_at_any_size_of_them(kind, options, refused, scale):
+    model = Family(kind=kind, options=tuple({**LLAMA, **options}.items())).model().eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(scale)
+    states, logits = {k: v.clone() for k, v in model.state_dict().items()}, None
+    if refused is None:
+        logits = model(torch.tensor([[6, 7]])).logits
+        room.check_head(model)
+        assert torch.equal(logits, model(torch.tensor([[6, 7]])).logits)
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in states.items())
+        return
+    with pytest.raises(UserError, match=f"{kind}ForCausalLM {refused}"):
+        room.check_head(model)
+    assert refused == "changes its weights" or all(torch.equal(v, model.state_dict()[k]) for k, v in states.items())
+
+
+def test_dropout_is_switched_off_for_training():
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    from gear_lightning.models import without_dropout
+
+    small = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    small.attention_dropout = 0.5
+    for model in (GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)), LlamaForCausalLM(small)):
+        ids = torch.arange(10)[None]
+        model.train()
+        assert not torch.equal(model(ids).logits, model(ids).logits), "this test needs a model with dropout"
+        without_dropout(model)
+        assert torch.equal(model(ids).logits, model(ids).logits)

@@ -1,0 +1,52 @@
+"""Numbers that are none, or not finite, are refused before any training."""
+
+import math
+from functools import partial
+
+import pytest
+from tiny_runs import generation
+
+from gear_lightning.callbacks.watchdog import Watchdog
+from gear_lightning.credit import GEAR
+from gear_lightning.environments.lookup_chain import LookupChainDemonstrations
+from gear_lightning.environments.python_tool import PythonTool
+from gear_lightning.environments.sandbox import Limits
+from gear_lightning.errors import UserError
+from gear_lightning.gear import find_spikes
+from gear_lightning.generation.engines import Sampling
+from gear_lightning.learning.lora import LoRA
+from gear_lightning.learning.warm_start import WarmStart
+from gear_lightning.rewards import OverlongPenalty
+from gear_lightning.rollout import Budgets
+
+TAKES_A_NUMBER = {
+    "generation.success_threshold": lambda x: generation(success_threshold=x),
+    "temperature": lambda x: Sampling(temperature=x),
+    "top_p": lambda x: Sampling(top_p=x),
+    "budgets.seconds": lambda x: Budgets(seconds=x),
+    "budgets.step_seconds": lambda x: Budgets(step_seconds=x),
+    "learning_rate": lambda x: WarmStart(LookupChainDemonstrations(), learning_rate=x),
+    "lora.alpha": lambda x: LoRA(alpha=x),
+    "limits.cpu_seconds": lambda x: Limits(cpu_seconds=x),
+    "seconds": lambda x: PythonTool("contains", seconds=x),
+    "overlong.factor": lambda x: OverlongPenalty(8, 8, factor=x),
+    "watchdog.seconds": lambda x: Watchdog(seconds=x),
+    "anchor_floor": lambda x: GEAR(anchor_floor=x),
+    "mix_decay": lambda x: GEAR(mix_decay=x),
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("option", TAKES_A_NUMBER)
+def test_a_number_that_is_not_finite_is_refused_by_name(option, value):
+    with pytest.raises(UserError, match=rf"{option}={value}.*"):
+        TAKES_A_NUMBER[option](value)
+
+
+def test_a_window_longer_than_any_rollout_is_all_that_came_before():
+    import torch
+
+    divergence = torch.rand(3, 9, generator=torch.Generator().manual_seed(0))
+    spikes = partial(find_spikes, divergence, torch.ones(3, 9, dtype=torch.bool), rule="rise", floor=0.1)
+    assert torch.equal(spikes(level=1e300), spikes(level=9.0))
+    assert spikes(level=9.0).any()

@@ -1,0 +1,76 @@
+"""`--seed_everything` reaches what a run draws, unless `data.seed` is given; a resume with another seed is told."""
+
+import json
+
+import pytest
+import yaml
+from test_cli import FIT, command, error_of  # noqa: F401  # the fixture
+from test_export import SaveInTheMiddle
+from tiny_runs import data, generation, module, trainer
+
+from gear_lightning.data import RolloutDataModule
+from gear_lightning.environments.lookup_chain import LookupChainTasks
+from gear_lightning.errors import UserError
+from gear_lightning.recipes.recipe import read_recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "seed"),
+    [
+        ([], 0),
+        (["--seed_everything=3"], 3),
+        (["--seed_everything=3", "--data.seed=5"], 5),
+        (["--seed_everything=false"], 0),
+    ],
+)
+def test_the_seed_of_tasks_and_sampling_follows_seed_everything(repository, monkeypatch, options, seed):
+    monkeypatch.chdir(repository)
+    assert read_recipe(["--config", "configs/quickstart.yaml", *options]).data.seed == seed
+
+
+def test_another_seed_makes_another_run_and_config_yaml_says_which(command, tmp_path):  # noqa: F811
+    drawn = {}
+    for name, options in {"plain": [], "everything": ["--seed_everything=1"], "data": ["--data.seed=1"]}.items():
+        run = tmp_path / name
+        short = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0", f"--trainer.default_root_dir={run}"]
+        status, _, err = command(*FIT, *short, *options)
+        assert status == 0, err
+        lines = (run / "rollouts" / "iter_000000.rank_0.jsonl").read_text().splitlines()
+        drawn[name] = [(r["task_id"], r["messages"]) for r in map(json.loads, lines)]
+        assert yaml.safe_load((run / "config.yaml").read_text())["data"]["seed"] == int(bool(options))
+    assert drawn["everything"] == drawn["data"]
+    assert drawn["everything"] != drawn["plain"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--seed_everything=-1", "seed_everything: -1 is not in bounds"),
+        ("--data.seed=-1", "data.seed=-1 must be at least 0, and below 2^32"),
+    ],
+)
+def test_a_seed_that_is_none_is_a_line(command, tmp_path, option, message):  # noqa: F811
+    assert message in error_of(command, *FIT, "--trainer.default_root_dir", tmp_path, option)
+
+
+def test_in_python_the_seed_is_0_unless_it_is_given():
+    tasks = LookupChainTasks(2)
+    assert (RolloutDataModule(tasks).seed, RolloutDataModule(tasks, seed=7).seed) == (0, 7)
+
+
+def test_a_resume_with_another_seed_is_told(tmp_path):
+    loop = trainer(tmp_path, generation(), max_epochs=1)
+    loop.fit(module(), datamodule=data())
+    loop.save_checkpoint(tmp_path / "a.ckpt")
+    again = trainer(tmp_path, generation(), max_epochs=2)
+    with pytest.warns(UserWarning, match=r"data\.seed=4 .*, and the checkpoint's run had 0: from here on"):
+        again.fit(module(), datamodule=data(seed=4), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+
+
+def test_an_iteration_is_not_taken_up_with_the_tasks_of_another_seed(tmp_path):
+    """Its rollouts would be shown to the teacher with the references of other tasks."""
+    loop = trainer(tmp_path, generation(), SaveInTheMiddle(tmp_path / "mid.ckpt"))
+    loop.fit(module(), datamodule=data(inner_epochs=2))
+    again = trainer(tmp_path, generation())
+    with pytest.raises(UserError, match=r"in the middle of an iteration with data\.seed=0; resume with it"):
+        again.fit(module(), datamodule=data(inner_epochs=2, seed=4), ckpt_path=tmp_path / "mid.ckpt", weights_only=True)

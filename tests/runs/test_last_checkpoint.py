@@ -1,0 +1,237 @@
+"""Which checkpoints there are: the newest state always, the best ones by what was measured, and no others."""
+
+import random
+import shutil
+from datetime import timedelta
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from resume_runs import Scores, StopAt, fit, folder_of, steps, weights
+
+from gear_lightning.callbacks.checkpoint import IterationCheckpoint
+from gear_lightning.errors import UserError
+from gear_lightning.runs.checkpoints import write_checkpoint
+
+LIMITS = [  # and the steps of the run, two an iteration
+    ({"max_epochs": 3}, 6),
+    ({"max_epochs": -1, "max_steps": 5}, 5),
+    ({"max_epochs": -1, "max_steps": 4}, 4),
+    ({"max_epochs": -1, "max_time": timedelta(microseconds=1)}, 2),
+    ({"max_epochs": 9, "stop": (1, 1)}, 4),
+]
+CADENCES = [
+    {}, {"every_n_epochs": 2}, {"every_n_epochs": 0}, {"every_n_train_steps": 1}, {"every_n_train_steps": 3},
+    {"train_time_interval": timedelta(0)}, {"train_time_interval": timedelta(hours=1)},
+    {"save_on_train_epoch_end": False},
+]  # fmt: skip
+CHOICES = [{"save_top_k": k} for k in (0, 1, -1)] + [
+    {"monitor": "score", "mode": mode, "save_top_k": k} for mode in ("min", "max") for k in (1, 2, -1)
+]
+
+
+def combinations(number: int) -> list[tuple]:
+    """Each limit, cadence and choice at least once."""
+    rng = random.Random(0)
+    parts = [
+        [*part * (number // len(part)), *rng.sample(part, number % len(part))] for part in (LIMITS, CADENCES, CHOICES)
+    ]
+    for part in parts:
+        rng.shuffle(part)
+    return list(zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize(("limit", "cadence", "choice"), combinations(9), ids=str)
+def test_the_newest_state_is_last_and_a_resume_of_the_finished_run_trains_nothing(tmp_path, limit, cadence, choice):
+    options, end = dict(limit[0]), limit[1]
+    callbacks = [Scores(3.0, 1.0, 2.0), *([StopAt(*options.pop("stop"))] if "stop" in options else [])]
+    options |= {"source": {"inner_epochs": 2}, "checkpoint": {**cadence, **choice}, "limit_val_batches": 1.0}
+    made = fit(tmp_path, *callbacks, **options)
+    last = folder_of(tmp_path) / "last.ckpt"
+    assert made.global_step == end == torch.load(last, weights_only=True)["global_step"]
+    assert last.is_symlink()
+    kept = {file.name: file.stat().st_mtime_ns for file in folder_of(tmp_path).iterdir()}
+    again = fit(tmp_path, *callbacks, resume=folder_of(tmp_path), **options)
+    assert again.global_step == end
+    assert torch.equal(weights(again), weights(made))
+    assert kept == {file.name: file.stat().st_mtime_ns for file in folder_of(tmp_path).iterdir()}
+
+
+def ranked(run: Path, name: str = "last") -> dict[str, float]:
+    state = torch.load(folder_of(run) / f"{name}.ckpt", weights_only=True)["callbacks"]["IterationCheckpoint"]
+    return {Path(path).stem: round(float(score), 6) for path, score in state["best_k_models"].items()}
+
+
+@pytest.mark.parametrize(
+    ("values", "mode", "top", "best"),
+    [
+        ((1, 5, 2, 4, 3), "max", 2, {1: 5, 3: 4}),
+        ((1, 5, 2, 4, 3), "min", 2, {0: 1, 2: 2}),
+        ((2, 2, 2, 2, 2), "max", 1, {0: 2}),  # the earlier of equal ones
+        ((float("nan"), 1, float("nan"), float("inf"), float("nan")), "max", 2, {1: 1}),  # no values
+        ((1, 3, None, 4, None), "max", 1, {3: 4}),
+    ],
+)
+def test_the_best_are_kept_beside_the_newest_two(tmp_path, values, mode, top, best):
+    scores = Scores(*values, training=True)
+    fit(tmp_path, scores, checkpoint={"monitor": "score", "mode": mode, "save_top_k": top}, max_epochs=5)
+    assert ranked(tmp_path) == {f"iteration={i}": value for i, value in best.items()}
+    assert steps(tmp_path) == {**{f"iteration={i}": i + 1 for i in {*best, 3, 4}}, "last": 5}
+
+
+def test_only_a_value_of_the_same_iteration_counts(tmp_path):
+    """With an evaluation in every second iteration, the value of the one before is not the next one's."""
+    options = {"checkpoint": {"monitor": "val/reward", "save_top_k": 5}, "limit_val_batches": 1.0, "max_epochs": 5}
+    made = fit(tmp_path, check_val_every_n_epoch=2, **options)
+    assert list(ranked(tmp_path)) == ["iteration=1", "iteration=3"]
+    assert made.checkpoint_callback.mode == "max"
+    assert steps(tmp_path).keys() == {"iteration=1", "iteration=3", "iteration=4", "last"}
+
+
+def test_without_a_best_one_the_newest_two_are_there_and_minus_one_keeps_all(tmp_path):
+    for k, files in ((0, {3, 4}), (1, {3, 4}), (-1, {0, 1, 2, 3, 4})):
+        run = tmp_path / str(k)
+        fit(run, checkpoint={"save_top_k": k}, max_epochs=5)
+        assert steps(run) == {**{f"iteration={i}": i + 1 for i in files}, "last": 5}
+
+
+def test_checkpoints_within_an_iteration_have_names_of_their_own(tmp_path):
+    source = {"inner_epochs": 3}
+    fit(tmp_path, checkpoint={"every_n_train_steps": 2, "save_top_k": -1}, source=source, max_epochs=2)
+    wanted = {"iteration=0-step=00002": 2, "iteration=1-step=00004": 4, "iteration=1": 6, "last": 6}
+    assert steps(tmp_path) == wanted
+
+
+def test_a_name_tells_only_what_was_measured(tmp_path):
+    name = "{epoch}-{val/reward:.2f}-{score:.1f}"
+    scores, keeper = Scores(1.0, None, training=True), {"filename": name, "save_top_k": -1}
+    fit(tmp_path, scores, checkpoint=keeper, max_epochs=2)
+    assert steps(tmp_path).keys() == {"0-nan-1.0", "1-nan-nan", "last"}
+
+
+def test_weights_alone_are_saved_and_a_resume_says_that_they_do_not_suffice(tmp_path):
+    fit(tmp_path, checkpoint={"save_weights_only": True}, max_epochs=2)
+    assert steps(tmp_path)["last"] == 2
+    with pytest.raises(UserError, match=r"holds weights alone \(checkpoint.save_weights_only\).*gear-lightning export"):
+        fit(tmp_path, resume=folder_of(tmp_path), max_epochs=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"save_top_k": 3}, "save_top_k=3 keeps the best.*monitor does not say"),
+        ({"save_top_k": -2}, "save_top_k=-2 must be at least -1"),
+        ({"mode": "max"}, "mode=max does nothing without checkpoint.monitor"),
+        ({"monitor": "val/success", "save_top_k": 0}, "monitor=val/success does nothing with checkpoint.save_top_k=0"),
+        (
+            {"monitor": "val/success", "mode": "min"},
+            "takes the smallest val/success for the best; give checkpoint.mode=max",
+        ),
+        ({"monitor": "train/entropy"}, "checkpoint.mode must be given: .* a small train/entropy is better"),
+        ({"save_on_exception": True}, "save_on_exception is not supported"),
+        ({"every_n_epochs": 2, "every_n_train_steps": 3}, "every_n_train_steps and checkpoint.every_n_epochs exclude"),
+        ({"every_n_epochs": 1, "train_time_interval": timedelta(1)}, "exclude one another"),
+        ({"every_n_epochs": -1}, "every_n_epochs=-1 must be at least 0"),
+        ({"every_n_train_steps": 2, "save_on_train_epoch_end": False}, "does nothing with every_n_train_steps"),
+        ({"filename": "policy"}, "filename=policy gives one name to all checkpoints"),
+        ({"filename": "{epoch}-{val/reward}"}, "gives names with a slash.*auto_insert_metric_name=false"),
+        ({"filename": "{epoch:q}"}, "filename={epoch:q} cannot be read"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_one_another_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        IterationCheckpoint(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"monitor": "val/rewards", "mode": "max"}, "monitor=val/rewards: there is no such metric; there are credit/"),
+        ({"monitor": "val/success"}, "monitor=val/success is never measured: this run has no evaluation"),
+        ({"save_on_train_epoch_end": False}, "writes checkpoints after evaluations, and this run has none"),
+    ],
+    ids=str,
+)
+def test_what_will_not_be_measured_is_refused_before_the_first_rollout(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        fit(tmp_path, checkpoint=options)
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_metric_that_does_not_come_ends_the_run_with_its_state_saved(tmp_path):
+    keeper = {"monitor": "scores", "mode": "max", "every_n_epochs": 5}
+    with pytest.raises(UserError, match=r"monitor=scores: there is no such metric in this run; it has logged .*score"):
+        fit(tmp_path, Scores(1.0, training=True), checkpoint=keeper)
+    assert steps(tmp_path) == {"iteration=0": 1, "last": 1}
+    made = fit(
+        tmp_path, Scores(1.0, 2.0, training=True), resume=folder_of(tmp_path), checkpoint={**keeper, "monitor": "score"}
+    )
+    assert made.global_step == 4
+
+
+def test_what_is_kept_does_not_depend_on_kills_moves_or_a_new_cadence(tmp_path):
+    scores, keeper = Scores(1, 9, 3, 4, 2, 0, training=True), {"monitor": "score", "mode": "max"}
+    fit(tmp_path / "whole", scores, checkpoint=keeper, max_epochs=6)
+    run = tmp_path / "before"
+    fit(run, scores, checkpoint=keeper, max_epochs=4)
+    for suffix in ("", ".json"):  # killed before an older one was removed
+        shutil.copy(folder_of(run) / f"iteration=2.ckpt{suffix}", folder_of(run) / f"iteration=0.ckpt{suffix}")
+    state = folder_of(run) / "iteration=3.ckpt"
+    content = torch.load(state, weights_only=True)
+    content["callbacks"]["IterationCheckpoint"]["files"].insert(0, str(folder_of(run) / "iteration=0.ckpt"))
+    write_checkpoint(content, state)
+    run = run.rename(tmp_path / "after")
+    fit(run, scores, resume=folder_of(run), checkpoint={**keeper, "every_n_train_steps": 1}, max_epochs=6)
+    assert steps(run) == steps(tmp_path / "whole") == {"iteration=1": 2, "iteration=4": 5, "iteration=5": 6, "last": 6}
+    assert ranked(run) == ranked(tmp_path / "whole")
+
+
+def test_another_metric_begins_anew_and_leaves_the_best_of_the_one_before(tmp_path):
+    scores = Scores(9, 1, 1, 1, training=True)
+    fit(tmp_path, scores, checkpoint={"monitor": "score", "mode": "max"}, max_epochs=3)
+    with pytest.warns(UserWarning, match=r"no longer ranked by score; iteration=0.ckpt stay"):
+        fit(tmp_path, resume=folder_of(tmp_path), checkpoint={"monitor": "train/reward"}, max_epochs=4)
+    assert steps(tmp_path).keys() == {"iteration=0", "iteration=2", "iteration=3", "last"}
+    assert ranked(tmp_path).keys() == {"iteration=3"}
+
+
+def test_a_run_that_resumes_from_an_older_checkpoint_leaves_the_newer_ones_aside(tmp_path, capsys):
+    fit(tmp_path, checkpoint={"save_top_k": -1}, max_epochs=4)
+    older = folder_of(tmp_path) / "iteration=1.ckpt"
+    fit(tmp_path, resume=older, checkpoint={"save_top_k": -1}, max_epochs=3)
+    assert steps(tmp_path) == {"iteration=0": 1, "iteration=1": 2, "iteration=2": 3, "last": 3}
+    assert (
+        "iteration=2.ckpt, iteration=3.ckpt: from after the checkpoint that the run resumes" in capsys.readouterr().err
+    )
+    aside = folder_of(tmp_path) / "earlier-1"
+    assert sorted(file.name for file in aside.glob("*.ckpt*")) == [
+        f"iteration={i}.ckpt{suffix}" for i in (2, 3) for suffix in ("", ".json")
+    ]
+    made = fit(tmp_path, resume=folder_of(tmp_path), max_epochs=4)
+    assert made.global_step == 4, "and not from the run that was given up"
+
+
+def test_an_evaluation_that_is_made_up_for_counts_as_if_it_had_not_been_cut_short(tmp_path):
+    class Cut(L.Callback):
+        def on_validation_start(self, trainer, pl_module):
+            trainer.datamodule.stop = lambda: trainer.current_epoch == 1
+
+        def on_validation_end(self, trainer, pl_module):
+            trainer.datamodule.stop = lambda: False
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                raise KeyboardInterrupt
+
+    options = {
+        "checkpoint": {"monitor": "val/response_tokens", "mode": "max", "save_top_k": 9},
+        "limit_val_batches": 1.0,
+    }
+    fit(tmp_path / "whole", **options)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tmp_path / "cut", Cut(), **options)
+    assert "iteration=1" not in ranked(tmp_path / "cut")
+    fit(tmp_path / "cut", resume=folder_of(tmp_path / "cut"), **options)
+    assert ranked(tmp_path / "cut") == ranked(tmp_path / "whole")
