@@ -8,6 +8,7 @@ from pathlib import Path
 import deadlines
 import pytest
 from checkout import ROOT
+from command_line import command  # noqa: F401  # a fixture
 from quick_start import QuickStart
 from small_disks import small_disk
 

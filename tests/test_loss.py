@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_rows import count, off_sampler, random_step, row
 from reference_maths import evidence, some_rollouts
 from torch import Tensor
 from torch.testing import assert_close
@@ -15,14 +16,6 @@ from gear_lightning.errors import UserError
 from gear_lightning.loss import ClippedSurrogate, LossTerms, clipped_surrogate, sampler_weights
 
 KINDS = [{}, {"aggregation": "sequence_mean"}, {"aggregation": "constant", "constant_length": 7}]
-
-
-def row(*values: float) -> Tensor:
-    return torch.tensor([values], dtype=torch.float32)
-
-
-def count(n: int) -> Tensor:
-    return torch.tensor(n)
 
 
 def surrogate(ratios: list[float], advantages: list[float], **options) -> tuple[list[float], list[bool], list[float]]:
@@ -47,15 +40,6 @@ def step(
     counts = {"step_tokens": int(mask.sum()), "step_rollouts": len(mask), **n}
     sampler = old if sampler is None else sampler
     return loss(logprobs, old, a, mask, sampler_logprobs=sampler, **{k: count(v) for k, v in counts.items()})
-
-
-def random_step(seed: int, rows: int = 6, width: int = 9) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    logprobs = -torch.rand(rows, width, generator=g) * 3
-    old = logprobs + torch.randn(rows, width, generator=g) * 0.4
-    mask = torch.rand(rows, width, generator=g) < torch.rand(rows, 1, generator=g)
-    mask[0] = False
-    return logprobs, old, torch.randn(rows, width, generator=g), mask
 
 
 def test_golden_surrogate():
@@ -162,11 +146,6 @@ def test_any_split_into_micro_batches_gives_the_same_loss_and_gradient(seed, opt
     assert_close(total, whole.loss, atol=1e-6, rtol=1e-5)
     assert_close(torch.autograd.grad(total, logprobs)[0], gradient)
     assert sum(p.clipped for p in parts) == whole.clipped
-
-
-def off_sampler(seed: int, old: Tensor, spread: float = 0.6) -> Tensor:
-    """Log-probs of a sampler that does not agree with the trainer."""
-    return old + spread * torch.randn(old.shape, generator=torch.Generator().manual_seed(seed + 1))
 
 
 def test_golden_sampler_weights():

@@ -8,7 +8,7 @@ import torch
 from every_rule import watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loss import count, off_sampler, random_step, row
+from loss_rows import count, off_sampler, random_step, row
 from tiny_runs import data, module
 from torch import Tensor
 from torch.testing import assert_close

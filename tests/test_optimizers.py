@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from checkout import ROOT
-from test_configs import CONFIGS, QUICKSTART, RECIPES, Built, arguments, printed
+from shipped_configs import CONFIGS, QUICKSTART, RECIPES, Built, arguments, printed
 from tiny_runs import data, generation, source, trainer
 
 from gear_lightning.errors import UserError

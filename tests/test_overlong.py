@@ -5,7 +5,7 @@ import json
 
 import pytest
 from every_rule import watched
-from test_sampling_match import policy, talking, tasks
+from talking_policies import policy, talking, tasks
 from tiny_runs import generation, trainer
 
 from gear_lightning.advantage import TurnGRPO

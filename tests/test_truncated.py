@@ -3,8 +3,8 @@
 import pytest
 import torch
 from every_rule import Sharp
-from test_data import Told
-from test_data import iteration as one_iteration
+from scripted_data import Told
+from scripted_data import iteration as one_iteration
 from tiny_runs import AnyCall, data, generation, trainer
 
 from gear_lightning.advantage import GRPO, DrGRPO, LeaveOneOut, TurnGRPO

@@ -11,9 +11,9 @@ import torch
 from every_rule import Talk, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted_data import Finite, Told
 from scripted_policy import answered
-from test_data import Finite, Told
-from test_sampling_match import policy, talking, tasks
+from talking_policies import policy, talking, tasks
 from tiny_runs import trainer
 from torch.testing import assert_close
 

@@ -5,22 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_runs import AnyCall, data, generation, module, trainer
+from tiny_runs import AnyCall, NoSpread, data, generation, module, trainer
 
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.callbacks.health import Health
 from gear_lightning.callbacks.sample_table import SampleTable
 from gear_lightning.credit import GEAR, Uniform
 from gear_lightning.distillation import OPSD
-from gear_lightning.environments.base import Step
 from gear_lightning.environments.lookup_chain import LookupChain
 from gear_lightning.errors import UserError
 from gear_lightning.teacher import TeacherOptions
-
-
-class NoSpread(LookupChain):
-    def step(self, message):
-        return Step(done=True, reward=0.0)  # as a tool call that cannot be read
 
 
 def test_a_run_that_cannot_learn_warns_and_then_stops_with_advice(tmp_path):

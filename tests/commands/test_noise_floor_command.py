@@ -1,13 +1,11 @@
 """`gear-lightning noise-floor`, and recorded rollouts as its input."""
 
 import csv
-import os
-import subprocess
-import sys
 
 import lightning as L
 import pytest
 import torch
+from probe_command import command
 from tiny_runs import data, generation, module, trainer
 
 from gear_lightning.batch import RolloutBatch
@@ -47,14 +45,6 @@ COMMAND = [
     "--model.policy.layers", "2", "--data.tasks_per_iteration", "2", "--data.group_size", "4",
     "--data.micro_batch_size", "4", "--data.val_limit", "4",
 ]  # fmt: skip
-
-
-def command(repository, *args: object) -> tuple[int, str, str]:
-    """Run ``gear-lightning`` in a process of its own: exit status, stdout, stderr."""
-    line = [sys.executable, "-m", "gear_lightning", *map(str, args)]
-    environment = {**os.environ, "PYTHONPATH": str(repository), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(line, cwd=repository, env=environment, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
 
 
 def test_the_command_measures_a_recipe_and_a_run_and_leaves_the_run_alone(tmp_path, repository):

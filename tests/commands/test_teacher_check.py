@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_noise_floor_command import command
+from probe_command import command
 from tiny_runs import AnyCall, data, generation, module, trainer
 
 from gear_lightning.environments.base import Task

@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from save_in_the_middle import SaveInTheMiddle
 from tiny_runs import data, generation, module, source, trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -265,15 +266,6 @@ def names(checkpoint: Path) -> set[str]:
             elif code.name == "STACK_GLOBAL":
                 found.add(".".join(strings[-2:]))
     return found
-
-
-class SaveInTheMiddle(L.Callback):
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.current_epoch == 1 and batch_idx == 2:
-            trainer.save_checkpoint(self.path)
 
 
 def test_checkpoints_hold_plain_data_and_tensors_alone(run, tmp_path):

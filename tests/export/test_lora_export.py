@@ -1,11 +1,10 @@
 """Export of adapters: merged into a plain model, or as peft loads them."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from test_lora import SMALL, TEMPLATE, fit, logits, tied
+from lora_runs import SMALL, TEMPLATE, directory, fit, logits, with_peft
 from tiny_runs import module, source
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,21 +21,6 @@ def run(tmp_path_factory):
     """A trained module, and its checkpoint."""
     folder = tmp_path_factory.mktemp("lora")
     return fit(folder, module(lora=SMALL), saved=folder / "last.ckpt"), folder / "last.ckpt"
-
-
-def directory(folder: Path, tie: bool = False) -> Pretrained:
-    """A model directory whose weights are not the tiny source's own."""
-    torch.manual_seed(3)
-    model = tied() if tie else source(seed=7).model()
-    model.save_pretrained(folder)
-    source().tokenizer().save_pretrained(folder)
-    return Pretrained(str(folder))
-
-
-def with_peft(base, folder: Path):
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder))
 
 
 CASES = {

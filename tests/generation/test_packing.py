@@ -10,7 +10,7 @@ from checkout import ROOT
 from every_rule import Sharp, Talk, TalkTasks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import Finite, Told
+from scripted_data import Finite, Told
 from tiny_runs import data, generation, trainer
 
 from gear_lightning.credit import GEAR, Uniform

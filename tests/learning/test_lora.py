@@ -1,12 +1,12 @@
 """Low-rank adapters: trained alone, with a teacher on the same base weights, and resumed exactly."""
 
 import csv
-from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from every_rule import Sharp, random_rows, untrained, watched
+from lora_runs import SMALL, TEMPLATE, adapted, fit, flat, logits, split, stir, tied
 from tiny_runs import data, generation, module, source, trainer
 
 from gear_lightning.batch import collate
@@ -17,9 +17,12 @@ from gear_lightning.module import GearModule
 from gear_lightning.recipes.cli import GearCLI
 from gear_lightning.teacher import TeacherOptions
 
-SMALL = LoRA(rank=4, alpha=8)
-TEMPLATE = " <ref> {reference}"
-TOKENS = torch.arange(6, 46)[None]
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained module, its checkpoint, and its folder."""
+    folder = tmp_path_factory.mktemp("lora")
+    return fit(folder, module(lora=SMALL), saved=folder / "last.ckpt", max_epochs=4), folder / "last.ckpt", folder
 
 
 def batch_of(*hints: int):
@@ -32,29 +35,6 @@ def score(model: GearModule, batch):
 
 def stats(model, batch):
     return token_stats(model, batch.tokens, batch.valid, batch.action_mask)
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model.eval()(input_ids=TOKENS).logits
-
-
-@torch.no_grad()
-def stir(model, name: str = "policy", size: float = 0.3) -> None:
-    """Give an adapter an effect."""
-    torch.manual_seed(5)
-    for p in adapter_parameters(model, name):
-        p.add_(size * torch.randn_like(p))
-
-
-def adapted(options: LoRA = SMALL, kind=source):
-    model = kind().model()
-    options.adapt(model)
-    return model
-
-
-def flat(parameters) -> torch.Tensor:
-    return torch.cat([p.detach().double().flatten() for p in parameters])
 
 
 # -- the adapters ------------------------------------------------------------------------------------------------------
@@ -93,14 +73,6 @@ def test_starting_adapters_are_equal_whatever_was_drawn_before_and_draw_nothing(
     for a, b in zip(adapter_parameters(one, "policy"), adapter_parameters(other, "policy"), strict=True):
         assert torch.equal(a, b)
     assert (flat(p for n, p in one.named_parameters() if ".lora_A." in n) != 0).all()
-
-
-def tied():
-    from transformers import LlamaForCausalLM
-
-    config = source().model().config
-    config.tie_word_embeddings = True
-    return LlamaForCausalLM(config)
 
 
 @pytest.mark.parametrize(
@@ -151,12 +123,6 @@ def test_the_teacher_starts_equal_to_the_policy_to_the_bit(tmp_path, weights):
         assert torch.equal(getattr(ours, field), getattr(base, field))
     hinted = batch_of(5, 5, 5)
     assert not torch.equal(stats(model.policy, hinted).logprobs, score(model, hinted).logprobs)
-
-
-def split(path: list, model: GearModule, name: str) -> list[torch.Tensor]:
-    """The adapter of that name along a run's path."""
-    places = [i for i, (key, _) in enumerate(model.policy.named_parameters()) if f".{name}.weight" in key]
-    return [flat(weights[i] for i in places) for weights in path]
 
 
 @pytest.mark.parametrize(("every", "lr"), [(1, 1e-6), (7, 1e-3)])
@@ -235,22 +201,6 @@ def test_an_error_in_the_teachers_pass_leaves_the_policys_adapters_in_place(tmp_
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
-
-
-def fit(run: Path, model: GearModule, *, saved: Path | None = None, resume: Path | None = None, **options):
-    torch.manual_seed(99 if resume else 0)
-    loop = trainer(run, generation(), **{"max_epochs": 2, **options})
-    loop.fit(model, datamodule=data(), ckpt_path=resume, weights_only=True)
-    if saved:
-        loop.save_checkpoint(saved)
-    return model
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A trained module, its checkpoint, and its folder."""
-    folder = tmp_path_factory.mktemp("lora")
-    return fit(folder, module(lora=SMALL), saved=folder / "last.ckpt", max_epochs=4), folder / "last.ckpt", folder
 
 
 def test_rollouts_are_sampled_with_the_policys_adapters(run):

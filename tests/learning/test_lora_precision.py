@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 from every_rule import watched
-from test_lora import SMALL, TEMPLATE, adapted, flat, logits, split, stir
+from lora_runs import SMALL, TEMPLATE, adapted, flat, logits, split, stir
 from tiny_runs import data, generation, module, trainer
 from torch.nn import functional as F
 

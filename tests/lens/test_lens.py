@@ -7,10 +7,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from credit_pages import ATTACK, fake_rollout, fake_tensors
+from credit_pages import decode as decode_words
 from headless_browser import Page
 from lens_records import decode, other_credit, record
-from test_credit_page import ATTACK, fake_rollout, fake_tensors
-from test_credit_page import decode as decode_words
 
 from gear_lightning.lens.page import render_credit_page
 from gear_lightning.runs.records import Record
@@ -18,13 +18,6 @@ from gear_lightning.runs.records import Record
 RECORDS = [record(iteration) for iteration in range(3)]  # 8 rollouts each, of which the last has no row
 OTHERS = [other_credit(one) for one in RECORDS]
 OTHER = "Turn <b>(0.5)</b>"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    page = Page(tmp_path_factory.mktemp("profile"))
-    yield page
-    page.close()
 
 
 @pytest.fixture(scope="module")

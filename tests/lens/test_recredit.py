@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_cli import FIT, command  # noqa: F401  # the fixture
-from test_credit_page import add, fake_rollout, fake_tensors, page_data, run, unpack  # noqa: F401  # the fixture
-from test_lens import browser  # noqa: F401  # the fixture
+from command_line import FIT
+from credit_pages import add, fake_rollout, fake_tensors, page_data, unpack
 from tiny_runs import WORDS, AnyCall, data, generation, trainer
 
 from gear_lightning.commands.recredit import recredit_command
@@ -146,7 +145,7 @@ def test_a_record_of_another_rule_gives_what_training_by_the_other_would_have(tr
     assert torch.equal(back.anchor, gear.tensors["anchor"])
 
 
-def test_turns_with_advantages_of_their_own_and_rollouts_without_privileged_text(run):  # noqa: F811
+def test_turns_with_advantages_of_their_own_and_rollouts_without_privileged_text(run):
     base = torch.tensor([[0.0] * 2 + [-0.5] * 4 + [0.0] * 2 + [1.0] * 3 + [0.0] * 2])
     add(run, fake_rollout(), base_advantages=base)
     credit = recredit(next(read_records(run)), RLSD())
@@ -159,7 +158,7 @@ def test_turns_with_advantages_of_their_own_and_rollouts_without_privileged_text
     assert (recredit(next(read_records(run)), RLSD()).weights == 1).all()
 
 
-def test_a_run_of_the_command_line_is_recomputed_by_its_config_file(command, tmp_path):  # noqa: F811
+def test_a_run_of_the_command_line_is_recomputed_by_its_config_file(command, tmp_path):
     folder = tmp_path / "run"
     options = ["--model.credit.divergence=reverse_kl", "--model.credit.sign_rule=symmetric"]
     options += ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=5", "--first_evaluation.enabled=false"]
@@ -259,7 +258,7 @@ class Decided(CreditAssigner):
         return spread_credit(evidence, 1.0 + evidence.decisions, by_teacher=False)
 
 
-def test_an_own_rule_by_import_path_and_decisions(trained, run, tmp_path, capsys):  # noqa: F811
+def test_an_own_rule_by_import_path_and_decisions(trained, run, tmp_path, capsys):
     own = f"{__name__}.Decided"
     assert recredit_command([str(trained("uniform")), "--credit", own, "--json", str(tmp_path / "x.json")]) == 0
     record = next(read_records(trained("uniform"), [0]))
@@ -323,7 +322,7 @@ class Odd(CreditAssigner):
 
 
 @pytest.mark.parametrize("weight", ["nan", "inf"])
-def test_credit_that_is_no_number_is_refused(run, weight, tmp_path):  # noqa: F811
+def test_credit_that_is_no_number_is_refused(run, weight, tmp_path):
     add(run, fake_rollout(rollout=4), iteration=6)
     out = tmp_path / "x.json"
     for rule in (["--credit", f"{__name__}.Odd", f"--credit.weight=.{weight}"],
@@ -375,7 +374,7 @@ def credits(record: Record, **there: torch.Tensor):
     return recorded_credit(record), recorded_credit(replace(record, tensors={**record.tensors, **there}))
 
 
-def test_the_figures_of_one_rollout_by_hand(run):  # noqa: F811
+def test_the_figures_of_one_rollout_by_hand(run):
     # ppAAAAooBBB: 7 action tokens 2-5 and 8-10, weights 1 .5 1.75 1.75 1 1 1, one segment of tokens 4 and 5, A = -0.5
     decisions = torch.tensor([[0, 0, 1, 0, -1, -1, 0, 0, -1, 0, 0, 0, 0]])
     add(run, fake_rollout(), decisions=decisions)
@@ -409,7 +408,7 @@ def test_the_figures_of_one_rollout_by_hand(run):  # noqa: F811
     assert (second.token, third.token, third.size) == (5, 3, 0.25)
 
 
-def test_rollouts_and_iterations_are_pooled(run, tmp_path, capsys):  # noqa: F811
+def test_rollouts_and_iterations_are_pooled(run, tmp_path, capsys):
     for iteration, rank in ((0, 0), (0, 1), (4, 0)):
         add(run, fake_rollout(), iteration=iteration, rank=rank)
     out = tmp_path / "out.json"
@@ -449,7 +448,7 @@ def test_two_rules_against_each_other(trained, tmp_path):
     assert found["overall"]["segments_per_rollout"] == {"here": 0, "there": pytest.approx(sum(turns) / len(turns))}
 
 
-def test_the_page_shows_the_computed_credit(run, capsys):  # noqa: F811
+def test_the_page_shows_the_computed_credit(run, capsys):
     add(run, fake_rollout(row=None, reward=None), fake_rollout())
     record = next(read_records(run))
     credit = recredit(record, TokenOnly())
@@ -466,7 +465,7 @@ def test_the_page_shows_the_computed_credit(run, capsys):  # noqa: F811
     assert not (run / "credit_map.html").exists()
 
 
-def test_the_page_of_two_rules_opens_on_them(run, browser):  # noqa: F811
+def test_the_page_of_two_rules_opens_on_them(run, browser):
     add(run, fake_rollout(), fake_rollout(rollout=1))
     add(run, fake_rollout(), iteration=1)
     args = [str(run), "--credit", "RLSD", "--html", "--json", str(run / "x.json")]
@@ -491,7 +490,7 @@ def test_the_page_of_two_rules_opens_on_them(run, browser):  # noqa: F811
     assert browser.errors == []
 
 
-def test_the_page_keeps_the_newest_rollouts(run):  # noqa: F811
+def test_the_page_keeps_the_newest_rollouts(run):
     for iteration in range(3):
         add(run, *(fake_rollout(rollout=n) for n in range(750)), iteration=iteration)
     assert recredit_command([str(run), "--credit", "RLSD", "--html", str(run / "x.html")]) == 0
@@ -535,7 +534,7 @@ def test_the_page_keeps_the_newest_rollouts(run):  # noqa: F811
         ),
     ],
 )
-def test_what_is_asked_wrongly(run, args, message, repository, monkeypatch):  # noqa: F811
+def test_what_is_asked_wrongly(run, args, message, repository, monkeypatch):
     monkeypatch.chdir(repository)
     add(run, fake_rollout())
     with pytest.raises(UserError) as error:
@@ -543,7 +542,7 @@ def test_what_is_asked_wrongly(run, args, message, repository, monkeypatch):  # 
     assert message in str(error.value)
 
 
-def test_records_that_cannot_be_read(run):  # noqa: F811
+def test_records_that_cannot_be_read(run):
     with pytest.raises(UserError, match="no rollout records"):
         recredit_command([str(run), "--credit", "RLSD"])
     add(run, fake_rollout(row=None))
@@ -559,7 +558,7 @@ def test_records_that_cannot_be_read(run):  # noqa: F811
         recredit_command([str(run), "--credit", "RLSD"])
 
 
-def test_files_that_do_not_belong_together(run):  # noqa: F811
+def test_files_that_do_not_belong_together(run):
     two = {name: x.repeat(2, *[1] * (x.dim() - 1)) for name, x in fake_tensors().items()}
     for iteration in range(2):
         rollouts = [fake_rollout(row=n, rollout=n, policy_version=iteration, group_id=3 * iteration) for n in range(2)]
@@ -594,7 +593,7 @@ def test_files_that_do_not_belong_together(run):  # noqa: F811
 # -- files of others --------------------------------------------------------------------------------------------------
 
 
-def test_a_runs_config_has_nothing_imported(run, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_runs_config_has_nothing_imported(run, tmp_path, monkeypatch, capsys):
     mark = tmp_path / "mark"
     source = f"open({str(mark)!r}, 'w')\nfrom gear_lightning.credit import RLSD\nclass Evil(RLSD): pass\n"
     (tmp_path / "evil_rule.py").write_text(source)
@@ -626,7 +625,7 @@ def test_a_runs_config_has_nothing_imported(run, tmp_path, monkeypatch, capsys):
     ["[1]", "{1: 2}", "{kappa: x}", "{segment_max: 1000000000000000000000000}", "{sign_rule: evil}", "{kapa: 1}",
      "{anchor_floor: .nan}", "{entropy: 5}", "{divergence: x}", "{clip: '\\e[2J'}"],
 )  # fmt: skip
-def test_nonsense_in_a_runs_config_costs_the_check_alone(run, options, capsys):  # noqa: F811
+def test_nonsense_in_a_runs_config_costs_the_check_alone(run, options, capsys):
     add(run, fake_rollout(task_id="\x1b]0;owned\x07"))
     text = f"model: {{credit: {{class_path: gear_lightning.credit.GEAR, init_args: {options}}}}}"
     (run / "config.yaml").write_text(text)
@@ -640,7 +639,7 @@ def test_nonsense_in_a_runs_config_costs_the_check_alone(run, options, capsys): 
 @pytest.mark.parametrize(
     "text", ["[" * 10_000, "a: &a [*a]", "\x00", "- 1", "model: 3", "\ud800".encode("utf-8", "replace").decode()]
 )
-def test_any_config_is_a_config_that_is_not_known(run, text, capsys):  # noqa: F811
+def test_any_config_is_a_config_that_is_not_known(run, text, capsys):
     add(run, fake_rollout())
     (run / "config.yaml").write_text(text)
     assert recredit_command([str(run), "--credit", "RLSD"]) == 0
@@ -651,7 +650,7 @@ def test_any_config_is_a_config_that_is_not_known(run, text, capsys):  # noqa: F
     assert shown.err.count("\n") == 1
 
 
-def test_numbers_that_are_none_are_shown(run, tmp_path, capsys):  # noqa: F811
+def test_numbers_that_are_none_are_shown(run, tmp_path, capsys):
     weights, anchor = torch.full((1, 13), torch.nan), torch.full((1, 13), 10**12)
     shape = {"weights": weights, "token_advantages": torch.full((1, 13), torch.inf), "anchor": anchor}
     add(run, fake_rollout(), **shape, teacher_logprobs=torch.full((1, 13), torch.nan))

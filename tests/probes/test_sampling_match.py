@@ -3,23 +3,21 @@
 import csv
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from every_rule import Sharp, Talk, TalkTasks, Watch, watched
-from tiny_runs import data, trainer
+from talking_policies import policy, talking, tasks
+from tiny_runs import trainer
 
 from gear_lightning.callbacks.generation import GenerationCallback
-from gear_lightning.credit import GEAR, Uniform
+from gear_lightning.credit import GEAR
 from gear_lightning.errors import UserError
 from gear_lightning.generation.engines import CachedEngine, GenerateEngine, Sampling
 from gear_lightning.learning.token_stats import token_stats
 from gear_lightning.loss import ClippedSurrogate
-from gear_lightning.module import GearModule
 from gear_lightning.rollout import Budgets
-from gear_lightning.teacher import TeacherOptions
 
 SAMPLINGS = [
     Sampling(0.6),
@@ -28,23 +26,6 @@ SAMPLINGS = [
     Sampling(1.0, top_k=5),
     Sampling(0.7, top_p=0.9, top_k=20),
 ]
-
-
-def policy(credit=Uniform(), lr=3e-2) -> GearModule:
-    return GearModule(
-        Sharp(),
-        credit,
-        teacher=TeacherOptions(template=" <ref> {reference}"),
-        optimizer=lambda p: torch.optim.SGD(p, lr=lr),
-    )
-
-
-def talking(kind: Any = GenerationCallback, **options) -> GenerationCallback:
-    return kind(environment=Talk, budgets=Budgets(4, 80, 24, 250), **options)
-
-
-def tasks(**options):
-    return data(**{"train_tasks": TalkTasks(turns=4), "val_tasks": None, "group_size": 6, **options})
 
 
 def gaps(seen) -> torch.Tensor:

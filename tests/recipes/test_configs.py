@@ -1,14 +1,13 @@
 """Every config file parses and instantiates through the real command line, and every option does something."""
 
-import contextlib
 import importlib
-import io
 from pathlib import Path
 
 import pytest
 import yaml
 from checkout import ROOT
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from shipped_configs import CONFIGS, PLANS, QUICKSTART, RECIPES, Built, Parsed, arguments, printed
 
 from gear_lightning.advantage import GRPO, MTGRPO, DrGRPO, GiGPO, TurnGRPO
 from gear_lightning.credit import (
@@ -31,36 +30,10 @@ from gear_lightning.distillation import OPSD, SDAR, SDPG, SDPO
 from gear_lightning.errors import UserError
 from gear_lightning.loss import CISPO, GSPO, ClippedSurrogate
 from gear_lightning.module import GearModule
-from gear_lightning.recipes.cli import GearCLI
 from gear_lightning.study.plan import Study
 
-CONFIGS = ROOT / "configs"
-PLANS = sorted(p for p in CONFIGS.glob("study/*.yaml") if "arms" in yaml.safe_load(p.read_text()))
-RECIPES = sorted([*CONFIGS.glob("*.yaml"), *(set(CONFIGS.glob("study/*.yaml")) - set(PLANS))])
 APART = ("slurm", "study")  # those of Slurm: test_slurm_command.py
 PIECES = sorted(p for p in CONFIGS.glob("*/**/*.yaml") if p.parent.name not in APART)
-QUICKSTART = CONFIGS / "quickstart.yaml"
-
-
-class Parsed(GearCLI):
-    """Reads the command line, and makes nothing of it."""
-
-    def instantiate_classes(self) -> None:
-        self.datamodule = self.model = self.trainer = None
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Train nothing."""
-
-
-class Built(GearCLI):
-    """Makes everything that the command line asks for, and trains nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Train nothing."""
-
-
-def arguments(*files: Path, command: str = "fit") -> list[str]:
-    return [command, *(part for file in files for part in ("--config", str(file)))]
 
 
 def name(files: tuple[Path, ...]) -> str:
@@ -255,14 +228,6 @@ def test_the_quickstart_config_serves_the_other_commands_too(command):
     cli = Built(arguments(QUICKSTART, command=command))
     assert cli.subcommand == command
     assert isinstance(cli.model, GearModule)
-
-
-def printed(*args: str) -> str:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as done:
-        Parsed([*args, "--print_config"])
-    assert not done.value.code
-    return out.getvalue()
 
 
 def test_a_printed_config_is_the_whole_config():

@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 import pytest
-from test_cli import FIT, command  # noqa: F401  # the fixture
+from command_line import FIT
 from tiny_runs import data, generation, module
 
 from gear_lightning.advantage import GRPO, DrGRPO
@@ -236,7 +236,7 @@ def test_doctor_lists_them(repository, monkeypatch, capsys):
     assert "- model.objective=GSPO is ClippedSurrogate with" in capsys.readouterr().out
 
 
-def test_fit_warns_of_them_and_trains(command, tmp_path):  # noqa: F811
+def test_fit_warns_of_them_and_trains(command, tmp_path):
     short = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0", f"--trainer.default_root_dir={tmp_path}"]
     with pytest.warns(UserWarning, match=r"model\.objective\.dual_clip=3\.0 does nothing with data\.inner_epochs=1"):
         status, _, err = command(*FIT, *short, "--model.objective.dual_clip", "3.0")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import yaml
-from test_cli import FIT, command, error_of  # noqa: F401  # the fixture
-from test_export import SaveInTheMiddle
+from command_line import FIT, error_of
+from save_in_the_middle import SaveInTheMiddle
 from tiny_runs import data, generation, module, trainer
 
 from gear_lightning.data import RolloutDataModule
@@ -28,7 +28,7 @@ def test_the_seed_of_tasks_and_sampling_follows_seed_everything(repository, monk
     assert read_recipe(["--config", "configs/quickstart.yaml", *options]).data.seed == seed
 
 
-def test_another_seed_makes_another_run_and_config_yaml_says_which(command, tmp_path):  # noqa: F811
+def test_another_seed_makes_another_run_and_config_yaml_says_which(command, tmp_path):
     drawn = {}
     for name, options in {"plain": [], "everything": ["--seed_everything=1"], "data": ["--data.seed=1"]}.items():
         run = tmp_path / name
@@ -49,7 +49,7 @@ def test_another_seed_makes_another_run_and_config_yaml_says_which(command, tmp_
         ("--data.seed=-1", "data.seed=-1 must be at least 0, and below 2^32"),
     ],
 )
-def test_a_seed_that_is_none_is_a_line(command, tmp_path, option, message):  # noqa: F811
+def test_a_seed_that_is_none_is_a_line(command, tmp_path, option, message):
     assert message in error_of(command, *FIT, "--trainer.default_root_dir", tmp_path, option)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from damaged_checkpoints import flip
 from deadlines import seconds
-from test_checkpoints import flip
 from tiny_runs import data, generation, module, trainer
 
 from gear_lightning.callbacks import background_saves

@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from damaged_checkpoints import flip, write
 from small_disks import fill
 from tiny_runs import data, generation, module, trainer
 
@@ -28,19 +29,6 @@ from gear_lightning.runs.checkpoints import (
 )
 from gear_lightning.runs.files import replace_file, try_to_write
 from gear_lightning.runs.loggers import Board, MetricsFile
-
-
-def write(folder: Path, steps: int, name: str | None = None) -> Path:
-    path = folder / f"{name or steps}.ckpt"
-    values = torch.arange(300, dtype=torch.float32) + steps
-    write_checkpoint({"global_step": steps, "epoch": steps, "values": values}, path)
-    return path
-
-
-def flip(path: Path, place: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 0x10
-    path.write_bytes(content)
 
 
 def test_what_is_written_is_whole_and_read_back(tmp_path):

@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
+from damaged_checkpoints import write
 from small_disks import fill
-from test_checkpoints import write
 from tiny_runs import data, generation, module, trainer
 
 from gear_lightning.callbacks.run_status import _append

@@ -8,11 +8,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from command_line import FIT, error_of
 from lightning.pytorch.callbacks import EarlyStopping
 from resume_runs import Scores, StopAt, fit, folder_of, steps, weights
-from test_callbacks import NoSpread
-from test_cli import FIT, command, error_of  # noqa: F401
-from tiny_runs import data, generation, module, trainer
+from tiny_runs import NoSpread, data, generation, module, trainer
 
 import gear_lightning
 from gear_lightning.callbacks.health import Health
@@ -102,7 +101,7 @@ def test_lightnings_sanity_check_changes_nothing(tmp_path):
         ([f"--trainer.callbacks+={EARLY}", "--trainer.callbacks.monitor", "val/success"], "mode of EarlyStopping=min"),
     ],
 )  # fmt: skip
-def test_the_command_line_refuses_before_the_warm_start(command, tmp_path, args, message):  # noqa: F811
+def test_the_command_line_refuses_before_the_warm_start(command, tmp_path, args, message):
     warm = [a for a in FIT if a != "--warm_start=null"]
     error = error_of(command, *warm, "--trainer.default_root_dir", tmp_path / "run", *args)
     assert message in error

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_lora import SMALL, TEMPLATE, fit, logits
-from test_lora_export import directory, with_peft
+from lora_runs import SMALL, TEMPLATE, directory, fit, logits, with_peft
 from tiny_runs import data, generation, source, trainer
 from transformers import AutoModelForCausalLM
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from credit_pages import fake_rollout, fake_tensors
 from headless_browser import dump
-from test_credit_page import fake_rollout, fake_tensors
 
 from gear_lightning.lens.page import render_credit_page
 from gear_lightning.runs.records import Record

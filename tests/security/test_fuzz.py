@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import JSON, PIECES, cases, hostile, soon
 from chat_templates import CHATML, HERMES, byte_tokenizer
+from credit_pages import fake_rollout, fake_tensors
 from deadlines import seconds
+from fuzz_cases import JSON, PIECES, cases, hostile, soon
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scripted_policy import answered
-from test_credit_page import fake_rollout, fake_tensors
 from tiny_runs import source
 
 from gear_lightning.environments.arithmetic import CalculatorError, calculate

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from chat_templates import CHATML, byte_tokenizer
-from test_cli import FIT, command  # noqa: F401  # the fixture
-from test_credit_page import add, fake_rollout
+from command_line import FIT
+from credit_pages import add, fake_rollout
 from tiny_runs import data, generation, module, source, trainer
 
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
@@ -101,7 +101,7 @@ def test_the_attacks_are_real(tmp_path):
         assert (tmp_path / "mark").exists() == (name not in ("getattr", "a class")), name
 
 
-def test_no_pickle_runs_from_the_command_line(checkpoint, tmp_path, command):  # noqa: F811
+def test_no_pickle_runs_from_the_command_line(checkpoint, tmp_path, command):
     mark = tmp_path / "mark"
     torch.save({**torch.load(checkpoint, weights_only=True), "x": attacks(mark)["exec"]}, tmp_path / "bad.ckpt")
     for args in (
@@ -183,7 +183,7 @@ def test_a_checkpoint_has_no_file_deleted_but_older_checkpoints(checkpoint, tmp_
     assert (run / "epoch=1.ckpt").exists()
 
 
-def test_a_checkpoint_changes_no_recipe(checkpoint, tmp_path, command, monkeypatch):  # noqa: F811
+def test_a_checkpoint_changes_no_recipe(checkpoint, tmp_path, command, monkeypatch):
     (tmp_path / "evil_credit.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass Evil: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     state = torch.load(checkpoint, weights_only=True)
@@ -320,7 +320,7 @@ def test_a_task_file_has_nothing_imported(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "tag", ["object/apply:os.system [touch {}]", "object/new:os.system [touch {}]", "name:os.system"]
 )
-def test_a_recipes_yaml_makes_no_objects(tag, tmp_path, command):  # noqa: F811
+def test_a_recipes_yaml_makes_no_objects(tag, tmp_path, command):
     (tmp_path / "bad.yaml").write_text(f"seed_everything: !!python/{tag.format(tmp_path / 'mark')}\n")
     assert command("fit", "--config", tmp_path / "bad.yaml")[0] == 2
     assert not (tmp_path / "mark").exists()
@@ -356,7 +356,7 @@ def test_tensors_of_a_record_are_no_pickle(run):
     assert not (run / "mark").exists()
 
 
-def test_an_error_steers_no_terminal(run, command):  # noqa: F811
+def test_an_error_steers_no_terminal(run, command):
     add(run, fake_rollout(task_id="\x1b]0;owned\x07\x1b[2J\x9b31m\r"))
     _, _, err = command("credit", run, "--task", "other")
     assert err.startswith("gear-lightning: error: ")

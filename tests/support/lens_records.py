@@ -3,7 +3,7 @@
 import random
 
 import torch
-from test_credit_page import fake_rollout
+from credit_pages import fake_rollout
 
 from gear_lightning.batch import Credit
 from gear_lightning.runs.records import Record

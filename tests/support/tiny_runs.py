@@ -12,6 +12,7 @@ from gear_lightning.callbacks.rollout_recorder import RolloutRecorder
 from gear_lightning.callbacks.throughput import Throughput
 from gear_lightning.credit import GEAR, CreditAssigner
 from gear_lightning.data import RolloutDataModule
+from gear_lightning.environments.base import Step
 from gear_lightning.environments.lookup_chain import LookupChain, LookupChainTasks
 from gear_lightning.models import FromScratch
 from gear_lightning.module import GearModule
@@ -84,3 +85,8 @@ def trainer(run: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
         log_every_n_steps=1,
         **options,
     )
+
+
+class NoSpread(LookupChain):
+    def step(self, message):
+        return Step(done=True, reward=0.0)  # as a tool call that cannot be read
