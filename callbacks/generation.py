@@ -22,7 +22,8 @@ from gear_lightning.environments.checks import refuse_async_methods
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.environments.task_check import check_teacher_views
 from gear_lightning.errors import UserError
-from gear_lightning.generation.engines import CachedEngine, GenerationEngine, Sampling
+from gear_lightning.generation.cached_engine import CachedEngine
+from gear_lightning.generation.engine import GenerationEngine, Sampling
 from gear_lightning.generation.sampling_weights import SamplingWeights, WeightsMode
 from gear_lightning.learning.positions import longest_row
 from gear_lightning.module import GearModule

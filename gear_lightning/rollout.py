@@ -13,7 +13,7 @@ from .environments.deadline import DeadlineRunner
 from .environments.decisions import decision_marks
 from .generation.budgets import Budgets
 from .generation.chat import Chat, ToolCallError
-from .generation.engines import GenerationEngine, SampledTurn, Sampling, TurnRequest
+from .generation.engine import GenerationEngine, SampledTurn, Sampling, TurnRequest
 
 Status = Literal[
     "done",  # the environment ended the episode

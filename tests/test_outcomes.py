@@ -18,7 +18,7 @@ from gear_lightning.environments.calculator import CALCULATOR, Calculator
 from gear_lightning.environments.functions import FunctionTools
 from gear_lightning.environments.lookup_chain import TOOLS
 from gear_lightning.environments.single_turn import SingleTurn
-from gear_lightning.generation.engines import SampledTurn, Sampling
+from gear_lightning.generation.engine import SampledTurn, Sampling
 from gear_lightning.rollout import LEARNABLE, STATUSES, AgentLoop, Budgets, Rollout
 from gear_lightning.runs.records import read_records
 

@@ -18,7 +18,7 @@ from gear_lightning.environments.base import Step, Task
 from gear_lightning.environments.lookup_chain import WORDS
 from gear_lightning.errors import UserError
 from gear_lightning.generation.chat import Chat
-from gear_lightning.generation.engines import Sampling
+from gear_lightning.generation.engine import Sampling
 from gear_lightning.module import GearModule
 from gear_lightning.rollout import Budgets, Rollout, RolloutGroup
 from gear_lightning.teacher import TeacherOptions, privileged_prompt, privileged_text

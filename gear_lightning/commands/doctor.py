@@ -13,7 +13,7 @@ import torch
 
 from ..distributed.strategy_rules import check_replicas
 from ..errors import UserError
-from ..generation.engines import CachedEngine
+from ..generation.cached_engine import CachedEngine
 from ..learning.head import head_in_float32
 from ..module import GearModule
 from ..recipes.checks import Machine, look_at_machine, problems

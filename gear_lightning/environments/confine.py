@@ -6,6 +6,7 @@ one, and all that descends from it, when the trainer lets go of the line to it o
 
 import ctypes
 import errno
+import importlib
 import json
 import os
 import resource
@@ -168,10 +169,11 @@ def end(child: int) -> None:
 
 
 def main() -> None:
-    """Run a command, or serve environments on a line with a given ``sys.path``.
+    """Run a command, or a Python function with a given ``sys.path``.
 
     The one argument is JSON: ``trainer`` (its process), ``line`` (a file descriptor), ``network`` (bool), ``limits``,
-    and either ``command`` or ``serve`` (the path).
+    and either ``command``, or ``call`` (a module and a function of the line, the namespaces and the limits) and
+    ``path``.
     """
     told = json.loads(sys.argv[1])
     try:
@@ -188,10 +190,9 @@ def main() -> None:
         os.execv(told["command"][0], told["command"])
     _system("prctl", _DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     os.setsid()
-    sys.path[:] = told["serve"]
-    from gear_lightning.environments.served import serve
-
-    serve(told["line"], namespaces, told["limits"])
+    sys.path[:] = told["path"]
+    module, function = told["call"]
+    getattr(importlib.import_module(module), function)(told["line"], namespaces, told["limits"])
 
 
 if __name__ == "__main__":

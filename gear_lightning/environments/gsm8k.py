@@ -34,7 +34,7 @@ def load(path: str | None, split: str, min_marks: int, max_marks: int | None) ->
     Raises:
         UserError: a file or line that cannot be read, or none that fits.
     """
-    source = path or str(files("gear_lightning").joinpath(f"assets/gsm8k/{split}.jsonl"))
+    source = path or str(files("gear_lightning").joinpath(f"environments/assets/gsm8k/{split}.jsonl"))
 
     def look(number: int, line: dict[str, Any]) -> str | None:
         name, _, answer = _problem(split, number, line, f"{source}:{number}")

@@ -19,7 +19,7 @@ from ..errors import UserError
 from . import confine
 from .base import Environment, EnvironmentFailure, FloodError, Message, RewardError, Task, TransientError
 from .checks import CheckedStep, refuse_async_methods
-from .served import LARGEST, receive, send
+from .served import LARGEST, receive, send, serve
 
 Network = Literal["none", "allow"]
 
@@ -201,7 +201,7 @@ def start(told: dict[str, Any], environ: dict[str, str], **options: Any) -> tupl
     mine, theirs = socket.socketpair()
     with theirs:
         told = {"trainer": os.getpid(), "line": theirs.fileno(), **told}
-        site = [] if "serve" in told else ["-S"]
+        site = [] if "call" in told else ["-S"]
         keeper = subprocess.Popen(
             [sys.executable, "-I", *site, confine.__file__, json.dumps(told)],
             pass_fds=[theirs.fileno()],
@@ -250,7 +250,8 @@ class _Server:
 
     def __init__(self, factory: bytes, limits: Limits, network: Network, variables: tuple[str, ...]):
         require_confinement(network)
-        told = {"network": network == "allow", "limits": limits.told(), "serve": sys.path}
+        told = {"network": network == "allow", "limits": limits.told(), "path": sys.path}
+        told["call"] = [serve.__module__, serve.__name__]
         nothing = subprocess.DEVNULL
         self.keeper, self.line = start(told, plain_variables(variables), stdout=nothing, stderr=nothing)
         self.owner = os.getpid()

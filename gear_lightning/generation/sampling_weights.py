@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from ..distributed.sharding import fingerprint, is_sharded, rest, shape, whole_copy
 from ..distributed.together import gather
 from ..errors import UserError
-from .engines import GenerationEngine, next_logits
+from .engine import GenerationEngine, next_logits
 
 WeightsMode = Literal["auto", "gather", "stream"]
 

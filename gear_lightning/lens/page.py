@@ -1,31 +1,20 @@
-"""Where credit went, token by token: one self-contained HTML page of a run, and a terminal print of one rollout.
+"""Where credit went, token by token: one self-contained HTML page of a run.
 
-Both show what `gear_lightning.runs.records` holds and compute nothing but counts. Everything a model wrote is data
-here: the page carries it as JSON and turns it into text nodes, the print has its control characters made visible.
+It shows what `gear_lightning.runs.records` holds and computes nothing but counts. Everything a model wrote is data
+here: the page carries it as JSON and turns it into text nodes.
 """
 
-import argparse
-import os
-import shutil
-import sys
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from importlib.resources import files
-from io import StringIO
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from ..batch import Credit
-from ..errors import UserError
-from ..runs.files import check_place, replace_text, write_asked
+from ..runs.files import check_place, replace_text
 from ..runs.records import Record, read_records, record_files
 from .pack import pack_rollouts
-from .text import render_credit_text
-from .trace import Decode, Trace, load_decoder, trace, visible
+from .trace import Decode, load_decoder
 
 _SCRIPTS = ("base", "data", "stats", "filters", "rollout", "inspector", "trace", "charts", "main")
 _MAX_BYTES = 40_000_000  # rollouts beyond this are left out: a browser opens no page at ease that is much larger
@@ -60,13 +49,13 @@ def render_credit_page(
     data = pack_rollouts(records, decode, dict(others or {}), max_rollouts, _MAX_BYTES, left_out, opens)
     # Without "<" nothing in the data can end the script element that holds it.
     data = data.replace("<", "\\u003c")
-    assets = files("gear_lightning") / "assets" / "lens"
+    assets = files("gear_lightning") / "lens" / "assets"
     style = (assets / "lens.css").read_text(encoding="utf-8")
     script = "\n" + "".join((assets / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
     # The browser runs the script of this digest and no other, wherever in the page it might stand.
     digest = "sha256-" + b64encode(sha256(script.encode()).digest()).decode()
     safe = title.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    page = files("gear_lightning").joinpath("credit_page.html").read_text(encoding="utf-8")
+    page = files("gear_lightning").joinpath("lens/page.html").read_text(encoding="utf-8")
     head, tail = page.split("@DATA@")
     head = head.replace("@STYLE@", style).replace("@SCRIPT@", digest).replace("@TITLE@", safe)
     return head + data + tail.replace("@CODE@", script)
@@ -96,18 +85,23 @@ def write_credit_page(
             missing one.
         OSError: the file cannot be written.
     """
-    out = _place(run, out)
-    replace_text(out, _page(run, iterations, max_rollouts, others or {}))
+    out = page_path(run, out)
+    replace_text(out, page_of_run(run, iterations, max_rollouts, others or {}))
     return out
 
 
-def _place(run: Path, out: Path | None) -> Path:
+def page_path(run: Path, out: Path | None) -> Path:
+    """Where a run's page goes.
+
+    Raises:
+        UserError: it is a folder, or in a missing one.
+    """
     place = Path(out) if out else Path(run) / "credit_map.html"
     check_place(place)
     return place
 
 
-def _page(
+def page_of_run(
     run: Path,
     iterations: Iterable[int] | None,
     max_rollouts: int = 1000,
@@ -115,7 +109,7 @@ def _page(
 ) -> str:
     """The page of a run; see `write_credit_page`."""
     run = Path(run)
-    _iterations(run)
+    iterations_of(run)
     wanted = None if iterations is None else set(iterations)
     sizes: dict[int, int] = {}
     for iteration, _, path in record_files(run):
@@ -141,113 +135,11 @@ def _page(
     )
 
 
-def credit_command(argv: list[str]) -> int:
-    """``gear-lightning credit``: print one rollout, list rollouts, or write the page.
-
-    Args:
-        argv: the arguments after ``credit``.
-
-    Returns:
-        The exit status.
+def iterations_of(run: Path) -> list[int]:
+    """Iterations that have records, in order.
 
     Raises:
-        UserError: no records, or an iteration, task or rollout that they do not hold; a page that cannot be written.
+        UserError: there are none.
     """
-    parser = argparse.ArgumentParser(
-        prog="gear-lightning credit", description="Show the credit that each token of a recorded rollout got."
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory (holds rollouts/ and tokenizer/)")
-    parser.add_argument("--iteration", type=int, metavar="N", help="default: the last one that has the rollout")
-    parser.add_argument("--task", metavar="ID", help="only rollouts of this task")
-    parser.add_argument("--rollout", type=int, metavar="K", help="number of the rollout in its group, from 0")
-    parser.add_argument("--list", action="store_true", help="print a table of the rollouts instead")
-    parser.add_argument(
-        "--html",
-        nargs="?",
-        type=Path,
-        const=Path(),
-        metavar="PATH",
-        help="write the page instead (default RUN/credit_map.html); of all iterations unless --iteration is given",
-    )
-    parser.add_argument(
-        "--no-colour", "--no-color", action="store_true", help="plain text, with the weights written out"
-    )
-    args = parser.parse_args(argv)
-    if args.html is not None:
-        if args.task is not None or args.rollout is not None or args.list:
-            raise UserError("--html goes with --iteration only; the page has its own picker of tasks and rollouts")
-        if args.iteration is not None:
-            _find(args.run, args.iteration, None, None)
-        out = _place(args.run, None if args.html == Path() else args.html)
-        write_asked(out, _page(args.run, None if args.iteration is None else [args.iteration]))
-        print(out)
-        return 0
-    found = _find(args.run, args.iteration, args.task, args.rollout)
-    colour = not args.no_colour and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    width = shutil.get_terminal_size((200, 24)).columns
-    if args.list:
-        print(_table(found, colour, width), end="")
-    else:
-        record, index = max(found, key=lambda place: _interest(trace(*place)))
-        print(render_credit_text(record, index, load_decoder(args.run), colour=colour, width=width), end="")
-    return 0
-
-
-def _iterations(run: Path) -> list[int]:
     next(read_records(run, []), None)  # has the error message for a run without records
     return sorted({iteration for iteration, _, _ in record_files(run)})
-
-
-def _find(run: Path, iteration: int | None, task: str | None, number: int | None) -> list[tuple[Record, int]]:
-    """Record and position of the rollouts asked for, all of one iteration: the last one that has any."""
-    there = _iterations(run)
-    if iteration is not None and iteration not in there:
-        raise UserError(f"{run}: no records of iteration {iteration}; there are {_some(there)}")
-    seen: dict[str, None] = {}
-    for wanted in reversed(there) if iteration is None else [iteration]:
-        places = [(record, i) for record in read_records(run, [wanted]) for i in range(len(record.rollouts))]
-        of_task = [p for p in places if task in (None, str(p[0].rollouts[p[1]]["task_id"]))]
-        if found := [p for p in of_task if number in (None, p[0].rollouts[p[1]]["rollout"])]:
-            return found
-        if of_task and task is not None and iteration is not None:
-            numbers = sorted(record.rollouts[i]["rollout"] for record, i in of_task)
-            raise UserError(
-                f"{run}: task {task!r} has no rollout {number} in iteration {wanted}; it has {_some(numbers)}"
-            )
-        seen |= dict.fromkeys(f"{record.rollouts[i]['task_id']}" for record, i in places)
-    what = " ".join(f"{k} {v}" for k, v in (("task", task), ("rollout", number)) if v is not None) or "rollout"
-    where = "" if iteration is None else f" in iteration {iteration}"
-    raise UserError(f"{run}: no {what}{where}; the tasks are {_some(list(seen))}")
-
-
-def _some(values: list) -> str:
-    if not values:
-        return "none"
-    shown = ", ".join(map(str, values if len(values) <= 20 else [*values[:10], "...", *values[-9:]]))
-    return shown if len(values) <= 20 else f"{shown} ({len(values)} in all)"
-
-
-def _interest(one: Trace) -> tuple:
-    swing = float((one.columns["weights"] - 1).abs().max()) if one.sampled else 0.0
-    return bool(one.segments), not one.rollout.get("success"), bool(one.tokens), swing
-
-
-def _table(places: list[tuple[Record, int]], colour: bool, width: int) -> str:
-    title = f"iteration {places[0][0].iteration}"
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for name in ("rank", "rollout", "reward", "advantage", "tokens", "segments", "weights"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    table.add_column("task", overflow="fold")
-    for record, index in places:
-        one = trace(record, index)
-        rollout, weights = one.rollout, one.columns.get("weights")
-        spread = f"{weights.min():.2f}-{weights.max():.2f}" if weights is not None and len(weights) else "-"
-        cells = [record.rank, rollout["rollout"]]
-        cells += ["-" if rollout["reward"] is None else f"{rollout['reward']:.3g}"]
-        cells += ["-" if one.advantage is None else f"{one.advantage:+.2f}"]
-        cells += [one.sampled, len(one.anchors), spread, visible(rollout["status"]), visible(rollout["task_id"])]
-        table.add_row(*(Text(str(cell)) for cell in cells), style="green" if rollout["success"] else "")
-    out = StringIO()
-    Console(file=out, width=width, force_terminal=colour, no_color=not colour).print(table)
-    return out.getvalue()

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ..distributed.sharding import rest, shape
-from ..generation.engines import OTHER_ENGINE, CachedEngine, GenerateEngine, GenerationEngine, Sampling, TurnRequest
+from ..generation.cached_engine import OTHER_ENGINE, CachedEngine
+from ..generation.engine import GenerationEngine, Sampling, TurnRequest
+from ..generation.generate_engine import GenerateEngine
 from ..generation.perturbation import low_precision, rounded_anew
 from ..learning.token_stats import token_stats
 

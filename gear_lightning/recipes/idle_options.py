@@ -23,7 +23,7 @@ from ..data import RolloutDataModule
 from ..distillation import SDPG, SDPO
 from ..environments.single_turn import SingleTurn
 from ..generation.chat import ignored_stops
-from ..generation.engines import Sampling
+from ..generation.engine import Sampling
 from ..loss import CISPO, GSPO, ClippedSurrogate
 from ..module import GearModule
 from ..rollout import Budgets

@@ -9,7 +9,8 @@ from distributed_runs import Chatter
 from short_runs import train
 
 from gear_lightning.errors import UserError
-from gear_lightning.generation.engines import CachedEngine, Sampling
+from gear_lightning.generation.cached_engine import CachedEngine
+from gear_lightning.generation.engine import Sampling
 
 STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
 MODES = [(name, "auto") for name in STRATEGIES[:1] + STRATEGIES[2:4]] + [

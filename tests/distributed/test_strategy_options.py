@@ -16,7 +16,8 @@ from gear_lightning.callbacks.startup import StartupCheck
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.distributed.sharding import local
 from gear_lightning.errors import UserError
-from gear_lightning.generation.engines import CachedEngine, Sampling
+from gear_lightning.generation.cached_engine import CachedEngine
+from gear_lightning.generation.engine import Sampling
 from gear_lightning.parity.steps import compare_steps
 from gear_lightning.strategies import FSDP2
 

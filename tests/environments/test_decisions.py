@@ -19,7 +19,7 @@ from gear_lightning.environments.lookup_chain import (
     solution,
 )
 from gear_lightning.generation.chat import Chat
-from gear_lightning.generation.engines import SampledTurn, Sampling
+from gear_lightning.generation.engine import SampledTurn, Sampling
 from gear_lightning.models import FromScratch
 from gear_lightning.rollout import AgentLoop, Budgets, Rollout
 

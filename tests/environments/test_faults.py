@@ -21,7 +21,7 @@ from gear_lightning.data import RolloutDataModule, RolloutGenerator
 from gear_lightning.environments import deadline
 from gear_lightning.environments.base import Environment, Step, Task, TaskSource, tool_result
 from gear_lightning.errors import UserError
-from gear_lightning.generation.engines import Sampling
+from gear_lightning.generation.engine import Sampling
 from gear_lightning.rewards import evaluate
 from gear_lightning.rollout import AgentLoop, Budgets, Rollout
 

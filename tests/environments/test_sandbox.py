@@ -22,7 +22,7 @@ from gear_lightning.environments.functions import FunctionTools, tool_schemas
 from gear_lightning.environments.python_tool import PythonTool, run_python
 from gear_lightning.environments.sandbox import Isolated, Limits
 from gear_lightning.errors import UserError
-from gear_lightning.generation.engines import Sampling
+from gear_lightning.generation.engine import Sampling
 from gear_lightning.rollout import AgentLoop, Budgets
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes with limits need Linux")

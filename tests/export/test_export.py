@@ -14,8 +14,9 @@ from save_in_the_middle import SaveInTheMiddle
 from tiny_runs import data, generation, module, source, trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gear_lightning.commands.export import export_checkpoint, export_command
+from gear_lightning.commands.export import export_command
 from gear_lightning.errors import UserError
+from gear_lightning.export.directory import export_checkpoint
 from gear_lightning.models import Pretrained
 from gear_lightning.module import GearModule
 from gear_lightning.teacher import TeacherOptions

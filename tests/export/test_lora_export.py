@@ -8,8 +8,9 @@ from lora_runs import SMALL, TEMPLATE, directory, fit, logits, with_peft
 from tiny_runs import module, source
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gear_lightning.commands.export import export_checkpoint, export_command
+from gear_lightning.commands.export import export_command
 from gear_lightning.errors import UserError
+from gear_lightning.export.directory import export_checkpoint
 from gear_lightning.learning.lora import LoRA, remove
 from gear_lightning.models import Pretrained
 from gear_lightning.module import GearModule

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from gear_lightning import __version__
-from gear_lightning.commands.export import export_checkpoint
+from gear_lightning.export.directory import export_checkpoint
 from gear_lightning.export.model_card import model_card
 from gear_lightning.runs.provenance import code_version
 

@@ -6,7 +6,9 @@ import torch
 from tiny_runs import source
 
 from gear_lightning.errors import UserError
-from gear_lightning.generation.engines import CachedEngine, GenerateEngine, Sampling, TurnRequest, draw
+from gear_lightning.generation.cached_engine import CachedEngine
+from gear_lightning.generation.engine import Sampling, TurnRequest, draw
+from gear_lightning.generation.generate_engine import GenerateEngine
 from gear_lightning.learning.token_stats import token_stats
 
 STOP = {5}

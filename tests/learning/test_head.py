@@ -9,7 +9,7 @@ from tiny_runs import data, generation, module, source, trainer
 from torch import nn
 
 from gear_lightning.errors import UserError
-from gear_lightning.generation.engines import next_logits
+from gear_lightning.generation.engine import next_logits
 from gear_lightning.learning.head import Float32Head, head_in_float32, use_float32_head
 from gear_lightning.learning.token_stats import token_stats
 

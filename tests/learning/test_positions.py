@@ -13,7 +13,9 @@ from tiny_runs import data, generation
 from gear_lightning.credit import GEAR, Uniform
 from gear_lightning.environments.base import Task
 from gear_lightning.errors import UserError
-from gear_lightning.generation.engines import CachedEngine, GenerateEngine, Sampling, TurnRequest
+from gear_lightning.generation.cached_engine import CachedEngine
+from gear_lightning.generation.engine import Sampling, TurnRequest
+from gear_lightning.generation.generate_engine import GenerateEngine
 from gear_lightning.learning.positions import longest_row
 from gear_lightning.models import FromScratch
 from gear_lightning.module import GearModule

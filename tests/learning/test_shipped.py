@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import data, generation, trainer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from gear_lightning.commands.export import export_checkpoint
 from gear_lightning.commands.template import template_command
 from gear_lightning.credit import Uniform
 from gear_lightning.environments.base import Task, TaskSource
 from gear_lightning.environments.single_turn import SingleTurn
+from gear_lightning.export.directory import export_checkpoint
 from gear_lightning.generation.chat import Chat, ignored_stops
 from gear_lightning.learning.shipped import generation_config, merged_config
 from gear_lightning.models import Pretrained

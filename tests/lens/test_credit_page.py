@@ -13,15 +13,11 @@ from headless_browser import dump
 
 from gear_lightning.batch import Credit
 from gear_lightning.callbacks.credit_map import CreditMap
+from gear_lightning.commands.credit import credit_command
 from gear_lightning.errors import UserError
-from gear_lightning.lens.page import (
-    credit_command,
-    load_decoder,
-    render_credit_page,
-    render_credit_text,
-    write_credit_page,
-)
-from gear_lightning.lens.trace import trace, visible
+from gear_lightning.lens.page import render_credit_page, write_credit_page
+from gear_lightning.lens.text import render_credit_text
+from gear_lightning.lens.trace import load_decoder, trace, visible
 from gear_lightning.runs.records import Record, read_records
 
 

@@ -16,7 +16,9 @@ from tiny_runs import data, generation, trainer
 from gear_lightning.credit import Uniform
 from gear_lightning.environments.lookup_chain import LookupChainDemonstrations
 from gear_lightning.errors import UserError
-from gear_lightning.generation.engines import CachedEngine, GenerateEngine, Sampling
+from gear_lightning.generation.cached_engine import CachedEngine
+from gear_lightning.generation.engine import Sampling
+from gear_lightning.generation.generate_engine import GenerateEngine
 from gear_lightning.learning.lora import LoRA
 from gear_lightning.learning.token_stats import check_head, token_stats
 from gear_lightning.learning.warm_start import WarmStart, run_warm_start

@@ -14,7 +14,9 @@ from tiny_runs import trainer
 from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.credit import GEAR
 from gear_lightning.errors import UserError
-from gear_lightning.generation.engines import CachedEngine, GenerateEngine, Sampling
+from gear_lightning.generation.cached_engine import CachedEngine
+from gear_lightning.generation.engine import Sampling
+from gear_lightning.generation.generate_engine import GenerateEngine
 from gear_lightning.learning.token_stats import token_stats
 from gear_lightning.loss import ClippedSurrogate
 from gear_lightning.rollout import Budgets

@@ -17,7 +17,7 @@ from gear_lightning.callbacks.sample_table import SampleTable
 from gear_lightning.credit import GEAR, Uniform
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.distillation import OPSD, SDPG, SDPO
-from gear_lightning.generation.engines import Sampling
+from gear_lightning.generation.engine import Sampling
 from gear_lightning.loss import CISPO, GSPO, ClippedSurrogate
 from gear_lightning.recipes.cli import GearCLI
 from gear_lightning.recipes.idle_options import idle_options

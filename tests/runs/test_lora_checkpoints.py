@@ -8,8 +8,9 @@ from lora_runs import SMALL, TEMPLATE, directory, fit, logits, with_peft
 from tiny_runs import data, generation, source, trainer
 from transformers import AutoModelForCausalLM
 
-from gear_lightning.commands.export import export_checkpoint, export_command
+from gear_lightning.commands.export import export_command
 from gear_lightning.errors import UserError
+from gear_lightning.export.directory import export_checkpoint
 from gear_lightning.learning.lora import adapter_parameters, is_adapter
 from gear_lightning.models import Pretrained
 from gear_lightning.module import GearModule

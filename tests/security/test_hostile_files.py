@@ -17,11 +17,12 @@ from credit_pages import add, fake_rollout
 from tiny_runs import data, generation, module, source, trainer
 
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
-from gear_lightning.commands.export import export_checkpoint
+from gear_lightning.commands.credit import credit_command
 from gear_lightning.environments.jsonl import JsonlTasks
 from gear_lightning.errors import UserError, printable
+from gear_lightning.export.directory import export_checkpoint
 from gear_lightning.generation.chat import Chat
-from gear_lightning.lens.page import credit_command, write_credit_page
+from gear_lightning.lens.page import write_credit_page
 from gear_lightning.lens.trace import load_decoder
 from gear_lightning.models import Pretrained
 from gear_lightning.runs.records import read_records

@@ -8,7 +8,7 @@ from deadlines import seconds
 
 from gear_lightning.environments.base import Environment, Task
 from gear_lightning.generation.chat import Chat
-from gear_lightning.generation.engines import GenerationEngine, SampledTurn, Sampling
+from gear_lightning.generation.engine import GenerationEngine, SampledTurn, Sampling
 from gear_lightning.rollout import AgentLoop, Budgets, Rollout
 
 CHAT = Chat(byte_tokenizer(CHATML))

@@ -1,0 +1,5 @@
+"""The checkpoint plug-in under the import path that recipes name; its home is `gear_lightning.runs.checkpoints`."""
+
+from .runs.checkpoints import CompleteCheckpoints
+
+__all__ = ["CompleteCheckpoints"]

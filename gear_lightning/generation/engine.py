@@ -1,0 +1,154 @@
+"""Generation engines: who samples the policy's turns.
+
+An engine is driven turn by turn: `submit` asks for a turn, `poll` gives the finished turns, `release` forgets a
+conversation. The randomness of a turn comes from the request alone, so what is sampled does not depend on the batch.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributed.sharding import forward_of_model
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Args:
+        temperature: of the softmax. 0 for the most likely token.
+        top_p: sample from the smallest set of tokens with at least this probability.
+        top_k: sample from so many most likely tokens. 0 for all.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self):
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.top_k >= 0):
+            raise UserError(f"sampling out of range: {self}; temperature >= 0 and finite, 0 < top_p <= 1, top_k >= 0")
+
+    @property
+    def scoring_temperature(self) -> float:
+        """Temperature at which log-probs are taken: the sampling temperature, 1 for greedy sampling."""
+        return self.temperature or 1.0
+
+
+@dataclass
+class TurnRequest:
+    """Ask for one turn.
+
+    Attributes:
+        key: the conversation. A later request of the same key extends the ids of the earlier one.
+        ids: the whole context, ending where the policy's turn begins.
+        max_tokens: longest turn.
+        seed: of this turn's draws.
+    """
+
+    key: int
+    ids: list[int]
+    max_tokens: int
+    seed: tuple[int, ...]
+
+
+@dataclass
+class SampledTurn:
+    """A finished turn.
+
+    Attributes:
+        key: the conversation.
+        ids: sampled ids, the stop token included.
+        logprobs: nats, of softmax(logits / temperature) before top-p and top-k, and at temperature 0 of
+            softmax(logits). So they are what the trainer computes too, and their difference from it is one of numbers
+            alone: it does not say how much more likely top-p, top-k or greedy sampling made the token.
+        stopped: the policy stopped by itself; False where ``max_tokens`` cut it short.
+    """
+
+    key: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stopped: bool = False
+
+
+@forward_of_model
+def next_logits(model: Any, last: Tensor, ids: Tensor, **cache: Any) -> Tensor:
+    """Logits [rows, vocab] after the id at place ``last`` [rows] of each row of ``ids`` [rows, seq]."""
+    hidden = model.get_decoder()(input_ids=ids, **cache).last_hidden_state
+    return model.get_output_embeddings()(hidden[torch.arange(len(last), device=ids.device), last])
+
+
+def _nothing() -> None:
+    """What engines do before a forward, unless the weights are gathered for it."""
+
+
+class GenerationEngine(ABC):
+    """Samples turns from the policy's current weights.
+
+    ``before_forward`` is to be called before every forward of the model: where weights are gathered layer by layer, all
+    ranks must take part in each.
+    """
+
+    before_forward: Callable[[], None] = staticmethod(_nothing)
+
+    def fingerprint(self, dtype: torch.dtype | None) -> str | None:
+        """`sharding.fingerprint` of the weights that the engine samples with, as rounded to ``dtype``; None where it
+        cannot tell. All ranks call it."""
+        return None
+
+    def check(self, model: Any) -> None:  # noqa: B027
+        """Raise `UserError` where the engine cannot sample a model of this class and config, whatever its weights."""
+
+    @abstractmethod
+    def begin(self, model: Any, sampling: Sampling, stop_ids: set[int]) -> None:
+        """Start a rollout phase with these weights."""
+
+    @abstractmethod
+    def submit(self, request: TurnRequest) -> None:
+        """Ask for a turn."""
+
+    @abstractmethod
+    def poll(self) -> list[SampledTurn]:
+        """Work until at least one submitted turn is finished, and return the finished ones; empty when none is open."""
+
+    @abstractmethod
+    def release(self, key: int) -> None:
+        """Forget a conversation."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """End the rollout phase and free its memory."""
+
+
+def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Draw one token per row by inverting the cumulative distribution.
+
+    Args:
+        logits: [rows, vocab].
+        uniforms: [rows] in [0, 1); the same number always gives the same token of the same distribution.
+        sampling: temperature, top-p, top-k.
+
+    Returns:
+        Token ids [rows], and their log-probs [rows] in nats before top-p and top-k.
+    """
+    logprobs = (logits.float() / sampling.scoring_temperature).log_softmax(-1)
+    if sampling.temperature == 0:
+        ids = logprobs.argmax(-1)
+    else:
+        probs = logprobs.exp().double()
+        if sampling.top_k or sampling.top_p < 1:
+            ordered, order = probs.sort(-1, descending=True)
+            drop = ordered.cumsum(-1) - ordered >= sampling.top_p
+            if sampling.top_k:
+                drop[:, sampling.top_k :] = True
+            probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(drop, 0))
+        total = probs.cumsum(-1)
+        target = (uniforms[:, None] * total[:, -1:]).to(total)
+        ids = torch.searchsorted(total, target, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+    return ids, logprobs.gather(-1, ids[:, None]).squeeze(-1)
