@@ -13,10 +13,10 @@ __version__ = "0.1.0"
 __all__ = ["GEAR", "GearModule", "GenerationCallback", "RolloutDataModule", "__version__"]
 
 _HOMES = {
-    "GearModule": "module",
-    "RolloutDataModule": "data",
-    "GenerationCallback": "callbacks.generation",
     "GEAR": "credit",
+    "GearModule": "module",
+    "GenerationCallback": "callbacks.generation",
+    "RolloutDataModule": "data",
 }
 
 

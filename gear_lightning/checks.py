@@ -1,7 +1,10 @@
-"""Checks of numeric options. A comparison with NaN is false, so that each asks for what is right and not for what is
-wrong."""
+"""Checks of values: numeric options, and JSON from outside.
+
+A comparison with NaN is false, so that each check asks for what is right and not for what is wrong.
+"""
 
 import math
+from typing import Any
 
 from .errors import UserError
 
@@ -39,3 +42,13 @@ def check_positive(options: object, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{type(options).__name__}: {name}={value} must be above 0, and finite")
+
+
+def deeper_than(depth: int, value: Any) -> bool:
+    """Whether lists and objects in a JSON value lie more than ``depth`` deep in each other."""
+    level = [value]
+    for _ in range(depth + 1):
+        level = [x for v in level for x in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
+        if not level:
+            return False
+    return True

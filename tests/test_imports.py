@@ -1,4 +1,5 @@
-"""Who may import whom: two wings that meet in batch.py, no circles, and no recipes inside the library."""
+"""Who may import whom, read from the folders: no circles, maths on tensors alone, and a rollout side that does not know
+who learns from it."""
 
 import ast
 from pathlib import Path
@@ -9,35 +10,21 @@ import gear_lightning
 
 ROOT = Path(gear_lightning.__file__).parent
 PLUGINS = ROOT / "callbacks"
-ROLLOUT = {"chat", "chat_safety", "engines", "budgets", "rollout", "packing", "iteration_stats", "task_check", "data"}
-ROLLOUT |= {"environments"}
-LEARNING = {"gear", "credit", "loss", "distillation", "token_stats", "models", "lora", "optimizers", "teacher"}
-LEARNING |= {"frozen", "gradients", "lora_base", "module", "module_state"}
-MEETING = {"batch", "errors"}
-# what crosses today, and why
+# folders, and modules beside them, of the two sides; what is in neither may be used by both
+ROLLOUT = {"environments", "generation", "rewards", "rollout", "data"}
+LEARNING = {"credit", "learning", "gear", "loss", "distillation", "models", "optimizers", "teacher", "module"}
+MEETING = {"batch", "errors"}  # import nothing of the package
+# where the learning side uses the rollout side, and why
 EXCEPTIONS = {
-    ("teacher", "chat"): "the privileged prompt is rendered by the policy's own chat format",
+    ("learning", "environments.base"): "demonstrations are conversations about tasks",
+    ("learning", "generation.chat"): "demonstrations are rendered by the policy's own chat format",
     ("teacher", "environments.base"): "the privileged prompt is made of a task's messages",
-    ("module", "chat"): "the module owns the tokenizer, which comes with the policy",
+    ("teacher", "generation.chat"): "the privileged prompt is rendered by the policy's own chat format",
     ("module", "environments.base"): "types of the privileged prompt's task and messages",
+    ("module", "generation.chat"): "the module owns the tokenizer, which comes with the policy",
 }
-# built on the command line's parser, or forks of it
-COMMANDS = {
-    "gear_lightning.recipes.recipe",
-    "gear_lightning.commands.probe",
-    "gear_lightning.commands.noise_floor",
-    "gear_lightning.commands.teacher_check",
-    "gear_lightning.study.child",
-}
-# they read whole recipes
-ABOVE = {
-    "gear_lightning.recipes.cli",
-    "gear_lightning.commands.doctor",
-    "gear_lightning.recipes.checks",
-    "gear_lightning.recipes.idle_options",
-    "gear_lightning.recipes.refusals",
-    *COMMANDS,
-}
+# folders that read whole recipes, and so know the plug-ins
+ABOVE = {"callbacks", "commands", "recipes", "study"}
 
 
 def module_name(path: Path) -> str:
@@ -71,63 +58,43 @@ def imported(name: str, *, top_level_only: bool = False) -> set[str]:
     return found
 
 
-def room(module: str) -> str:
-    """environments.base -> environments"""
-    return module.split(".")[0]
+def short(name: str) -> str:
+    return name.removeprefix("gear_lightning.")
 
 
-def crossings() -> set[tuple[str, str]]:
-    found = set()
-    for name in FILES:
-        short = name.removeprefix("gear_lightning.")
-        for other in imported(name):
-            if not other.startswith("gear_lightning."):
-                continue
-            target = other.removeprefix("gear_lightning.")
-            if (room(short) in ROLLOUT and room(target) in LEARNING) or (
-                room(short) in LEARNING and room(target) in ROLLOUT
-            ):
-                found.add((short, target))
-    return found
+def top(name: str) -> str:
+    """gear_lightning.environments.base -> environments"""
+    return short(name).split(".")[0]
 
 
-def test_the_rooms_exist():
-    rooms = {room(name.removeprefix("gear_lightning.")) for name in FILES}
-    assert ROLLOUT | LEARNING | MEETING | {"callbacks", "cli"} <= rooms
+def edges() -> set[tuple[str, str]]:
+    """(module, module of this package that it imports), lazily or not."""
+    return {(name, other) for name in FILES for other in imported(name) if other in FILES}
 
 
-def test_the_two_wings_meet_in_batch_alone():
-    assert not any(room(source) in ROLLOUT for source, _ in crossings()), "the rollout wing knows who learns from it"
-    assert crossings() == set(EXCEPTIONS), (
-        "a new crossing belongs into the batch or above; one that is gone, off the list"
-    )
+FOLDERS = {top(name) for name in FILES if "." in short(name)}
 
 
-def test_the_meeting_room_knows_neither_wing():
-    for name in MEETING:
-        assert not {i for i in imported(f"gear_lightning.{name}") if i.startswith("gear_lightning.")}
+def test_the_sides_name_what_there_is():
+    assert {top(name) for name in FILES} >= ROLLOUT | LEARNING | MEETING | ABOVE
 
 
-def test_maths_knows_tensors_alone():
-    """gear.py: no project code, no Lightning, no transformers."""
-    assert {i.partition(".")[0] for i in imported("gear_lightning.gear")} <= {"math", "typing", "torch", "jaxtyping"}
+def test_folders_do_not_import_one_another_in_circles():
+    graph: dict[str, set[str]] = {folder: set() for folder in FOLDERS}
+    for name, other in edges():
+        if top(name) in FOLDERS and top(other) in FOLDERS and top(name) != top(other):
+            graph[top(name)].add(top(other))
+    assert sum(map(len, graph.values())) > 20
+    _refuse_circles(graph)
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
-def test_the_library_imports_neither_configs_nor_plug_ins_nor_tests(name):
-    inside = name.startswith("gear_lightning.callbacks")
-    for other in imported(name):
-        assert other.partition(".")[0] not in ("configs", "callbacks", "tests", "benchmarks"), f"{name}: {other}"
-        assert other.partition(".")[0] != "pytorch_lightning", f"{name} mixes two Lightnings"
-        if other.startswith("gear_lightning.callbacks"):
-            assert inside or name in ABOVE, f"{name} imports the plug-in {other}"
-        if other == "gear_lightning.recipes.cli":
-            assert name in {"gear_lightning.__main__", *COMMANDS}, f"{name} imports the command line"
-
-
-def test_no_module_imports_itself_around_a_corner():
+def test_modules_do_not_import_one_another_in_circles():
     graph = {name: {o for o in imported(name, top_level_only=True) if o in FILES} for name in FILES}
     assert sum(map(len, graph.values())) > 50
+    _refuse_circles(graph)
+
+
+def _refuse_circles(graph: dict[str, set[str]]) -> None:
     done: set[str] = set()
 
     def walk(name: str, path: tuple[str, ...]) -> None:
@@ -140,3 +107,39 @@ def test_no_module_imports_itself_around_a_corner():
 
     for name in sorted(graph):
         walk(name, ())
+
+
+def test_rollouts_do_not_know_who_learns_from_them():
+    assert not [(short(a), short(b)) for a, b in edges() if top(a) in ROLLOUT and top(b) in LEARNING]
+
+
+def test_learning_uses_of_rollouts_what_is_listed():
+    found = {(top(a), short(b)) for a, b in edges() if top(a) in LEARNING and top(b) in ROLLOUT}
+    assert found == set(EXCEPTIONS), "put what both sides need into the batch; take what is gone off the list"
+
+
+@pytest.mark.parametrize("name", sorted(MEETING))
+def test_what_both_sides_share_imports_nothing(name):
+    assert not {other for other in imported(f"gear_lightning.{name}") if other.startswith("gear_lightning")}
+
+
+def test_maths_knows_tensors_alone():
+    """gear.py: no project code, no Lightning, no transformers."""
+    assert {i.partition(".")[0] for i in imported("gear_lightning.gear")} <= {"math", "typing", "torch", "jaxtyping"}
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_the_library_imports_neither_configs_nor_tests(name):
+    for other in imported(name):
+        assert other.partition(".")[0] not in ("configs", "callbacks", "tests", "benchmarks"), f"{name}: {other}"
+        assert other.partition(".")[0] != "pytorch_lightning", f"{name} mixes two Lightnings"
+        if other.startswith("gear_lightning.callbacks"):
+            assert top(name) in ABOVE, f"{name} imports the plug-in {other}"
+        if other.startswith("gear_lightning.commands"):
+            assert top(name) in ("commands", "__main__"), f"{name} imports a command"
+
+
+def test_a_file_name_does_not_repeat_its_folder():
+    for name in FILES:
+        folder, _, file = short(name).rpartition(".")
+        assert not folder or not file.startswith(f"{folder.rpartition('.')[2].rstrip('s')}_"), name

@@ -176,13 +176,3 @@ def calls(message: Message) -> list[tuple[str, dict[str, Any]]]:
 def tool_result(name: str, content: str) -> Message:
     """The message that answers a call of the tool ``name``."""
     return {"role": "tool", "name": name, "content": content}
-
-
-def deeper_than(depth: int, value: Any) -> bool:
-    """Whether lists and objects in a JSON value lie more than ``depth`` deep in each other."""
-    level = [value]
-    for _ in range(depth + 1):
-        level = [x for v in level for x in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
-        if not level:
-            return False
-    return True

@@ -18,9 +18,9 @@ from typing import IO, Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from ..checks import deeper_than
 from ..errors import UserError
 from ..runs.files import build_once, cache_dir
-from .base import deeper_than
 
 MAX_DEPTH = 64  # lists and objects within each other in a line
 SMALL = 1 << 22  # bytes of a file that is kept in memory, and whose index is not stored

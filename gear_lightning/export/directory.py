@@ -175,7 +175,7 @@ def _cast(checkpoint: Path, model: Any, dtype: DType) -> None:
     """
     import torch
 
-    from ..learning.step_guard import all_finite
+    from ..runs.finite import all_finite
 
     if dtype != "auto":
         wanted = getattr(torch, dtype)

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..environments.base import Message, deeper_than
+from ..checks import deeper_than
+from ..environments.base import Message
 from ..errors import UserError
 from .chat_safety import ControlTokens, TemplateLimit, check_template, rendered
 

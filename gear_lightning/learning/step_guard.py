@@ -15,16 +15,7 @@ from torch import nn
 
 from ..distributed.sharding import full, local
 from ..errors import UserError
-
-
-def all_finite(parts: Any) -> bool:
-    """Whether tensors hold finite numbers only. Makes no copy of them."""
-    for part in parts:
-        if part.is_floating_point() and part.numel():
-            low, high = torch.aminmax(part)  # NaN reaches both
-            if not (math.isfinite(low) and math.isfinite(high)):
-                return False
-    return True
+from ..runs.finite import all_finite
 
 
 class StepGuard(L.LightningModule):

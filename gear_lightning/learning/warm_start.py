@@ -19,10 +19,11 @@ from ..generation.chat import Chat
 from ..models import Float32Buffers, checkpoint_activations
 from ..module import GearModule
 from ..runs.files import build_once, cache_dir
+from ..runs.finite import all_finite
 from ..strategies import place
 from ..teacher import TeacherOptions, privileged_prompt
 from .gradients import Float32Sums
-from .step_guard import StepGuard, all_finite
+from .step_guard import StepGuard
 from .token_stats import check_head, token_stats
 
 CheckSampling = Callable[[Any, GearModule, Any, Any], None]

@@ -25,9 +25,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ..distributed.together import together
 from ..errors import UserError
-from ..learning.step_guard import all_finite
 from .background import WRITER, free_memory, nbytes, snapshot
 from .files import replace_file
+from .finite import non_finite
 
 FORMAT = 1
 MEMORY = 0.8  # most of the free memory that a copy may take
@@ -58,19 +58,6 @@ class _Hashing:
 def manifest_path(path: Path) -> Path:
     """Where the manifest of a checkpoint lies."""
     return path.with_name(path.name + ".json")
-
-
-def non_finite(checkpoint: dict[str, Any]) -> str | None:
-    """Which of the tensors that a run goes on with holds a number that is not finite; None where none does."""
-
-    def search(value: Any, name: str) -> str | None:
-        if isinstance(value, torch.Tensor):
-            return None if all_finite([value]) else name
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        return next((found for key, part in items if (found := search(part, f"{name}.{key}")) is not None), None)
-
-    parts = {name: checkpoint.get(name) for name in ("state_dict", "teacher_shadow", "optimizer_states")}
-    return next((found for name, part in parts.items() if (found := search(part, name)) is not None), None)
 
 
 class UnwrittenCheckpoint(UserError):

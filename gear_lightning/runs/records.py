@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..environments.base import deeper_than
+from ..checks import deeper_than
 from ..errors import UserError
 from .files import replace_file, replace_text
 

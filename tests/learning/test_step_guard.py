@@ -11,7 +11,7 @@ import torch
 from tiny_runs import AnyCall, data, generation, module, trainer
 
 from gear_lightning.errors import UserError
-from gear_lightning.learning.step_guard import all_finite
+from gear_lightning.runs.finite import all_finite
 
 
 def numbers(model: Any, run: L.Trainer) -> list[torch.Tensor]:

@@ -22,8 +22,8 @@ import atheris  # pyright: ignore[reportMissingImports]
 from deadlines import cheap
 
 with atheris.instrument_imports(include=["gear_lightning", "json"]):
+    from gear_lightning.checks import deeper_than
     from gear_lightning.environments.arithmetic import MAX_BITS, CalculatorError, calculate, format_number
-    from gear_lightning.environments.base import deeper_than
     from gear_lightning.generation.chat import MAX_DEPTH, ToolCallError, parse_tool_calls, parse_words
 
 SEEDS = {
