@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gear_lightning.runs.background import WRITER
-from gear_lightning.runs.checkpoints import failing_together, remove_unfinished
+from gear_lightning.runs.checkpoints import fail_on_all_ranks, remove_unfinished
 
 SMALL = 256 * 2**20  # bytes of a checkpoint that is never too large to be written after an iteration
 STALL = 0.05  # most of the time for which training waits while it saves
@@ -71,7 +71,7 @@ class BackgroundSaves(ModelCheckpoint):
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         started = time.monotonic()
         self._settle(trainer)
-        with failing_together(trainer.strategy), WRITER.saving(self.background):
+        with fail_on_all_ranks(trainer.strategy), WRITER.saving(self.background):
             trainer.save_checkpoint(filepath, self.save_weights_only)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath

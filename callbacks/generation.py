@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from gear_lightning import __version__
 from gear_lightning.data import RolloutDataModule, RolloutGenerator
+from gear_lightning.distributed.collective import gather, run_on_all_ranks
 from gear_lightning.distributed.sharding import shape
-from gear_lightning.distributed.together import gather, together
 from gear_lightning.environments.base import Environment, Task
 from gear_lightning.environments.checks import refuse_async_methods
 from gear_lightning.environments.single_turn import SingleTurn
@@ -129,7 +129,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         )
         module, version = self._module, self._trainer.global_step
         if not self._checked:
-            together(lambda: self.check_policy(module, module.policy))
+            run_on_all_ranks(lambda: self.check_policy(module, module.policy))
             self.check_sampling(self._trainer, module, module.policy, module.blank)
             self._checked = True
         # one context for the whole phase, so that the weights are cast once and not at every token

@@ -21,7 +21,7 @@ from gear_lightning.distributed.peers import Peers, peers_of
 from gear_lightning.errors import Stopped
 from gear_lightning.learning.iterations import at_a_limit
 from gear_lightning.runs.background import WRITER
-from gear_lightning.runs.checkpoints import failing_together, known_checkpoints
+from gear_lightning.runs.checkpoints import fail_on_all_ranks, known_checkpoints
 from gear_lightning.runs.signals import MEANING, NOTES, REQUEUE
 
 NAME = "stopped.ckpt"
@@ -129,7 +129,7 @@ class Preemption(L.Callback):
         if isinstance(exception, Stopped) and not self._left:
             path = self._path(trainer)
             if path is not None:
-                with failing_together(trainer.strategy):
+                with fail_on_all_ranks(trainer.strategy):
                     trainer.save_checkpoint(path, weights_only=False)
                 for callback in trainer.checkpoint_callbacks:
                     if isinstance(callback, IterationCheckpoint):

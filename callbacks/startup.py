@@ -18,8 +18,8 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.utilities import rank_zero_info
 
 from gear_lightning import __version__
+from gear_lightning.distributed.collective import check_same, gather, run_on_all_ranks
 from gear_lightning.distributed.sharding import shape, state_bytes
-from gear_lightning.distributed.together import check_same, gather, together
 from gear_lightning.distributed.zero_state import piece_bytes
 from gear_lightning.errors import UserError
 
@@ -109,7 +109,7 @@ def check_shared(folder: Path) -> None:
     token = gather(mine)[0]
     path = folder / f".shared-{token}"
     try:
-        together(lambda: path.write_text(token) if mine == token else None)
+        run_on_all_ranks(lambda: path.write_text(token) if mine == token else None)
         told = gather((socket.gethostname(), mine == token or _read_soon(path) == token))
     finally:
         if mine == token:

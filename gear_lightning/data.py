@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from .advantage import GRPO, GroupAdvantage
 from .batch import RolloutBatch, RolloutRow, Sealed, collate
-from .distributed.together import check_same, gather_on_first, together
+from .distributed.collective import check_same, gather_on_first, run_on_all_ranks
 from .environments.base import Task, TaskSource
 from .environments.task_check import TaskChecker, check_source
 from .errors import Stopped, UserError
@@ -247,7 +247,7 @@ class RolloutDataModule(L.LightningDataModule):
         first = self._take_up()
         if first is None:
             self._generate()
-        rows = self.rows = together(self._rows)
+        rows = self.rows = run_on_all_ranks(self._rows)
         counts = torch.tensor([sum(map(sum, (r.action_mask for r in rows))), len(rows)], device=self._device)
         tokens, rollouts = self._trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         order = sorted(rows, key=lambda r: (r.length + r.teacher_length, r.length, r.index))  # alike ones together
@@ -297,7 +297,7 @@ class RolloutDataModule(L.LightningDataModule):
 
     def _fetch(self, get: Callable[[int], Task], places: Sequence[int]) -> list[Task]:
         """This rank's tasks; fails on all ranks where the source fails on one."""
-        return together(lambda: [get(place) for place in places])
+        return run_on_all_ranks(lambda: [get(place) for place in places])
 
     def _signal(self, group: RolloutGroup) -> bool:
         """Whether there is anything to learn from the group."""

@@ -24,9 +24,9 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from .distributed import zero_state
+from .distributed.collective import run_on_all_ranks
 from .distributed.sharding import fill, full, local, replace_parameters, shard_like, skeleton, whole_of
 from .distributed.strategy_rules import check_replicas, check_zero, whole_replicas
-from .distributed.together import together
 from .errors import UserError
 from .optimizers import as_kept, in_floats
 from .runs.checkpoints import read_checkpoint, remove_checkpoint, resolve, save_checkpoint
@@ -104,7 +104,7 @@ class WholeCheckpoints(Strategy):
             whole: loads the model.
             bare: makes it with its parameters on the meta device.
         """
-        model = together(whole if self.is_global_zero else bare)
+        model = run_on_all_ranks(whole if self.is_global_zero else bare)
         for part in model.modules():
             for name, buffer in list(part._buffers.items()):
                 if buffer is not None:
@@ -136,7 +136,7 @@ def place(strategy: Any, whole: Callable[[], Any], bare: Callable[[], Any]) -> t
         UserError: on all ranks, where one cannot make it.
     """
     if not getattr(strategy, "shards", False):
-        return together(whole), None
+        return run_on_all_ranks(whole), None
     model = strategy.load(whole, bare)
     blank = skeleton(model)
     return strategy.shard(model), blank

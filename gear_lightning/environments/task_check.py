@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from ..distributed.together import place, together
+from ..distributed.collective import place, run_on_all_ranks
 from ..errors import UserError
 from ..runs.files import cache_dir, replace_text, try_to_write
 from .base import Task, TaskSource
@@ -77,7 +77,7 @@ def check_source(name: str, source: TaskSource, used: int | None, limit: int | N
             checker.check_task(source[index])
         return len(indices), count, stamp, known
 
-    checked, count, stamp, known = together(check)
+    checked, count, stamp, known = run_on_all_ranks(check)
     if stamp is not None and not known:
         text = f"{name}: {checked} tasks can be used\n"
         try_to_write("result of the check of the tasks", lambda: replace_text(stamp, text))

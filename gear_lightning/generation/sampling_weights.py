@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ..distributed.collective import gather
 from ..distributed.sharding import fingerprint, is_sharded, rest, shape, whole_copy
-from ..distributed.together import gather
 from ..errors import UserError
 from .engine import GenerationEngine, next_logits
 

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from ..distributed.collective import gather_on_first
 from ..distributed.sharding import shape
-from ..distributed.together import gather_on_first
 from ..errors import UserError
 from ..models import PolicySource
 from ..optimizers import plain_states, states_from_plain

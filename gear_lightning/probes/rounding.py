@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..batch import RolloutRow, collate
 from ..credit import CreditAssigner, RoundingNoise
-from ..distributed.together import gather
+from ..distributed.collective import gather
 from .noise_floor import Scored, noise_of, p99, read_floor, rounding_of, score
 
 

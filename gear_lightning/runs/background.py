@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.together import together
+from ..distributed.collective import run_on_all_ranks
 
 ATOMS = (str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -149,7 +149,7 @@ class Writer:
                 raise error
 
         self._open = not wait
-        together(fail)
+        run_on_all_ranks(fail)
 
 
 WRITER = Writer()

@@ -23,7 +23,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ..distributed.together import together
+from ..distributed.collective import run_on_all_ranks
 from ..errors import UserError
 from .background import WRITER, free_memory, nbytes, snapshot
 from .files import replace_file
@@ -61,7 +61,7 @@ def manifest_path(path: Path) -> Path:
 
 
 class UnwrittenCheckpoint(UserError):
-    """A checkpoint that could not be written. Raised on rank 0 alone, which alone writes: see `failing_together`."""
+    """A checkpoint that could not be written. Raised on rank 0 alone, which alone writes: see `fail_on_all_ranks`."""
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path, owned: tuple[str, ...] = ()) -> None:
@@ -176,7 +176,7 @@ def in_words(size: int) -> str:
 
 
 @contextmanager
-def failing_together(strategy: Strategy) -> Iterator[None]:
+def fail_on_all_ranks(strategy: Strategy) -> Iterator[None]:
     """Around Lightning's saving of a checkpoint, on all ranks: what rank 0 cannot write fails on all of them. They wait
     for it in the barrier that ends the saving, and would there for as long as a collective may take.
 
@@ -194,7 +194,7 @@ def failing_together(strategy: Strategy) -> Iterator[None]:
         if failed is not None:
             raise failed
 
-    together(tell)
+    run_on_all_ranks(tell)
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -225,7 +225,7 @@ def damage(path: Path) -> str | None:
     return None if content.hexdigest() == manifest["sha256"] else "its content has changed since it was written"
 
 
-def poison(path: Path) -> str | None:
+def non_finite_values(path: Path) -> str | None:
     """Which numbers of a checkpoint are not finite; None where all are. Reads the file only where its manifest, of an
     earlier version, does not say so."""
     manifest = _manifest(path.resolve())
@@ -240,8 +240,8 @@ def poison(path: Path) -> str | None:
 
 
 def unusable(path: Path) -> str | None:
-    """Why a run cannot resume from a checkpoint: `damage`, else `poison`; None where it can."""
-    return damage(path) or poison(path)
+    """Why a run cannot resume from a checkpoint: `damage`, else `non_finite_values`; None where it can."""
+    return damage(path) or non_finite_values(path)
 
 
 def _manifest(path: Path) -> dict[str, Any] | str:
@@ -298,7 +298,7 @@ def resolve(path: Path) -> Path:
     """
     several = dist.is_available() and dist.is_initialized()
     mine = not several or dist.get_rank() == 0
-    found: list[Path | None] = [together(lambda: _resolve(path) if mine else None)]
+    found: list[Path | None] = [run_on_all_ranks(lambda: _resolve(path) if mine else None)]
     if several:
         dist.broadcast_object_list(found, src=0)
     assert found[0] is not None
@@ -327,7 +327,7 @@ def check_whole(path: Path) -> None:
         print(f"{path} has no manifest ({path.name}.json): whether it is whole is not known", file=sys.stderr)
     elif (wrong := damage(path)) is not None:
         raise UserError(f"{path} is damaged: {wrong}")
-    if (wrong := poison(path)) is not None:
+    if (wrong := non_finite_values(path)) is not None:
         raise UserError(f"{path} is not used: {wrong}; give an earlier checkpoint")
 
 

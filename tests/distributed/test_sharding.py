@@ -8,6 +8,7 @@ import torch
 from rank_group import Group, connect
 from torch.distributed.tensor import DTensor
 
+from gear_lightning.distributed.collective import gather, gather_on_first, run_on_all_ranks
 from gear_lightning.distributed.sharding import (
     fill,
     fingerprint,
@@ -21,7 +22,6 @@ from gear_lightning.distributed.sharding import (
     state_bytes,
     whole_of,
 )
-from gear_lightning.distributed.together import gather, gather_on_first, together
 from gear_lightning.errors import UserError
 from gear_lightning.teacher import Teacher, TeacherOptions
 
@@ -304,7 +304,7 @@ def all_or_none(failing: list[int], kind: str) -> str:
         return rank
 
     try:
-        return f"done {together(work)}"
+        return f"done {run_on_all_ranks(work)}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
@@ -329,6 +329,6 @@ def test_every_rank_gets_the_state_of_all(pair):
 
 def test_one_process_needs_no_group():
     assert gather(3) == [3]
-    assert together(lambda: 4) == 4
+    assert run_on_all_ranks(lambda: 4) == 4
     with pytest.raises(UserError, match="bad"):
-        together(lambda: (_ for _ in ()).throw(UserError("bad")))
+        run_on_all_ranks(lambda: (_ for _ in ()).throw(UserError("bad")))

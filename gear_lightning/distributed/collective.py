@@ -56,7 +56,7 @@ def place() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def together(function: Callable[[], T]) -> T:
+def run_on_all_ranks(function: Callable[[], T]) -> T:
     """Call a function on all ranks, and fail on all of them where it fails on one.
 
     Raises:
