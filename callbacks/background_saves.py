@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on, and no more often than that costs little."""
+"""Write checkpoints while training continues, and postpone them if they would take too much time."""
 
 import sys
 import time
@@ -13,26 +13,26 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from gear_lightning.runs.background import WRITER
 from gear_lightning.runs.checkpoints import fail_on_all_ranks, remove_unfinished
 
-SMALL = 256 * 2**20  # bytes of a checkpoint that is never too large to be written after an iteration
-STALL = 0.05  # most of the time for which training waits while it saves
-WRITING = 0.25  # most of the time for which a checkpoint is being written
+SMALL = 256 * 2**20  # bytes; a smaller checkpoint is never postponed
+STALL = 0.05  # largest share of the time for which training may wait for saves
+WRITING = 0.25  # largest share of the time during which a checkpoint may be written
 
 
 class BackgroundSaves(ModelCheckpoint):
-    """The part of `IterationCheckpoint` that writes: from a copy, in a thread of rank 0, one file at a time.
+    """The part of `IterationCheckpoint` that writes files: from a copy, in a thread of rank 0, one file at a time.
 
-    A save waits for the one before it. What names a new file (``last.ckpt``, loggers) and the removal of older ones
-    wait until its manifest is there. An error of the thread ends the run on all ranks: before the next save, before the
-    next iteration's update, or at the end of training.
+    A save waits for the previous save. The link ``last.ckpt``, the notification of loggers and the removal of older
+    files wait until the manifest of the new file exists. An error in the thread ends the run on all ranks: before the
+    next save, before the next iteration's update, or at the end of training.
     """
 
     background: bool
     min_interval: float | None
-    asked: bool  # whether the user has said when to save
+    asked: bool  # whether the user has set when to save
 
-    _untold: bool = False  # whether loggers have not heard of the newest file
+    _loggers_pending: bool = False  # whether loggers have not been notified of the newest file
     _began: float | None = None  # when the newest save of this process began
-    _blocked: float = 0.0  # seconds for which training waited for it
+    _blocked: float = 0.0  # seconds for which training waited for that save
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -48,7 +48,7 @@ class BackgroundSaves(ModelCheckpoint):
         self._settle(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Wait for the file that is being written. The other ranks may be anywhere."""
+        """Wait for the file that is being written. Use no collective, because other ranks may be anywhere."""
         super().on_exception(trainer, pl_module, exception)
         WRITER.wait()
         error = WRITER.take_error()
@@ -57,14 +57,14 @@ class BackgroundSaves(ModelCheckpoint):
 
     def _settle(self, trainer: L.Trainer, wait: bool = True) -> None:
         WRITER.settle(wait)
-        self._tell_loggers(trainer)
+        self._notify_loggers(trainer)
 
-    def _tell_loggers(self, trainer: L.Trainer) -> None:
-        """Here, and not when a save begins: they may want the file."""
-        if self._untold and not WRITER.busy and trainer.is_global_zero:
+    def _notify_loggers(self, trainer: L.Trainer) -> None:
+        """Notify the loggers of a new checkpoint after it is written, because they may read the file."""
+        if self._loggers_pending and not WRITER.busy and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
-        self._untold &= WRITER.busy
+        self._loggers_pending &= WRITER.busy
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -76,8 +76,8 @@ class BackgroundSaves(ModelCheckpoint):
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         self._began, self._blocked = started, time.monotonic() - started
-        self._untold = True
-        self._tell_loggers(trainer)
+        self._loggers_pending = True
+        self._notify_loggers(trainer)
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         WRITER.then(partial(super()._remove_checkpoint, trainer, filepath))
@@ -85,7 +85,10 @@ class BackgroundSaves(ModelCheckpoint):
     # -- how often ----------------------------------------------------------------------------------------------------
 
     def postponed(self, trainer: L.Trainer) -> bool:
-        """Whether a checkpoint that is due is left to a later iteration. Rank 0 decides; all ranks must call it."""
+        """Return whether to postpone a checkpoint that is due to a later iteration.
+
+        Rank 0 decides. All ranks must call it.
+        """
         return trainer.strategy.broadcast(trainer.is_global_zero and self._too_soon(time.monotonic()))
 
     def _too_soon(self, now: float) -> bool:

@@ -1,4 +1,4 @@
-"""When checkpoints are written, and which are kept."""
+"""Write checkpoints and decide which to keep."""
 
 import math
 import os
@@ -39,52 +39,52 @@ from gear_lightning.runs.monitor import (
 
 
 class IterationCheckpoint(BackgroundSaves):
-    """Writes checkpoints and says which are kept.
+    """Writes checkpoints and decides which to keep.
 
-    Two are kept always: the newest, to which ``last.ckpt`` is a link, and the one before it, in case the newest is
-    damaged on the disk. Those that ``save_top_k`` keeps come on top of them.
+    It always keeps two: the newest, to which ``last.ckpt`` links, and the one before it, in case the newest is damaged
+    on the disk. ``save_top_k`` keeps further ones.
 
-    A checkpoint is written whenever it is due, and when the run ends, whatever ends it: the number of iterations or
-    steps, the time, early stopping or `Health`. It replaces a file of the same name in one go, so that a kill leaves
-    the old one or the new one. A checkpoint of the end of an iteration also holds the iteration's row of metrics, which
-    Lightning logs after it: a run that is killed in between lacks nothing when it resumes.
+    It writes a checkpoint whenever one is due and whenever the run ends: by the number of iterations or steps, the
+    time limit, early stopping or `Health`. A checkpoint replaces a file of the same name atomically: a kill leaves
+    either the complete old file or the complete new one. A checkpoint at the end of an iteration also holds the
+    iteration's row of metrics, which Lightning logs later: a run that is killed in between resumes without losing it.
 
     Args:
         dirpath: folder of the checkpoints. Null: ``checkpoints`` in the run directory.
-        filename: name of a checkpoint without its suffix. ``{epoch}`` is the iteration, ``{step}`` the optimizer steps,
-            other names in braces are metrics. Without ``{step}``, a checkpoint in the middle of an iteration also has
-            its steps in its name.
-        monitor: a metric; the ``save_top_k`` checkpoints with the best values are kept. Only a value that was measured
-            in the checkpoint's own iteration counts: without an evaluation there is no ``val/...``, and a checkpoint in
-            the middle of an iteration has no value. Null: none.
+        filename: name of a checkpoint without its suffix. ``{epoch}`` is the iteration, ``{step}`` the number of
+            optimizer steps, other names in braces are metrics. If ``{step}`` is missing, the name of a checkpoint in
+            the middle of an iteration gets the number of steps appended.
+        monitor: metric that ranks checkpoints; the ``save_top_k`` best are kept. Only a value measured in the
+            checkpoint's own iteration counts: ``val/...`` needs an evaluation in that iteration, and a checkpoint in
+            the middle of an iteration has no value. Null: no ranking.
         verbose: report the rank of each checkpoint.
-        save_last: make the link ``last.ckpt``; ``true`` and ``link`` are the same.
-        save_top_k: with a ``monitor``: how many of the best checkpoints are kept. Without one, 0 and 1 keep the newest
-            two alone. -1: keep all.
-        save_on_exception: refused: after an error the state may be half an update.
-        save_weights_only: leave out the optimizer. A run cannot resume from such a checkpoint; a run that is asked to
-            stop writes a whole one all the same.
+        save_last: create the link ``last.ckpt``; ``true`` and ``link`` mean the same.
+        save_top_k: number of best checkpoints to keep if there is a ``monitor``. Without one, 0 and 1 keep only the
+            newest two. -1: keep all.
+        save_on_exception: rejected, because the state after an error may be half an update.
+        save_weights_only: leave out the optimizer. A run cannot resume from such a checkpoint. A run that is asked to
+            stop writes a full checkpoint anyway.
         mode: whether the largest (``max``) or the smallest (``min``) value of ``monitor`` is the best. Null: ``max``
-            for ``val/success``, ``val/reward``, ``train/success`` and ``train/reward``; for any other metric it must be
-            given.
+            for ``val/success``, ``val/reward``, ``train/success`` and ``train/reward``; required for any other metric.
         auto_insert_metric_name: put the names in ``filename`` before their values.
         every_n_train_steps: optimizer steps between two checkpoints, also in the middle of an iteration.
-        train_time_interval: least time between two checkpoints, also in the middle of an iteration; with a ``monitor``
-            only at the end of one.
-        every_n_epochs: iterations between two checkpoints. Null: 1, if neither of the other two is given. 0: none
-            before the run ends.
-        save_on_train_epoch_end: false: only after iterations that had an evaluation.
-        enable_version_counter: keep a file that has the new checkpoint's name, and append a number. False: an iteration
-            that is done again after a kill replaces its file.
-        background: write from a copy in CPU memory while training goes on. False: training waits for every file.
-        min_interval: least seconds from the start of a save to the next one; a checkpoint that is due earlier is left
-            to a later iteration. 0: save whenever one is due. Null: as long as training waits for saves for less than 5
-            % of the time, and files are written for less than 25 %; whenever one is due where a checkpoint has less
-            than 256 MiB, or where ``every_n_epochs``, ``every_n_train_steps`` or ``train_time_interval`` is given. The
-            state at the end of a run, and one whose ``monitor`` is among the best, is always saved.
+        train_time_interval: minimum time between two checkpoints, also in the middle of an iteration; with a
+            ``monitor`` only at the end of an iteration.
+        every_n_epochs: iterations between two checkpoints. Null: 1, if neither of the other two intervals is given. 0:
+            no checkpoint before the run ends.
+        save_on_train_epoch_end: false: save only after iterations that had an evaluation.
+        enable_version_counter: if a file with the new checkpoint's name exists, keep it and append a number to the new
+            name. False: an iteration that is repeated after a kill replaces its file.
+        background: write from a copy in CPU memory while training continues. False: training waits for every file.
+        min_interval: minimum seconds from the start of a save to the start of the next one; a checkpoint that is due
+            earlier is postponed to a later iteration. 0: save whenever a checkpoint is due. Null: postpone so that
+            training waits for saves for less than 5 % of the time and files are written for less than 25 % of the time;
+            never postpone if a checkpoint is smaller than 256 MiB or if ``every_n_epochs``, ``every_n_train_steps`` or
+            ``train_time_interval`` is given. The state at the end of a run, and a checkpoint whose ``monitor`` value is
+            among the best, are always saved.
 
     Raises:
-        UserError: options that contradict one another, or of which one would do nothing or is out of range.
+        UserError: options contradict one another, have no effect, or are out of range.
     """
 
     def __init__(
@@ -127,22 +127,22 @@ class IterationCheckpoint(BackgroundSaves):
         )
         check_filename(filename, lambda: self._format_checkpoint_name(filename, {}, None, auto_insert_metric_name))
         if min_interval is not None and not 0 <= min_interval < math.inf:
-            raise UserError(f"checkpoint.min_interval={min_interval} must be at least 0, and finite")
+            raise UserError(f"checkpoint.min_interval={min_interval} must be at least 0 and finite")
         self.background = background
         self.min_interval = min_interval
         self.asked = any(value is not None for value in (every_n_epochs, every_n_train_steps, train_time_interval))
         self._monitor = None if monitor is None else Monitor("checkpoint.monitor", monitor)
         self._newest = self._spare = ""  # paths
-        self._files: list[str] = []  # written here, and not removed yet
+        self._files: list[str] = []  # paths that this callback has written and not removed yet
         self._saved = True  # whether a checkpoint holds the newest state
         self._evaluation_due = False  # whether the checkpoint that the run resumes from lacks its evaluation
         self._row: dict[str, float] | None = None
 
     @property
     def state_key(self) -> str:
-        return type(self).__qualname__  # whatever the options: they may be given anew when the run resumes
+        return type(self).__qualname__  # does not depend on the options, because a resume may change them
 
-    # -- when ---------------------------------------------------------------------------------------------------------
+    # -- when to save -------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -154,9 +154,9 @@ class IterationCheckpoint(BackgroundSaves):
                 if isinstance(logger, MetricsFile):
                     logger.log_metrics(metrics, int(self._row["step"]))
         if trainer.ckpt_path is not None:
-            self._look_at_files(trainer)
+            self._check_files(trainer)
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        if self._evaluation_due and not data.evaluation_due:  # it has just been made up for
+        if self._evaluation_due and not data.evaluation_due:  # the missing evaluation has just run
             self._save_iteration(trainer, trainer.current_epoch - 1, {**(self._row or {}), **measured(trainer)})
         self._evaluation_due = False
 
@@ -170,7 +170,7 @@ class IterationCheckpoint(BackgroundSaves):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._saved = False
         if batch_idx + 1 >= trainer.num_training_batches or not self._writes(trainer):
-            return  # the iteration's end comes next
+            return  # on_train_epoch_end comes next and saves
         stepped = pl_module.steps_after(batch_idx)
         over = stepped and 0 <= trainer.max_steps <= trainer.global_step
         due = (stepped and self._due_by_steps(trainer)) or (self.monitor is None and self._due_by_time(trainer))
@@ -178,8 +178,8 @@ class IterationCheckpoint(BackgroundSaves):
             self._save(trainer, self._path(trainer, trainer.current_epoch, {}, middle=True))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        # on all ranks, for it communicates
-        row = trainer._logger_connector.metrics["log"]  # trainer.logged_metrics also has those of earlier iterations
+        # on all ranks, because this communicates
+        row = trainer._logger_connector.metrics["log"]  # trainer.logged_metrics also has earlier ones
         self._row = {name: float(value) for name, value in row.items()}
         values = measured(trainer)
         if self._saved or not self._writes(trainer):
@@ -195,12 +195,12 @@ class IterationCheckpoint(BackgroundSaves):
             raise UserError(missing)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if not self._saved and self._writes(trainer):  # a callback after this one has ended the run
+        if not self._saved and self._writes(trainer):  # a callback that runs after this one has ended the run
             self._save_iteration(trainer, trainer.current_epoch - 1, {**(self._row or {}), **pl_module.evaluated})
         self._settle(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing: a checkpoint is written when the iteration is over, with its row of metrics."""
+        """Do nothing: the checkpoint is written at the end of the iteration, together with its row of metrics."""
 
     def _writes(self, trainer: L.Trainer) -> bool:
         return trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run and not trainer.sanity_checking  # pyright: ignore
@@ -213,24 +213,24 @@ class IterationCheckpoint(BackgroundSaves):
         return due and (evaluated or self._save_on_train_epoch_end is not False)
 
     def _due_by_time(self, trainer: L.Trainer) -> bool:
-        """All ranks must call it: their clocks differ."""
+        """Return whether `train_time_interval` has passed. All ranks must call it, because their clocks differ."""
         if self._train_time_interval is None:
             return False
         since = time.monotonic() - (self._last_time_checked or 0.0)
         return trainer.strategy.broadcast(since >= self._train_time_interval.total_seconds())
 
-    # -- which --------------------------------------------------------------------------------------------------------
+    # -- what to keep -------------------------------------------------------------------------------------------------
 
     def _save_iteration(self, trainer: L.Trainer, iteration: int, values: dict[str, Any]) -> None:
         value = None if self._monitor is None else self._monitor.value(trainer, values)
         self._save(trainer, self._path(trainer, iteration, values), value)
 
     def _save(self, trainer: L.Trainer, path: str, value: float | None = None) -> None:
-        """Write the newest state, and remove what is no longer kept.
+        """Write the newest state and remove checkpoints that are no longer kept.
 
         Args:
-            path: of the file.
-            value: of the monitored metric; None where there is none.
+            path: path of the checkpoint.
+            value: value of the monitored metric; None if there is none.
         """
         if path != self._newest:
             self._newest, self._spare = path, self._newest
@@ -249,14 +249,14 @@ class IterationCheckpoint(BackgroundSaves):
                 self._files.remove(file)
 
     def _among_the_best(self, value: float | None) -> bool:
-        """Whether a checkpoint with this value would be kept for it."""
+        """Return whether a checkpoint with this value would be one of the best that are kept."""
         sign = 1 if self.mode == "max" else -1
         known = sorted((sign * float(score) for score in self.best_k_models.values()), reverse=True)
-        place = max(self.save_top_k, 1)  # of all that are kept, the best one is named
+        place = max(self.save_top_k, 1)  # -1 keeps all; then only a new best value counts
         return value is not None and (len(known) < place or sign * value > known[place - 1])
 
     def _rank(self, path: str, value: float | None) -> None:
-        """Put a checkpoint among the best ones, and take the worst of them out where there are too many."""
+        """Add a checkpoint to the best ones and drop the worst if there are more than `save_top_k`."""
         self.best_k_models.pop(path, None)
         if self.monitor is None:
             self.best_model_path = path
@@ -265,13 +265,13 @@ class IterationCheckpoint(BackgroundSaves):
             return
         self.current_score = self.best_k_models[path] = torch.tensor(value)
         ranked = sorted(self.best_k_models, key=lambda p: float(self.best_k_models[p]), reverse=self.mode == "max")
-        for worst in ranked[self.save_top_k :] if self.save_top_k != -1 else ():  # of equal ones, the later
+        for worst in ranked[self.save_top_k :] if self.save_top_k != -1 else ():  # of equal values, drop the later
             del self.best_k_models[worst]
         self.best_model_path = ranked[0]
         self.best_model_score = self.best_k_models[ranked[0]]
         if self.verbose:
             place = ranked.index(path) + 1
-            rank_zero_info(f"{Path(path).name}: {self.monitor} is {value:g}, which is number {place} of the best")
+            rank_zero_info(f"{Path(path).name}: {self.monitor}={value:g}, rank {place} of the best checkpoints")
 
     def _path(self, trainer: L.Trainer, iteration: int, values: dict[str, Any], middle: bool = False) -> str:
         step = trainer.global_step
@@ -293,7 +293,7 @@ class IterationCheckpoint(BackgroundSaves):
         return self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
 
     def point_last_to(self, trainer: L.Trainer, path: str | Path) -> None:
-        """Make ``last.ckpt`` a link to a checkpoint, where it is asked for. All ranks must call it."""
+        """Make ``last.ckpt`` a link to a checkpoint if `save_last` is set. All ranks must call it."""
         if self.save_last:
             self._link_checkpoint(trainer, str(path), self._last)
 
@@ -303,14 +303,17 @@ class IterationCheckpoint(BackgroundSaves):
             WRITER.then(partial(_link, filepath, linkpath))
         trainer.strategy.barrier()
 
-    def _look_at_files(self, trainer: L.Trainer) -> None:
-        """When a run resumes: forget files that are gone, move those of a continuation that is given up out of the way,
-        and make ``last.ckpt`` point to the newest one that is left. All ranks must call it."""
+    def _check_files(self, trainer: L.Trainer) -> None:
+        """Compare the recorded checkpoints with the files in the folder when a run resumes.
+
+        Forget files that no longer exist, move checkpoints of an abandoned continuation to another folder, and link
+        ``last.ckpt`` to the newest of the others. All ranks must call it.
+        """
         assert self.dirpath is not None
         folder, steps = Path(self.dirpath), trainer.global_step
         if trainer.is_global_zero:
             known = known_checkpoints(folder)
-            if Path(str(trainer.ckpt_path)).is_file():  # not `last`, which is the farthest that is whole
+            if Path(str(trainer.ckpt_path)).is_file():  # not `last`, which is the most advanced valid one
                 put_aside([path for path, manifest in known if manifest["order"][0] > steps], folder)
             newest = next((path for path, manifest in known if manifest["order"][0] <= steps), None)
         else:
@@ -331,12 +334,15 @@ class IterationCheckpoint(BackgroundSaves):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._evaluation_due = trainer.datamodule.evaluation_due  # pyright: ignore[reportAttributeAccessIssue]
         states = checkpoint["callbacks"]
-        for key in [key for key in states if key.startswith(f"{self.state_key}{{")]:  # of an earlier version
+        for key in [key for key in states if key.startswith(f"{self.state_key}{{")]:  # an earlier version
             states.setdefault(self.state_key, states[key])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up which checkpoints there are. Those that newer ones replace are deleted, by their names: a checkpoint
-        that someone else wrote must not name files of other folders."""
+        """Restore the list of existing checkpoints.
+
+        Listed checkpoints are deleted later, when newer ones replace them. Only their file names are used, within this
+        folder, so that a checkpoint from an untrusted source cannot name files in other folders.
+        """
         state = state_dict
         self._row = state.get("row")
         self._newest = self._here(state.get("newest", state["best_model_path"]))
@@ -351,10 +357,10 @@ class IterationCheckpoint(BackgroundSaves):
         self._files = [file for file in self._files if file not in best]
         if best:
             names = ", ".join(sorted(Path(path).name for path in best))
-            rank_zero_warn(f"Checkpoints are no longer ranked by {state['monitor']}; {names} stay where they are.")
+            rank_zero_warn(f"Checkpoints are no longer ranked by {state['monitor']}; {names} are kept.")
 
     def _here(self, path: str) -> str:
-        """The file of that name in this folder; no path where it is none of a checkpoint."""
+        """Return the path of the file of that name in this folder; empty if it is not the name of a checkpoint."""
         name = Path(path).name
         return str(Path(str(self.dirpath)) / name) if name.endswith(self.FILE_EXTENSION) else ""
 

@@ -1,4 +1,4 @@
-"""Keeps the page that shows where credit went next to the records of a run."""
+"""Write the credit map, an HTML page, next to the rollout records of a run."""
 
 from pathlib import Path
 
@@ -12,12 +12,15 @@ from gear_lightning.runs.records import record_files
 
 
 class CreditMap(L.Callback):
-    """Writes ``RUN/credit_map.html`` from the records that `RolloutRecorder` leaves in the run directory. Only reads;
-    a page that cannot be written is a warning. Open the file in a browser: it needs nothing else.
+    """Writes ``RUN/credit_map.html`` from the records that `RolloutRecorder` writes to the run directory.
+
+    It does not change training, and only warns if the page cannot be written. The file opens in a browser and needs no
+    other files.
 
     Args:
-        every_n_iterations: iterations between two pages; one more is written when training ends or fails.
-        max_rollouts: most rollouts on the page, newest iterations first; fewer where they need more than 40 MB.
+        every_n_iterations: iterations between two pages; a last page is written when training ends or fails.
+        max_rollouts: maximum number of rollouts on the page, newest iterations first; fewer if they need more than
+            40 MB.
 
     Raises:
         UserError: an argument below 1.
@@ -32,7 +35,7 @@ class CreditMap(L.Callback):
         self._due = False
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Other callbacks may write this iteration's records only after this one has run, so the page waits.
+        # RolloutRecorder may write this iteration's records after this hook runs, so the page waits.
         self._due = (trainer.current_epoch + 1) % self.every_n_iterations == 0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -52,5 +55,5 @@ class CreditMap(L.Callback):
             return
         try:
             try_to_write("pages of the credit map", lambda: write_credit_page(run, max_rollouts=self.max_rollouts))
-        except Exception as error:  # training must go on, and an exception on its way must not be hidden
+        except Exception as error:  # training must continue, and an exception in flight must not be hidden
             rank_zero_warn(f"CreditMap: the page could not be written: {type(error).__name__}: {error}")

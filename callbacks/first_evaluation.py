@@ -1,4 +1,4 @@
-"""Evaluates the policy before its first update, and again where a stop has cut an evaluation short."""
+"""Evaluate the policy before its first update, and repeat an evaluation that a stop interrupted."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from gear_lightning.runs.monitor import has_evaluations
 
 
 class FirstEvaluation(L.Callback):
-    """Runs the validation once when training starts from the beginning, so that every curve has its point 0; and, when
-    training goes on, the validation that did not come to its end before.
+    """Runs the validation before the first update of a fresh run, and an interrupted validation when a run resumes.
 
-    Inside the fit, and not as a validation before it: a strategy that spreads the weights sets its model up once.
+    The first validation gives every curve a value at step 0. It runs inside ``fit`` instead of ``Trainer.validate``,
+    because a strategy that shards the weights sets up its model once.
 
     Args:
-        enabled: whether to run the one before the first update.
+        enabled: whether to run the validation before the first update.
     """
 
     def __init__(self, enabled: bool = True):
@@ -29,7 +29,8 @@ class FirstEvaluation(L.Callback):
         if data.evaluation_due:
             loop = trainer.fit_loop
             self._limits = loop.max_epochs, loop.epoch_loop.max_steps
-            loop.max_epochs = loop.epoch_loop.max_steps = -1  # Lightning starts nothing where no iteration is left
+            # otherwise Lightning does not start if no iteration is left
+            loop.max_epochs = loop.epoch_loop.max_steps = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self._limits is not None:
@@ -47,4 +48,4 @@ class FirstEvaluation(L.Callback):
         if fresh:
             self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         else:
-            pl_module.step_plateau(pl_module.evaluated)  # as at the end of the iteration that lacked it
+            pl_module.step_plateau(pl_module.evaluated)  # as at the end of the iteration that lacked its evaluation
