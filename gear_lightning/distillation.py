@@ -118,7 +118,7 @@ class Distillation(ABC):
 
     def _top(self, policy: TokenStats, teacher: TokenStats) -> tuple[Tensor, Tensor]:
         if policy.top_logprobs is None or teacher.top_logprobs is None:
-            raise UserError(f"{type(self).__name__} compares whole distributions, and these rollouts have none")
+            raise UserError(f"{type(self).__name__} compares full distributions, and these rollouts have none")
         return policy.top_logprobs[..., : self.top_k], teacher.top_logprobs[..., : self.top_k]
 
     def _check(self, **values: tuple[float | None, float, float]) -> None:

@@ -1,13 +1,14 @@
-"""GEAR's maths: divergence -> anchors -> segments -> weights, as pure functions of tensors.
+"""GEAR's math: divergence -> anchors -> segments -> weights, as pure functions of tensors.
 
-Index convention: entry t of every ``[batch, seq]`` tensor is about token t. ``mask`` marks tokens the policy sampled;
-prompt and tool output in between are invisible to every statistic, length and neighbour here. All statistics are those
-of one rollout, so that no split into micro-batches can change a weight. What divides or centers weights is, further,
-of the tokens of a rollout whose advantages have one sign: where turns have advantages of both signs, praise and blame
-each keep their sum. ``noise`` is a constant: the 99th percentile of what rounding alone makes of a signal.
+Index convention: entry t of every ``[batch, seq]`` tensor belongs to token t. ``mask`` marks tokens the policy sampled;
+every statistic, length and neighbor here ignores prompt tokens and the tool output between turns. All statistics are
+computed within one rollout, so the split into micro-batches cannot change a weight. Statistics that divide or center
+weights are further restricted to the tokens of a rollout whose advantages have one sign: if turns have advantages of
+both signs, the positive and the negative advantages each keep their sum. ``noise`` is a constant: the 99th percentile
+of a signal that rounding alone produces.
 
-Source: GEAR, arXiv 2605.11853. We had only its abstract and summaries; the rules below that they leave open are
-reconstructions, and each is an argument. `gear_lightning.credit.GEAR` lists them with their defaults.
+Source: GEAR, arXiv 2605.11853. Only its abstract and summaries were available; the rules below that they leave open are
+reconstructions, and each of them is an argument. `gear_lightning.credit.GEAR` lists them with their defaults.
 """
 
 import math
@@ -24,30 +25,30 @@ SegmentEnd = Literal["entropy_high", "entropy_low", "window", "turn", "divergenc
 SignRule = Literal["sign_aware", "symmetric", "negatives_only", "reversed_on_correct"]
 Normalise = Literal["mean", "geometric", "none"]
 
-SATURATE_FLOOR = 1e-4  # nats; SC-GRPO's floor of c in x / (x + c)
+SATURATE_FLOOR = 1e-4  # nats; lower bound of c in x / (x + c), from SC-GRPO
 
 
 def sampled_divergence(
     policy: Float[Tensor, "batch seq"], teacher: Float[Tensor, "batch seq"], kind: Divergence, limit: float = 10.0
 ) -> Float[Tensor, "batch seq"]:
-    """Divergence at the sampled token from its log-probs under policy and teacher, in nats.
+    """Return the divergence at the sampled token from its log-probs under policy and teacher, in nats.
 
     ``k1 = log p_S - log p_T`` (signed; the single-sample estimate of KL(S || T)), ``k3 = exp(-k1) - 1 + k1`` (>= 0);
-    k1 is limited to [-limit, limit] first.
+    k1 is clamped to [-limit, limit] first.
 
     Raises:
-        ValueError: ``kind`` needs whole distributions (see `distribution_divergence`).
+        ValueError: ``kind`` needs full distributions (see `distribution_divergence`).
     """
     k1 = (policy - teacher).clamp(-limit, limit)
     if kind == "k1":
         return k1
     if kind == "k3":
-        return (torch.expm1(-k1) + k1).clamp_min(0)  # exp(-k1) - 1 is rounded below -k1 near 0
+        return (torch.expm1(-k1) + k1).clamp_min(0)  # near 0, rounding puts exp(-k1) - 1 below -k1
     raise ValueError(f"{kind} is not a divergence of sampled tokens")
 
 
 def with_tail(logprobs: Float[Tensor, "batch seq top"]) -> Float[Tensor, "batch seq bins"]:
-    """Append one bucket with the probability that the listed tokens leave over, so that each row sums to 1."""
+    """Append one bucket with the probability of all tokens that are not listed, so that each row sums to 1."""
     rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp_min(1e-10)
     return torch.cat([logprobs, rest.log()], dim=-1)
 
@@ -55,10 +56,11 @@ def with_tail(logprobs: Float[Tensor, "batch seq top"]) -> Float[Tensor, "batch 
 def distribution_divergence(
     policy_top: Float[Tensor, "batch seq top"], teacher_top: Float[Tensor, "batch seq top"], kind: Divergence
 ) -> Float[Tensor, "batch seq"]:
-    """Divergence of two distributions given by log-probs of the policy's top-k tokens plus one tail bucket, in nats.
+    """Return the divergence of two distributions, in nats.
 
-    ``reverse_kl`` = KL(S || T), ``forward_kl`` = KL(T || S), ``jsd`` = half their sum against the mixture (<= log 2).
-    All are >= 0, and exact where the top-k is the whole vocabulary.
+    Both are given by log-probs of the policy's top-k tokens plus one tail bucket. ``reverse_kl`` = KL(S || T),
+    ``forward_kl`` = KL(T || S), ``jsd`` = half the sum of both against the mixture (<= log 2). All are >= 0, and exact
+    if the top-k is the full vocabulary.
 
     Raises:
         ValueError: ``kind`` is a divergence of sampled tokens.
@@ -70,7 +72,7 @@ def distribution_divergence(
         return (t.exp() * (t - s)).sum(-1).clamp_min(0)
     if kind == "jsd":
         gap = t - s
-        mixture = torch.logaddexp(torch.zeros_like(gap), gap) - math.log(2)  # less s; so written, it is 0 where s = t
+        mixture = torch.logaddexp(torch.zeros_like(gap), gap) - math.log(2)  # minus s; exactly 0 where s = t
         return (0.5 * (t.exp() * (gap - mixture) - s.exp() * mixture)).sum(-1).clamp_min(0)
     raise ValueError(f"{kind} is not a divergence of distributions")
 
@@ -78,14 +80,14 @@ def distribution_divergence(
 def masked_mean(
     x: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], share: Float[Tensor, "batch seq"] | None = None
 ) -> Float[Tensor, "batch 1"]:
-    """Mean over the masked-in entries of each row; 0 for an empty row, and exactly x where all entries equal x.
+    """Return the mean over the masked-in entries of each row; 0 for an empty row, exactly x if all entries equal x.
 
     Args:
         x: values.
         mask: entries that count.
-        share: how much each counts, not negative; None: alike.
+        share: weight of each entry, not negative; None: equal weights.
     """
-    # from the least entry on: a plain sum is rounded, and (x - mean) / std of equal values would then be noise
+    # subtract the smallest entry first: a plain sum is rounded, and (x - mean) / std of equal values would be noise
     low = torch.where(mask, x, torch.inf).amin(-1, keepdim=True)
     low = torch.where(mask.any(-1, keepdim=True), low, 0)
     share = torch.ones_like(x) if share is None else share
@@ -97,7 +99,7 @@ def masked_mean(
 def masked_quantile(
     x: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], q: float
 ) -> Float[Tensor, "batch 1"]:
-    """Linearly interpolated quantile over the masked-in entries of each row (as `torch.quantile`); 0 for no entries."""
+    """Return the linearly interpolated quantile of each row's masked-in entries (as `torch.quantile`); 0 if empty."""
     count = mask.sum(-1, keepdim=True)
     ordered = torch.where(mask, x, torch.inf).sort(-1).values
     place = q * (count - 1).clamp_min(0).to(x.dtype)
@@ -109,10 +111,10 @@ def masked_quantile(
 def one_sign(
     advantages: Float[Tensor, "batch #seq"] | None, mask: Bool[Tensor, "batch seq"]
 ) -> list[Bool[Tensor, "batch seq"]]:
-    """Parts of ``mask`` whose advantages have the same sign (praise, blame, 0), empty ones left out.
+    """Split ``mask`` into parts whose advantages have the same sign (positive, negative, 0), without empty parts.
 
-    Statistics over one part at a time move credit within praise and within blame, never from one to the other. None:
-    all of ``mask`` is one part. A row of one sign has one part, equal to its row of ``mask``.
+    Statistics over one part at a time move credit only among tokens of the same sign, never from one sign to the other.
+    None: all of ``mask`` is one part. A row of one sign has one part, equal to its row of ``mask``.
     """
     if advantages is None:
         return [mask]
@@ -124,8 +126,10 @@ def one_sign(
 def size_shares(
     advantages: Float[Tensor, "batch #seq"] | None, part: Bool[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch seq"] | None:
-    """How much each token of one of `one_sign`'s parts counts in a mean that is to keep its credit: |A| by the largest
-    of the row, and so exactly 1 where all are equal (0, too)."""
+    """Return the weight of each token of one part from `one_sign` in a mean that must preserve the part's total credit.
+
+    The weight is |A| divided by the largest |A| of the row, and exactly 1 if all |A| are equal (also if all are 0).
+    """
     if advantages is None:
         return None
     size = torch.where(part, advantages.abs(), 0)
@@ -136,20 +140,20 @@ def size_shares(
 def above_noise(
     size: Float[Tensor, "batch #seq"], noise: Float[Tensor, "batch #seq"] | float
 ) -> Float[Tensor, "batch #seq"]:
-    """Share of a signal to keep, by how its size compares with rounding noise: 1 / (1 + (noise / size)^4).
+    """Return the share of a signal to keep, given its size relative to rounding noise: 1 / (1 + (noise / size)^4).
 
-    1/2 where the size is that of the noise (its 99th percentile), below 0.01 from a third of it down, within 1e-3 of 1
-    from 5.7 times it up, and exactly 1 where there is no noise. The form is ours.
+    The share is 1/2 if the size equals the noise (its 99th percentile), below 0.01 up to a third of the noise, within
+    1e-3 of 1 from 5.7 times the noise, and exactly 1 if there is no noise. The formula is this project's own.
     """
     noise = torch.as_tensor(noise, dtype=size.dtype, device=size.device)
     return torch.where(noise > 0, 1 / (1 + (noise / size) ** 4), 1)
 
 
 def compact(mask: Bool[Tensor, "batch seq"]) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
-    """Columns of the masked-in entries of each row, moved to the left.
+    """Return the columns of the masked-in entries of each row, moved to the left.
 
     Returns:
-        ``columns`` (for `torch.gather`; padding repeats masked-out columns) and which of them are real.
+        ``columns`` (for `torch.gather`; padding repeats masked-out columns), and a mask of the columns that are real.
     """
     width = int(mask.sum(-1).max()) if mask.numel() else 0
     columns = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)[:, : max(width, 1)]
@@ -165,12 +169,12 @@ def find_spikes(
     floor: float = 0.5,
     at: Literal["onset", "peak"] = "onset",
 ) -> Bool[Tensor, "batch n"]:
-    """Tokens at which a departure starts, on compacted tokens.
+    """Return the tokens at which a departure starts, on compacted tokens.
 
-    A token is a spike where its divergence reaches both ``floor`` (nats) and the rule's threshold: ``quantile``: the
+    A token is a spike if its divergence reaches both ``floor`` (nats) and the rule's threshold: ``quantile``: the
     rollout's ``level`` quantile; ``absolute``: only the floor; ``zscore``: mean + ``level`` standard deviations of the
-    rollout; ``rise``: the mean of the ``level`` tokens before it, plus the floor. ``at="peak"`` keeps only local maxima
-    of the divergence among them.
+    rollout; ``rise``: the mean of the ``level`` tokens before it, plus the floor. ``at="peak"`` keeps only the spikes
+    that are local maxima of the divergence.
     """
     if rule == "quantile":
         threshold = masked_quantile(divergence, mask, level).clamp_min(floor)
@@ -206,14 +210,15 @@ def find_segments(
     floor: float = 0.5,
     max_length: int = 128,
 ) -> Int[Tensor, "batch n"]:
-    """Anchor of the segment that each compacted token is in, -1 outside segments.
+    """Return the anchor of the segment that contains each compacted token, -1 outside segments.
 
     A segment opens at a spike and runs until the next spike, the end of the assistant turn, ``max_length`` tokens, or
     the closing event: ``entropy_high``: the first token with entropy at or above the rollout's ``entropy_quantile``
     (the next decision point); ``entropy_low``: the first token below it; ``divergence``: the first token below
-    ``floor``; ``window`` and ``turn``: no other event; ``none``: there are no segments at all.
+    ``floor``; ``window`` and ``turn``: no other event; ``none``: there are no segments.
 
-    Equal to a left-to-right scan: the two running maxima are the last spike and the last closing event.
+    The result equals that of a left-to-right scan: the two running maxima are the last spike and the last closing
+    event.
     """
     if end == "none":
         return torch.full_like(turns, -1)
@@ -233,8 +238,11 @@ def find_segments(
 def segment_signal(
     divergence: Float[Tensor, "batch seq"], anchor: Int[Tensor, "batch seq"], value: Literal["departure", "mean"]
 ) -> Float[Tensor, "batch seq"]:
-    """Credit signal of each token: inside a segment the divergence at its anchor (``departure``) or the segment's
-    ``mean``, outside its own."""
+    """Return the credit signal of each token.
+
+    Inside a segment it is the divergence at the anchor (``departure``) or the segment's ``mean``, outside segments the
+    token's own divergence.
+    """
     where = anchor.clamp_min(0)
     if value == "departure":
         inside = divergence.gather(-1, where)
@@ -247,7 +255,7 @@ def segment_signal(
 
 
 def segment_lengths(anchor: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
-    """Tokens of the segment that each token is in; 1 outside segments."""
+    """Return the number of tokens of the segment that contains each token; 1 outside segments."""
     member = (anchor >= 0).float()
     count = torch.zeros_like(member).scatter_add(-1, anchor.clamp_min(0), member)
     return torch.where(anchor >= 0, count.gather(-1, anchor.clamp_min(0)), 1)
@@ -261,20 +269,21 @@ def scale_signal(
     advantages: Float[Tensor, "batch #seq"] | None = None,
     noise: Float[Tensor, "batch #seq"] | float = 0.0,
 ) -> Float[Tensor, "batch seq"]:
-    """Scale of the credit signal, by the rollout's tokens of one sign of advantage (see `one_sign`).
+    """Scale the credit signal with statistics of the rollout's tokens of one sign of advantage (see `one_sign`).
 
-    ``none``: the signal; ``zscore``: (x - mean) / standard deviation; ``saturate``: x / (x + c) with c the 75th
-    percentile, at least 1e-4 and the noise (for unsigned signals; result in [0, 1)).
+    ``none``: the signal itself; ``zscore``: (x - mean) / standard deviation; ``saturate``: x / (x + c), where c is the
+    75th percentile, but at least 1e-4 and at least the noise (for unsigned signals; result in [0, 1)).
 
-    Both take out the signal's size, and would make as much of rounding as of a teacher that knows something. So they
-    are multiplied by `above_noise` of that size: the standard deviation, or the root of the mean square.
+    ``zscore`` and ``saturate`` remove the size of the signal, and would amplify pure rounding noise as much as a real
+    difference between teacher and policy. They are therefore multiplied by `above_noise` of that size: the standard
+    deviation, or the root mean square.
 
     Args:
         signal: of each token.
         mask: tokens that count.
         scale: see above.
-        advantages: before credit; None: the statistics are of all tokens of the rollout.
-        noise: of the signal, for all tokens or each.
+        advantages: before credit; None: statistics over all tokens of the rollout.
+        noise: of the signal, for all tokens or for each token.
     """
     if scale == "none":
         return signal
@@ -304,13 +313,12 @@ def signal_weights(
     clip: float = 0.9,
     direction_gate: bool = False,
 ) -> Float[Tensor, "batch seq"]:
-    """Weight of each token before mixing and normalisation, in [1 - clip, 1 + clip]; 1 outside ``mask``.
+    """Return the weight of each token before mixing and normalization, in [1 - clip, 1 + clip]; 1 outside ``mask``.
 
     With c the signal (large = departure) and A the advantage before credit, of the rollout or of each token:
     ``sign_aware``: exp(-sign(A) kappa c); ``symmetric``: 1 + kappa (c - mean c), the mean over the rollout's tokens of
-    the same sign of A, each counted by its |A|; ``negatives_only``: exp(kappa c) where A < 0, else 1;
-    ``reversed_on_correct``: exp(kappa c) for both signs. ``direction_gate`` (from CREST) puts the weight to 1 where it
-    would be lower.
+    the same sign of A, each weighted by its |A|; ``negatives_only``: exp(kappa c) where A < 0, else 1;
+    ``reversed_on_correct``: exp(kappa c) for both signs. ``direction_gate`` (from CREST) raises weights below 1 to 1.
     """
     sign = advantages.sign()
     if sign_rule == "symmetric":
@@ -337,16 +345,17 @@ def normalise_weights(
     how: Normalise,
     advantages: Float[Tensor, "batch #seq"] | None = None,
 ) -> Float[Tensor, "batch seq"]:
-    """Divide by the arithmetic or geometric mean weight of the rollout's tokens of one sign of advantage, each counted
-    by its |A|: with ``mean``, praise and blame each keep their sum, so that credit is moved and not made.
+    """Divide by the arithmetic or geometric mean weight of the rollout's tokens of one sign, weighted by their |A|.
 
-    Where that mean is 0 (the weights underflowed) it cannot be restored: the weights are 1.
+    With ``mean``, the positive and the negative advantages each keep their sum: credit moves between tokens, and the
+    total does not change. If the mean is 0 (the weights underflowed), the sum cannot be restored, and the weights are
+    1.
 
     Args:
         weights: of each token.
         mask: tokens that count; the others get 1.
-        how: ``mean``, ``geometric``, or ``none``: the weights as they are.
-        advantages: before credit; None: the mean is of all tokens of the rollout.
+        how: ``mean``, ``geometric``, or ``none``: return the weights unchanged.
+        advantages: before credit; None: the mean is over all tokens of the rollout.
     """
     if how == "none":
         return weights

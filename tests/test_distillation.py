@@ -350,7 +350,7 @@ def test_bad_settings_are_refused(kind, options, message):
 
 def test_a_loss_of_distributions_says_that_there_are_none():
     case = Case(0, 3)
-    with pytest.raises(UserError, match="SDPG compares whole distributions"):
+    with pytest.raises(UserError, match="SDPG compares full distributions"):
         case.loss(SDPG(), teacher=replace(case.teacher, top_logprobs=None))
 
 

@@ -1,4 +1,4 @@
-"""Credit assigners: from the advantage of a rollout to an advantage for each of its tokens."""
+"""Credit assigners: compute an advantage for each token from the advantage of its rollout."""
 
 from .base import CreditAssigner, Evidence, RoundingNoise, Uniform, mixing
 from .gear_rule import GEAR, Placebo, TokenOnly, Turn

@@ -1,4 +1,4 @@
-"""What a credit rule is: evidence about the rollouts of a micro-batch in, an advantage for each of their tokens out."""
+"""Interface of credit rules: from evidence about the rollouts of a micro-batch to an advantage for each token."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -13,12 +13,14 @@ from ..errors import UserError
 
 
 class RoundingNoise(NamedTuple):
-    """Size of what rounding alone makes, as 99th percentiles of absolute values, nats: a constant of a run, measured
-    once with equal weights and nothing privileged (`gear_lightning.probes.noise_floor`). 0: not known, or none.
+    """Size of the differences that rounding alone produces: 99th percentiles of absolute values, in nats.
+
+    A constant of the run, measured once with equal weights and no privileged text
+    (`gear_lightning.probes.noise_floor`). 0: not known, or no noise.
 
     Attributes:
         log_ratio: of log p_policy - log p_teacher at the sampled tokens.
-        divergence: of the run's own credit rule, where that compares whole distributions.
+        divergence: of the run's own credit rule, if it compares full distributions.
     """
 
     log_ratio: float = 0.0
@@ -27,26 +29,26 @@ class RoundingNoise(NamedTuple):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What credit is decided on: one row per rollout, one column per token (see `RolloutBatch`). All detached.
+    """Input of a credit rule: one row per rollout, one column per token (see `RolloutBatch`). All tensors are detached.
 
     Attributes:
         advantages: of each rollout, before credit.
-        action_mask: sampled by the policy.
+        action_mask: tokens sampled by the policy.
         turn_ids: assistant turn, -1 elsewhere.
         stop_mask: sampled stop tokens.
         policy_version: optimizer steps taken before sampling.
-        policy: what the policy says about each token.
-        teacher: what the teacher says; None where none ran.
-        divergence: given when credit is recomputed from records whose distributions are gone; it takes the place of any
+        policy: the policy's statistics of each token.
+        teacher: the teacher's statistics; None if no teacher ran.
+        divergence: set when credit is recomputed from records that do not contain the distributions; it replaces any
             divergence of distributions.
-        privileged: where the teacher saw more than the policy; None: everywhere.
-        turn_advantages: advantage of each token before credit, where the turns of a rollout have advantages of their
-            own; None: the rollout's.
-        decisions: 1 on tokens of a decision that the environment calls right, -1 on those of a wrong one, 0 elsewhere;
-            None: the environment does not tell.
+        privileged: rollouts for which the teacher saw more than the policy; None: all of them.
+        turn_advantages: advantage of each token before credit, if the turns of a rollout have advantages of their own;
+            None: the rollout's advantage applies to every token.
+        decisions: 1 on tokens of a decision that the environment marks as right, -1 on those of a wrong one, 0
+            elsewhere; None: the environment does not label decisions.
         solved: number of solved rollouts in the rollout's group; None: not known.
-        noise: of rounding. Whatever takes the size out of a signal must compare that size with it (see
-            `gear_lightning.gear.above_noise`), or it makes as much credit of rounding as of knowledge.
+        noise: of rounding. Code that removes the size of a signal must compare that size with this noise (see
+            `gear_lightning.gear.above_noise`); otherwise it assigns as much credit to rounding as to real differences.
     """
 
     advantages: Float[Tensor, " batch"]
@@ -71,7 +73,7 @@ class Evidence:
         teacher: TokenStats | None,
         noise: RoundingNoise = RoundingNoise(),
     ) -> "Evidence":
-        """The evidence of a micro-batch."""
+        """Return the evidence of a micro-batch."""
         policy = replace(policy, logprobs=policy.logprobs.detach())
         if policy.top_logprobs is not None:
             policy = replace(policy, top_logprobs=policy.top_logprobs.detach())
@@ -92,24 +94,25 @@ class Evidence:
 
     @property
     def base_advantages(self) -> Float[Tensor, "batch seq"]:
-        """Advantage of each token before credit; of any value outside the action tokens."""
+        """Advantage of each token before credit; the value outside the action tokens is arbitrary."""
         if self.turn_advantages is not None:
             return self.turn_advantages
         return self.advantages[:, None].expand(self.action_mask.shape)
 
 
 class CreditAssigner(ABC):
-    """Turns evidence into `Credit`.
+    """Computes `Credit` from `Evidence`.
 
     A subclass is a frozen dataclass, named in YAML by ``class_path``. It may use statistics of one rollout or a
-    constant, never of the micro-batch.
+    constant, never statistics of the micro-batch.
 
     Attributes:
-        needs_teacher: whether it looks at the teacher.
-        needs_decisions: whether it looks at which decisions were right, which few environments can tell.
-        fixed_segments: whether its segments begin at fixed places (every turn, say), whatever the divergence there.
-        lacks: what it lacks compared with the paper that it is named after, where that is too much for results under
-            the paper's name; told where results are shown.
+        needs_teacher: whether the rule reads the teacher's statistics.
+        needs_decisions: whether the rule reads which decisions were right; few environments provide this.
+        fixed_segments: whether its segments begin at fixed places (for example at every turn), whatever the divergence
+            there.
+        lacks: which parts of the paper the rule is named after are missing, if the difference is too large to report
+            results under the paper's name; shown next to results.
     """
 
     lacks: str = ""
@@ -119,17 +122,17 @@ class CreditAssigner(ABC):
 
     @property
     def compares_turns(self) -> bool:
-        """Whether it weighs the turns of a rollout against each other: one of a single turn has weight 1 throughout."""
+        """Whether the rule compares the turns of a rollout: one with a single turn then has weights of 1."""
         return False
 
     @property
     def top_k(self) -> int:
-        """Number of the policy's most likely tokens to compare distributions on; 0 where sampled tokens suffice."""
+        """Number of the policy's most likely tokens to compare distributions on; 0 if sampled tokens suffice."""
         return 0
 
     @abstractmethod
     def __call__(self, evidence: Evidence) -> Credit:
-        """Assign credit."""
+        """Return the credit of each token."""
 
 
 def spread_credit(
@@ -141,15 +144,15 @@ def spread_credit(
     *,
     by_teacher: bool = True,
 ) -> Credit:
-    """Credit with these weights.
+    """Return the credit with these weights.
 
     Args:
-        evidence: what they were decided on.
-        weights: any value outside the action tokens.
-        divergence: nats; None: none was measured.
+        evidence: the evidence from which the weights were computed.
+        weights: values outside the action tokens are arbitrary.
+        divergence: nats; None: not measured.
         anchor: see `Credit`; None: there are no segments.
         clipped: see `Credit`.
-        by_teacher: the weights are the teacher's word: 1 where it was shown nothing.
+        by_teacher: the weights depend on the teacher: they are set to 1 for rollouts without privileged text.
     """
     mask = evidence.action_mask
     clipped = None if clipped is None else clipped & mask
@@ -167,15 +170,15 @@ def spread_credit(
 
 
 def at_bound(weights: Float[Tensor, "batch seq"], clip: float) -> Bool[Tensor, "batch seq"]:
-    """Where weights, as they come from `gear_lightning.gear.signal_weights`, sit at a bound of the clip."""
+    """Return where weights, as returned by `gear_lightning.gear.signal_weights`, are at a bound of the clip."""
     return (weights == 1 - clip) | (weights == 1 + clip)
 
 
 def teacher_of(evidence: Evidence, rule: object) -> TokenStats:
-    """The teacher's stats.
+    """Return the teacher's statistics.
 
     Raises:
-        UserError: there are none.
+        UserError: the evidence contains none.
     """
     if evidence.teacher is None:
         raise UserError(f"{type(rule).__name__} needs the teacher's log-probs, and these rollouts have none")
@@ -183,19 +186,19 @@ def teacher_of(evidence: Evidence, rule: object) -> TokenStats:
 
 
 def top_of(evidence: Evidence, rule: CreditAssigner) -> tuple[Tensor, Tensor]:
-    """Log-probs of the policy's ``rule.top_k`` most likely tokens under the policy and under the teacher.
+    """Return log-probs of the policy's ``rule.top_k`` most likely tokens under the policy and under the teacher.
 
     Raises:
-        UserError: they were not kept.
+        UserError: the evidence contains no distributions.
     """
     top, teacher_top = evidence.policy.top_logprobs, teacher_of(evidence, rule).top_logprobs
     if top is None or teacher_top is None:
-        raise UserError(f"{type(rule).__name__} compares whole distributions, and these rollouts have none")
-    return top[..., : rule.top_k], teacher_top[..., : rule.top_k]  # sorted: a larger k may have been asked for
+        raise UserError(f"{type(rule).__name__} compares full distributions, and these rollouts have none")
+    return top[..., : rule.top_k], teacher_top[..., : rule.top_k]  # sorted by probability; the stored k may be larger
 
 
 def turn_starts(mask: Bool[Tensor, "batch seq"], turn_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
-    """Index of the first action token of each action token's turn; -1 elsewhere."""
+    """Return the index of the first action token of each action token's turn; -1 elsewhere."""
     where = torch.arange(turn_ids.shape[-1], device=turn_ids.device).expand_as(turn_ids)
     turns = torch.where(mask, turn_ids, -1)
     previous = torch.nn.functional.pad(turns.cummax(-1).values[:, :-1], (1, 0), value=-1)
@@ -204,7 +207,10 @@ def turn_starts(mask: Bool[Tensor, "batch seq"], turn_ids: Int[Tensor, "batch se
 
 
 def mixing(mix: float, decay: int | None, version: Int[Tensor, " batch"]) -> Float[Tensor, "batch 1"]:
-    """Share of the weighting after ``version`` optimizer steps: ``mix``, falling linearly to 0 over ``decay`` steps."""
+    """Return the share of the weighting after ``version`` optimizer steps.
+
+    It starts at ``mix`` and decays linearly to 0 over ``decay`` steps.
+    """
     if decay is None:
         return torch.full_like(version, 1, dtype=torch.float32)[:, None] * mix
     return mix * (1 - version.float() / decay).clamp_min(0)[:, None]
@@ -212,7 +218,7 @@ def mixing(mix: float, decay: int | None, version: Int[Tensor, " batch"]) -> Flo
 
 @dataclass(frozen=True)
 class Uniform(CreditAssigner):
-    """The same advantage for every token of a rollout, or of a turn where turns have their own: plain GRPO.
+    """The same advantage for every token of a rollout, or of a turn if turns have their own advantages: plain GRPO.
 
     Runs no teacher.
     """

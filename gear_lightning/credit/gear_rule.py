@@ -1,4 +1,4 @@
-"""GEAR, its controls, and its special cases: token by token, and by fixed turns."""
+"""GEAR, its controls, and its special cases: without segments (token by token), and with fixed turns."""
 
 import math
 from dataclasses import dataclass
@@ -21,51 +21,56 @@ SEGMENT_OPTIONS = ("anchor_rule", "anchor_level", "anchor_floor", "anchor_at", "
 class GEAR(CreditAssigner):
     """Granularity-adaptive advantage reweighting (arXiv 2605.11853).
 
-    We had only the paper's abstract and summaries: every argument is a choice that these leave open, and every default
-    is ours.
+    Only the paper's abstract and summaries were available: every argument is a choice that these leave open, and every
+    default is this project's own.
 
-    What scales, centers or divides is a statistic of the rollout's tokens whose advantages have one sign: where turns
-    have advantages of both signs, credit is moved within praise and within blame.
+    All statistics that scale, center or divide are taken over the rollout's tokens whose advantages have one sign: if
+    turns have advantages of both signs, credit moves only among positive and only among negative advantages.
 
     Args:
-        divergence: of policy and teacher, per token. ``k1``: log-ratio at the sampled token, signed; ``k3``: its
-            non-negative form; ``reverse_kl`` KL(policy || teacher), ``forward_kl`` and ``jsd``: on the policy's
-            ``divergence_top_k`` most likely tokens plus a tail bucket.
-        divergence_top_k: tokens compared by the distribution divergences. Null: 100 for those.
-        divergence_limit: nats; log-ratios are limited to plus and minus this. Null: 10 for k1 and k3.
-        scale: of the credit signal, within a rollout: ``none``, ``zscore``, or ``saturate`` x / (x + 75th percentile).
-            A signal no larger than the rounding noise of the run goes to 0 under the latter two (see
-            `gear_lightning.gear.scale_signal`). Null: ``none`` for k1, ``saturate`` for the others.
+        divergence: divergence between policy and teacher, per token. ``k1``: log-ratio at the sampled token, signed;
+            ``k3``: its non-negative form; ``reverse_kl`` KL(policy || teacher), ``forward_kl`` and ``jsd``: on the
+            policy's ``divergence_top_k`` most likely tokens plus a tail bucket.
+        divergence_top_k: number of tokens that the distribution divergences compare. Null: 100 for those.
+        divergence_limit: nats; log-ratios are clamped to plus and minus this value. Null: 10 for k1 and k3.
+        scale: scaling of the credit signal within a rollout: ``none``, ``zscore``, or ``saturate`` x / (x + 75th
+            percentile). With ``zscore`` and ``saturate``, a signal no larger than the rounding noise of the run goes to
+            0 (see `gear_lightning.gear.scale_signal`). Null: ``none`` for k1, ``saturate`` for the others.
         anchor_rule: threshold of an anchor: ``quantile`` of the rollout, ``absolute`` (the floor alone), ``zscore`` of
             the rollout, ``rise`` over the mean of the tokens before.
-        anchor_level: the quantile (default 0.95), the z-score (2.0) or the number of tokens before (16), by the rule.
-            Not for ``absolute``.
-        anchor_floor: least divergence of an anchor, nats. Null: 0.5 for k1, 0.05 for the others.
+        anchor_level: the quantile (default 0.95), the z-score (2.0) or the number of tokens before (16), depending on
+            ``anchor_rule``. Not for ``absolute``.
+        anchor_floor: minimum divergence of an anchor, nats. Null: 0.5 for k1, 0.05 for the others.
         anchor_at: first token above the threshold (``onset``) or local maximum (``peak``).
         segment_end: what closes a segment besides the next anchor, the end of the turn and ``segment_max``:
-            ``entropy_high`` (the next decision point), ``entropy_low``, ``divergence`` (back under the floor),
-            ``window`` or ``turn`` (nothing else). ``none``: no segments, each token for itself.
-        segment_max: longest segment, tokens.
-        segment_value: divergence that a segment carries: that of its anchor (``departure``) or its ``mean``.
-        entropy: what closes on entropy: the ``policy``'s, the ``teacher``'s, or the ``surprisal`` of the sampled token.
-        entropy_quantile: of the rollout; at or above it a token counts as a decision. Only where segments end on it.
-        sign_rule: ``sign_aware`` (A): departures take more blame and less praise; ``symmetric`` (B): more of both;
-            ``negatives_only`` (C); ``reversed_on_correct`` (D): more blame, and more praise where they succeed.
+            ``entropy_high`` (the next decision point), ``entropy_low``, ``divergence`` (back below the floor),
+            ``window`` or ``turn`` (nothing else). ``none``: no segments, each token has its own signal.
+        segment_max: maximum length of a segment, tokens.
+        segment_value: divergence assigned to the tokens of a segment: that of its anchor (``departure``) or its
+            ``mean``.
+        entropy: signal that closes segments on entropy: the ``policy``'s entropy, the ``teacher``'s entropy, or the
+            ``surprisal`` of the sampled token.
+        entropy_quantile: quantile within the rollout; a token at or above it counts as a decision. Only if segments end
+            on entropy.
+        sign_rule: ``sign_aware`` (A): departures get more of a negative and less of a positive advantage;
+            ``symmetric`` (B): more of both; ``negatives_only`` (C): more of a negative advantage only;
+            ``reversed_on_correct`` (D): more of a negative advantage, and more of a positive one where they succeed.
         kappa: strength of the weighting, per nat (1/temperature).
-        clip: weights stay within 1 - clip and 1 + clip before normalisation.
-        direction_gate: put the weight to 1 where it would lower a token's share (from CREST). That is before
-            normalisation, which then lowers all of a rollout's weights alike: with ``normalise=none`` none is below 1.
+        clip: weights stay within 1 - clip and 1 + clip before normalization.
+        direction_gate: raise weights below 1 to 1 (from CREST). This happens before normalization, which then lowers
+            all weights of a rollout by the same factor: with ``normalise=none`` no weight is below 1.
         mix: share of the weighting; the rest is uniform.
-        mix_decay: optimizer steps over which ``mix`` falls linearly to 0. Null: constant.
-        normalise: divide by the ``mean`` weight of the rollout's tokens of one sign, their ``geometric`` mean, or not
-            at all. Each token counts in the mean by the size of its advantage, so that ``mean`` keeps praise and blame
-            what they were.
-        exclude_stop: no divergence on stop tokens.
-        exclude_tail: no divergence on the last so many action tokens (the answer, where spikes repeat the reward).
+        mix_decay: optimizer steps over which ``mix`` decays linearly to 0. Null: constant.
+        normalise: divide by the ``mean`` weight of the rollout's tokens of one sign, by their ``geometric`` mean, or
+            not at all. Each token is weighted in the mean by the size of its advantage, so that ``mean`` preserves the
+            sum of the positive and of the negative advantages.
+        exclude_stop: set the divergence of stop tokens to 0.
+        exclude_tail: set the divergence of this many last action tokens to 0 (the answer, where spikes repeat the
+            reward).
 
     Raises:
-        UserError: values out of range, an argument that would do nothing, or an unsigned divergence under the
-            sign-aware rule (it would take praise away from decisions that were right).
+        UserError: values out of range, an argument that would have no effect, or an unsigned divergence with the
+            sign-aware rule (it would reduce the positive advantage of decisions that were right).
     """
 
     divergence: gear.Divergence = "k1"
@@ -94,8 +99,8 @@ class GEAR(CreditAssigner):
     def __post_init__(self):
         if not self.signed and self.sign_rule == "sign_aware":
             raise UserError(
-                f"divergence={self.divergence} has no sign and does not go with sign_rule=sign_aware, which would take "
-                "praise from decisions that were right; use sign_rule=symmetric, or divergence=k1"
+                f"divergence={self.divergence} has no sign and cannot be combined with sign_rule=sign_aware, which would "
+                "reduce the advantage of decisions that were right; use sign_rule=symmetric, or divergence=k1"
             )
         if self.signed and self.scale == "saturate":
             raise UserError("scale=saturate needs a divergence that is never negative; k1 is signed")
@@ -110,9 +115,9 @@ class GEAR(CreditAssigner):
         if self.segment_end == "none":
             self._refuse(SEGMENT_OPTIONS, "without segments")
         if self.anchor_rule == "absolute":
-            self._refuse(("anchor_level",), "with anchor_rule=absolute, whose threshold is anchor_floor")
+            self._refuse(("anchor_level",), "with anchor_rule=absolute (the threshold is anchor_floor)")
         if self.anchor_rule == "quantile" and not 0 <= self.level <= 1:
-            raise UserError(f"GEAR: anchor_level={self.anchor_level} is not a quantile (0 to 1)")
+            raise UserError(f"GEAR: anchor_level={self.anchor_level} is not a quantile; use a value from 0 to 1")
         if self.anchor_rule == "zscore" and not math.isfinite(self.level):
             raise UserError(f"GEAR: anchor_level={self.anchor_level} must be finite, for anchor_rule=zscore")
         if self.anchor_rule == "rise" and not (self.level >= 1 and float(self.level).is_integer()):
@@ -124,7 +129,7 @@ class GEAR(CreditAssigner):
             raise UserError("GEAR: with clip=1 weights can be 0 and have no geometric mean; use clip below 1")
 
     def _refuse(self, names: tuple[str, ...], why: str) -> None:
-        """An option that does nothing is a mistake; only its default is accepted."""
+        """Raise if an option that does nothing differs from its default."""
         for name in names:
             if getattr(self, name) != getattr(type(self), name):
                 raise UserError(f"{type(self).__name__}: {name} does nothing {why}; leave it out")
@@ -136,13 +141,13 @@ class GEAR(CreditAssigner):
 
     @property
     def level(self) -> float:
-        """``anchor_level`` with the rule's default."""
+        """``anchor_level``, or the default of ``anchor_rule``."""
         defaults = {"quantile": 0.95, "absolute": 0.0, "zscore": 2.0, "rise": 16.0}
         return defaults[self.anchor_rule] if self.anchor_level is None else self.anchor_level
 
     @property
     def floor(self) -> float:
-        """``anchor_floor`` with the divergence's default."""
+        """``anchor_floor``, or the default of the divergence."""
         return (0.5 if self.signed else 0.05) if self.anchor_floor is None else self.anchor_floor
 
     @property
@@ -151,11 +156,11 @@ class GEAR(CreditAssigner):
 
     @property
     def carried(self) -> Literal["departure", "mean"]:
-        """``segment_value``, or what the rule has in its place."""
+        """``segment_value``, or the value that a subclass fixes."""
         return self.segment_value
 
     def measure(self, evidence: Evidence) -> Float[Tensor, "batch seq"]:
-        """Divergence per token, nats, with the exclusions at 0."""
+        """Return the divergence per token, in nats; excluded tokens have 0."""
         if self.top_k and evidence.divergence is not None:
             divergence = evidence.divergence
         elif self.top_k:
@@ -177,7 +182,7 @@ class GEAR(CreditAssigner):
         return torch.where(keep, divergence, 0)
 
     def segments(self, evidence: Evidence, divergence: Float[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
-        """Anchor index of each token's segment, -1 outside (see `gear.find_segments`)."""
+        """Return the anchor index of each token's segment, -1 outside segments (see `gear.find_segments`)."""
         if self.entropy == "policy":
             entropy = evidence.policy.entropy
         elif self.entropy == "teacher":
@@ -202,10 +207,10 @@ class GEAR(CreditAssigner):
         return torch.full_like(evidence.turn_ids, -1).scatter(-1, columns, anchor)
 
     def rounding(self, evidence: Evidence, anchor: Tensor) -> Float[Tensor, "batch seq"]:
-        """What rounding alone makes of the credit signal of each token, nats."""
+        """Return the part of each token's credit signal that rounding alone produces, in nats."""
         noise = evidence.noise.divergence if self.top_k else evidence.noise.log_ratio
         if self.divergence == "k3":
-            noise = math.expm1(noise) - noise  # of a log-ratio of -noise
+            noise = math.expm1(noise) - noise  # k3 of a log-ratio of -noise
         each = torch.full_like(evidence.policy.logprobs, noise)
         if self.signed and self.carried == "mean":  # errors of both signs average out
             each = each / gear.segment_lengths(anchor).sqrt()
@@ -240,7 +245,7 @@ class GEAR(CreditAssigner):
 class TokenOnly(GEAR):
     """GEAR without segments: each token keeps its own divergence.
 
-    Takes GEAR's options, those of anchors and segments aside.
+    Accepts GEAR's options except those of anchors and segments.
     """
 
     segment_end: gear.SegmentEnd = "none"
@@ -255,9 +260,10 @@ class TokenOnly(GEAR):
 class Turn(GEAR):
     """Fixed turns instead of adaptive segments: every token of a turn carries the turn's mean divergence.
 
-    Turns are weighed against those whose advantages have the same sign: one alone keeps its credit.
+    Turns are compared with those whose advantages have the same sign: a turn without such a counterpart keeps its
+    advantage.
 
-    Takes GEAR's options, those of anchors, entropy and segments aside.
+    Accepts GEAR's options except those of anchors, entropy and segments.
     """
 
     fixed_segments = True
@@ -280,15 +286,15 @@ class Turn(GEAR):
 
 @dataclass(frozen=True)
 class Placebo(GEAR):
-    """GEAR's weights, permuted among the tokens of their rollout whose advantages have the same sign: a control that
-    keeps values and loses places.
+    """Control for GEAR: permutes its weights among the tokens of a rollout whose advantages have the same sign.
 
-    Where those advantages differ in size, the permuted weights are divided by their mean again (see ``normalise``).
+    The control keeps the values of the weights and removes their positions. If those advantages differ in size, the
+    permuted weights are divided by their mean again (see ``normalise``).
 
-    Takes GEAR's options.
+    Accepts GEAR's options.
 
     Args:
-        seed: of the permutation, together with the rollout's policy version and the places of its tokens.
+        seed: seed of the permutation, combined with the rollout's policy version and the positions of its tokens.
     """
 
     seed: int = 0
@@ -299,7 +305,7 @@ class Placebo(GEAR):
         for part in gear.one_sign(base, mask):
             for row in range(weights.shape[0]):
                 where = part[row].nonzero().squeeze(-1)
-                # the rollout itself seeds its permutation, so that neither micro-batching nor resuming changes it
+                # the permutation's seed comes from the rollout, so that neither micro-batching nor resuming changes it
                 turns = evidence.turn_ids[row, where].cpu()
                 key = hash((self.seed, int(evidence.policy_version[row]), tuple(turns.tolist()), *where.tolist()))
                 generator = torch.Generator().manual_seed(key % (2**63))

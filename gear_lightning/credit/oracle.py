@@ -1,4 +1,4 @@
-"""Credit by what the environment knows of the decisions: a yardstick for rules that must find out."""
+"""Credit from the environment's labels of right and wrong decisions: a reference for rules without these labels."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,8 +17,10 @@ from .base import CreditAssigner, Evidence, spread_credit
 def first_run(
     marked: Bool[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], turn_ids: Int[Tensor, "batch seq"]
 ) -> Bool[Tensor, "batch seq"]:
-    """The first marked tokens of each row that follow one another within one turn; other tokens than those in ``mask``
-    do not part them."""
+    """Return the first run of consecutive marked tokens of each row, within one turn.
+
+    Tokens outside ``mask`` do not interrupt a run.
+    """
     marked = marked & mask
     before = (mask & ~marked).cumsum(-1)  # equal for two marked tokens: no unmarked one between them
     none = turn_ids.shape[-1] + 1
@@ -29,20 +31,23 @@ def first_run(
 
 @dataclass(frozen=True)
 class Oracle(CreditAssigner):
-    """Credit where it is due, by an environment that tells which decisions were right: a yardstick, ours. It knows the
-    truth, but weights alone do not make it a bound: what it gains is a matter of the task and of the steps.
+    """Credit from an environment that labels decisions as right or wrong: a reference that this project defines.
+
+    The labels are exact, but weights alone do not make the rule an upper bound: its gain depends on the task and on the
+    number of steps.
 
     Where A < 0, the tokens of the first wrong decision have weight 1 + clip and all others 1 - clip; where A > 0, the
-    tokens of all right decisions have 1 + clip and all others 1 - clip. Weights are 1 where there is no such decision.
-    Two decisions of a turn with no token between them count as one.
+    tokens of all right decisions have 1 + clip and all others 1 - clip. Weights are 1 if there is no such decision. Two
+    decisions of a turn with no token between them count as one.
 
-    Under ``normalise=mean`` each is divided by the rollout's mean over the tokens of that sign, so that credit is moved
-    and not made: the one wrong decision of a long rollout then carries the blame of all its tokens.
+    With ``normalise=mean`` each weight is divided by the rollout's mean over the tokens of that sign, so that the total
+    credit does not change: the one wrong decision of a long rollout then carries the negative advantage of all its
+    tokens.
 
     Runs no teacher.
 
     Args:
-        clip: how far weights are from 1 before they are divided by their mean.
+        clip: distance of weights from 1 before they are divided by their mean.
         blame: a rollout's ``first`` wrong decision, or ``all`` of them.
         normalise: divide by the ``mean`` weight, or not (``none``).
 
@@ -67,8 +72,8 @@ class Oracle(CreditAssigner):
     def __call__(self, evidence: Evidence) -> Credit:
         if evidence.decisions is None:
             raise UserError(
-                "Oracle needs to know which decisions were right (Evidence.decisions), and these rollouts do not tell; "
-                "use an environment that does (tells_decisions), or another credit rule"
+                "Oracle needs labels of right and wrong decisions (Evidence.decisions), and these rollouts have none; "
+                "use an environment that provides them (tells_decisions), or another credit rule"
             )
         mask, sign = evidence.action_mask, evidence.base_advantages.sign()
         bad, good = mask & (sign < 0), mask & (sign > 0)

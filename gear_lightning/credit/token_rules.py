@@ -1,4 +1,4 @@
-"""Credit rules that weigh each token for itself."""
+"""Credit rules that weigh each token on its own."""
 
 import math
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class RLSD(CreditAssigner):
     A ((1 - lambda) + lambda clip(exp(sign(A) (log p_T - log p_S)))).
 
     Args:
-        mix: lambda.
+        mix: lambda, the share of the weighting.
         clip: weights within 1 - clip and 1 + clip.
-        mix_decay: optimizer steps over which lambda falls to 0 (60 in the authors' released script). Null: constant.
+        mix_decay: optimizer steps over which lambda decays to 0 (60 in the authors' released script). Null: constant.
     """
 
     mix: float = 0.5
@@ -44,29 +44,30 @@ class RLSD(CreditAssigner):
 
 @dataclass(frozen=True)
 class EGRSD(CreditAssigner):
-    """RLSD with a gate on the teacher's share, which closes where the teacher itself is unsure (in the style of EGRSD,
-    arXiv 2605.13255).
+    """RLSD with a gate on the teacher's share, which closes where the teacher is uncertain.
 
+    In the style of EGRSD, arXiv 2605.13255:
     A (1 + g lambda (clip(exp(sign(A) (log p_T - log p_S))) - 1)), g = g_min + (1 - g_min) (1 - min(H_T / h, 1)).
 
-    Lacks, compared with its paper: all but the idea. We had only the abstract: three signals (the reward's direction,
-    the likelihood ratio's size, and a gate that falls with the teacher's entropy H_T and has a floor above 0) make the
-    weight of a token. The gate's form and place and every default but RLSD's two are ours. Its place decides what an
-    unsure teacher means: here the weight goes to 1, and no rollout loses credit; the abstract can also be read as a
-    gate on the whole weight. The variant with a look-ahead window (CL-EGRSD) is not included.
+    Compared with its paper, only the idea is implemented. Only the abstract was available: three signals (the reward's
+    direction, the size of the likelihood ratio, and a gate that falls with the teacher's entropy H_T and has a floor
+    above 0) make the weight of a token. The formula and position of the gate, and every default except RLSD's two, are
+    this project's own. The position of the gate defines the effect of an uncertain teacher: here the weight goes to 1,
+    and no rollout loses credit; the abstract can also be read as a gate on the whole weight. The variant with a
+    look-ahead window (CL-EGRSD) is not included.
 
     Args:
-        mix: lambda, as RLSD's.
-        clip: likelihood ratios within 1 - clip and 1 + clip, as RLSD's.
-        gate_floor: g_min, the gate where the teacher is unsure.
-        entropy_scale: h, nats: entropy from which the gate is at its floor. The default is log 2, a choice between two
-            tokens of equal chance.
+        mix: lambda, as in RLSD.
+        clip: likelihood ratios within 1 - clip and 1 + clip, as in RLSD.
+        gate_floor: g_min, the value of the gate where the teacher is uncertain.
+        entropy_scale: h, nats: entropy from which the gate is at its floor. The default is log 2, the entropy of a
+            choice between two equally likely tokens.
 
     Raises:
         UserError: values out of range.
     """
 
-    lacks = "the paper's formula: we had only its abstract, and the gate's form, place and values are ours"
+    lacks = "the paper's formula: only its abstract was available; formula, position and values of the gate are our own"
 
     mix: float = 0.5
     clip: float = 0.2
@@ -89,20 +90,20 @@ class EGRSD(CreditAssigner):
 
 @dataclass(frozen=True)
 class CREST(CreditAssigner):
-    """The token part of CREST ("Teach the Magnitude, Not the Direction", 2026): only more credit, never less.
+    """The token part of CREST ("Teach the Magnitude, Not the Direction", 2026): weights are never below 1.
 
     A (1 + lambda_t (w - 1)) with w = clip(exp(sign(A) (log p_T - log p_S) / tau), 1 - e, 1 + e), and
     lambda_t = min(lambda m_t, lambda) where sign(A) (log p_T - log p_S) > 0 (teacher and reward agree), 0 elsewhere.
-    m_t = 1 + rho (2 sigmoid(z_t) - 1), z_t the z-score of the surprisal -log p_S within the rollout, whatever the sign
-    of A (0 where surprisals differ by rounding alone): tokens that the policy was sure of count less. Weights lie in
-    [1, 1 + lambda e]; defaults are the paper's. Its other part, an advantage for each turn, belongs to the group
+    m_t = 1 + rho (2 sigmoid(z_t) - 1), z_t the z-score of the surprisal -log p_S within the rollout, over both signs of
+    A (0 if surprisals differ by rounding alone): tokens of which the policy was certain count less. Weights lie in
+    [1, 1 + lambda e]; defaults are the paper's. Its other part, an advantage for each turn, is implemented by the group
     baseline.
 
     Args:
         mix: lambda, the largest share of the weighting.
-        clip: e.
+        clip: e, the clip range of w.
         temperature: tau, divides the log-ratio.
-        gate_slope: rho, how far the share falls for tokens that the policy was sure of.
+        gate_slope: rho, how far the share falls for tokens of which the policy was certain.
 
     Raises:
         UserError: values out of range.
@@ -125,7 +126,7 @@ class CREST(CreditAssigner):
             mask,
             kappa=1 / self.temperature,
             clip=self.clip,
-            direction_gate=True,  # a weight above 1 is agreement; elsewhere it is 1, as under a share of 0
+            direction_gate=True,  # weights above 1 mean agreement; the others become 1, as with a share of 0
         )
         clipped = weights == 1 + self.clip
         noise = evidence.noise.log_ratio
@@ -136,23 +137,23 @@ class CREST(CreditAssigner):
 
 @dataclass(frozen=True)
 class GTPO(CreditAssigner):
-    """Credit to uncertain tokens of good rollouts, blame to confident tokens of bad ones (in the style of GTPO, arXiv
-    2508.04349).
+    """More credit for uncertain tokens of good rollouts and for confident tokens of bad ones.
 
-    A (a1 + a2 x_t) / (a1 + a2) with x_t = H_t / mean H where A > 0, and (1/H_t) / mean (1/H) where A < 0; H is the
-    policy's entropy and the mean is over the rollout's tokens with that sign, so that the mean weight is 1.
+    In the style of GTPO, arXiv 2508.04349: A (a1 + a2 x_t) / (a1 + a2) with x_t = H_t / mean H where A > 0, and
+    (1/H_t) / mean (1/H) where A < 0; H is the policy's entropy and the mean is over the rollout's tokens with that
+    sign, so that the mean weight is 1.
 
-    Lacks, compared with its paper: the group. The paper compares the tokens of all rollouts of a group at one position
-    (which would need the whole group in one micro-batch), shapes rewards and normalises good and bad tokens apart; here
-    a token is compared with those of its own rollout, and advantages are shaped.
+    Compared with its paper, the comparison within the group is missing. The paper compares the tokens of all rollouts
+    of a group at one position (which would need the whole group in one micro-batch), shapes rewards, and normalizes
+    good and bad tokens separately; here a token is compared with those of its own rollout, and advantages are shaped.
 
     Runs no teacher.
 
     Args:
         alpha1: a1, share of the rollout's own advantage.
         alpha2: a2, share that follows the entropy.
-        entropy_floor: nats; a lower entropy counts as this. The paper guards with 1e-8; there 1/H of a long rollout
-            would be decided by the rounding of its surest token, so the default is ours.
+        entropy_floor: nats; lower entropies are raised to this value. The paper uses 1e-8; with that value, rounding at
+            the most certain token would determine 1/H of a long rollout, so the default is this project's own.
 
     Raises:
         UserError: values out of range.
@@ -188,16 +189,17 @@ class SCGRPO(CreditAssigner):
 
     c is the 75th percentile of D over the rollout's tokens of one sign of advantage, at least 1e-4; the authors take it
     over the micro-batch, which would make the gradient depend on the micro-batch size. Rollouts of a group with exactly
-    one that solved the task have weight 1, as the authors route them; where all solved it, group baselines leave no
-    advantage to weigh. Their pseudo-advantage for groups without a solved rollout is left out: it needs a teacher pass
-    before the batch is made.
+    one solved rollout have weight 1, as in the authors' routing; if all rollouts of a group are solved, group baselines
+    give them no advantage. The authors' pseudo-advantage for groups without a solved rollout is not implemented: it
+    needs a teacher pass before the batch is made.
 
-    D / (D + c) has no size: it would lower the weights of a rollout to about 0.4 on average where the teacher says
-    nothing, and so the learning rate. Ours: as the 75th percentile of D falls to the noise of rounding (at least 1e-4),
-    all weights go to 1, by `gear_lightning.gear.above_noise`.
+    D / (D + c) does not depend on the size of D: if the teacher adds no information, it would lower the weights of a
+    rollout to about 0.4 on average, and thereby the effective learning rate. This project's change: as the 75th
+    percentile of D falls to the rounding noise (at least 1e-4), all weights go to 1, by
+    `gear_lightning.gear.above_noise`.
 
     Args:
-        top_k_tokens: the policy's most likely tokens on which D is taken, plus a tail bucket.
+        top_k_tokens: number of the policy's most likely tokens over which D is computed, plus a tail bucket.
 
     Raises:
         UserError: values out of range; when called, rollouts without ``solved`` or without a teacher's distributions.
@@ -217,7 +219,7 @@ class SCGRPO(CreditAssigner):
         if evidence.solved is None:
             raise UserError(
                 "SCGRPO needs the number of solved rollouts of each rollout's group (Evidence.solved), and these "
-                "rollouts come without; keep it with the records, or use another credit rule"
+                "rollouts have none; store it with the records, or use another credit rule"
             )
         if evidence.divergence is not None:
             divergence = evidence.divergence

@@ -13,11 +13,11 @@ from .base import CreditAssigner, Evidence, spread_credit, teacher_of, turn_star
 
 
 def turn_sums(values: Float[Tensor, "batch seq"], starts: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
-    """Sum over the turn of each action token; 0 elsewhere.
+    """Return the sum over the turn of each action token; 0 elsewhere.
 
     Args:
         values: of each token.
-        starts: as from `turn_starts`.
+        starts: as returned by `turn_starts`.
     """
     where, inside = starts.clamp_min(0), starts >= 0
     total = torch.zeros_like(values).scatter_add(-1, where, torch.where(inside, values, 0))
@@ -26,17 +26,18 @@ def turn_sums(values: Float[Tensor, "batch seq"], starts: Int[Tensor, "batch seq
 
 @dataclass(frozen=True)
 class TurnSight(CreditAssigner):
-    """Turns that the teacher finds likelier than the rollout's others get more credit (TurnSight, arXiv 2608.04007).
+    """More credit for turns that the teacher finds more likely than the rollout's others (TurnSight, arXiv 2608.04007).
 
     A ((1 - l) + l w) with w = 1 + e tanh(sign(A) z): z is the z-score of a turn's mean log p_T - log p_S. Defaults are
     the paper's.
 
-    Lacks, compared with its paper: the group and the look-ahead. The paper compares a turn with all turns of the
-    prompt's group; here z is over the turns of the rollout whose advantages have the same sign, since a rule sees one
-    rollout at a time. So a turn without another one to compare has weight 1, and with two z is always 1 and -1, where
-    their gap stands above rounding (`gear_lightning.gear.above_noise`; the noise of a mean of n tokens is taken as that
-    of a token by the root of n). The paper's teacher also sees the tool results of the next one to three turns, each in
-    a view of its own; here it is shown what ``model.teacher`` says, in one view.
+    Compared with its paper, the comparison within the group and the look-ahead are missing. The paper compares a turn
+    with all turns of the prompt's group; here z is over the turns of the rollout whose advantages have the same sign,
+    because a rule receives one rollout at a time. A turn without another one to compare therefore has weight 1, and for
+    two turns z is always 1 and -1 if their difference exceeds the rounding noise (`gear_lightning.gear.above_noise`;
+    the noise of a mean of n tokens is taken as that of one token divided by the square root of n). The paper's teacher
+    also sees the tool results of the next one to three turns, each in a separate view; here the teacher sees what
+    ``model.teacher`` configures, in one view.
 
     Args:
         mix: l, share of the weighting; the rest is uniform.
@@ -46,7 +47,7 @@ class TurnSight(CreditAssigner):
         UserError: values out of range.
     """
 
-    lacks = "the comparison with the group's turns, and the teacher's look at tool results to come"
+    lacks = "the comparison with the group's turns, and the teacher's access to later tool results"
 
     mix: float = 0.5
     strength: float = 0.5
@@ -77,9 +78,10 @@ class PBSD(CreditAssigner):
     """Turns weighed by the teacher's evidence for the whole turn (PBSD, arXiv 2606.09348).
 
     A (1 + sign(A) clip(tanh(s / delta), -c, c)) with s = log p_T - log p_S of the turn, that is, summed over its
-    tokens: by Bayes' rule how much likelier the turn makes the answer that the teacher was shown. The values of delta
-    and c are ours. So is this: rounding adds up over a turn, and s is multiplied by `gear_lightning.gear.above_noise`
-    of its own size, the noise of a sum of n tokens taken as that of a token times the root of n.
+    tokens: by Bayes' rule, s measures how much more likely the turn makes the answer that the teacher was shown. The
+    values of delta and c are this project's own. So is the following correction: rounding errors add up over a turn,
+    and s is multiplied by `gear_lightning.gear.above_noise` of its own size, where the noise of a sum of n tokens is
+    taken as that of one token times the square root of n.
 
     Args:
         delta: nats of evidence at which the weight begins to level off.

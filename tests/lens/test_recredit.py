@@ -178,7 +178,7 @@ def test_a_run_of_the_command_line_is_recomputed_by_its_config_file(command, tmp
 @pytest.mark.parametrize(
     ("name", "rule", "message"),
     [
-        ("gear", "SCGRPO", "compares whole distributions (forward_kl on 100 tokens), and the records have only log-"),
+        ("gear", "SCGRPO", "compares full distributions (forward_kl on 100 tokens), and the records have only log-"),
         ("gear", SYMMETRIC | {"divergence": "jsd"}, "Train with it, or take a rule of the sampled tokens: GEAR with"),
         ("sc-grpo", SYMMETRIC | {"divergence": "jsd"}, "only the forward_kl on 100 tokens (the run's rule is SCGRPO)"),
         ("token-jsd", SYMMETRIC | {"divergence": "jsd"}, "(jsd on 100 tokens), and the records have only the jsd on 7"),
@@ -225,7 +225,7 @@ def test_the_recorded_divergence_stands_in_for_the_same_one_alone(trained):
     assert torch.equal(found.divergence[kept], record.tensors["divergence"][kept])
     assert not found.divergence[~kept].any()
     assert (found.weights != 1).any()
-    with pytest.raises(UserError, match="compares whole distributions, and these rollouts have none"):
+    with pytest.raises(UserError, match="compares full distributions, and these rollouts have none"):
         recredit(record, rule)
 
 
