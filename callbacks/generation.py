@@ -1,4 +1,4 @@
-"""The generation callback: engine, environments and agent loop, tied to the policy and the data module."""
+"""The generation callback: connects engine, environments and agent loop to the policy and the data module."""
 
 import itertools
 import math
@@ -37,20 +37,22 @@ EnvironmentFactory = Callable[[], Environment]
 
 
 class GenerationCallback(L.Callback, RolloutGenerator):
-    """Makes rollouts for the data module, with the policy's newest weights.
+    """Generates rollouts for the data module with the policy's newest weights.
 
     Args:
-        environment: what plays and scores the tasks; one instance per rollout.
-        engine: what samples the policy's turns.
-        sampling: how tokens are drawn in training.
-        val_sampling: how tokens are drawn in evaluation. Null: as in training.
+        environment: runs and scores the tasks; one instance per rollout.
+        engine: samples the policy's turns.
+        sampling: how tokens are sampled in training.
+        val_sampling: how tokens are sampled in evaluation. Null: as in training.
         budgets: limits of one rollout.
-        success_threshold: reward from which a rollout counts as solved, where the environment does not say.
-        overlong: takes a penalty for length off the rewards of training rollouts, when they have ended: not off what
-            decides whether they are solved, and not in evaluation. Null: none.
-        weights: under a strategy that spreads the weights: ``gather`` a whole copy on every process for each rollout
-            phase, ``stream`` layers through it at every token, or ``auto``: gather where it fits.
-        weights_dtype: of the copy; also makes one where the weights are whole. Null: what the policy computes in.
+        success_threshold: minimum reward of a solved rollout, if the environment does not report success.
+        overlong: length penalty, subtracted from the rewards of finished training rollouts. It does not change whether
+            a rollout counts as solved, and does not apply in evaluation. Null: no penalty.
+        weights: how to sample under a strategy that shards the weights: ``gather`` a full copy on every process for
+            each rollout phase, ``stream`` the layers through every process at every token, or ``auto``: gather if the
+            copy fits.
+        weights_dtype: dtype of the copy; if set, a copy is also made of weights that are not sharded. Null: the dtype
+            in which the policy computes.
     """
 
     def __init__(
@@ -66,13 +68,15 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         weights_dtype: Literal["float32", "bfloat16"] | None = None,
     ):
         if sampling.temperature == 0:
-            raise UserError("generation.sampling.temperature=0 gives a group of equal rollouts; use it in val_sampling")
+            raise UserError(
+                "generation.sampling.temperature=0 makes all rollouts of a group equal; use it in val_sampling"
+            )
         if not math.isfinite(success_threshold):
             raise UserError(f"generation.success_threshold={success_threshold} must be a finite number")
         if overlong is not None and overlong.expected + overlong.buffer > budgets.tokens:
             raise UserError(
                 f"generation.overlong: expected + buffer = {overlong.expected + overlong.buffer} tokens is more than "
-                f"generation.budgets.tokens={budgets.tokens}, so that the whole penalty is never reached; lower "
+                f"generation.budgets.tokens={budgets.tokens}, so no rollout can get the full penalty; lower "
                 "generation.overlong.expected or .buffer, or raise generation.budgets.tokens"
             )
         self.environment = environment
@@ -86,8 +90,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self.weights_dtype = weights_dtype
         self._weights = SamplingWeights(weights)
         self.listeners: list[Callable[[str, int, int, int], None]] = []  # (stage, finished, rollouts, tokens)
-        self.stop: Callable[[], bool] = lambda: False  # whether this process's rollouts are to end now
-        self._checked = self._told = self._warned = self._told_of_prompt = False
+        self.stop: Callable[[], bool] = lambda: False  # whether this process's rollouts must end now
+        self._checked = self._warned_stream = self._warned = self._warned_prompt = False
         self._module: GearModule | None = None
         self._trainer: L.Trainer | None = None
 
@@ -104,10 +108,14 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             self.attach(pl_module, data)
 
     def attach(self, module: GearModule, data: RolloutDataModule) -> None:
-        """Serve a data module with rollouts of a module's policy, and look at its tasks.
+        """Connect a data module to this generator and check its tasks.
+
+        Args:
+            module: the module whose policy generates the rollouts.
+            data: the data module that requests them.
 
         Raises:
-            UserError: a task that cannot be used; names it. Or no task's privileged prompt fits.
+            UserError: a task cannot be used (the message names it), or no task's privileged prompt fits.
         """
         self._module = module
         data.generator = self
@@ -141,22 +149,22 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         if stage == "fit" and self.overlong is not None:
             for rollout in rollouts:
                 _penalise(rollout, self.overlong)
-        if self._weights.streamed and not self._told:
-            self._told = True
+        if self._weights.streamed and not self._warned_stream:
+            self._warned_stream = True
             rate = sum(sum(r.action_mask) for r in rollouts) / max(time.monotonic() - started, 1e-9)
             rank_zero_warn(
                 f"Rollouts stream the policy's layers at every token: {rate:,.0f} tokens/s on each process. "
-                "generation.weights=gather is faster where a whole copy fits."
+                "generation.weights=gather is faster if a full copy fits."
             )
         return rollouts
 
     def _computing(self, trainer: L.Trainer) -> Any:
-        """The precision that the policy computes in."""
+        """Return an autocast context for the precision in which the policy computes."""
         mixed = trainer.precision == "bf16-mixed"
         return torch.autocast(trainer.strategy.root_device.type, dtype=torch.bfloat16, enabled=mixed)
 
     def _opened(self, trainer: L.Trainer, policy: Any, blank: Any, rollouts: int) -> Any:
-        """The weights to sample so many rollouts with, see `SamplingWeights.open`."""
+        """Return the context that holds the weights for sampling this many rollouts, see `SamplingWeights.open`."""
         strategy = trainer.strategy
         computes_in, streams = getattr(strategy, "computes_in", None), getattr(strategy, "streams", True)
         dtype = getattr(torch, self.weights_dtype) if self.weights_dtype else computes_in
@@ -164,7 +172,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         return self._weights.open(policy, blank, trainer.global_step, cache, self.engine, dtype, streams)
 
     def _cache_bytes(self, trainer: L.Trainer, policy: Any, rollouts: int) -> int:
-        """Keys and values of so many whole contexts."""
+        """Return the bytes of the keys and values of this many full contexts."""
         config = policy.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -172,20 +180,20 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         return rollouts * self.budgets.context * config.num_hidden_layers * 2 * heads * width * size
 
     def _warn_of_side_errors(self, rollouts: list[Rollout]) -> None:
-        """Report the first failure of an environment that changed no outcome; ``rollouts/side_errors`` counts them."""
+        """Warn once of an environment failure that changed no outcome; ``rollouts/side_errors`` counts them."""
         found = next((r for r in rollouts if r.side_error is not None), None)
         if found is not None and not self._warned:
             self._warned = True
             warnings.warn(
                 f"task {found.task.id}: the environment failed, which changed no outcome ({found.side_error}). The "
-                "rollout keeps its reward. rollouts/side_errors counts such rollouts; this warning comes once.",
+                "rollout keeps its reward. rollouts/side_errors counts such rollouts; this warning appears once.",
                 stacklevel=2,
             )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._weights.close()  # room for the update
+        self._weights.close()  # free memory for the update
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._weights.close()
@@ -200,22 +208,22 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         except (UserError, KeyboardInterrupt):
             raise
         except BaseException as error:  # its constructor may raise anything, SystemExit included
-            raise UserError(f"generation.environment cannot be made: {type(error).__name__}: {error}") from error
+            raise UserError(f"generation.environment cannot be created: {type(error).__name__}: {error}") from error
 
     def check_model(self, module: GearModule, policy: Any) -> None:
-        """Look at a whole policy before it makes rollouts.
+        """Check an unsharded policy before it generates rollouts.
 
         Raises:
-            UserError: its positions or its vocabulary do not suffice, or the engine cannot sample it.
+            UserError: its maximum length or its vocabulary is too small, or the engine cannot sample from it.
         """
         self.check_policy(module, policy)
         self.check_engine(policy)
 
     def check_policy(self, module: GearModule, policy: Any) -> None:
-        """Look at the sizes of a policy.
+        """Check the maximum length and the vocabulary size of a policy.
 
         Raises:
-            UserError: its positions or its vocabulary do not suffice, or its rotary frequencies would depend on the
+            UserError: its maximum length or its vocabulary is too small, or its rotary frequencies would depend on the
                 length of a row.
         """
         longest = longest_row(policy.config, type(policy).__name__)
@@ -228,20 +236,21 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         highest = max(module.chat_format.prompt([{"role": "user", "content": "Hello"}]))
         if highest >= rows:
             raise UserError(
-                f"the tokenizer does not fit the model: it gives id {highest}, {type(policy).__name__} knows {rows}"
+                f"the tokenizer does not fit the model: it returns token id {highest}, and the vocabulary of "
+                f"{type(policy).__name__} has {rows} ids"
             )
 
     def check_sampling(self, trainer: L.Trainer, module: GearModule, policy: Any, blank: Any) -> None:
         """Compare the engine's log-probs with the trainer's, see `sampling_check`. All ranks must call it.
 
         Args:
-            trainer: whose strategy and precision the policy has.
+            trainer: provides the policy's strategy and precision.
             module: the recipe's module.
-            policy: whole or sharded.
-            blank: its modules without values, where it is sharded.
+            policy: the policy, sharded or not.
+            blank: the policy's modules without values, if it is sharded.
 
         Raises:
-            UserError: they do not, by more than rounding, or the engine cannot sample the policy.
+            UserError: the log-probs differ by more than rounding, or the engine cannot sample from the policy.
         """
         longest = longest_row(policy.config, type(policy).__name__)
         teacher = self.budgets.context + module.teacher_options.max_prompt if module.needs_teacher else 0
@@ -255,7 +264,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                     if not attempt:
                         self.check_engine(model)
                     rows = sample(self.engine, model, self.sampling, trial)
-                scorer = policy if getattr(trainer.strategy, "streams", True) else model  # else it has no forward now
+                # without streaming, the sharded policy cannot run a forward here
+                scorer = policy if getattr(trainer.strategy, "streams", True) else model
                 found = compare(scorer, model, rows, trial.filler, self.sampling.scoring_temperature)
             differences = [difference for difference in gather(found) if difference is not None]
             if not differences:
@@ -264,7 +274,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 raise UserError(explain(differences[0], policy, self.engine, trial))
 
     def check_engine(self, model: Any) -> None:
-        """Let the engine look at the model that it is going to sample from.
+        """Check that the engine can sample from a model.
 
         Raises:
             UserError: it cannot.
@@ -285,14 +295,14 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         response = len(rollout.tokens) - rollout.prompt_length
         try:
             return self._module.privileged_prompt(rollout.task, opening, said, rollout.feedback, response)
-        except OverlongError:  # as asked for
+        except OverlongError:  # model.teacher asks for this error
             raise
-        except Exception as error:  # of a task that the check before training did not see, or of a peer's messages
-            if not self._told_of_prompt:
-                self._told_of_prompt = True
+        except Exception as error:  # a task that the check before training did not cover, or a peer's messages
+            if not self._warned_prompt:
+                self._warned_prompt = True
                 warnings.warn(
-                    f"task {rollout.task.id}: the teacher's prompt cannot be made ({error}). Its rollouts get uniform "
-                    "credit. teacher/overlong counts such rollouts; this warning comes once.",
+                    f"task {rollout.task.id}: the teacher's prompt cannot be built ({error}). Its rollouts get uniform "
+                    "credit. teacher/overlong counts such rollouts; this warning appears once.",
                     stacklevel=2,
                 )
             return rollout.tokens[: rollout.prompt_length], True
@@ -319,10 +329,10 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         if self._module.credit.needs_decisions and not environment.tells_decisions:
             raise UserError(
                 f"{type(self._module.credit).__name__} needs to know which decisions were right, and "
-                f"{type(environment).__name__} does not tell; use another model.credit"
+                f"{type(environment).__name__} does not report it (tells_decisions); use another model.credit"
             )
         options, credit = self._module.teacher_options, self._module.credit
-        of_the_task = options.shows in SHOWN  # what else there is, rollouts tell
+        of_the_task = options.shows in SHOWN  # every other option comes from rollouts
         if self._module.needs_teacher and of_the_task and privileged_text(task, options) is None:
             user, other = (credit, "credit=Uniform") if credit.needs_teacher else (self._module.distillation, None)
             kind = "answer" if options.shows == "reference" else "reference"
@@ -339,12 +349,13 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             length = len(chat.prompt(task.messages, task.tools))
             if task.messages:  # else the environment writes the prompt
                 self._module.privileged_prompt(task, task.messages)
-        except ValueError as error:  # of the template, or half a character; else met in the middle of a run
+        except ValueError as error:  # from the template, or half a character; report it now, not in mid-run
             named = str(error) if f"task {task.id}" in str(error) else f"task {task.id}: {error}"
             raise UserError(named) from None
         if length >= self.budgets.context:
             raise UserError(
-                f"task {task.id}: its prompt has {length} tokens, generation.budgets.context={self.budgets.context}"
+                f"task {task.id}: its prompt has {length} tokens and leaves no space for a response; "
+                f"generation.budgets.context={self.budgets.context}"
             )
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -368,13 +379,13 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         log("rollouts/side_errors", stats.side_errors / max(total, 1), total)
         if data.truncated == "mask":
             log("rollouts/masked", stats.masked / max(total, 1), total)
-        for status in STATUSES[1:]:  # all but done
+        for status in STATUSES[1:]:  # all except "done"
             log(f"rollouts/{status}", stats.statuses[status] / max(total, 1), total)
 
 
 def _penalise(rollout: Rollout, overlong: OverlongPenalty) -> None:
-    """Take the penalty off the reward, and off that of the last turn, for those of the turns sum to it."""
-    if not rollout.learnable or not rollout.turns:  # no turn: the run was stopped, and the rollout is played again
+    """Subtract the penalty from the reward and from the last turn's reward, so that turn rewards still sum to it."""
+    if not rollout.learnable or not rollout.turns:  # no turn: the run was stopped, and the rollout is repeated
         return
     penalty = overlong(sum(rollout.action_mask))
     rollout.reward -= penalty

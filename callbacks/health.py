@@ -1,4 +1,4 @@
-"""Watches for runs that cannot learn, and says what to do."""
+"""Detect runs that cannot learn, and report how to fix them."""
 
 from typing import Any
 
@@ -12,38 +12,40 @@ from gear_lightning.rollout import STATUSES
 FIRST_TOKEN_GAP = 1.0  # nats
 ADVICE = (
     "Every rollout of a task gets the same reward, so there is nothing to learn from. Make the tasks easier or harder, "
-    "raise data.group_size or generation.sampling.temperature, warm-start the policy (warm_start), or look at "
-    "`gear-lightning credit RUN --list` for what the policy does."
+    "raise data.group_size or generation.sampling.temperature, warm-start the policy (warm_start), or inspect its "
+    "rollouts with `gear-lightning credit RUN --list`."
 )
 BLIND = (
     "model.teacher.shows={shows}, and no rollout had {lacks} for {n} iterations: the teacher sees nothing that the "
-    "policy does not see, and {user} does nothing. Use model.teacher.shows=reference (or answer), or an environment "
-    "whose steps tell feedback (Step.info)"
+    "policy does not see, and {user} has no effect. Use model.teacher.shows=reference (or answer), or an environment "
+    "whose steps return feedback (Step.info)"
 )
 
 
 class Health(L.Callback):
-    """Warns, then stops, when no group has any spread of rewards for many iterations in a row. Not where there is
-    a ``model.distillation``, which needs no rewards.
+    """Warns about runs that cannot learn, and later stops them.
 
-    Does the same where ``model.teacher.shows`` is ``feedback`` or ``peer_or_feedback`` and no rollout had any. Such a
-    run only warns and goes on where it learns without the teacher: by an objective under ``Uniform`` credit, or while
-    there is no peer yet.
+    It warns, and later stops the run, if all rewards of every group are equal for many iterations in a row. It does not
+    check this with a ``model.distillation``, which needs no rewards.
 
-    Warns once for each kind of failure that leaves more than half of an iteration's rollouts out of learning: it says
-    nothing about the policy, and a policy that brings it about is not corrected.
+    It does the same if ``model.teacher.shows`` is ``feedback`` or ``peer_or_feedback`` and no rollout had any. It only
+    warns if the run also learns without the teacher: with an objective under ``Uniform`` credit, or until a peer is
+    found.
 
-    A run that is stopped ends with an error, when its state is saved. It does not resume from there, unless the
-    checkpoint is given by its name.
+    It warns once for each kind of failure that excludes more than half of an iteration's rollouts from learning.
+    Excluded rollouts give no information about the policy, and a policy that causes such failures is not corrected.
 
-    Also stops after several optimizer steps in a row whose gradient was not finite (each of them is skipped), and warns
-    once where the teacher disagrees with the policy far more at the first response token than elsewhere: then the two
-    prompts end differently.
+    A stopped run saves its state and ends with an error. It resumes from that checkpoint only if the checkpoint is
+    given by name.
+
+    It also stops the run after several optimizer steps in a row with a non-finite gradient (each such step is skipped).
+    It warns once if teacher and policy disagree far more at the first response token than elsewhere, which indicates
+    that the two prompts end differently.
 
     Args:
-        warn_after: iterations without spread, or without feedback, until a warning.
-        stop_after: iterations without spread, or without feedback, until the run stops.
-        stop_after_skipped: optimizer steps skipped in a row until the run stops.
+        warn_after: iterations with equal rewards, or without feedback, before the warning.
+        stop_after: iterations with equal rewards, or without feedback, before the run stops.
+        stop_after_skipped: optimizer steps skipped in a row before the run stops.
     """
 
     def __init__(self, warn_after: int = 5, stop_after: int = 20, stop_after_skipped: int = 5):
@@ -54,24 +56,24 @@ class Health(L.Callback):
         self.warn_after = warn_after
         self.stop_after = stop_after
         self.stop_after_skipped = stop_after_skipped
-        self._barren = 0
-        self._blind = 0
-        self._rows = [0, 0]  # of this iteration, on this rank: all, and those whose teacher saw more than the policy
+        self._no_spread = 0
+        self._no_feedback = 0
+        self._rows = [0, 0]  # rollouts of this iteration and rank: all, and those whose teacher saw more
         self._gaps = [0.0, 0.0, 0.0, 0.0]  # sum and count of |log-ratio| at first response tokens, and at all others
         self._misaligned = False
-        self.why: str | None = None  # it has ended the run
-        self._reported: set[str] = set()  # kinds of failures that were warned of
+        self.why: str | None = None  # why this callback has ended the run
+        self._reported: set[str] = set()  # kinds of failures already reported
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.why = None
 
     def _end(self, module: Any, why: str) -> None:
-        """End the run for good, with its state saved."""
+        """End the run permanently after saving its state."""
         self.why = why
         module.fail(UserError(why))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        try:  # the same on all ranks: they agree on every step
+        try:  # raises on all ranks or on none: all ranks skip the same steps
             pl_module.check_steps(self.stop_after_skipped)
         except UserError as error:
             pl_module.fail(error)
@@ -93,7 +95,7 @@ class Health(L.Callback):
             self._misaligned = True
             rank_zero_warn(
                 f"The teacher and the policy are {first:.2f} nats apart at the first response token and {rest:.2f} "
-                "elsewhere: their prompts seem to end differently (a <think> tag on one side?). Look at "
+                "elsewhere: their prompts seem to end differently (a <think> tag on one side?). Check "
                 "model.teacher.template and model.chat.template_arguments."
             )
         self._gaps = [0.0, 0.0, 0.0, 0.0]
@@ -103,56 +105,56 @@ class Health(L.Callback):
         mine = [stats.groups - stats.zero_spread, self._rows[0], self._rows[1] + stats.overlong]
         mine += [sum(stats.statuses.values()), *(stats.left_out[status] for status in STATUSES)]
         counts = torch.tensor(mine, device=trainer.strategy.root_device)
-        with_spread, rows, told, rollouts, *left_out = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        with_spread, rows, informed, rollouts, *left_out = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self._rows = [0, 0]
         self._check_left_out(rollouts, dict(zip(STATUSES, left_out, strict=True)))
         self._check_alignment()
-        self._check_teacher(pl_module, rows, told)
-        distils = getattr(pl_module, "distillation", None) is not None  # that needs no rewards
-        self._barren = 0 if with_spread or distils else self._barren + 1
-        if self._barren == self.warn_after:
-            rank_zero_warn(f"No group has had any spread of rewards for {self._barren} iterations. {ADVICE}")
-        if self._barren >= self.stop_after:
-            self._end(pl_module, f"no group had any spread of rewards for {self._barren} iterations. {ADVICE}")
+        self._check_teacher(pl_module, rows, informed)
+        distils = getattr(pl_module, "distillation", None) is not None  # distillation needs no rewards
+        self._no_spread = 0 if with_spread or distils else self._no_spread + 1
+        if self._no_spread == self.warn_after:
+            rank_zero_warn(f"No group has had any spread of rewards for {self._no_spread} iterations. {ADVICE}")
+        if self._no_spread >= self.stop_after:
+            self._end(pl_module, f"no group had any spread of rewards for {self._no_spread} iterations. {ADVICE}")
 
     def _check_left_out(self, rollouts: int, left_out: dict[str, int]) -> None:
-        """Warn of failures that leave more than half of the rollouts out of learning."""
+        """Warn about failures that exclude more than half of the rollouts from learning."""
         for status, count in left_out.items():
             if 2 * count > rollouts and status not in self._reported:
                 self._reported.add(status)
                 cause = (
                     "data.truncated=mask; raise generation.budgets, or use data.truncated=learn"
                     if status == "truncated"
-                    else "`error` in RUN/rollouts says why"
+                    else "see `error` in RUN/rollouts"
                 )
                 rank_zero_warn(
                     f"{count} of the iteration's {rollouts} rollouts are left out of learning as {status} ({cause})."
                 )
 
-    def _check_teacher(self, module: Any, rows: int, told: int) -> None:
-        """Count iterations in which there was nothing to show to the teacher.
+    def _check_teacher(self, module: Any, rows: int, informed: int) -> None:
+        """Count iterations without privileged text for the teacher; warn or stop if there are too many in a row.
 
         Args:
             module: the `GearModule`.
             rows: rollouts of the iteration that a teacher scored, over all processes.
-            told: those for which there was something, cut for length or not.
+            informed: those that had privileged text, even if it was dropped for its length.
         """
         if not rows or "feedback" not in (shows := module.teacher_options.shows):
             return
-        self._blind = 0 if told else self._blind + 1
+        self._no_feedback = 0 if informed else self._no_feedback + 1
         user = module.credit if module.credit.needs_teacher else module.distillation
         lacks = "feedback" if shows == "feedback" else "a successful peer or feedback"
-        text = BLIND.format(shows=shows, lacks=lacks, n=self._blind, user=type(user).__name__)
-        # a peer may come yet, and until then credit is uniform
+        text = BLIND.format(shows=shows, lacks=lacks, n=self._no_feedback, user=type(user).__name__)
+        # a later iteration may have a peer, and until then credit is uniform
         idle = module.objective is None or (module.credit.needs_teacher and shows == "feedback")
-        if self._blind >= self.stop_after and idle:
+        if self._no_feedback >= self.stop_after and idle:
             self._end(module, text)
-        if self._blind == self.warn_after:
+        if self._no_feedback == self.warn_after:
             rank_zero_warn(text)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"barren": self._barren, "blind": self._blind, "rows": self._rows}
+        return {"barren": self._no_spread, "blind": self._no_feedback, "rows": self._rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._barren, self._blind = state_dict["barren"], state_dict.get("blind", 0)
+        self._no_spread, self._no_feedback = state_dict["barren"], state_dict.get("blind", 0)
         self._rows = list(state_dict.get("rows", [0, 0]))

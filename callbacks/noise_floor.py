@@ -1,4 +1,4 @@
-"""Measures the size of rounding, hands it to the credit rule, and warns where credit sits inside it."""
+"""Measure the rounding error, pass it to the credit rule, and warn if credit is no larger than it."""
 
 from pathlib import Path
 from typing import Any
@@ -13,35 +13,36 @@ from gear_lightning.errors import UserError
 from gear_lightning.probes.noise_floor import FILE, anchor_tokens, conditions, weight_spread
 from gear_lightning.probes.rounding import Floor, chosen, floor_from, measure_floor
 
-ANCHORS, TOKENS = 16, 256  # to judge by
-MOVED = 0.005  # mean distance of weights from their rollout's median that is worth a word
+ANCHORS, TOKENS = 16, 256  # minimum counts for a decision about a warning
+MOVED = 0.005  # minimum mean distance of weights from their rollout's median for a warning
 
 
 class NoiseFloor(L.Callback):
-    """Gives the credit rule the size of rounding, and warns once each where anchors or weights are no more than that.
+    """Passes the rounding error to the credit rule, and warns if anchors or weights do not exceed it (once for each).
 
-    In low precision policy and teacher differ even where the teacher is told nothing. How much is measured in the run,
-    before its first update: two forwards without gradient, with equal weights and nothing privileged, on some rollouts
-    of the first iteration; or read from ``RUN/noise_floor.json`` (`gear-lightning noise-floor` writes it). Its 99th
-    percentile is a constant of the run, the same on all ranks and kept in checkpoints: credit rules that take the size
-    out of a signal compare that size with it (`gear_lightning.gear.above_noise`), so that they do not make credit of
-    rounding. Rules that keep the size (GEAR's default, RLSD) do not look at it.
+    In low precision the log-probs of policy and teacher differ even if the teacher gets no privileged text. The noise
+    floor is the size of this difference. It is measured before the first update: two forwards without gradients, with
+    equal weights and no privileged text, on some rollouts of the first iteration. Or it is read from
+    ``RUN/noise_floor.json``, which `gear-lightning noise-floor` writes. Its 99th percentile is a constant of the run,
+    equal on all ranks and stored in checkpoints. Credit rules that normalize away the size of a signal compare that
+    size with the constant (`gear_lightning.gear.above_noise`), so that they do not turn rounding into credit. Rules
+    that keep the size (GEAR's default, RLSD) do not use it.
 
-    Logs ``credit/noise_p99`` (nats, of the rule's divergence), ``credit/anchors_in_noise`` (share of the anchors with
-    no more divergence than that) and ``credit/weights_in_noise``: of all distances of weights from the median weight of
-    their rollout, the share on tokens where it is no more than the 99th percentile of what rounding alone makes.
+    Logs ``credit/noise_p99`` (nats, of the rule's divergence), ``credit/anchors_in_noise`` (share of the anchors whose
+    divergence is not above it) and ``credit/weights_in_noise``: of the summed distances of weights from the median
+    weight of their rollout, the share on tokens whose distance is not above the 99th percentile of rounding alone.
 
     Args:
-        file: a floor measured before, also in place of that of a checkpoint. Null: ``noise_floor.json`` in the run
-            directory at a fresh start, where there is one.
-        tokens: sampled tokens of the first iteration to measure, in whole rollouts. 0: never; rules then take rounding
-            to be none.
-        share: warn where at least this share of the anchors sits inside the floor.
-        weight_share: warn where at least this share of what weights move does.
+        file: file with a noise floor measured earlier; it also replaces the floor of a checkpoint. Null:
+            ``noise_floor.json`` in the run directory at a fresh start, if it exists.
+        tokens: sampled tokens of the first iteration to measure, in whole rollouts. 0: do not measure; rules then
+            assume no rounding error.
+        share: warn if at least this share of the anchors is inside the noise floor.
+        weight_share: warn if at least this share of the weights' movement is inside the noise floor.
 
     Raises:
-        UserError: an argument out of range; in ``setup``, a ``file`` that cannot be read or holds for another precision
-            or credit rule.
+        UserError: an argument is out of range; in ``setup``: ``file`` cannot be read or was measured with another
+            precision or credit rule.
     """
 
     def __init__(self, file: str | None = None, tokens: int = 1024, share: float = 0.1, weight_share: float = 0.5):
@@ -54,15 +55,16 @@ class NoiseFloor(L.Callback):
         self.tokens = tokens
         self.share = share
         self.weight_share = weight_share
-        self._given: Floor | None = None  # out of a file
-        self._kept: dict[str, Any] | None = None  # out of a checkpoint: a floor, and what it holds for
+        self._given: Floor | None = None  # from a file
+        self._kept: dict[str, Any] | None = None  # from a checkpoint: a floor and the conditions of its measurement
         self._conditions: dict[str, Any] = {}
-        self._floor: Floor | None = None  # of this run
-        self._anchors = [0.0, 0.0]  # since the last verdict: anchors, and those of them inside the floor
-        self._moved = [0.0, 0.0, 0.0]  # since the last verdict: tokens, distances of weights, and of those inside it
+        self._floor: Floor | None = None  # the floor of this run
+        self._anchors = [0.0, 0.0]  # since the last check: anchors, and anchors inside the floor
+        # since the last check: tokens, summed distances of weights, and summed distances inside the floor
+        self._moved = [0.0, 0.0, 0.0]
         self._warned = {"anchors": False, "weights": False}
         self._due = False
-        self._seen: list[Tensor] = []  # of this iteration, for each micro-batch: the five counts above
+        self._seen: list[Tensor] = []  # the five counts above, for each micro-batch of this iteration
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         rule: Any = pl_module.credit
@@ -74,7 +76,7 @@ class NoiseFloor(L.Callback):
             return
         try:
             floor, found = floor_from(path)
-            text = self._misfit(found)
+            text = self._differences(found)
             if text:
                 raise UserError(f"{path} was measured with {text}; measure again with gear-lightning noise-floor")
             self._given = floor
@@ -83,8 +85,8 @@ class NoiseFloor(L.Callback):
                 raise
             rank_zero_warn(f"{error}. It is not used.")
 
-    def _misfit(self, found: dict[str, Any]) -> str:
-        """What a floor was measured with that is not this run's."""
+    def _differences(self, found: dict[str, Any]) -> str:
+        """Return the conditions of a measurement that differ from those of this run, as text."""
         now = self._conditions
         return ", ".join(f"{name} {found.get(name)} (here {now[name]})" for name in now if found.get(name) != now[name])
 
@@ -93,7 +95,7 @@ class NoiseFloor(L.Callback):
             return
         kept, self._kept = self._kept, None
         wanted = self.file is None and (self.tokens > 0 or self._given is not None)
-        if wanted and kept is not None and not self._misfit(kept):
+        if wanted and kept is not None and not self._differences(kept):
             self._take(Floor(**kept["floor"]), pl_module)
         elif self._given is not None:
             self._take(self._given, pl_module)
@@ -118,7 +120,7 @@ class NoiseFloor(L.Callback):
             temperature=batch.temperature,
             context=trainer.strategy.precision_plugin.train_step_context,
         )
-        if floor is not None:  # else no rollout of this iteration has a sampled token; the next one may
+        if floor is not None:  # None: no rollout of this iteration has a sampled token; try again in the next one
             self._take(floor, pl_module)
 
     def on_train_batch_end(
@@ -153,36 +155,36 @@ class NoiseFloor(L.Callback):
         self._moved = [self._moved[0] + tokens, self._moved[1] + moved, self._moved[2] + in_noise]
         rule, precision = type(pl_module.credit).__name__, str(trainer.precision)
         if self._anchors[0] >= ANCHORS:
-            self._judge_anchors(rule, precision, self._floor.divergence)
+            self._check_anchors(rule, precision, self._floor.divergence)
             self._anchors = [0.0, 0.0]
         if self._moved[0] >= TOKENS:
-            self._judge_weights(rule, precision, self._floor)
+            self._check_weights(rule, precision, self._floor)
             self._moved = [0.0, 0.0, 0.0]
 
-    def _judge_anchors(self, rule: str, precision: str, floor: float) -> None:
+    def _check_anchors(self, rule: str, precision: str, floor: float) -> None:
         anchors, inside = self._anchors
         if self._warned["anchors"] or inside < self.share * anchors:
             return
         self._warned["anchors"] = True
         rank_zero_warn(
-            f"{inside:.0f} of {anchors:.0f} anchors of {rule} ({inside / anchors:.0%}) sit inside the noise floor: "
-            f"with equal weights and nothing privileged the two forwards already differ by {floor:.2g} nats (p99) in "
-            f"{precision}, so these anchors mark rounding, not departures. Use a wider trainer.precision, or a "
+            f"{inside:.0f} of {anchors:.0f} anchors of {rule} ({inside / anchors:.0%}) are inside the noise floor: "
+            f"with equal weights and no privileged text the two forwards already differ by {floor:.2g} nats (p99) in "
+            f"{precision}, so these anchors mark rounding, not departures. Use a higher trainer.precision, or a "
             f"model.credit.anchor_floor above {floor:.2g}; see `gear-lightning noise-floor` with this config."
         )
 
-    def _judge_weights(self, rule: str, precision: str, floor: Floor) -> None:
+    def _check_weights(self, rule: str, precision: str, floor: Floor) -> None:
         tokens, moved, inside = self._moved
         if self._warned["weights"] or moved < MOVED * tokens or inside < self.weight_share * moved:
             return
         self._warned["weights"] = True
         rank_zero_warn(
-            f"{inside / moved:.0%} of what the weights of {rule} move sits inside the noise floor: with equal weights "
-            f"and nothing privileged, rounding in {precision} ({floor.divergence:.2g} nats, p99) already puts weights "
-            f"up to {floor.weights:.2g} (p99) from the median of their rollout, so most of this credit is rounding. "
-            "Use a wider trainer.precision, or a teacher that says more (gear-lightning teacher-check); else plain "
-            "GRPO (--config configs/credit/grpo.yaml) does the same for less; see `gear-lightning noise-floor` with "
-            "this config."
+            f"{inside / moved:.0%} of the movement of the weights of {rule} is inside the noise floor: with equal "
+            f"weights and no privileged text, rounding in {precision} ({floor.divergence:.2g} nats, p99) already moves "
+            f"weights up to {floor.weights:.2g} (p99) from the median of their rollout, so most of this credit is "
+            "rounding. Use a higher trainer.precision, or a more informative teacher (gear-lightning teacher-check); "
+            "otherwise plain GRPO (--config configs/credit/grpo.yaml) has the same effect at a lower cost; see "
+            "`gear-lightning noise-floor` with this config."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,7 +192,7 @@ class NoiseFloor(L.Callback):
         return {"floor": kept, "anchors": self._anchors, "moved": self._moved, "warned": self._warned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if "moved" not in state_dict:  # of a version that gave rules no floor: measured anew
+        if "moved" not in state_dict:  # written by a version without this floor: measure again
             return
         self._kept = state_dict["floor"]
         self._anchors, self._moved = list(state_dict["anchors"]), list(state_dict["moved"])

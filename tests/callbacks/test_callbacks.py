@@ -63,7 +63,7 @@ def test_a_teacher_that_is_never_told_anything_warns_and_then_stops(tmp_path, op
     user = type(options.get("distillation", options["credit"])).__name__
     with (
         pytest.warns(UserWarning, match=r"shows=feedback, and no rollout had feedback for 2 iterations"),
-        pytest.raises(UserError, match=rf"for 3 iterations.*{user} does nothing.*shows=reference.*tell feedback"),
+        pytest.raises(UserError, match=rf"for 3 iterations.*{user} has no effect.*shows=reference.*return feedback"),
     ):
         blind_run(tmp_path, "feedback", **options)
 

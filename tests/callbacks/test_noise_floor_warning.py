@@ -86,9 +86,9 @@ def test_anchors_inside_the_floor_are_reported_once_with_what_to_do(tmp_path):
     assert share > 0.1
     for part in (
         "anchors of GEAR",
-        "sit inside the noise floor",
+        "are inside the noise floor",
         "nats (p99) in bf16-mixed",
-        "wider trainer.precision",
+        "higher trainer.precision",
     ):
         assert part in said[0]
     assert "model.credit.anchor_floor above" in said[0]
@@ -115,9 +115,9 @@ def test_weights_inside_the_floor_are_reported_once_without_an_anchor_too(tmp_pa
     said, _ = run(tmp_path, NoiseFloor(), rule=rule, precision="bf16-mixed", max_epochs=4)
     assert len(said) == 1
     for part in (
-        f"of what the weights of {type(rule).__name__} move sits inside the noise floor",
+        f"of the movement of the weights of {type(rule).__name__} is inside the noise floor",
         "rounding in bf16-mixed",
-        "wider trainer.precision",
+        "higher trainer.precision",
         "configs/credit/grpo.yaml",
     ):
         assert part in said[0]

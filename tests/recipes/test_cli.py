@@ -34,7 +34,7 @@ from safetensors.torch import load_file
         (["--generation.budgets.context", "500"], "context=500 is more than the 256 positions of LlamaForCausalLM"),
         (["--trainer.strategy", "fsdx"], "trainer.strategy=fsdx: there is no such strategy; give auto, ddp or"),
         (["--trainer.strategy", "fsdp"], "Lightning's own, which knows nothing of the teacher"),
-        (["--generation.sampling.temperature", "0"], "temperature=0 gives a group of equal rollouts"),
+        (["--generation.sampling.temperature", "0"], "temperature=0 makes all rollouts of a group equal"),
         (["--generation.budgets.context", "8"], "task lookup-train-0-0: its prompt has 8 tokens"),
         (["--generation.environment", "no_such_module.Env"], "No module named 'no_such_module'"),
         (["--ckpt_path", "nothing.ckpt"], "ckpt_path=nothing.ckpt: no such checkpoint"),
@@ -312,7 +312,7 @@ def test_a_checkpoint_directory_of_ones_own_is_where_last_looks(command, tmp_pat
     [
         (["--recorder.every_n_iterations", "0"], "recorder.every_n_iterations=0 must be at least 1"),
         (["--health.stop_after", "0"], "health.stop_after=0 must be at least 1"),
-        (["--generation.environment", "own_broken.Env"], "generation.environment cannot be made: KeyError: 'home'"),
+        (["--generation.environment", "own_broken.Env"], "generation.environment cannot be created: KeyError: 'home'"),
         (["--config", "configs/credit/opsd.yaml", "--data.advantage", "GiGPO"], "data.advantage=GiGPO does nothing wi"),
         (["--model.credit", "TurnSight", "--generation.budgets.turns", "1"], "=1 leaves it one: every weight would be"),
         (["--generation.budgets.context", "300"], "budgets.context=300 is more than the 256 positions"),
