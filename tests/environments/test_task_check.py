@@ -207,7 +207,7 @@ def test_a_teachers_prompt_that_cannot_be_made_costs_the_teachers_view_alone(tmp
     source.check_limit = 1
     monkeypatch.setattr(JsonlTasks, "longest", lambda self, count: ())
     fit = trainer(tmp_path, generation(environment=functools.partial(SingleTurn, "contains")), max_epochs=1)
-    with pytest.warns(UserWarning, match="task tasks-5: the teacher's prompt cannot be made"):
+    with pytest.warns(UserWarning, match="task tasks-5: the teacher's prompt cannot be built"):
         fit.fit(model, datamodule=source)
     assert fit.callback_metrics["teacher/overlong"] == 4
 
