@@ -1,4 +1,4 @@
-"""Ends a run that is asked to stop, with one whole checkpoint."""
+"""Stop a run on a signal, after writing one complete checkpoint."""
 
 import os
 import signal
@@ -25,16 +25,18 @@ from gear_lightning.runs.checkpoints import fail_on_all_ranks, known_checkpoints
 from gear_lightning.runs.signals import MEANING, NOTES, REQUEUE
 
 NAME = "stopped.ckpt"
-LOOK = 0.5  # seconds between two looks at what the other processes were asked
+LOOK = 0.5  # seconds between two queries for stop requests of other processes
 
 
 class Preemption(L.Callback):
-    """Stops where all processes can when the job is asked to: between two turns of a rollout phase, two micro-batches
-    or two batches of an evaluation. What is done is saved, and the same command with ``--ckpt_path last`` goes on.
+    """Stops the run on a signal, at a place where all processes can stop together.
 
-    SIGUSR1 and SIGUSR2 (a SLURM job's word before its time limit or pre-emption): save, and put the job back into the
-    queue. SIGTERM and Ctrl-C: save and stop; a second Ctrl-C stops at once. A signal to one process is enough. The exit
-    status is 75 with a checkpoint, 143 without one.
+    Such places are between two turns of a rollout phase, two micro-batches, or two batches of an evaluation. The state
+    is saved, and the same command with ``--ckpt_path last`` resumes the run.
+
+    On SIGUSR1 and SIGUSR2 (which SLURM sends before a time limit or a pre-emption), the run saves and puts the job back
+    into the queue. On SIGTERM and Ctrl-C, it saves and stops; a second Ctrl-C stops at once. A signal to one process is
+    enough. The exit status is 75 with a checkpoint, 143 without one.
 
     Args:
         requeue: ask SLURM to run the job again after SIGUSR1 or SIGUSR2.
@@ -46,19 +48,19 @@ class Preemption(L.Callback):
         self._looked = 0.0
         self._group: Any = None
         self._peers: Peers | None = None
-        self._left = False
+        self._finished = False
         self._watched: list[signal.Signals] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        # Lightning's handlers save, and wait for the others, wherever the signal finds the process: a deadlock inside
+        # Lightning's handlers save and wait for the other processes wherever the signal arrives, which deadlocks inside
         # a collective (https://github.com/Lightning-AI/pytorch-lightning/issues/21406)
         trainer._signal_connector.register_signal_handlers = lambda: None
         if stage != "fit":
-            return  # nothing to save: signals do what they always do
-        self._agreed, self._left = 0, False
+            return  # nothing to save: signals keep their default handlers
+        self._agreed, self._finished = 0, False
         self._peers = peers_of(trainer)
         if self._peers is not None and trainer.strategy.root_device.type != "cpu":
-            self._group = dist.new_group(backend="gloo")  # asks no device to wait
+            self._group = dist.new_group(backend="gloo")  # does not synchronize the device
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(data, RolloutDataModule):
             data.stop = self.agreed
@@ -72,7 +74,10 @@ class Preemption(L.Callback):
     # -- the decision -------------------------------------------------------------------------------------------------
 
     def wanted(self) -> bool:
-        """Whether this process or, as far as is known here, another has been asked. Any thread may call it."""
+        """Return whether this process, or another process known to this one, was asked to stop.
+
+        Any thread may call it.
+        """
         if NOTES.wanted or self._agreed:
             if self._peers is not None:
                 self._peers.tell("stop", str(NOTES.wanted))
@@ -83,7 +88,7 @@ class Preemption(L.Callback):
         return bool(self._peers.hear("stop"))
 
     def agreed(self) -> bool:
-        """Whether any process has been asked. All ranks must call it."""
+        """Return whether any process was asked to stop. All ranks must call it."""
         if not self._agreed:
             level = torch.tensor(NOTES.wanted)
             if self._peers is not None:
@@ -102,31 +107,31 @@ class Preemption(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not isinstance(trainer.datamodule, RolloutDataModule) and self.agreed():  # pyright: ignore
-            raise Stopped  # a warm start: nothing to save
+            raise Stopped  # a warm start has nothing to save
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._tidy(trainer)
+        self._remove_outdated(trainer)
 
-    def _tidy(self, trainer: L.Trainer) -> None:
+    def _remove_outdated(self, trainer: L.Trainer) -> None:
         path = self._path(trainer)
-        if trainer.is_global_zero and path is not None and path.exists() and _overtaken(path):
+        if trainer.is_global_zero and path is not None and path.exists() and _outdated(path):
             WRITER.then(partial(trainer.strategy.remove_checkpoint, path))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.agreed():
-            trainer.should_stop = True  # the checkpoint callback, which comes later, then saves
+            trainer.should_stop = True  # the checkpoint callback runs later and saves
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        WRITER.settle()  # the newest checkpoint is there
-        self._tidy(trainer)
+        WRITER.settle()  # wait until the newest checkpoint is written
+        self._remove_outdated(trainer)
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if self._agreed and isinstance(data, RolloutDataModule):
             if at_a_limit(trainer) and not data.evaluation_due:
-                return  # the run is over
-            raise Stopped(self._leave(trainer, saved=self._path(trainer) is not None))
+                return  # the run is complete
+            raise Stopped(self._finish(trainer, saved=self._path(trainer) is not None))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, Stopped) and not self._left:
+        if isinstance(exception, Stopped) and not self._finished:
             path = self._path(trainer)
             if path is not None:
                 with fail_on_all_ranks(trainer.strategy):
@@ -134,15 +139,15 @@ class Preemption(L.Callback):
                 for callback in trainer.checkpoint_callbacks:
                     if isinstance(callback, IterationCheckpoint):
                         callback.point_last_to(trainer, path)
-            exception.status = self._leave(trainer, saved=path is not None)
+            exception.status = self._finish(trainer, saved=path is not None)
 
     def _path(self, trainer: L.Trainer) -> Path | None:
         kept = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
         return Path(str(kept[0].dirpath)) / NAME if kept else None
 
-    def _leave(self, trainer: L.Trainer, saved: bool) -> int:
-        """The last things that all processes do together. Returns the exit status."""
-        self._left = True
+    def _finish(self, trainer: L.Trainer, saved: bool) -> int:
+        """Run the last steps that all processes do together, and return the exit status."""
+        self._finished = True
         self.teardown(trainer, trainer.lightning_module, "fit")  # Lightning does not call it after an exception
         NOTES.forget()
         trainer.strategy.barrier("stopped")
@@ -151,12 +156,12 @@ class Preemption(L.Callback):
         if trainer.is_global_zero and not (again and _requeue()):
             done = f"after {trainer.global_step} optimizer steps"
             if saved:
-                print(f"stopped {done}; to go on: the same command with --ckpt_path last", file=sys.stderr)
+                print(f"stopped {done}; to resume: run the same command with --ckpt_path last", file=sys.stderr)
             elif warm:
-                print(f"the warm start was stopped {done}; it begins anew with the same command", file=sys.stderr)
+                print(f"the warm start was stopped {done}; the same command restarts it", file=sys.stderr)
             else:
-                print(f"stopped {done}; nothing was saved, for there are no checkpoints in this run", file=sys.stderr)
-        trainer.strategy.barrier("requeued")  # a launcher may end the others when the first one has ended
+                print(f"stopped {done}; nothing was saved, because this run writes no checkpoints", file=sys.stderr)
+        trainer.strategy.barrier("requeued")  # a launcher may end the other processes when the first one ends
         return 75 if saved or warm else 128 + signal.SIGTERM
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -164,14 +169,14 @@ class Preemption(L.Callback):
         self._watched = []
 
 
-def _overtaken(path: Path) -> bool:
-    """Whether a checkpoint that has come farther stands beside the one that a stop has left."""
+def _outdated(path: Path) -> bool:
+    """Return whether the folder has a checkpoint further in training than the one that a stop wrote."""
     order = [known for known, _ in known_checkpoints(path.parent)]
     return path in order[1:]
 
 
 def _requeue() -> bool:
-    """Ask SLURM to run this job again. Returns whether there is such a job and SLURM has agreed."""
+    """Ask SLURM to run this job again. Return whether this is a SLURM job and SLURM accepted."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return False
@@ -179,11 +184,11 @@ def _requeue() -> bool:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         asked = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
-        said, refused = asked.stderr.strip(), asked.returncode != 0
+        answer, refused = asked.stderr.strip(), asked.returncode != 0
     except (OSError, subprocess.TimeoutExpired) as error:
-        said, refused = str(error), True
+        answer, refused = str(error), True
     if refused:
-        print(f"SLURM does not put job {job} back into the queue: {said}", file=sys.stderr)
+        print(f"SLURM does not put job {job} back into the queue: {answer}", file=sys.stderr)
         return False
-    print(f"job {job} is in the queue again and goes on from the checkpoint", file=sys.stderr, flush=True)
+    print(f"job {job} is in the queue again and will resume from the checkpoint", file=sys.stderr, flush=True)
     return True

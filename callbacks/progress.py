@@ -1,4 +1,4 @@
-"""One progress bar that tells the phase: warm start, rollout, update or evaluation."""
+"""A progress bar that shows the phase: warm start, rollout, update or evaluation."""
 
 import sys
 import time
@@ -14,10 +14,10 @@ from gear_lightning.callbacks.generation import GenerationCallback
 
 
 class PhaseProgress(ProgressBar):
-    """Shows iterations done, the phase, tokens/s of generation, the newest reward and success, and the time left.
+    """Shows completed iterations, the phase, tokens/s of generation, the newest reward and success, and the time left.
 
     Args:
-        every_seconds: least time between two lines where the output is not a terminal.
+        every_seconds: minimum seconds between two lines if the output is not a terminal.
     """
 
     def __init__(self, every_seconds: float = 10.0):
@@ -76,7 +76,7 @@ class PhaseProgress(ProgressBar):
         left = _clock(seconds / done * (total - completed)) if done > 0 and seconds > 1 else "?"
         self._bar.update(self._task, completed=completed, total=total, phase=phase, note=note, left=left)
         quiet = self._bar.disable and (force or now - self._last_line >= self.every_seconds)
-        if quiet:  # logs of batch jobs get a line now and then
+        if quiet:  # logs of batch jobs get one line per `every_seconds`
             self._last_line = now
             print(f"{phase:<10} {completed:.0f}/{total:.0f}  left {left}  {note}", file=sys.stderr, flush=True)
 
@@ -84,7 +84,10 @@ class PhaseProgress(ProgressBar):
         return trainer.max_epochs if (trainer.max_epochs or -1) > 0 else max(trainer.max_steps, 1)  # pyright: ignore
 
     def _numbers(self, **new: float) -> str:
-        """The newest figures, of this rank: to read the Trainer's metrics could start a collective on one rank."""
+        """Return the newest values of this rank as text.
+
+        It does not read the Trainer's metrics, because that could start a collective on one rank.
+        """
         self._shown.update({name: f"{name} {value:.3f}" for name, value in new.items()})
         return "  ".join(self._shown.values())
 
@@ -151,7 +154,7 @@ class PhaseProgress(ProgressBar):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         total = self._total(trainer)
-        if "val/success" in trainer.callback_metrics:  # computed by now, on every rank
+        if "val/success" in trainer.callback_metrics:  # already computed on every rank
             self._numbers(success=float(trainer.callback_metrics["val/success"]))
         self._show("evaluation", trainer.current_epoch, total, self._numbers(), force=True)
         if trainer.state.fn != TrainerFn.FITTING:

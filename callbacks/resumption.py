@@ -1,4 +1,4 @@
-"""What a resume means: which runs have ended, and what is used that is given anew."""
+"""Decide at a resume whether the run has ended, and which options replace those of the checkpoint."""
 
 import sys
 from datetime import timedelta
@@ -17,17 +17,17 @@ from gear_lightning.runs.monitor import check_early_stopping
 
 
 class Resumption(L.Callback):
-    """Trains nothing where the run that is to be resumed has ended, and says why.
+    """Skips training if the run to resume has ended, and reports the reason.
 
-    A run ends at ``max_epochs``, ``max_steps`` or ``max_time`` (of all its starts together), and where a callback stops
-    it: early stopping, `Health`, one of the user's. Where a limit is raised the run goes on; where a callback stopped
-    it, if the checkpoint is given by its name. A run that was asked to stop has not ended.
+    A run ends at ``max_epochs``, ``max_steps`` or ``max_time`` (summed over all starts), or when a callback stops it:
+    early stopping, `Health`, or a user's callback. If a limit is raised, the run continues. If a callback stopped it,
+    it continues only if the checkpoint is given by name. A run that was stopped by a signal has not ended.
     """
 
     def __init__(self) -> None:
-        self._why: str | None = None  # nothing is trained
+        self._why: str | None = None  # the reason for skipping training
         self._trained = False
-        self._stops = False
+        self._stops = False  # stop after an evaluation that was interrupted before
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._why, self._trained, self._stops = None, False, False
@@ -44,38 +44,38 @@ class Resumption(L.Callback):
         states = checkpoint["callbacks"]
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(callback, EarlyStopping) and callback.state_key in states:
-                # Lightning would take the checkpoint's patience, and not the one that is given now
+                # Lightning would use the checkpoint's patience instead of the current option
                 afresh = {"patience": callback.patience, "stopping_reason": EarlyStoppingReason.NOT_STOPPED.value}
                 states[callback.state_key] = {**states[callback.state_key], **afresh}
-        self._why = self._look_at_limits(trainer, checkpoint)
+        self._why = self._reached_limit(trainer, checkpoint)
         if self._why is None and (ended := checkpoint.get("ended")) is not None and not _by_name(trainer):
             self._why = (
-                f"the run was ended after {_iterations(checkpoint)} iterations by {ended['by']}; to go on from there "
-                f"all the same, name the checkpoint: --ckpt_path {_named(trainer)}"
+                f"the run was ended after {_iterations(checkpoint)} iterations by {ended['by']}; to continue it "
+                f"anyway, name the checkpoint: --ckpt_path {_named(trainer)}"
             )
             if ended["error"]:
                 raise UserError(self._why)
-        # an evaluation that was cut short comes first: see `FirstEvaluation`
+        # an interrupted evaluation runs first: see `FirstEvaluation`
         self._stops = self._why is not None and trainer.datamodule.evaluation_due  # pyright: ignore
         trainer.should_stop |= self._why is not None and not self._stops
 
-    def _look_at_limits(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> str | None:
-        """The limit that the checkpoint has reached, as a sentence."""
+    def _reached_limit(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> str | None:
+        """Return a sentence that names the limit that the checkpoint has reached; None if it has reached none."""
         done, steps = _iterations(checkpoint), checkpoint["global_step"]
         loop = trainer.fit_loop
         if loop.max_epochs is not None and 0 <= loop.max_epochs <= done:
-            given, loop.max_epochs = loop.max_epochs, done  # Lightning raises an error where it is less
-            return f"the checkpoint has {done} iterations, and trainer.max_epochs={given}; raise it to go on"
+            given, loop.max_epochs = loop.max_epochs, done  # Lightning raises an error if it is less
+            return f"the checkpoint has {done} iterations, and trainer.max_epochs={given}; raise it to continue"
         if 0 <= trainer.max_steps <= steps:
-            return f"the checkpoint has {steps} steps, and trainer.max_steps={trainer.max_steps}; raise it to go on"
+            return f"the checkpoint has {steps} steps, and trainer.max_steps={trainer.max_steps}; raise it to continue"
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(callback, Timer) and callback._duration is not None:
                 used = checkpoint["callbacks"].get(callback.state_key, {}).get("time_elapsed", {}).get("train", 0.0)
                 if used >= callback._duration:
                     return (
                         f"the run has trained for {timedelta(seconds=int(used))} of "
-                        f"trainer.max_time={timedelta(seconds=callback._duration)}, which counts all starts of a run "
-                        "together; raise it to go on"
+                        f"trainer.max_time={timedelta(seconds=callback._duration)}, which is the sum over all starts "
+                        "of a run; raise it to continue"
                     )
         return None
 
@@ -89,8 +89,10 @@ class Resumption(L.Callback):
 
 
 def stopped_by(trainer: L.Trainer) -> dict[str, Any] | None:
-    """Who ends the run for good after this iteration, other than a limit, and whether with an error; None where nobody
-    does."""
+    """Return which callback ends the run permanently after this iteration, and whether with an error.
+
+    Return None if no callback does: at a limit, after a signal, or if the run continues.
+    """
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     if not trainer.should_stop or not trainer.fit_loop._can_stop_early:
         return None
@@ -98,8 +100,8 @@ def stopped_by(trainer: L.Trainer) -> dict[str, Any] | None:
         if isinstance(callback, Health) and callback.why is not None:
             return {"by": f"health: {callback.why}", "error": True}
         if isinstance(callback, EarlyStopping) and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
-            said = (callback.stopping_reason_message or "").removesuffix(" Signaling Trainer to stop.").rstrip(".")
-            return {"by": f"EarlyStopping ({said})", "error": False}
+            reason = (callback.stopping_reason_message or "").removesuffix(" Signaling Trainer to stop.").rstrip(".")
+            return {"by": f"EarlyStopping ({reason})", "error": False}
     asked = any(isinstance(callback, Preemption) and callback.asked for callback in callbacks)
     timed = any(
         isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0
@@ -114,13 +116,13 @@ def _iterations(checkpoint: dict[str, Any]) -> int:
 
 
 def _by_name(trainer: L.Trainer) -> bool:
-    """Whether the checkpoint was asked for by its name, and not as the newest one."""
+    """Return whether the user named the checkpoint file, instead of asking for the newest one."""
     path = Path(str(trainer.ckpt_path))
     return not path.is_dir() and path.stem != "last"
 
 
 def _named(trainer: L.Trainer) -> Path:
-    """The checkpoint that the run resumes from."""
+    """Return the path of the checkpoint that the run resumes from."""
     path = Path(str(trainer.ckpt_path))
     known = known_checkpoints(path) if path.is_dir() else []
     return known[0][0] if known else path.resolve()

@@ -1,4 +1,4 @@
-"""Writes every iteration's rollouts, with the credit they were given, into the run directory."""
+"""Write every iteration's rollouts, with their credit, into the run directory."""
 
 import json
 import tempfile
@@ -18,12 +18,12 @@ from gear_lightning.runs.records import FORMAT, TENSOR_KEYS, record_files, write
 
 
 class RolloutRecorder(L.Callback):
-    """Records rollouts under ``RUN/rollouts`` (layout: `gear_lightning.runs.records`), and those of ``predict`` as
-    ``RUN/predictions/rank_R.jsonl``. Only watches.
+    """Writes rollouts to ``RUN/rollouts`` (layout: `gear_lightning.runs.records`), and those of ``predict`` to
+    ``RUN/predictions/rank_R.jsonl``. It does not change training.
 
     Args:
-        every_n_iterations: record each n-th iteration.
-        keep_last: iterations to keep; older files are deleted. Null: all.
+        every_n_iterations: record every n-th iteration.
+        keep_last: number of recorded iterations to keep; older files are deleted. Null: all.
     """
 
     def __init__(self, every_n_iterations: int = 1, keep_last: int | None = None):
@@ -53,7 +53,7 @@ class RolloutRecorder(L.Callback):
         if (batch.index >= 0).any():
             self._take(outputs, batch)
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        if data.position == data.micro_batches:  # now, so that a run stopped in the evaluation that follows has it
+        if data.position == data.micro_batches:  # before the evaluation, during which the run may be stopped
             try_to_write("rollout records", lambda: self._record(trainer, data))
 
     def _take(self, outputs: Any, batch: RolloutBatch) -> None:
@@ -82,7 +82,7 @@ class RolloutRecorder(L.Callback):
         ]
         folder = Path(trainer.default_root_dir) / "rollouts"
         write_record(folder, trainer.current_epoch, trainer.global_rank, rollouts, tensors)
-        if trainer.is_global_zero:  # a run that goes on with fewer processes does this iteration again
+        if trainer.is_global_zero:  # a run that resumes with fewer processes may repeat this iteration
             for iteration, rank, path in record_files(Path(trainer.default_root_dir)):
                 if iteration == trainer.current_epoch and rank >= trainer.world_size:
                     path.unlink()
@@ -108,7 +108,7 @@ class RolloutRecorder(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        with self._predictions(trainer).open("a") as file:  # batch by batch: a kill loses one batch
+        with self._predictions(trainer).open("a") as file:  # append each batch: a kill loses at most one batch
             for group in data.groups:
                 for rollout in group.rollouts:
                     line = rollout_json(trainer, rollout, group.group_id, 0, None)
@@ -120,10 +120,10 @@ class RolloutRecorder(L.Callback):
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer's files, each whole or not at all: a full disk leaves those of an earlier start."""
+    """Write a tokenizer's files, each atomically: on a full disk, the files of an earlier start remain."""
     with tempfile.TemporaryDirectory() as aside:
         tokenizer.save_pretrained(aside)
-        for path in (p for p in Path(aside).rglob("*") if p.is_file()):  # several chat templates lie in a folder
+        for path in (p for p in Path(aside).rglob("*") if p.is_file()):  # several chat templates are in a subfolder
             content = path.read_bytes()
             replace_file(folder / path.relative_to(aside), lambda file, content=content: file.write(content))
 
@@ -136,7 +136,7 @@ def rollout_json(
     row: int | None,
     noise: RoundingNoise | None = None,
 ) -> dict[str, Any]:
-    """A rollout as one line of a record (see `gear_lightning.runs.records.ROLLOUT_KEYS`)."""
+    """Return a rollout as one line of a record (see `gear_lightning.runs.records.ROLLOUT_KEYS`)."""
     return {
         "format": FORMAT,
         "iteration": trainer.current_epoch,

@@ -1,4 +1,4 @@
-"""Keeps a file that tells where a run is."""
+"""Write a file with the current state of a run."""
 
 import errno
 import json
@@ -21,12 +21,13 @@ EVERY = 2.0  # seconds between two writes within a phase
 
 
 class RunStatus(L.Callback):
-    """Writes ``RUN/status.json`` (phase, iteration, last checkpoint, failed rollouts by kind) while a run goes on, and
-    a line of ``RUN/attempts.jsonl`` for every start and end. `gear-lightning status RUN` shows both. Only watches.
+    """Writes ``RUN/status.json`` (phase, iteration, last checkpoint, failed rollouts by kind) during a run, and a line
+    of ``RUN/attempts.jsonl`` at every start and end. `gear-lightning status RUN` shows both. It does not change
+    training.
     """
 
     def __init__(self) -> None:
-        self._failures: Counter[str] = Counter()  # of the whole run, on all processes
+        self._failures: Counter[str] = Counter()  # over the whole run and all processes
         self._rollouts = 0
         self._status: dict[str, Any] = {}
         self._written = 0.0
@@ -48,9 +49,9 @@ class RunStatus(L.Callback):
         self._status = {"phase": "start-up", "started": time.time(), **who}
         self._write()
 
-    # -- where it is --------------------------------------------------------------------------------------------------
+    # -- phases -------------------------------------------------------------------------------------------------------
 
-    def _tell(self, phase: str, *, now: bool = False, **more: Any) -> None:
+    def _update(self, phase: str, *, now: bool = False, **more: Any) -> None:
         if self._writes:
             at = {"iteration": self._trainer.current_epoch, "optimizer_steps": self._trainer.global_step}
             self._status |= {"phase": phase, **at, **more}
@@ -59,24 +60,24 @@ class RunStatus(L.Callback):
 
     def _rolling(self, stage: str, finished: int, rollouts: int, tokens: int) -> None:
         phase = "rollout" if stage == "fit" else "evaluation"
-        self._tell(phase, rollouts_done=f"{finished} of {rollouts}", now=finished == 0)
+        self._update(phase, rollouts_done=f"{finished} of {rollouts}", now=finished == 0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._tell("start-up", now=True, iterations=trainer.max_epochs)
+        self._update("start-up", now=True, iterations=trainer.max_epochs)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._tell("rollout", now=True)
+        self._update("rollout", now=True)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._tell("update", now=batch_idx == 0, micro_batch=f"{batch_idx + 1} of {trainer.num_training_batches}")
+        self._update("update", now=batch_idx == 0, micro_batch=f"{batch_idx + 1} of {trainer.num_training_batches}")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._tell("evaluation", now=True)
+        self._update("evaluation", now=True)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._tell("checkpoint", now=True)
+        self._update("checkpoint", now=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stats = trainer.datamodule.stats  # pyright: ignore[reportAttributeAccessIssue]
@@ -84,17 +85,17 @@ class RunStatus(L.Callback):
         for failed, rollouts in gather((kinds, sum(stats.statuses.values()))):
             self._failures.update(failed)
             self._rollouts += rollouts
-        self._tell("end of the iteration", now=True, rollouts=self._rollouts, failures=dict(self._failures))
+        self._update("end of the iteration", now=True, rollouts=self._rollouts, failures=dict(self._failures))
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._tell("finished", now=True, rollouts=self._rollouts, failures=dict(self._failures))
+        self._update("finished", now=True, rollouts=self._rollouts, failures=dict(self._failures))
         self._attempt("end", how="finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         how = "stopped" if isinstance(exception, Stopped) else f"{type(exception).__name__}: {exception}"
-        self._tell("stopped" if isinstance(exception, Stopped) else "failed", now=True, why=how.splitlines()[0])
+        self._update("stopped" if isinstance(exception, Stopped) else "failed", now=True, why=how.splitlines()[0])
         self._attempt("end", how=how.splitlines()[0])
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,5 +125,5 @@ def _append(path: Path, line: str) -> None:
             if file.write(content) < len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         except OSError:
-            file.truncate(end)  # half a line would make the file unreadable
+            file.truncate(end)  # a partial line would make the file unreadable
             raise

@@ -1,4 +1,4 @@
-"""Shows what the policy says: a few rollouts of an iteration as a table."""
+"""Show a few rollouts of an iteration as a table."""
 
 from io import StringIO
 from typing import Any
@@ -15,17 +15,17 @@ from gear_lightning.lens.trace import visible
 from gear_lightning.rollout import Rollout
 from gear_lightning.runs.loggers import Board
 
-COLUMNS = ["task", "reward", "status", "tokens", "question", "what the policy said"]
+COLUMNS = ["task", "reward", "status", "tokens", "question", "response"]
 
 
 class SampleTable(L.Callback):
-    """Prints the best, the worst and some other rollouts of an iteration, and gives them to the loggers that take text
-    (TensorBoard, Weights & Biases). Only reads. Rank 0's rollouts only.
+    """Prints the best, the worst and some other rollouts of an iteration on rank 0, and passes them to the loggers that
+    accept text (TensorBoard, Weights & Biases). It does not change training.
 
     Args:
         every_n_iterations: iterations between two tables. 0: never.
-        rows: rollouts in a table.
-        print_table: also print it.
+        rows: number of rollouts in a table.
+        print_table: whether to print the table as well.
     """
 
     def __init__(self, every_n_iterations: int = 20, rows: int = 4, print_table: bool = True):
@@ -58,7 +58,7 @@ class SampleTable(L.Callback):
 
 
 def _spread(rollouts: list[Rollout], wanted: int) -> list[Rollout]:
-    """The first, the last and evenly spaced others."""
+    """Return the first rollout, the last one and evenly spaced ones in between."""
     if len(rollouts) <= wanted:
         return rollouts
     step = (len(rollouts) - 1) / max(wanted - 1, 1)
@@ -66,13 +66,13 @@ def _spread(rollouts: list[Rollout], wanted: int) -> list[Rollout]:
 
 
 def _row(rollout: Rollout) -> list[str]:
-    said = "  ".join(filter(None, map(_said, rollout.messages[rollout.opening_messages :])))
+    response = "  ".join(filter(None, map(_message_text, rollout.messages[rollout.opening_messages :])))
     asked = next((m["content"] for m in reversed(rollout.task.messages) if m["role"] == "user"), "")
     cells = [visible(rollout.task.id), f"{rollout.reward:.3g}", rollout.status, str(sum(rollout.action_mask))]
-    return [*cells, _short(asked, 160), _short(rollout.error or said, 400)]
+    return [*cells, _short(asked, 160), _short(rollout.error or response, 400)]
 
 
-def _said(message: Message) -> str:
+def _message_text(message: Message) -> str:
     calls = [
         f"{c['function']['name']}({', '.join(map(str, c['function']['arguments'].values()))})"
         for c in message.get("tool_calls") or []

@@ -1,4 +1,4 @@
-"""Looks at how the processes were started and at what they hold before the first update, and says it."""
+"""Check before the first update how the processes were started and which weights they hold."""
 
 import math
 import os
@@ -24,13 +24,16 @@ from gear_lightning.distributed.zero_state import piece_bytes
 from gear_lightning.errors import UserError
 
 PACKAGES = ("torch", "lightning", "transformers", "deepspeed")
-PATIENCE = 10.0  # seconds for a new file to show on the other machines: NFS clients remember for some
+PATIENCE = 10.0  # seconds for a new file to appear on the other machines: NFS clients cache directories
 
 
 class StartupCheck(L.Callback):
-    """With several processes: stops where they run other versions or do not see the same run directory, prints the
-    bytes of weights that each holds, stops where a strategy that should spread them does not, and where two processes
-    are going to train on the same rollouts. Only watches."""
+    """Checks a run with several processes at its start. It does not change training.
+
+    It prints the bytes of weights that each process holds. It raises an error if the processes run different versions,
+    do not see the same run directory, or are about to train on the same rollouts, or if a strategy that should shard
+    the weights does not.
+    """
 
     def __init__(self) -> None:
         self._looked = self._compared = False
@@ -50,25 +53,25 @@ class StartupCheck(L.Callback):
             models["teacher"] = pl_module.teacher.model
         strategy: Any = trainer.strategy
         parts = trainer.world_size // getattr(strategy, "replicas", 1) if getattr(strategy, "shards", False) else 1
-        told = []
+        report = []
         for name, model in models.items():
             held = gather(state_bytes(model))
             parameters = list(model.parameters())
             whole = sum(shape(p).numel() * p.element_size() for p in parameters)
-            told.append(f"{name} {_size(max(held))} of {_size(whole)}")
+            report.append(f"{name} {_size(max(held))} of {_size(whole)}")
             if max(held) > sum(_largest_part(p, parts) for p in parameters):
                 raise UserError(
-                    f"{type(strategy).__name__} should spread the {name} over {parts} processes, and one holds "
+                    f"{type(strategy).__name__} should shard the {name} over {parts} processes, but one holds "
                     f"{_size(max(held))} of {_size(whole)}"
                 )
         for optimizer in trainer.optimizers:
             if pieces := piece_bytes(optimizer):
                 whole = sum(shape(p).numel() * 4 for p in pl_module.policy.parameters() if p.requires_grad)
                 held = gather(pieces)
-                told.append(f"float32 weights of the optimizer {_size(max(held))} of {_size(whole)}")
+                report.append(f"float32 weights of the optimizer {_size(max(held))} of {_size(whole)}")
                 if max(held) > 1.1 * whole / trainer.world_size + (1 << 20):
-                    raise UserError(f"ZeRO should spread the optimizer, and one process holds {_size(max(held))}")
-        rank_zero_info(f"each of {trainer.world_size} processes holds: {', '.join(told)}")
+                    raise UserError(f"ZeRO should shard the optimizer, but one process holds {_size(max(held))}")
+        rank_zero_info(f"each of {trainer.world_size} processes holds: {', '.join(report)}")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -82,14 +85,14 @@ class StartupCheck(L.Callback):
             for group in groups:
                 if group in seen:
                     raise UserError(
-                        f"ranks {seen[group]} and {rank} both hold the rollouts of group {group}: is every process "
-                        "told its own rank?"
+                        f"ranks {seen[group]} and {rank} both hold the rollouts of group {group}; check that the "
+                        "launcher gives every process its own rank"
                     )
                 seen[group] = rank
 
 
 def versions() -> dict[str, str]:
-    """What has to be the same on all ranks."""
+    """Return the versions that must be the same on all ranks."""
     found = {"python": platform.python_version(), "gear_lightning": __version__}
     for package in PACKAGES:
         try:
@@ -100,25 +103,25 @@ def versions() -> dict[str, str]:
 
 
 def check_shared(folder: Path) -> None:
-    """Look for what rank 0 has just written to the run directory. All ranks must call it.
+    """Check that all ranks see a file that rank 0 writes to the run directory. All ranks must call it.
 
     Raises:
-        UserError: a rank does not see it; names the rank and its machine.
+        UserError: a rank does not see the file; names the rank and its machine.
     """
     mine = secrets.token_hex(8)
     token = gather(mine)[0]
     path = folder / f".shared-{token}"
     try:
         run_on_all_ranks(lambda: path.write_text(token) if mine == token else None)
-        told = gather((socket.gethostname(), mine == token or _read_soon(path) == token))
+        found = gather((socket.gethostname(), mine == token or _read_soon(path) == token))
     finally:
         if mine == token:
             path.unlink(missing_ok=True)
-    blind = [f"rank {rank} on {host}" for rank, (host, saw) in enumerate(told) if not saw]
+    blind = [f"rank {rank} on {host}" for rank, (host, saw) in enumerate(found) if not saw]
     if blind:
         raise UserError(
-            f"trainer.default_root_dir={folder}: {', '.join(blind)} cannot see there what rank 0 on {told[0][0]} "
-            "wrote; give a directory on a file system that all nodes share"
+            f"trainer.default_root_dir={folder}: {', '.join(blind)} cannot see a file that rank 0 on {found[0][0]} "
+            "wrote there; give a directory on a file system that all nodes share"
         )
 
 
@@ -135,13 +138,13 @@ def _read_soon(path: Path) -> str | None:
 
 
 def check_launch(trainer: Any) -> None:
-    """Compare the processes that Slurm or torchrun started with those that Lightning will expect.
+    """Compare the number of processes that Slurm or torchrun started with the number that Lightning expects.
 
     Args:
         trainer: the ``trainer`` section of a recipe.
 
     Raises:
-        UserError: there are fewer or more; says how many and what to change.
+        UserError: the numbers differ; reports both and what to change.
     """
     environment = TorchElasticEnvironment if TorchElasticEnvironment.detect() else SLURMEnvironment
     plugins = trainer["plugins"] if isinstance(trainer["plugins"], list) else [trainer["plugins"]]
@@ -166,14 +169,14 @@ def check_launch(trainer: Any) -> None:
         )
     if started > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
         raise UserError(
-            f"Slurm was asked for {started} tasks by --ntasks: give --ntasks-per-node={devices} in its place"
+            f"Slurm was asked for {started} tasks by --ntasks: give --ntasks-per-node={devices} instead"
         )
     if started > 1 and "SLURM_STEP_ID" not in os.environ:
         raise UserError(f"this is the job's only process, and {asked}: put srun before the command")
 
 
 def _devices(asked: Any, accelerator: Any) -> int:
-    """Processes on a node."""
+    """Return the number of processes on a node."""
     if isinstance(asked, list | tuple):
         return len(asked)
     if str(asked) in ("auto", "-1"):
@@ -183,7 +186,7 @@ def _devices(asked: Any, accelerator: Any) -> int:
 
 
 def _largest_part(parameter: Any, parts: int) -> int:
-    """Bytes of the largest part of a parameter that is cut between its rows."""
+    """Return the bytes of the largest part of a parameter that is split along its rows."""
     size = shape(parameter)
     rows = size[0] if size else 1
     return math.ceil(rows / parts) * (size.numel() // max(rows, 1)) * parameter.element_size()

@@ -1,4 +1,4 @@
-"""Writes what every optimizer step got and did, for `gear-lightning parity`."""
+"""Record gradients and weights of every optimizer step, for `gear-lightning parity`."""
 
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from gear_lightning.runs.step_records import Step, is_teacher, sample, write_ste
 
 
 class StepRecorder(L.Callback):
-    """Records the gradient of every optimizer step, as it is before clipping, and the trained and the teacher's weights
-    after it, under ``RUN/steps`` (layout: `gear_lightning.runs.step_records`). `gear-lightning parity` adds it to its
-    runs. Only watches.
+    """Records every optimizer step under ``RUN/steps``: the gradient before clipping, and the trained weights and the
+    teacher's weights after the step (layout: `gear_lightning.runs.step_records`).
+
+    `gear-lightning parity` adds it to its runs. It does not change training.
 
     Args:
-        elements: of each tensor, at most so many values are kept, evenly spread. Norms are those of whole tensors.
+        elements: maximum number of values to keep of each tensor, evenly spaced. Norms are those of full tensors.
     """
 
     def __init__(self, elements: int = 262_144):
@@ -32,7 +33,7 @@ class StepRecorder(L.Callback):
         self._rate = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.global_step == 0:  # a run that goes on has a record of the step before
+        if trainer.global_step == 0:  # a resumed run already has a record of the previous step
             self._write(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:

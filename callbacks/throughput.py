@@ -1,4 +1,4 @@
-"""How long the parts of an iteration take."""
+"""Measure how long the parts of an iteration take."""
 
 import time
 from typing import Any
@@ -10,14 +10,17 @@ from gear_lightning.batch import RolloutBatch
 
 
 class Throughput(L.Callback):
-    """Logs ``time/rollout_s``, ``time/update_s``, ``perf/rollout_tokens_per_s`` (sampled tokens) and
-    ``perf/update_tokens_per_s`` (all tokens of the policy's forward, padding aside): mean over the processes; and
-    ``perf/padding_fraction``: share of padding in the tokens of the policy's and the teacher's forward passes. On GPUs
-    also ``memory/rollout_gib`` and ``memory/update_gib``: the most that any process had allocated in each phase.
+    """Logs times, rates and peak memory of rollouts and updates.
 
-    And what the policy has cost since the start, kept over restarts: ``perf/rollouts`` and ``perf/sampled_tokens``,
-    over all processes, and ``perf/seconds`` of rollouts and updates, mean over the processes. Warm start, evaluations,
-    checkpoints, pauses and rollouts that a stop has cut short are left out."""
+    Per iteration, mean over the processes: ``time/rollout_s``, ``time/update_s``, ``perf/rollout_tokens_per_s``
+    (sampled tokens) and ``perf/update_tokens_per_s`` (all tokens of the policy's forward, without padding). Also
+    ``perf/padding_fraction``: share of padding in the tokens of the policy's and the teacher's forward passes. On GPUs
+    also ``memory/rollout_gib`` and ``memory/update_gib``: the maximum that any process had allocated in each phase.
+
+    Since the start of the run, continued over restarts: ``perf/rollouts`` and ``perf/sampled_tokens``, summed over all
+    processes, and ``perf/seconds`` of rollouts and updates, mean over the processes. These exclude the warm start,
+    evaluations, checkpoints, pauses and rollouts that a stop interrupted.
+    """
 
     def __init__(self) -> None:
         self._all_rollouts = self._all_tokens = 0  # since the start of the run, on all processes
@@ -40,9 +43,9 @@ class Throughput(L.Callback):
         self._started = time.perf_counter()
 
     def _count_rollouts(self, trainer: L.Trainer) -> None:
-        """Here and not at the iteration's end, so that a checkpoint in between has them."""
+        """Add this iteration's rollouts, before its first update, so that a checkpoint in mid-iteration has them."""
         stats = trainer.datamodule.stats  # pyright: ignore[reportAttributeAccessIssue]
-        fresh = stats.seconds > 0  # those that came out of a checkpoint took no time, and are counted in it
+        fresh = stats.seconds > 0  # rollouts from a checkpoint took no time here and are already counted
         mine = [sum(stats.statuses.values()), stats.tokens, stats.seconds] if fresh else [0, 0, 0.0]
         rollouts, tokens, seconds = _total(trainer, mine)
         self._all_rollouts += int(rollouts)
@@ -52,9 +55,9 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: RolloutBatch, batch_idx: int
     ) -> None:
-        self._tokens += int(batch.valid.sum())  # waits for the device, so that the clock sees its work
+        self._tokens += int(batch.valid.sum())  # waits for the device, so that the time includes its work
         self._seconds += time.perf_counter() - self._started
-        scored = outputs["teacher"] is not None and not batch.inner_epoch  # later epochs reuse what the teacher said
+        scored = outputs["teacher"] is not None and not batch.inner_epoch  # later epochs reuse the teacher's scores
         for valid in (batch.valid, batch.teacher_valid) if scored else (batch.valid,):
             self._places += valid.numel()
             self._filled += int(valid.sum())
@@ -68,7 +71,7 @@ class Throughput(L.Callback):
             "perf/update_tokens_per_s": self._tokens / max(self._seconds, 1e-9),
         }
         self._all_seconds += _total(trainer, [self._seconds])[0] / trainer.world_size
-        self._seconds = 0.0  # a checkpoint of this place has them
+        self._seconds = 0.0  # already in _all_seconds, which a checkpoint written here stores
         values |= {"perf/rollouts": self._all_rollouts, "perf/sampled_tokens": self._all_tokens}
         values["perf/seconds"] = self._all_seconds
         for name, value in values.items():
@@ -82,7 +85,7 @@ class Throughput(L.Callback):
         pl_module.log("perf/padding_fraction", padding, batch_size=weight, sync_dist=True)
 
     def state_dict(self) -> dict[str, float]:
-        seconds = self._all_seconds + self._seconds  # of an iteration that is not over, too
+        seconds = self._all_seconds + self._seconds  # includes an unfinished iteration
         return {"rollouts": self._all_rollouts, "tokens": self._all_tokens, "seconds": seconds}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
@@ -91,7 +94,7 @@ class Throughput(L.Callback):
 
 
 def _total(trainer: L.Trainer, mine: list[float]) -> list[float]:
-    """Sums over the processes."""
+    """Return the sums over the processes."""
     if trainer.world_size == 1:
         return mine
     values = torch.tensor(mine, dtype=torch.float64, device=trainer.strategy.root_device)
@@ -99,7 +102,7 @@ def _total(trainer: L.Trainer, mine: list[float]) -> list[float]:
 
 
 def _peak(device: torch.device) -> float:
-    """GiB allocated on a GPU at the most since the last call; 0 elsewhere."""
+    """Return the peak GiB allocated on a GPU since the last call; 0 on other devices."""
     if device.type != "cuda":
         return 0.0
     peak = torch.cuda.max_memory_allocated(device) / 2**30

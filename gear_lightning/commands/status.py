@@ -105,7 +105,7 @@ def _lines(run: Path, found: dict[str, Any]) -> list[str]:
     lines.append(f"  starts       {found['starts']}" + (f", ended by: {ends}" if ends else ""))
     lines += [f"  crash report {path}: {why}" for path, why in list(found["crashes"].items())[-8:]]
     if found["state"] == "killed":
-        lines.append("  rank 0 is gone without a word; to go on: the same command with --ckpt_path last")
+        lines.append("  rank 0 is gone without a word; to resume: run the same command with --ckpt_path last")
     if found["state"] == "silent":
         lines.append("  no word for long: it was killed, its node is gone, or one step takes very long")
     return lines

@@ -269,7 +269,7 @@ def test_processes_that_do_not_fit_the_recipe_are_told(monkeypatch, variables, t
 @pytest.mark.parametrize(
     ("apart", "told"),
     [
-        ("folder", "rank 1 on .* cannot see there what rank 0 on .* wrote; give a directory on a file system"),
+        ("folder", "rank 1 on .* cannot see a file that rank 0 on .* wrote there; give a directory on a file system"),
         ("version", "rank 1 has other versions than rank 0: transformers is 9.9.9 there and 5.* on rank 0; give all"),
     ],
 )

@@ -38,6 +38,6 @@ def test_a_stop_finishes_the_file_then_writes_its_own(tmp_path):
     assert newest_complete(run / "checkpoints").name == "stopped.ckpt"
     assert damage(run / "checkpoints" / "iteration=00001.ckpt") is None
     assert os.readlink(run / "checkpoints" / "last.ckpt") == "stopped.ckpt"
-    assert "to go on: the same command with --ckpt_path last" in said(tmp_path / "lives", 0)
+    assert "to resume: run the same command with --ckpt_path last" in said(tmp_path / "lives", 0)
     assert play(tmp_path / "again", [again]) == [[0, 0]]
     assert names(run)[:2] == ["iteration=00002.ckpt", "iteration=00001.ckpt"]

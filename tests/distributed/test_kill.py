@@ -78,7 +78,7 @@ def test_a_terminated_run_says_so_to_the_shell_and_goes_on(tmp_path, repository)
     process.terminate()
     _, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 75, err[-2000:]
-    assert "to go on: the same command with --ckpt_path last" in err
+    assert "to resume: run the same command with --ckpt_path last" in err
     done = int(metrics(tmp_path)[-1]["step"])
     play(tmp_path, repository, "--trainer.max_epochs", str(done + 2))
     assert [row["step"] for row in metrics(tmp_path)][-1] == done + 2

@@ -36,7 +36,7 @@ def test_a_stop_leaves_one_checkpoint_of_its_own_and_the_next_ones_replace_it(tm
     play(tmp_path / "lives", [life])
     assert newest_complete(run / "checkpoints").name == "stopped.ckpt"
     assert "SIGUSR2: stopping at the next safe place" in said(tmp_path / "lives", 0)
-    assert "to go on: the same command with --ckpt_path last" in said(tmp_path / "lives", 0)
+    assert "to resume: run the same command with --ckpt_path last" in said(tmp_path / "lives", 0)
     assert not (run / "crash").exists(), "a stop is no crash"
     assert play(tmp_path / "lives", [again]) == [[0]]
     assert not (run / "checkpoints" / "stopped.ckpt").exists()
@@ -122,7 +122,7 @@ def test_the_others_of_a_killed_process_say_where_they_were(tmp_path):
     ((first, second),) = play(tmp_path / "lives", [life])
     assert second == -9
     assert first not in (0, 75)
-    assert said(tmp_path / "lives", 0).rstrip().endswith("to go on: the same command with --ckpt_path last")
+    assert said(tmp_path / "lives", 0).rstrip().endswith("to resume: run the same command with --ckpt_path last")
     report = (run / "crash" / "rank_0.txt").read_text()
     assert "rank 0 of 2" in report
     assert "iteration 0, after 0 optimizer steps" in report

@@ -132,7 +132,7 @@ def checked(run: Path, what: str) -> str:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("unspread", "Unspread should spread the policy over 2 processes, and one holds"),
+        ("unspread", "Unspread should shard the policy over 2 processes, but one holds"),
         ("same", "ranks 0 and 1 both hold the rollouts of group 0"),
     ],
 )

@@ -47,7 +47,7 @@ def test_a_run_directory_that_a_node_does_not_see_is_named(cluster, tmp_path, ro
     job = send_script(tmp_path / "run", line, "--nodes=2", "--ntasks-per-node=1")
     state, took, said = job.end(), time.monotonic() - job.started, job.output()
     assert state == "FAILED", said
-    assert "rank 1 on n2 cannot see there what rank 0 on n1 wrote" in said
+    assert "rank 1 on n2 cannot see a file that rank 0 on n1 wrote there" in said
     assert "Traceback" not in said
     row("run directory that a node does not see", "job ends, rank and node named", took)
 
