@@ -1,7 +1,7 @@
-"""Self-distillation: losses that pull the policy towards what its privileged teacher says at the same tokens.
+"""Self-distillation: losses that move the policy towards its privileged teacher's predictions at the same tokens.
 
-Beside a policy loss (`gear_lightning.loss`) or in its place. `skew_divergence` and `gated_gap` are pure functions of
-tensors; the classes name what a recipe may ask for.
+They are added to a policy loss (`gear_lightning.loss`) or replace it. `skew_divergence` and `gated_gap` are pure
+functions of tensors; the classes are the options of a recipe.
 """
 
 import math
@@ -19,29 +19,32 @@ from .loss import LOG_RATIO_LIMIT
 
 
 def _kl(a: Tensor, b: Tensor) -> Tensor:
-    """KL(a || b) of log-probs over the last axis. ``b - a`` adds nothing, for both sum to 1; with it the gradient in a
-    is a log(a / b): exactly 0 where they are equal, and no optimizer makes steps of rounding."""
+    """Return KL(a || b) of log-probs over the last axis.
+
+    The terms ``- a.exp() + b.exp()`` add nothing, because both sum to 1. With them the gradient in a is a log(a / b):
+    exactly 0 where both are equal, so that the optimizer takes no steps from rounding errors.
+    """
     return (a.exp() * (a - b) - a.exp() + b.exp()).sum(-1)
 
 
 def skew_divergence(
     policy_top: Float[Tensor, "batch seq top"], teacher_top: Float[Tensor, "batch seq top"], skew: float
 ) -> Float[Tensor, "batch seq"]:
-    """Divergence of two distributions given by log-probs of the same tokens plus one tail bucket, in nats.
+    """Return the divergence of two distributions, given by log-probs of the same tokens plus one tail bucket, in nats.
 
     With S the policy, T the teacher and M = (1 - skew) S + skew T: ``(1 - skew) KL(S || M) + skew KL(T || M)``, the
-    generalised Jensen-Shannon divergence (arXiv 2306.13649; at most log 2), and at its ends, where that is 0, what it
-    becomes there in OPSD's and SDPO's code: KL(T || S) at 0, KL(S || T) at 1. Exact where the tokens are the whole
-    vocabulary. The gradient is that in S alone.
+    generalized Jensen-Shannon divergence (arXiv 2306.13649; at most log 2). At skew 0 and 1, where that is 0, the
+    result follows OPSD's and SDPO's code: KL(T || S) at 0, KL(S || T) at 1. Exact if the tokens are the whole
+    vocabulary. Only S has a gradient.
     """
     s, t = with_tail(policy_top), with_tail(teacher_top.detach())
     if skew == 0:
         return _kl(t, s)
     if skew == 1:
         return _kl(s, t)
-    with torch.no_grad():  # M sums to 1: what reaches S through it cancels
+    with torch.no_grad():  # M sums to 1: the gradient through it cancels
         gap = t - s
-        # log(M / S), written so that it is 0 where S = T, and finite where T / S is not
+        # log(M / S), in a form that is 0 where S = T, and finite even if T / S is not
         low, high = gap.clamp_max(0), gap.clamp_min(0)
         rise = torch.where(
             gap > 0, high + torch.log1p((1 - skew) * torch.expm1(-high)), torch.log1p(skew * torch.expm1(low))
@@ -53,11 +56,11 @@ def skew_divergence(
 def gated_gap(
     logprobs: Float[Tensor, "batch seq"], teacher_logprobs: Float[Tensor, "batch seq"], beta: float
 ) -> Float[Tensor, "batch seq"]:
-    """``g (log T - log S)`` of sampled tokens, nats, with g = sigmoid(beta (log T - log S)) held fixed.
+    """Return ``g (log T - log S)`` of sampled tokens, in nats, with g = sigmoid(beta (log T - log S)) held fixed.
 
-    Its gradient in log S is -g: to lower it, the policy makes its sampled tokens likelier, those most that the teacher
-    finds likelier than it does. Where every token gets the same gate (``beta`` 0), the expected gradient on the
-    policy's own samples is 0.
+    Its gradient in log S is -g: to reduce it, the policy makes its sampled tokens more likely, most of all those to
+    which the teacher assigns a higher probability. If every token gets the same gate (``beta`` 0), the expected
+    gradient on the policy's own samples is 0.
     """
     gap = teacher_logprobs.detach() - logprobs
     return torch.sigmoid(beta * gap).detach() * gap
@@ -74,7 +77,7 @@ class Distillation(ABC):
 
     @property
     def top_k(self) -> int:
-        """Number of the policy's most likely tokens to compare distributions on; 0 where sampled tokens suffice."""
+        """Number of the policy's most likely tokens to compare distributions on; 0 if sampled tokens suffice."""
         return 0
 
     @abstractmethod
@@ -85,7 +88,7 @@ class Distillation(ABC):
         old_logprobs: Float[Tensor, "batch seq"],
         advantages: Float[Tensor, "batch seq"],
     ) -> Float[Tensor, "batch seq"]:
-        """Loss of each token before ``coef``; of any finite value outside the action tokens."""
+        """Return the loss of each token before ``coef``; any finite value outside the action tokens."""
 
     def __call__(
         self,
@@ -98,19 +101,19 @@ class Distillation(ABC):
         advantages: Float[Tensor, "batch seq"],
         step_tokens: Tensor,
     ) -> Float[Tensor, ""]:
-        """This micro-batch's share of the loss of the optimizer step: ``coef`` x sum over tokens / ``step_tokens``.
+        """Return this micro-batch's share of the optimizer step's loss: ``coef`` x sum over tokens / ``step_tokens``.
 
         Args:
-            policy: what the policy says, with gradient.
-            teacher: what the teacher says, about the same ``top_k`` tokens.
-            old_logprobs: of the policy before the first of the inner epochs, nats.
+            policy: the policy's statistics, with gradient.
+            teacher: the teacher's statistics, for the same ``top_k`` tokens.
+            old_logprobs: the policy's log-probs before the first inner epoch, nats.
             mask: tokens that count.
-            privileged: where the teacher saw more than the policy; the other rows add nothing.
+            privileged: rows for which the teacher saw more than the policy; the other rows add nothing.
             advantages: of each token, before credit.
-            step_tokens: action tokens of the whole optimizer step.
+            step_tokens: number of action tokens of the whole optimizer step.
 
         Raises:
-            UserError: distributions are compared, and there are none.
+            UserError: the loss compares distributions, and the statistics contain none.
         """
         losses = self.token_losses(policy, teacher, old_logprobs, advantages)
         losses = torch.where(mask & privileged[:, None], losses, 0)
@@ -122,30 +125,30 @@ class Distillation(ABC):
         return policy.top_logprobs[..., : self.top_k], teacher.top_logprobs[..., : self.top_k]
 
     def _check(self, **values: tuple[float | None, float, float]) -> None:
-        """Refuse options outside of [low, high], given as (value, low, high)."""
+        """Raise unless each option, given as (value, low, high), lies in [low, high]."""
         for name, (value, low, high) in values.items():
             if value is not None and not (low <= value <= high and math.isfinite(value)):
                 bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
                 raise UserError(f"{type(self).__name__}: {name}={value} must be a number {bounds}")
         if self.coef == 0:
-            raise UserError(f"{type(self).__name__}: coef=0 distils nothing; use model.distillation=null")
+            raise UserError(f"{type(self).__name__}: coef=0 turns distillation off; use model.distillation=null")
 
 
 @dataclass(frozen=True)
 class OPSD(Distillation):
-    """On-policy self-distillation: a divergence of whole distributions, on the policy's rollouts (arXiv 2601.18734).
+    """On-policy self-distillation: a divergence of full distributions, on the policy's rollouts (arXiv 2601.18734).
 
-    The paper takes it on the whole vocabulary. Here it is taken on the policy's most likely tokens and a bucket for the
-    rest, and ``top_k_tokens`` as large as the vocabulary is the paper's. Each such token costs a few float32 numbers
-    per action token of the micro-batch, kept until its backward pass.
+    The paper computes it over the whole vocabulary. Here it is computed over the policy's most likely tokens and a
+    bucket for the rest; it equals the paper's if ``top_k_tokens`` is the vocabulary size. Each such token costs a few
+    float32 numbers per action token of the micro-batch, kept until its backward pass.
 
     Args:
         coef: weight of the term.
-        beta: 0 is KL(teacher || policy), 1 is KL(policy || teacher), between them the generalised Jensen-Shannon
+        beta: 0 is KL(teacher || policy), 1 is KL(policy || teacher), values between are the generalized Jensen-Shannon
             divergence.
-        top_k_tokens: the policy's most likely tokens on which it is taken, plus a tail bucket.
-        token_clip: most that one token counts, nats; a token above it has no gradient. Null: none, with which CREST
-            ("Teach the Magnitude, Not the Direction", 2026) saw training collapse within about 100 steps.
+        top_k_tokens: number of the policy's most likely tokens over which it is computed, plus a tail bucket.
+        token_clip: maximum loss of one token, nats; a token above it has no gradient. Null: no maximum, with which
+            CREST ("Teach the Magnitude, Not the Direction", 2026) saw training collapse within about 100 steps.
 
     Raises:
         UserError: an option out of range.
@@ -178,14 +181,15 @@ class SDPO(Distillation):
     """Self-distillation from a solved rollout of the group, or from feedback (arXiv 2601.20802).
 
     Each token's divergence, as in `OPSD`, is multiplied by its importance weight min(policy / old policy, is_clip),
-    without gradient: 1 in the first of the inner epochs. A rollout without demonstration or feedback adds nothing; what
-    the teacher sees is ``model.teacher.shows=peer_or_feedback``. For the memory of ``top_k_tokens`` see `OPSD`.
+    without gradient: 1 in the first inner epoch. A rollout without demonstration or feedback adds nothing. Use
+    ``model.teacher.shows=peer_or_feedback`` to show these to the teacher. For the memory of ``top_k_tokens`` see
+    `OPSD`.
 
     Args:
         coef: weight of the term.
-        alpha: 0 is KL(teacher || policy), 1 is KL(policy || teacher), between them the generalised Jensen-Shannon
+        alpha: 0 is KL(teacher || policy), 1 is KL(policy || teacher), values between are the generalized Jensen-Shannon
             divergence.
-        top_k_tokens: the policy's most likely tokens on which it is taken, plus a tail bucket.
+        top_k_tokens: number of the policy's most likely tokens over which it is computed, plus a tail bucket.
         is_clip: cap of the importance weight.
 
     Raises:
@@ -216,15 +220,16 @@ class SDPO(Distillation):
 
 @dataclass(frozen=True)
 class SDPG(Distillation):
-    """Self-distillation beside a policy gradient: KL(policy || teacher) of whole distributions (arXiv 2606.04036).
+    """Self-distillation in addition to a policy gradient: KL(policy || teacher) of full distributions.
 
-    Of the paper's loss this is the term with beta; that with alpha pulls the policy to a frozen reference model, whose
-    forward on each micro-batch this framework does not make. For the memory of ``top_k_tokens`` see `OPSD`.
+    From arXiv 2606.04036: the term of the paper's loss with beta. The term with alpha pulls the policy to a frozen
+    reference model and needs its forward pass on each micro-batch, which this framework does not run. For the memory of
+    ``top_k_tokens`` see `OPSD`.
 
     Args:
         coef: weight of the term, the paper's beta.
-        top_k_tokens: the policy's most likely tokens on which the KL is taken, plus a tail bucket.
-        token_clip: most that one token counts, nats; a token above it has no gradient. Null: none.
+        top_k_tokens: number of the policy's most likely tokens over which the KL is computed, plus a tail bucket.
+        token_clip: maximum loss of one token, nats; a token above it has no gradient. Null: no maximum.
         positives_only: only on tokens with a positive advantage.
 
     Raises:
@@ -255,12 +260,13 @@ class SDPG(Distillation):
 
 @dataclass(frozen=True)
 class SDAR(Distillation):
-    """Gated self-distillation of sampled tokens beside GRPO (arXiv 2605.15155): see `gated_gap`. Its value may be
-    negative. It needs no distributions.
+    """Gated self-distillation of sampled tokens in addition to GRPO (arXiv 2605.15155): see `gated_gap`.
+
+    Its value may be negative. It needs no distributions.
 
     Args:
         coef: weight of the term.
-        beta: sharpness of the gate, per nat. 0 weighs all tokens with a half, which the authors call GRPO+OPSD.
+        beta: sharpness of the gate, per nat. 0 weighs all tokens by 1/2, which the authors call GRPO+OPSD.
 
     Raises:
         UserError: an option out of range.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import UserError
 
-LOG_RATIO_LIMIT = 20.0  # nats; as in verl. exp(89) overflows, and its gradient is then 0 * inf, also under the clip
+LOG_RATIO_LIMIT = 20.0  # nats, as in verl. exp(89) overflows, and its gradient is then 0 * inf even if clipped
 
 
 def clipped_surrogate(
@@ -23,11 +23,11 @@ def clipped_surrogate(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
-    """Loss per token, and where the clip took the gradient away.
+    """Return the loss per token, and the tokens whose gradient the clip removed.
 
     ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` with r the importance ratio (PPO, arXiv 1707.06347; separate
     bounds from DAPO, arXiv 2503.14476). ``dual_clip`` caps the loss at ``-dual_clip A`` where A < 0 (arXiv 1912.09729).
-    The log-ratio is limited to plus and minus 20 nats, which also takes the gradient away.
+    The log-ratio is clamped to plus and minus 20 nats, which also removes the gradient.
     """
     log_ratio = logprobs - old_logprobs
     ratio = torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
@@ -45,10 +45,10 @@ def clipped_surrogate(
 def sequence_log_ratio(
     logprobs: Float[Tensor, "batch seq"], old_logprobs: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch seq"]:
-    """log s_t of GSPO's token form, nats: the mean log-ratio of the rollout's action tokens, the same for all of them,
-    with the gradient of token t's own log-prob.
+    """Return log s_t of GSPO's token form, in nats.
 
-    ``s_t = sg[s] p_t / sg[p_t]`` with ``s = exp(mean_t log r_t)`` (arXiv 2507.18071).
+    Its value is the mean log-ratio of the rollout's action tokens, the same for all of them. Its gradient is that of
+    token t's own log-prob: ``s_t = sg[s] p_t / sg[p_t]`` with ``s = exp(mean_t log r_t)`` (arXiv 2507.18071).
     """
     gap = torch.where(mask, logprobs - old_logprobs, 0).detach()
     mean = gap.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
@@ -63,10 +63,11 @@ def weighted_likelihood(
     clip_low: float | None,
     clip_high: float,
 ) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
-    """Loss per token, and where its weight was clipped.
+    """Return the loss per token, and the tokens whose weight was clipped.
 
     ``-sg[clip(r, 1 - clip_low, 1 + clip_high)] A log p`` with r the importance ratio (CISPO, arXiv 2506.13585).
-    ``clip_low`` None: no lower bound. No token loses its gradient. The log-ratio is limited to plus and minus 20 nats.
+    ``clip_low`` None: no lower bound. Every token keeps its gradient. The log-ratio is clamped to plus and minus 20
+    nats.
     """
     log_ratio = (logprobs - old_logprobs).detach()
     ratio = torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
@@ -77,12 +78,12 @@ def weighted_likelihood(
 def sampler_weights(
     old_logprobs: Float[Tensor, "batch seq"], sampler_logprobs: Float[Tensor, "batch seq"], cap: float
 ) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
-    """Truncated importance weight of each token, without gradient, and where it was truncated.
+    """Return the truncated importance weight of each token, without gradient, and the tokens where it was truncated.
 
-    ``min(exp(old_logprob - sampler_logprob), cap)``: corrects for tokens that were drawn with other numbers than those
+    ``min(exp(old_logprob - sampler_logprob), cap)`` corrects for tokens sampled with other probabilities than those
     that training computes (Ionides 2008, doi 10.1198/106186008X320456; token by token for RL as in verl,
-    docs/algo/rollout_corr_math.md section 3.3.1). Exactly 1 where both are equal. The log-ratio is limited to plus and
-    minus 20 nats.
+    docs/algo/rollout_corr_math.md section 3.3.1). The weight is exactly 1 if both log-probs are equal. The log-ratio is
+    clamped to plus and minus 20 nats.
     """
     log_ratio = (old_logprobs - sampler_logprobs).detach()
     ratio = torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
@@ -91,13 +92,13 @@ def sampler_weights(
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A loss and what to log of it: sums over the tokens of the micro-batch.
+    """A loss and its values to log: sums over the tokens of the micro-batch.
 
     Attributes:
         loss: this micro-batch's share of the step's loss.
-        clipped: number of tokens at which the clip decided: without gradient, or with another weight (CISPO).
+        clipped: number of tokens that the clip changed: it removed the gradient, or changed the weight (CISPO).
         sampler_ratio: sum of the truncated importance weights of the sampler. None: not used.
-        sampler_truncated: number of tokens at which they were truncated. None: not used.
+        sampler_truncated: number of tokens with a truncated weight. None: not used.
     """
 
     loss: Float[Tensor, ""]
@@ -107,7 +108,7 @@ class LossTerms:
 
 
 class PolicyLoss(ABC):
-    """An objective. Its value must be a sum over tokens divided by numbers that do not depend on the micro-batch."""
+    """An objective. It must return a sum over tokens divided by numbers that do not depend on the micro-batch."""
 
     @abstractmethod
     def __call__(
@@ -121,30 +122,31 @@ class PolicyLoss(ABC):
         step_tokens: Tensor,
         step_rollouts: Tensor,
     ) -> LossTerms:
-        """This micro-batch's share of the loss of the optimizer step.
+        """Return this micro-batch's share of the loss of the optimizer step.
 
         Args:
-            logprobs: of the policy that is trained, nats; the only argument with gradient.
-            old_logprobs: the same before the first of the inner epochs, nats.
-            advantages: of each token, with its credit.
+            logprobs: of the policy in training, nats; the only argument with gradient.
+            old_logprobs: the policy's log-probs before the first inner epoch, nats.
+            advantages: of each token, including credit.
             mask: tokens that count.
-            sampler_logprobs: as the generation engine reported them, nats, before any top-p and top-k.
-            step_tokens: action tokens of the whole optimizer step.
-            step_rollouts: rollouts of the whole optimizer step.
+            sampler_logprobs: as reported by the generation engine, nats, before any top-p and top-k.
+            step_tokens: number of action tokens of the whole optimizer step.
+            step_rollouts: number of rollouts of the whole optimizer step.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLoss(PolicyLoss):
-    """A loss that every token has, and how those of a step become one number.
+    """A loss of each token, and the aggregation over the tokens of a step.
 
     Args:
         aggregation: ``token_mean`` over the action tokens of the whole optimizer step; ``sequence_mean``: mean over
             each rollout's tokens, then over rollouts; ``constant``: sum over tokens / (rollouts x constant_length).
         constant_length: tokens, for ``aggregation=constant`` (Dr.GRPO's maximum response length).
-        sampler_cap: truncated importance sampling: weigh each token by exp(old log-prob - sampler's log-prob), at most
-            this (2.0 is usual), for a sampler whose numbers are not the trainer's: see ``train/sampler_gap_max``. Both
-            log-probs are those before top-p and top-k, so it corrects numbers, not the cut of those. Null: off.
+        sampler_cap: truncated importance sampling: weigh each token by exp(old log-prob - sampler's log-prob), capped
+            at this value (2.0 is usual), for a sampler whose probabilities differ from the trainer's: see
+            ``train/sampler_gap_max``. Both log-probs are taken before top-p and top-k, so it corrects numerical
+            differences, not the truncation by top-p and top-k. Null: off.
 
     Raises:
         UserError: ``constant_length`` missing, or given to another aggregation; ``sampler_cap`` below 1, or not finite.
@@ -172,7 +174,7 @@ class TokenLoss(PolicyLoss):
         advantages: Float[Tensor, "batch seq"],
         mask: Bool[Tensor, "batch seq"],
     ) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
-        """Loss of each token, and where the clip decided; of any value outside the mask."""
+        """Return the loss of each token and the tokens that the clip changed; arbitrary values outside the mask."""
 
     def __call__(
         self, logprobs, old_logprobs, advantages, mask, *, sampler_logprobs, step_tokens, step_rollouts
@@ -205,17 +207,17 @@ def _check_bounds(kind: object, clip_low: float | None, clip_high: float) -> Non
 class ClippedSurrogate(TokenLoss):
     """PPO's clipped surrogate.
 
-    The loss of GRPO (arXiv 2402.03300), Dr.GRPO (2503.20783) and DAPO (2503.14476), by its bounds and aggregation. At
-    ratio 1, so in the first inner epoch, the gradient in a token's log-prob is minus its advantage over the
-    denominator of ``aggregation``.
+    The loss of GRPO (arXiv 2402.03300), Dr.GRPO (2503.20783) and DAPO (2503.14476), depending on bounds and
+    aggregation. At ratio 1, that is, in the first inner epoch, the gradient with respect to a token's log-prob is minus
+    its advantage divided by the denominator of ``aggregation``.
 
     Args:
         clip_low: lower bound of the importance ratio is 1 - clip_low.
         clip_high: upper bound is 1 + clip_high.
-        dual_clip: cap of the loss on negative advantages, as a multiple of the advantage (3.0 in verl). Null: none.
+        dual_clip: cap of the loss on negative advantages, as a multiple of the advantage (3.0 in verl). Null: no cap.
 
     Raises:
-        UserError: bounds out of range, and as `TokenLoss`.
+        UserError: bounds out of range, or as in `TokenLoss`.
     """
 
     clip_low: float = 0.2
@@ -226,7 +228,7 @@ class ClippedSurrogate(TokenLoss):
         super().__post_init__()
         _check_bounds(self, self.clip_low, self.clip_high)
         if self.dual_clip is not None and not 1 < self.dual_clip < math.inf:
-            raise UserError(f"dual_clip={self.dual_clip} must be above 1 and finite (3.0 is usual); null for none")
+            raise UserError(f"dual_clip={self.dual_clip} must be above 1 and finite (3.0 is usual); null for no cap")
 
     def per_token(self, logprobs, old_logprobs, advantages, mask):
         return clipped_surrogate(
@@ -246,16 +248,16 @@ class GSPO(TokenLoss):
     ``-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A)`` with s the geometric mean of the ratios of the rollout's
     action tokens, over all of its turns. The gradient of a token that is not clipped is -s A with its own A.
 
-    At ratio 1, so in the first inner epoch, the gradient in a token's log-prob is minus its advantage / (tokens of the
-    rollout x rollouts): that of `ClippedSurrogate` with ``aggregation=sequence_mean``. The two differ from the second
-    inner epoch on.
+    At ratio 1, that is, in the first inner epoch, the gradient with respect to a token's log-prob is minus its
+    advantage / (tokens of the rollout x rollouts), as in `ClippedSurrogate` with ``aggregation=sequence_mean``. The two
+    differ from the second inner epoch on.
 
     Args:
-        clip_low: lower bound of s is 1 - clip_low. The default is the authors'; s moves far less than a token's ratio.
+        clip_low: lower bound of s is 1 - clip_low. The default is the authors'; s varies far less than a token's ratio.
         clip_high: upper bound of s is 1 + clip_high.
 
     Raises:
-        UserError: bounds out of range, and as `TokenLoss`.
+        UserError: bounds out of range, or as in `TokenLoss`.
     """
 
     clip_low: float = 3e-4
@@ -274,13 +276,14 @@ class GSPO(TokenLoss):
 
 @dataclass(frozen=True)
 class CISPO(TokenLoss):
-    """Log-likelihood weighed by the clipped importance ratio, which has no gradient (MiniMax-M1, arXiv 2506.13585).
+    """Log-likelihood weighted by the clipped importance ratio, which has no gradient (MiniMax-M1, arXiv 2506.13585).
 
-    ``-sg[clip(r, 1 - clip_low, 1 + clip_high)] A log p``: unlike under `ClippedSurrogate` no token loses its gradient.
-    The loss itself is no measure of anything; its gradient is that of the surrogate whose weight is held.
+    ``-sg[clip(r, 1 - clip_low, 1 + clip_high)] A log p``: unlike with `ClippedSurrogate`, every token keeps its
+    gradient. The value of the loss has no meaning; its gradient is that of the surrogate with a fixed weight.
 
-    At ratio 1, so in the first inner epoch, the gradient in a token's log-prob is minus its advantage over the
-    denominator of ``aggregation``: that of `ClippedSurrogate`. The two differ from the second inner epoch on.
+    At ratio 1, that is, in the first inner epoch, the gradient with respect to a token's log-prob is minus its
+    advantage divided by the denominator of ``aggregation``, as in `ClippedSurrogate`. The two differ from the second
+    inner epoch on.
 
     Args:
         clip_low: weights are at least 1 - clip_low. Null, as in the paper's runs: no lower bound.
@@ -288,7 +291,7 @@ class CISPO(TokenLoss):
             2510.13786); the paper tunes it and gives no value.
 
     Raises:
-        UserError: bounds out of range, and as `TokenLoss`.
+        UserError: bounds out of range, or as in `TokenLoss`.
     """
 
     clip_low: float | None = None

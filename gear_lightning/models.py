@@ -1,4 +1,4 @@
-"""Where the policy comes from: a Hugging Face directory, a hub id, a GGUF file, or a small model built from nothing."""
+"""Sources of the policy: a Hugging Face directory, a hub id, a GGUF file, or a small model with random weights."""
 
 import hashlib
 import importlib
@@ -16,47 +16,52 @@ from .runs.files import build_once, cache_dir
 
 
 class PolicySource(ABC):
-    """Gives the tokenizer and the model that training starts from."""
+    """Provides the tokenizer and the model that training starts from."""
 
     @abstractmethod
     def tokenizer(self) -> Any:
-        """The tokenizer, with a chat template."""
+        """Return the tokenizer, with a chat template."""
 
     @abstractmethod
     def model(self) -> Any:
-        """A causal language model with its starting weights, float32 unless asked otherwise."""
+        """Return a causal language model with its starting weights, in float32 unless configured otherwise."""
 
     def config(self) -> Any:
-        """The model's Hugging Face configuration; None where only loading the model tells it."""
+        """Return the model's Hugging Face configuration; None if it is known only after loading the model."""
         return None
 
     def skeleton(self) -> Any:
-        """The model with its parameters on the meta device: shapes without values, and without memory where the source
-        knows how."""
+        """Return the model with its parameters on the meta device: shapes without values.
+
+        Sources that support it build the skeleton without allocating memory for the weights.
+        """
         from .distributed.sharding import skeleton
 
         return skeleton(self.model())
 
     def fingerprint(self) -> str:
-        """Tells this policy from others, for caches."""
+        """Return a string that identifies this policy, for caches."""
         return repr(self)
 
     def published(self) -> str | None:
-        """What ``from_pretrained`` loads the same starting weights from, on any day; None where nothing does."""
+        """Return the path or hub id from which ``from_pretrained`` loads these weights at any time; None if none does."""
         return None
 
     def shipped(self) -> dict[str, bytes]:
-        """Files that the model was published with beside its weights, as they are (see `shipped.KEPT`)."""
+        """Return the files that the model was published with, besides its weights, unchanged (see `shipped.KEPT`)."""
         return {}
 
     def stop_ids(self) -> list[int]:
-        """Tokens at which ``generate`` of the published model stops."""
+        """Return the tokens at which ``generate`` of the published model stops."""
         return stop_ids(self.shipped())
 
 
 class Float32Buffers:
-    """Put before a LightningModule: rotary frequencies and other buffers that no checkpoint holds stay float32 where
-    Lightning casts the weights. In bfloat16 they would move every token, in training but not after a reload."""
+    """Mixin that keeps rotary frequencies and other buffers that no checkpoint holds in float32.
+
+    List it before a LightningModule. Lightning casts buffers together with the weights; bfloat16 rotary frequencies
+    would change every token's output, in training but not after a reload.
+    """
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         kept = [
@@ -73,70 +78,72 @@ class Float32Buffers:
 
 
 def without_dropout(model: Any) -> Any:
-    """Keep the model's layers in evaluation mode for good, so that sampler, teacher and update see one distribution.
+    """Keep the model's layers in evaluation mode permanently, so that sampler, teacher and update use one distribution.
 
-    Everything random in a transformers model (all forms of dropout, layerdrop, stochastic depth, jitter and sampling in
-    routers) asks a layer's ``training`` flag, whatever its rate is called. After this call ``train()`` sets the flag of
-    the model itself alone, and not those of its layers. The configuration keeps its rates; gradients are not affected.
+    All random parts of a transformers model (all forms of dropout, layerdrop, stochastic depth, jitter and sampling in
+    routers) read a layer's ``training`` flag, whatever the name of their rate. After this call, ``train()`` sets the
+    flag of the model only, and not those of its layers. The configuration keeps its rates; gradients are not affected.
     """
     model.train = MethodType(_train_without_layers, model)
     return model.train(model.training)
 
 
 def _train_without_layers(model: Any, mode: bool = True) -> Any:
-    """`torch.nn.Module.train` of a model from `without_dropout`."""
+    """Replace `torch.nn.Module.train` of a model from `without_dropout`."""
     type(model).train(model, False)
     model.training = mode
     return model
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Make the model keep only each layer's input in training and compute the layer again in the backward pass.
+    """Make the model keep only each layer's input in training, and recompute the layer in the backward pass.
 
     Raises:
-        UserError: the model has no such mode.
+        UserError: the model does not support activation checkpointing.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    # its newer name, or that of transformers before 5.23
+    # the name in newer transformers, or the name before 5.23
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     name = type(model).__name__
     try:
         enable({"use_reentrant": False})
     except (ValueError, NotImplementedError) as error:
         raise UserError(
-            f"{name} cannot checkpoint its activations ({error}); leave model.activation_checkpointing out"
+            f"{name} cannot checkpoint its activations ({error}); remove model.activation_checkpointing"
         ) from None
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     if not layers:
-        raise UserError(f"{name} has no layers that can be computed again; leave model.activation_checkpointing out")
+        raise UserError(f"{name} has no layers that can be recomputed; remove model.activation_checkpointing")
     for layer in layers:
         layer.forward = MethodType(_forward_checkpointed, layer)
 
 
 def _forward_checkpointed(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """A layer's forward that keeps its input alone where it has a backward pass. transformers does so in training mode
-    only, in which the layers of a policy never are (`without_dropout`)."""
+    """Run a layer's forward and keep only its input if it has a backward pass.
+
+    transformers does so only in training mode, in which the layers of a policy never are (`without_dropout`).
+    """
     import torch
     from torch.utils.checkpoint import checkpoint
 
     forward = partial(type(layer).forward, layer)
     if layer.training or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    # as transformers does: computing a layer again must not write to a cache a second time
+    # as in transformers: recomputing a layer must not write to a cache a second time
     kwargs |= {name: None for name in ("past_key_values", "layer_past") if name in kwargs}
     return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
 
 
 @dataclass(frozen=True)
 class Pretrained(PolicySource):
-    """A pretrained causal language model. Remote code is never run.
+    """A pretrained causal language model. Remote code is never executed.
 
     Args:
         path: a model directory, a hub id, a ``.gguf`` file, or ``package:NAME/FILE.gguf`` for a file inside an
-            installed Python package. GGUF files are dequantised once and cached.
+            installed Python package. GGUF files are dequantized once and cached.
         attn_implementation: attention of transformers: ``sdpa``, ``eager`` or ``flash_attention_2``.
-        chat_template: file with a chat template in place of the tokenizer's own.
+        chat_template: file with a chat template that replaces the tokenizer's own.
     """
 
     path: str
@@ -146,7 +153,7 @@ class Pretrained(PolicySource):
     def _resolve(self) -> str:
         path = self.path
         if "\0" in path or not path.strip():
-            raise UserError(f"model.policy.path={path!r} is no path")
+            raise UserError(f"model.policy.path={path!r} is not a path")
         if path.startswith("package:"):
             package, _, file = path.removeprefix("package:").partition("/")
             if not package.isidentifier() or ".." in Path(file).parts:
@@ -173,7 +180,7 @@ class Pretrained(PolicySource):
 
     def published(self) -> str | None:
         where = self._resolve()
-        if self.path.endswith(".gguf"):  # the cache holds its weights, and may be emptied
+        if self.path.endswith(".gguf"):  # its weights are in the cache, which may be emptied
             return None
         return str(Path(where).resolve()) if Path(where).is_dir() else where
 
@@ -228,7 +235,7 @@ class Pretrained(PolicySource):
 
 
 def _convert_gguf(file: Path) -> Path:
-    """Dequantise a GGUF file into a model directory in the cache."""
+    """Dequantize a GGUF file into a model directory in the cache, and return the directory."""
     require_extra("gguf")
     status = file.stat()
     name = hashlib.sha256(f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()[:16]
@@ -244,7 +251,7 @@ def _convert_gguf(file: Path) -> Path:
             model = AutoModelForCausalLM.from_pretrained(
                 **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
             )
-        except Exception as error:  # whatever first trips over a broken file
+        except Exception as error:  # a broken file can raise any exception
             first = (str(error).strip().splitlines() or [""])[0]
             raise UserError(f"{file}: not a GGUF file that can be loaded ({type(error).__name__}: {first})") from None
         model.save_pretrained(folder)
@@ -264,7 +271,7 @@ WORD_MARKS = ["<pad>", "<unk>", "<task>", "<act>", "<tool>", "<end>"]
 
 @dataclass(frozen=True)
 class FromScratch(PolicySource):
-    """A small Llama with random weights over a vocabulary of whole words, for tasks that fit in one.
+    """A small Llama with random weights and a vocabulary of whole words, for tasks whose words are all in it.
 
     Args:
         words: import path of the list of words, e.g. ``gear_lightning.environments.lookup_chain.WORDS``.
@@ -328,7 +335,7 @@ class FromScratch(PolicySource):
         from transformers import LlamaForCausalLM
 
         config = self.config()
-        # always a CPU's random numbers: Lightning calls this where tensors are made on the GPU
+        # use the CPU's generator: Lightning calls this in a context that creates tensors on the GPU
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             return LlamaForCausalLM(config)

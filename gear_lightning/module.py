@@ -40,27 +40,27 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
 
 
 class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
-    """Trains a policy on rollouts, with credit assigned token by token.
+    """Trains a policy on rollouts, with an advantage for each token.
 
     Args:
-        policy: where the starting weights and the tokenizer come from.
-        credit: how a rollout's advantage is spread over its tokens.
-        objective: the policy loss. Null: none, to learn by ``distillation`` alone; then with ``credit`` Uniform.
-        teacher: what scores rollouts for the credit rule and the distillation, and what it sees.
-        chat: how messages become text.
+        policy: source of the starting weights and the tokenizer.
+        credit: rule that distributes a rollout's advantage over its tokens.
+        objective: the policy loss. Null: none, to train with ``distillation`` alone; requires ``credit`` Uniform.
+        teacher: the teacher that scores rollouts for the credit rule and the distillation, and its privileged text.
+        chat: conversion of messages to text.
         optimizer: of the policy's parameters.
         lr_scheduler: stepped after every optimizer step; ``lightning.pytorch.cli.ReduceLROnPlateau`` at the end of each
             iteration that has measured its ``monitor``. Null: constant learning rate.
         lora: train low-rank adapters on the starting weights (extra ``lora``). Null: train all weights.
-        activation_checkpointing: keep only the input of each of the policy's layers and compute the layer again in the
-            backward pass: far less memory for a slower update, with the same gradients.
-        distillation: a loss that pulls the policy towards the teacher, added to the objective. Null: none.
-        head_precision: what the output head computes logits in, in rollouts and updates, for policy and teacher.
-            ``float32`` halves the credit signal's rounding under bf16-mixed, and takes a float32 copy of the head where
-            the weights are bfloat16. Null: float32 under mixed precision, elsewhere that of the weights.
+        activation_checkpointing: keep only the input of each of the policy's layers and recompute the layer in the
+            backward pass: far less memory, a slower update, the same gradients.
+        distillation: a loss that moves the policy towards the teacher, added to the objective. Null: none.
+        head_precision: precision in which the output head computes logits, in rollouts and updates, for policy and
+            teacher. ``float32`` halves the credit signal's rounding under bf16-mixed, and needs a float32 copy of the
+            head if the weights are bfloat16. Null: float32 under mixed precision, otherwise that of the weights.
 
     Raises:
-        UserError: options that contradict one another, or of which one would do nothing.
+        UserError: options that contradict each other, or an option that would do nothing.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         self.distillation = distillation
         if objective is None:
             if distillation is None:
-                raise UserError("model.objective and model.distillation are both null: there is nothing to learn from")
+                raise UserError("model.objective and model.distillation are both null: there is no loss to train on")
             if not isinstance(credit, Uniform):
                 raise UserError(
                     f"model.credit={type(credit).__name__} does nothing without a model.objective; add "
-                    "--config configs/credit/grpo.yaml after the config that takes the objective away, or give one"
+                    "--config configs/credit/grpo.yaml after the config that sets the objective to null, or set one"
                 )
         self.teacher_options = teacher
         self.chat_options = chat
@@ -103,15 +103,15 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
                 )
         self.activation_checkpointing = activation_checkpointing
         self.head_precision: HeadPrecision | None = head_precision
-        self.initial_weights: Path | None = None  # a model directory to start from in place of the source's weights
-        self.base: str | None = None  # what loads the weights that adapters lie on; None: the checkpoint alone has them
+        self.initial_weights: Path | None = None  # a model directory with starting weights that replace the source's
+        self.base: str | None = None  # path or hub id of the adapters' base; None: only the checkpoint has it
         self.policy: Any = None
-        self._blank: list[Any] = [None]  # see `blank`; in a list, for it is no part of this module
+        self._blank: list[Any] = [None]  # see `blank`; in a list, so that it is not a submodule
         self.teacher: Teacher | None = None
         self._chat: Chat | None = None
         self._shipped: dict[str, bytes] = {}  # files of the published model, and its hub id
         self._base_model: str | None = None
-        self._frozen: dict[tuple[int, ...], Kept] = {}  # of this iteration, where later inner epochs use it
+        self._frozen: dict[tuple[int, ...], Kept] = {}  # scorings of this iteration, if later inner epochs use them
         self.noise = RoundingNoise()  # for the credit rule; the callback NoiseFloor measures it before the first step
         self.divergence_p95, self.sampler_gap_p95, self.sampler_gap_max = Quantile(0.95), Quantile(0.95), MaxMetric()
         self.val_success, self.val_reward, self.val_turns, self.val_tokens = (MeanMetric() for _ in range(4))
@@ -120,7 +120,7 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the credit rule or the distillation looks at a teacher."""
+        """Whether the credit rule or the distillation uses a teacher."""
         return self.credit.needs_teacher or self.distillation is not None
 
     @property
@@ -133,7 +133,7 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
 
     @property
     def blank(self) -> Any:
-        """The policy's modules without values, where its parameters are spread over the ranks; None elsewhere."""
+        """The policy's modules without values if its parameters are sharded over the ranks, else None."""
         return self._blank[0]
 
     def configure_model(self) -> None:
@@ -149,7 +149,7 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         if self.teacher is None and self.needs_teacher and fitting:
             duplicate = self._spread_copy if spread else copy.deepcopy
             self.teacher = Teacher(self.policy, self.teacher_options, low_precision=low, duplicate=duplicate)
-        if self.activation_checkpointing and fitting:  # after the teacher's copy, which keeps nothing anyway
+        if self.activation_checkpointing and fitting:  # after the teacher's copy, which has no backward pass
             checkpoint_activations(self.policy)
         if fitting:
             self.prepare_sums(low_precision=low and self.lora is None)
@@ -167,15 +167,18 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         return self.as_trained(self.source.skeleton())
 
     def as_trained(self, policy: Any, precision: str | None = None) -> Any:
-        """A model of the source, changed in place to compute as training needs it: no dropout, and a head of
-        ``head_precision`` for a ``trainer.precision`` (None: this module's trainer's)."""
+        """Prepare a model of the source for training, in place, and return it.
+
+        Dropout is removed, and the head gets ``head_precision`` for a ``trainer.precision`` (None: that of this
+        module's trainer).
+        """
         without_dropout(policy)
         if head_in_float32(self.head_precision, precision or str(self.trainer.precision)):
             use_float32_head(policy)
         return policy
 
     def _adapted(self, make: Callable[[], Any], teacher: bool) -> Any:
-        """A model with its adapters, the teacher's too where they are to be spread over the ranks with the others."""
+        """Return a model with its adapters, and with the teacher's if these are to be sharded with the others."""
         policy = make()
         if self.lora is not None:
             self.base = self.source.published() if self.initial_weights is None else None
@@ -190,7 +193,7 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
 
     @property
     def longest(self) -> Longest | None:
-        """The longest row that policy and teacher can score; None where nothing limits it, or only loading tells."""
+        """The longest row that policy and teacher can score; None if unlimited, or unknown before loading the model."""
         config = self.source.config() if self.policy is None else self.policy.config
         name = getattr(config, "model_type", "the model") if self.policy is None else type(self.policy).__name__
         return None if config is None else longest_row(config, name)
@@ -204,15 +207,15 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         response: int = 1,
         options: TeacherOptions | None = None,
     ) -> tuple[list[int], bool]:
-        """Ids of what the teacher sees before the response, and whether its text was dropped for length.
+        """Return the ids that the teacher sees before the response, and whether its text was dropped for length.
 
         Args:
             task: see `teacher.privileged_prompt`, also for the next three.
-            opening: the messages that the rollout began with.
-            peer: what a successful rollout of the same group said and saw.
-            feedback: what the environment said.
+            opening: the first messages of the rollout.
+            peer: messages of a successful rollout of the same group.
+            feedback: the environment's feedback.
             response: tokens that follow.
-            options: in place of the module's own.
+            options: replace the module's own options.
         """
         if not self.needs_teacher:
             return self.chat_format.prompt(opening, task.tools), False
@@ -257,12 +260,12 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         share = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         self._log_step(batch, policy, teacher, credit)
         self._log_loss(share, terms, distilled, int(batch.action_mask.sum()))
-        # Lightning divides by the micro-batches of a step, and the strategy averages over ranks: undo both
+        # Lightning divides by the micro-batches of a step, and the strategy averages over ranks; this undoes both
         loss = share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
         return {"loss": loss, "credit": credit, "policy": policy, "teacher": teacher}
 
     def _policy_stats(self, batch: RolloutBatch, frozen: Scored | None) -> TokenStats:
-        """What the policy says now. Later inner epochs look at the tokens that the frozen teacher was asked about."""
+        """Return the policy's current statistics. Later inner epochs use the top tokens of the frozen teacher."""
         distilled = 0 if self.distillation is None else self.distillation.top_k
         teacher = None if frozen is None else frozen[1]
         return token_stats(
@@ -277,17 +280,17 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         )
 
     def _check_version(self, batch: RolloutBatch) -> None:
-        """Rollouts of an older policy would be trained on as if they were the newest one's."""
+        """Raise if the rollouts were made by an older policy: training would treat them as the newest policy's."""
         versions = batch.policy_version[batch.index >= 0] + batch.inner_epoch
         if (versions != self.global_step).any():
             made = sorted(set((versions - batch.inner_epoch).tolist()))
             raise UserError(
-                f"stale rollouts: made by policy version {made}, trained on after {self.global_step} optimizer steps"
+                f"stale rollouts: sampled by policy version {made}, trained on after {self.global_step} optimizer steps"
             )
 
     @torch.no_grad()
     def _freeze(self, batch: RolloutBatch, policy: TokenStats) -> Scored:
-        """Old log-probs, teacher stats and credit: fixed when a rollout is first scored, and kept for later epochs."""
+        """Return old log-probs, teacher statistics and credit of the first scoring, and keep them for later epochs."""
         teacher = None
         if self.teacher is not None:
             teacher = self.teacher.score(self.policy, batch, batch.action_mask, policy.top_ids)
@@ -298,7 +301,7 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         return frozen
 
     def _log_position(self) -> None:
-        """Put metrics at the number of optimizer steps taken, so that 0 is the policy before its first update."""
+        """Log the number of optimizer steps as the metrics' step, so that 0 is the policy before its first update."""
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.log("step", float(self.global_step), batch_size=1)
 
@@ -306,7 +309,7 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         super().on_train_epoch_end()
         self._log_position()
         self._frozen.clear()
-        for parameter in self.policy.parameters():  # room for the next rollouts
+        for parameter in self.policy.parameters():  # free memory for the next rollouts
             parameter.grad = None
 
     def on_train_start(self) -> None:
@@ -322,14 +325,14 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         if not self.step_skipped:
             self._log("train/grad_norm", torch.tensor(self.gradient_norm, device=self.device), 1)
         # here and not in on_train_batch_end: callbacks that save a checkpoint run before the module's own hook. An
-        # average over several steps is due even if the last of them was not taken
+        # average over several steps is due even if the last of these steps was skipped
         if self.teacher is not None and (self.step_taken or self.teacher_options.every > 1):
             self.teacher.update(self.policy, self.global_step + 1)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
     def _fresh_metrics(self) -> None:
-        # metrics last used under inference mode (trainer.validate) could not be updated outside of it
+        # metrics last used under inference mode (trainer.validate) cannot be updated outside of it
         for metric in (self.val_success, self.val_reward, self.val_turns, self.val_tokens):
             metric.reset()
 
@@ -356,7 +359,7 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
 
     def _log_evaluation(self, stage: str) -> None:
         if self.trainer.datamodule.evaluation_due:  # pyright: ignore[reportAttributeAccessIssue]
-            return  # it was cut short, and its mean would be one of other tasks
+            return  # the evaluation was interrupted, and its mean would cover other tasks
         self._log_position()
         names = {"success": self.val_success, "reward": self.val_reward, "turns": self.val_turns}
         for name, metric in {**names, "response_tokens": self.val_tokens}.items():
@@ -365,7 +368,7 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
     # -- logging --------------------------------------------------------------------------------------------------
 
     def _log_loss(self, loss: Tensor, terms: LossTerms | None, distilled: Tensor | None, tokens: int) -> None:
-        steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches  # of an iteration
+        steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches  # per iteration
 
         self._log_sum("train/loss", loss.detach() / steps)
         if distilled is not None:
@@ -406,15 +409,15 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         self.log("credit/divergence_p95", self.divergence_p95, on_step=False, on_epoch=True)
 
     def _log_sum(self, name: str, value: Tensor) -> None:
-        """Log the sum over an iteration and all ranks."""
+        """Log the sum over an iteration and over all ranks."""
         self.log(name, value, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1)
 
     def _log(self, name: str, value: Tensor, weight: int) -> None:
-        # Lightning averages the weights over the ranks as integers, rounded down: make the average one
+        # Lightning averages the weights over the ranks as integers, rounded down: make that average an integer
         weight *= self.trainer.world_size
         self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
 
 
 def _key(batch: RolloutBatch) -> tuple[int, ...]:
-    """What tells a micro-batch from the others of its iteration, in every inner epoch."""
+    """Return a key that distinguishes the micro-batches of an iteration and is the same in every inner epoch."""
     return tuple(batch.index.tolist())

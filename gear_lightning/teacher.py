@@ -1,5 +1,7 @@
-"""The teacher: the policy's own weights (live, frozen or averaged), shown a prompt that also holds a reference, another
-rollout or feedback."""
+"""The teacher: the policy's own weights (live, frozen or averaged) with a privileged prompt.
+
+The privileged prompt also contains a reference, another rollout or feedback.
+"""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -22,35 +24,35 @@ from .learning.lora import POLICY, TEACHER, active, adapter_parameters, add_teac
 from .learning.positions import Longest
 from .learning.token_stats import token_stats
 
-SHOWN = ("reference", "answer")  # of `TeacherOptions.shows`: texts that a task has before any rollout
+SHOWN = ("reference", "answer")  # values of `TeacherOptions.shows` that a task has before any rollout
 
 
 class OverlongError(UserError):
-    """A privileged prompt is too long, and ``teacher.overlong=error`` asks for an error."""
+    """A privileged prompt is too long, and ``teacher.overlong=error`` is set."""
 
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """What the teacher is and what it sees.
+    """The teacher's weights and its privileged text.
 
     Args:
         weights: ``ema`` of the policy's weights, ``live`` (the policy itself), or ``frozen`` at the start of training.
-        rate: of the average: teacher = (1 - rate) teacher + rate policy. Only for ``ema``.
-        every: optimizer steps from one update of the average to the next; with ``rate`` 1, a copy every so many steps
-            (RLSD's released script: 20). Only for ``ema``.
-        shows: the privileged text: the task's ``reference`` (a worked solution, or tool calls, where there are some),
-            its bare ``answer``, or the transcript of a successful ``peer`` of the rollout's group (SC-GRPO; never the
-            rollout itself) and the reference without one; the environment's ``feedback`` on the rollout;
-            ``peer_or_feedback`` (SDPO): a peer, without one the feedback. Where there is none of them, nothing: credit
-            weights are then 1, and distillation leaves the rollout out.
+        rate: update rate of the average: teacher = (1 - rate) teacher + rate policy. Only for ``ema``.
+        every: optimizer steps between two updates of the average; with ``rate`` 1, the teacher is a copy of the policy
+            made every this many steps (RLSD's released script: 20). Only for ``ema``.
+        shows: the privileged text: the task's ``reference`` (a worked solution, or tool calls, if the task has any),
+            its bare ``answer``, the transcript of a successful ``peer`` of the rollout's group (SC-GRPO; never the
+            rollout itself) or the reference if there is no such peer, the environment's ``feedback`` on the rollout, or
+            ``peer_or_feedback`` (SDPO): a peer, or the feedback if there is no peer. If none of them exists, there is
+            no privileged text: credit weights are then 1, and distillation skips the rollout.
         park: keep the teacher's weights in CPU memory between uses; each use copies them to the GPU. Not for ``live``.
-        template: privileged text, appended to the task's last user message; ``{reference}`` stands for the reference,
-            the answer or the peer's transcript.
-        feedback_template: the same for feedback; ``{feedback}`` stands for it. Only where ``shows`` may show some.
-        max_prompt: longest privileged prompt, tokens. The question is never cut.
-        overlong: what happens to a longer one, and to one that together with the response exceeds the model's positions
+        template: privileged text, appended to the task's last user message; ``{reference}`` is replaced by the
+            reference, the answer or the peer's transcript.
+        feedback_template: the same for feedback; ``{feedback}`` is replaced by it. Only if ``shows`` includes feedback.
+        max_prompt: longest privileged prompt, tokens. The question is never truncated.
+        overlong: handling of a longer prompt, and of one that together with the response exceeds the model's positions
             (or the length above which its rotary frequencies change): ``drop`` the privileged text for that rollout
-            (its weights become 1, distillation leaves it out, and ``teacher/overlong`` counts it), or stop with an
+            (its weights become 1, distillation skips it, and ``teacher/overlong`` counts it), or stop with an
             ``error``.
     """
 
@@ -91,14 +93,15 @@ class TeacherOptions:
 def privileged_text(
     task: Task, options: TeacherOptions, peer: list[Message] | None = None, feedback: str | None = None
 ) -> str | None:
-    """What the teacher reads beyond the policy's prompt, in its template; None for nothing. With
-    `shown_as` the only reader of ``Task.reference``.
+    """Return the text that the teacher reads in addition to the policy's prompt, in its template; None for no text.
+
+    Only this function and `shown_as` read ``Task.reference``.
 
     Args:
         task: the task.
-        options: ``shows`` says what is shown.
-        peer: what a successful rollout of the same group said and saw after the prompt.
-        feedback: what the environment said about the rollout.
+        options: ``shows`` selects the text.
+        peer: messages of a successful rollout of the same group after the prompt.
+        feedback: the environment's feedback on the rollout.
     """
     shows, shown = options.shows, None
     if shows == "answer":
@@ -117,7 +120,7 @@ def privileged_text(
 
 
 def shown_as(task: Task, other: Task) -> Task:
-    """A task whose teacher is shown another one's reference or answer."""
+    """Return a copy of the task whose teacher is shown another task's reference or answer."""
     return replace(task, reference=other.reference, meta={**task.meta, "answer": other.meta.get("answer")})
 
 
@@ -131,23 +134,23 @@ def privileged_prompt(
     longest: Longest | None = None,
     response: int = 0,
 ) -> tuple[list[int], bool]:
-    """Ids of the prompt with the privileged text in it.
+    """Return the token ids of the prompt that contains the privileged text.
 
     Args:
-        task: without privileged text the policy's own prompt comes back.
-        opening: the messages that the policy's rollout began with.
-        chat: messages to ids.
-        options: what is shown, template and length policy.
+        task: without privileged text, the result is the policy's own prompt.
+        opening: the first messages of the policy's rollout.
+        chat: converts messages to ids.
+        options: privileged text, template and length limits.
         peer: see `privileged_text`.
         feedback: see `privileged_text`.
-        longest: what prompt and response may be together. None: any length.
+        longest: maximum length of prompt and response together. None: no limit.
         response: tokens that follow the prompt in the teacher's view.
 
     Returns:
-        The ids, and whether the privileged text was dropped for length.
+        The ids, and whether the privileged text was dropped because of its length.
 
     Raises:
-        OverlongError: too long, under ``overlong=error``.
+        OverlongError: the prompt is too long, and ``overlong=error`` is set.
     """
     plain = chat.prompt(opening, task.tools)
     text = privileged_text(task, options, peer, feedback)
@@ -165,13 +168,13 @@ def privileged_prompt(
             raise OverlongError(f"{told}, max_prompt={options.max_prompt}")
         raise OverlongError(
             f"{told}, which with the {response} of the response is more than {longest.why} "
-            "(model.teacher.overlong=drop leaves such rollouts without a teacher)"
+            "(model.teacher.overlong=drop trains on such rollouts without a teacher)"
         )
     return plain, True
 
 
 def _beside(part: Tensor, average: Tensor) -> Tensor:
-    """The average in the same kind of memory as the part that scores."""
+    """Return the average in the same kind of memory as the part that scores."""
     average = average.to(part.device)
     return average.pin_memory() if part.is_pinned() else average
 
@@ -182,17 +185,17 @@ def _line(message: Message) -> str:
 
 
 class Teacher(nn.Module):
-    """Holds the teacher's weights, spread over the ranks like the policy's, and scores rollouts with them.
+    """Holds the teacher's weights, sharded over the ranks like the policy's, and scores rollouts with them.
 
-    Of a policy with adapters it holds no copy: the average is a second adapter inside the policy, and the frozen
-    teacher is the policy without its adapters, which start without effect.
+    For a policy with adapters it holds no copy: the average is a second adapter inside the policy, and the frozen
+    teacher is the policy without its adapters, which have no effect at the start.
 
     Args:
         policy: the model at the start of training.
         options: see `TeacherOptions`.
-        low_precision: the weights are below float32; then the average is kept in float32 beside the copy that scores,
-            for a bfloat16 average stops moving. Adapters are float32 themselves.
-        duplicate: makes a second model with the policy's values.
+        low_precision: the weights are below float32; the average is then also kept in float32, next to the copy that
+            scores, because a bfloat16 average stops changing. Adapters are float32 themselves.
+        duplicate: returns a second model with the policy's values.
     """
 
     def __init__(
@@ -212,17 +215,17 @@ class Teacher(nn.Module):
         self.model = None
         if self.adapted and options.weights == "ema" and not has_teacher(policy):
             if is_sharded(policy):
-                raise UserError("with model.lora and a strategy that spreads the weights, fit before you validate")
+                raise UserError("with model.lora and a strategy that shards the weights, run fit before validate")
             add_teacher(policy)
         elif not self.adapted and options.weights != "live":
             self.model = duplicate(policy).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Teacher":
-        """The teacher never trains: no dropout."""
+        """Keep the teacher in evaluation mode (no dropout), whatever ``mode`` is."""
         return super().train(False)
 
     def _pair(self, policy: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """The average's parameters that score, and those of the policy that they follow."""
+        """Return the average's parameters that score, and the policy's parameters that they follow."""
         if self.adapted:
             return [*adapter_parameters(policy, TEACHER)], [*adapter_parameters(policy, POLICY)]
         assert self.model is not None
@@ -230,7 +233,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, policy: nn.Module, step: int) -> None:
-        """Follow the policy after its ``step``-th optimizer step. Each rank averages its own parts."""
+        """Update the average after the policy's ``step``-th optimizer step. Each rank averages its own shards."""
         if self.options.weights != "ema" or step % self.options.every:
             return
         rest(policy)
@@ -247,7 +250,7 @@ class Teacher(nn.Module):
                 return
         visited = None
         for average, part, new in zip(averages, parts, newest, strict=True):
-            # one tensor at a time, and where the policy is: a parked average visits its device
+            # one tensor at a time, on the policy's device: a parked average is copied there and back
             there = average.to(new.device, non_blocking=True)
             there.lerp_(new.to(there.dtype), self.options.rate)
             if part is not average:
@@ -256,11 +259,11 @@ class Teacher(nn.Module):
                 average.copy_(there, non_blocking=True)
                 visited = new.device
         if visited is not None and visited.type == "cuda":
-            torch.cuda.current_stream(visited).synchronize()  # from here on the CPU may read them
+            torch.cuda.current_stream(visited).synchronize()  # the CPU may read them after this
 
     @contextmanager
     def _at_hand(self, device: torch.device) -> Iterator[None]:
-        """A parked teacher's weights are on the policy's device inside."""
+        """Keep a parked teacher's weights on the policy's device inside the context."""
         if self.model is None or not self.parked:
             yield
             return
@@ -280,7 +283,7 @@ class Teacher(nn.Module):
                 place.data = data
 
     def park(self) -> None:
-        """Keep the weights in CPU memory from now on, between uses."""
+        """Keep the weights in CPU memory between uses from now on."""
         if self.model is None:
             return
         self.parked = True
@@ -294,11 +297,11 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def shadow_state(self, policy: nn.Module, keep: bool = True) -> list[Tensor]:
-        """The float32 averages as whole tensors in CPU memory; none where there are none yet. Collective.
+        """Return the float32 averages as whole tensors in CPU memory; an empty list if there are none yet. Collective.
 
         Args:
-            policy: that the teacher follows.
-            keep: False on a rank that only takes part; it gets none.
+            policy: the policy that the teacher follows.
+            keep: False on a rank that only takes part in the collective; it gets an empty list.
         """
         if self.shadow is None:
             return []
@@ -310,7 +313,7 @@ class Teacher(nn.Module):
         return states
 
     def load_shadow(self, policy: nn.Module, saved: list[Tensor]) -> None:
-        """Inverse of `shadow_state`."""
+        """Load what `shadow_state` returned."""
         if saved:
             self.shadow = [part_of(p, whole).clone() for p, whole in zip(self._pair(policy)[0], saved, strict=True)]
 
@@ -318,7 +321,7 @@ class Teacher(nn.Module):
     def score(
         self, policy: nn.Module, batch: RolloutBatch, wanted: Bool[Tensor, "batch seq"], top_ids: Tensor | None = None
     ) -> TokenStats:
-        """Stats of the wanted tokens in the teacher's view, put back at the policy's positions."""
+        """Return the statistics of the wanted tokens in the teacher's view, at the policy's positions."""
         model = policy if self.model is None else self.model
         where = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) + batch.teacher_offset[:, None]
         where = where.clamp(0, batch.teacher_tokens.shape[1] - 1)

@@ -335,7 +335,7 @@ def test_the_clip_takes_the_gradient_of_a_token_that_counts_too_much():
         (OPSD, {"beta": math.nan}, "OPSD: beta=nan must be"),
         (OPSD, {"top_k_tokens": 0}, "OPSD: top_k_tokens=0 must be a number at least 1"),
         (OPSD, {"token_clip": 0.0}, "OPSD: token_clip=0.0 must be a number at least"),
-        (OPSD, {"coef": 0.0}, "OPSD: coef=0 distils nothing; use model.distillation=null"),
+        (OPSD, {"coef": 0.0}, "OPSD: coef=0 turns distillation off; use model.distillation=null"),
         (SDPO, {"alpha": -0.1}, "SDPO: alpha=-0.1 must be a number between 0 and 1"),
         (SDPO, {"is_clip": 0.5}, "SDPO: is_clip=0.5 must be a number at least 1"),
         (SDPG, {"coef": -1.0}, "SDPG: coef=-1.0 must be a number at least 0"),

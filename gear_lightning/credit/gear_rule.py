@@ -99,8 +99,8 @@ class GEAR(CreditAssigner):
     def __post_init__(self):
         if not self.signed and self.sign_rule == "sign_aware":
             raise UserError(
-                f"divergence={self.divergence} has no sign and cannot be combined with sign_rule=sign_aware, which would "
-                "reduce the advantage of decisions that were right; use sign_rule=symmetric, or divergence=k1"
+                f"divergence={self.divergence} has no sign and cannot be combined with sign_rule=sign_aware, which "
+                "would reduce the advantage of right decisions; use sign_rule=symmetric, or divergence=k1"
             )
         if self.signed and self.scale == "saturate":
             raise UserError("scale=saturate needs a divergence that is never negative; k1 is signed")

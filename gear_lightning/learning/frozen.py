@@ -1,7 +1,7 @@
-"""What later inner epochs need of a micro-batch's first scoring: old log-probs, teacher stats and credit.
+"""Storage of a micro-batch's first scoring for later inner epochs: old log-probs, teacher statistics and credit.
 
-It is kept as plain CPU tensors of the action tokens alone, the same in memory as in a checkpoint, and comes back on the
-device of the batch.
+The data are plain CPU tensors of the action tokens only, in the same form in memory and in a checkpoint. `recall`
+returns them on the device of the batch.
 """
 
 from typing import Any
@@ -13,19 +13,19 @@ from torch import Tensor
 from ..batch import Credit, TokenStats
 
 Scored = tuple[Float[Tensor, "batch seq"], TokenStats | None, Credit]  # old log-probs, teacher, credit
-Kept = dict[str, Any]  # the same as plain data: "old_logprobs", and "teacher" and "credit" by field
+Kept = dict[str, Any]  # as plain data: "old_logprobs", and the fields of "teacher" and "credit"
 
-OUTSIDE = {"weights": 1, "anchor": -1}  # what a field is outside the action tokens; 0 where it is not listed
+OUTSIDE = {"weights": 1, "anchor": -1}  # value of a field outside the action tokens; 0 for fields not listed
 
 
 def keep(scored: Scored, mask: Bool[Tensor, "batch seq"], top_k: int | None) -> Kept:
-    """What is to be kept of a micro-batch.
+    """Return the data to keep of a micro-batch.
 
     Args:
-        scored: old log-probs, teacher stats and credit.
+        scored: old log-probs, teacher statistics and credit.
         mask: action tokens.
-        top_k: of how many of the policy's most likely tokens later epochs need the teacher's log-probs. None: they need
-            nothing of the teacher.
+        top_k: number of the policy's most likely tokens whose teacher log-probs later epochs need. None: later epochs
+            need no teacher statistics.
     """
     old_logprobs, teacher, credit = scored
     where = mask.nonzero(as_tuple=True)
@@ -38,7 +38,7 @@ def keep(scored: Scored, mask: Bool[Tensor, "batch seq"], top_k: int | None) -> 
         given = {name: value for name, value in vars(source).items() if value is not None}
         if not top_k:
             given = {name: value for name, value in given.items() if not name.startswith("top_")}
-        # a credit rule may have asked for more of them; the likeliest come first
+        # a credit rule may need more of them; they are sorted by probability
         return {name: small(v[..., :top_k] if name.startswith("top_") else v) for name, v in given.items()}
 
     return {
@@ -49,8 +49,8 @@ def keep(scored: Scored, mask: Bool[Tensor, "batch seq"], top_k: int | None) -> 
 
 
 def recall(kept: Kept, mask: Bool[Tensor, "batch seq"]) -> Scored:
-    """Inverse of `keep`, on the device of ``mask``."""
-    whole = kept["old_logprobs"].dim() == 2  # in a checkpoint of an older version: all columns
+    """Return the inverse of `keep`, on the device of ``mask``."""
+    whole = kept["old_logprobs"].dim() == 2  # checkpoints of older versions hold all columns
 
     def spread(name: str, values: Tensor) -> Tensor:
         values = values.to(mask.device, torch.int64 if values.dtype == torch.int32 else values.dtype)

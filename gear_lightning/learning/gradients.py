@@ -1,7 +1,7 @@
-"""Gradients of low-precision weights, added up in float32: over the micro-batches of a step, and over DDP's ranks.
+"""Gradients of low-precision weights, accumulated in float32: over the micro-batches of a step, and over DDP's ranks.
 
-Added in bfloat16, the gradients of 64 micro-batches are off by up to 3 %, and how a step is split decides by how much.
-FSDP2 (`gear_lightning.strategies`) reduces each micro-batch over the ranks by itself; DeepSpeed does both.
+Accumulated in bfloat16, the gradients of 64 micro-batches have errors of up to 3 %, and the error depends on how a step
+is split. FSDP2 (`gear_lightning.strategies`) reduces each micro-batch over the ranks by itself; DeepSpeed does both.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,12 +19,13 @@ from ..errors import UserError
 
 
 class GradientSums:
-    """Takes each new gradient of a low-precision parameter away, and gives back the sum.
+    """Takes each new gradient of a low-precision parameter, and sets the sum at the end of the step.
 
     Args:
-        parameters: whole, or the parts of FSDP2.
-        micro_batches: how many a step has; with one, and no ranks to add up, nothing is taken.
-        group: ranks to average over. None: somebody else does it.
+        parameters: whole parameters, or FSDP2 shards.
+        micro_batches: returns the number of micro-batches of a step; with one, and without ``group``, no gradient is
+            taken.
+        group: ranks to average over. None: another component averages.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], micro_batches: Callable[[], int], group: Any = None):
@@ -45,7 +46,7 @@ class GradientSums:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After a step's last micro-batch: put the sums, rounded once, where the optimizer expects gradients."""
+        """Set the gradients to the sums, rounded once. Call after a step's last micro-batch."""
         if self._group is not None:
             self._reduce(self._group)
         for parameter in self._parameters:
@@ -53,7 +54,7 @@ class GradientSums:
                 parameter.grad = total.to(parameter.dtype)
 
     def _reduce(self, group: Any) -> None:
-        """Average over the ranks. A parameter that took part on one of them counts as 0 on the others."""
+        """Average over the ranks. A parameter that got a gradient on some ranks counts as 0 on the others."""
         took_part = [id(p) in self._sums for p in self._parameters]
         flags = torch.tensor(took_part, dtype=torch.int32, device=self._parameters[0].device)
         dist.all_reduce(flags, dist.ReduceOp.MAX, group)
@@ -69,53 +70,56 @@ class GradientSums:
             total.div_(dist.get_world_size(group))
 
     def clear(self) -> None:
-        """Forget the sums of a step that was not finished."""
+        """Discard the sums of a step that was not finished."""
         self._sums.clear()
 
     def remove(self) -> None:
-        """Leave gradients alone from now on."""
+        """Remove the hooks: gradients are no longer taken."""
         for hook in self._hooks:
             hook.remove()
         self.clear()
 
 
 class Float32Sums(L.LightningModule):
-    """Put before a LightningModule that calls `prepare_sums` at the end of ``configure_model`` and `start_sums` at the
-    end of ``configure_optimizers``: gradients of low-precision weights are added up in float32. Gradients are in their
-    place, in the weights' precision, from the end of a step's last backward on."""
+    """Mixin that accumulates gradients of low-precision weights in float32.
+
+    List it before a LightningModule that calls `prepare_sums` at the end of ``configure_model`` and `start_sums` at the
+    end of ``configure_optimizers``. From the end of a step's last backward on, ``grad`` holds the sums in the weights'
+    precision.
+    """
 
     _sums: GradientSums | None = None
 
     def _sums_here(self) -> bool:
-        """Whether this strategy leaves the sums to this class."""
+        """Return whether this class accumulates the gradients with the trainer's strategy."""
         return not isinstance(self.trainer.strategy, DeepSpeedStrategy)
 
     def prepare_sums(self, low_precision: bool) -> None:
-        """Keep DDP from making buckets that would not be used: 2 bytes for each weight.
+        """Keep DDP from allocating buckets that would not be used: 2 bytes for each weight.
 
         Args:
-            low_precision: trained weights are going to be below float32.
+            low_precision: the trained weights will have a dtype below float32.
 
         Raises:
-            UserError: DDP was given a hook for its communication, which is going to be ours.
+            UserError: DDP has a communication hook, which this class would replace.
         """
         strategy: Any = self.trainer.strategy
-        self._ddp_params_and_buffers_to_ignore: list[str] = []  # by this name DDP looks for it
+        self._ddp_params_and_buffers_to_ignore: list[str] = []  # DDP reads this attribute
         if not low_precision or not isinstance(strategy, DDPStrategy) or not self._sums_here():
             return
         if strategy._ddp_comm_hook is not None:
             raise UserError(
                 f"trainer.strategy.ddp_comm_hook does nothing with trainer.precision={self.trainer.precision}: "
-                "gradients are reduced in float32; leave it out"
+                "gradients are reduced in float32; remove it"
             )
         trained = sorted((p.numel(), name) for name, p in self.named_parameters() if p.requires_grad)
-        self._ddp_params_and_buffers_to_ignore = [name for _, name in trained[1:]]  # it wants at least one
+        self._ddp_params_and_buffers_to_ignore = [name for _, name in trained[1:]]  # DDP needs at least one
 
     def start_sums(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Take gradients from now on.
+        """Accumulate gradients from now on.
 
         Args:
-            parameters: of which the optimizer gets those that are trained.
+            parameters: parameters of the optimizer; only those that are trained are used.
         """
         if self._sums is not None:
             self._sums.remove()
@@ -129,7 +133,7 @@ class Float32Sums(L.LightningModule):
         group = None
         if isinstance(model, DistributedDataParallel):
             group = model.process_group
-            model.require_backward_grad_sync = False  # for good: Lightning's `no_sync` puts back what it finds
+            model.require_backward_grad_sync = False  # stays off: Lightning's `no_sync` restores this value
         self._sums = GradientSums(low, lambda: self.trainer.accumulate_grad_batches, group)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
-"""The output head in float32 on a model that computes in lower precision.
+"""Output head in float32 for a model that computes in lower precision.
 
-A logit of 20 is rounded by up to 0.06 in bfloat16, in the teacher's pass as in the policy's, and their difference is
-the credit signal. The layers below keep their precision.
+bfloat16 rounds a logit of 20 by up to 0.06, in the teacher's pass and in the policy's, and the credit signal is the
+difference of the two. The layers below the head keep their precision.
 """
 
 from typing import Any, Literal
@@ -15,7 +15,7 @@ HeadPrecision = Literal["float32", "bfloat16"]
 
 
 class Float32Head(nn.Linear):
-    """An output head that computes in float32 whatever its weights are kept in, outside of autocast."""
+    """An output head that computes in float32, whatever the dtype of its weights, outside of autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
@@ -24,27 +24,27 @@ class Float32Head(nn.Linear):
 
 
 def head_in_float32(precision: HeadPrecision | None, trainer_precision: str) -> bool:
-    """Whether the head has to be told to compute in float32.
+    """Return whether the head must be switched to float32.
 
     Args:
-        precision: as asked for; None: float32 under autocast, elsewhere that of the weights.
+        precision: requested precision; None: float32 under autocast, otherwise that of the weights.
         trainer_precision: ``trainer.precision``.
 
     Raises:
-        UserError: the model computes in another precision than the head is asked for.
+        UserError: the requested precision of the head is not available with ``trainer.precision``.
     """
     mixed = trainer_precision.endswith("-mixed")
     low = mixed or trainer_precision in ("bf16-true", "16-true")
     if precision == "bfloat16" and not trainer_precision.startswith("bf16"):
         raise UserError(
-            f"model.head_precision=bfloat16 does not go with trainer.precision={trainer_precision}; leave it out, or "
-            "use bf16-mixed or bf16-true"
+            f"model.head_precision=bfloat16 cannot be combined with trainer.precision={trainer_precision}; remove it, "
+            "or use bf16-mixed or bf16-true"
         )
     return low and (precision == "float32" or (precision is None and mixed))
 
 
 def use_float32_head(model: Any) -> Any:
-    """The model with a head that computes in float32, in place. What samples and what trains both call it.
+    """Switch the model's head to float32, in place, and return the model. Sampling and training both call this.
 
     Raises:
         UserError: the head is not a linear layer.

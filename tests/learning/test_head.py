@@ -38,7 +38,7 @@ def test_it_is_the_default_under_mixed_precision_alone():
     assert [head_in_float32("float32", t) for t in trainers] == [False, True, True, True, True]
     assert [head_in_float32("bfloat16", t) for t in ("bf16-mixed", "bf16-true")] == [False, False]
     for t in ("32-true", "16-mixed", "16-true"):
-        with pytest.raises(UserError, match=rf"head_precision=bfloat16 does not go with trainer.precision={t}"):
+        with pytest.raises(UserError, match=rf"head_precision=bfloat16 cannot be combined with trainer.precision={t}"):
             head_in_float32("bfloat16", t)
 
 
