@@ -44,7 +44,7 @@ class PolicySource(ABC):
         return repr(self)
 
     def published(self) -> str | None:
-        """Return the path or hub id from which ``from_pretrained`` loads these weights at any time; None if none does."""
+        """Return a path or hub id from which ``from_pretrained`` always loads these weights; None if there is none."""
         return None
 
     def shipped(self) -> dict[str, bytes]:

@@ -1,1 +1,1 @@
-"""What the training step is made of: token statistics, adapters, optimizer steps, state."""
+"""Parts of the training step: token statistics, adapters, optimizer steps, module state."""

@@ -1,9 +1,10 @@
-"""Which hyperparameters of the optimizer and its schedule count when a run resumes: those that are given now.
+"""Hyperparameters of the optimizer and its schedule at a resume: the values of the resumed run apply.
 
-A checkpoint holds the values that were in use, and torch takes them up with the optimizer's state: a learning rate that
-is given anew would do nothing. So a checkpoint also tells what was given when it was written. Where that is what is
-given now, its state is loaded as it is. Where it is not, moments and counts are loaded, hyperparameters are those given
-now, and the schedule is where it would be had it counted from the run's start.
+A checkpoint holds the values that were in use, and torch restores them with the optimizer's state: a learning rate
+changed at a resume would have no effect. A checkpoint therefore also records the configured values. If these equal the
+current configuration, the state is loaded unchanged. If not, moments and counts are loaded, hyperparameters come from
+the current configuration, and the schedule continues at the position it would have if it had counted from the run's
+start.
 """
 
 import functools
@@ -20,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from ..distributed.sharding import shape
 from ..errors import UserError
 
-# of a schedule: where it is, and not how it was made
+# attributes of a schedule that describe its progress and not its options
 PROGRESS = {
     "last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "verbose", "optimizer",
     "best", "num_bad_epochs", "cooldown_counter",
@@ -28,18 +29,18 @@ PROGRESS = {
 
 
 class FreshOptimizer:
-    """An optimizer and its schedule at the start of a run, made of parameters that take no memory.
+    """An optimizer and its schedule at the start of a run, built from parameters that take no memory.
 
     Args:
-        optimizer: makes the optimizer of parameters.
-        lr_scheduler: makes the schedule of an optimizer; None for none.
-        parameters: those that are trained, for their shapes.
+        optimizer: builds the optimizer from parameters.
+        lr_scheduler: builds the schedule from an optimizer; None: no schedule.
+        parameters: the trained parameters, for their shapes.
 
     Attributes:
-        given: all hyperparameters, as plain data.
+        given: all configured hyperparameters, as plain data.
 
     Raises:
-        UserError: one cannot be made with these options.
+        UserError: optimizer or schedule cannot be built with these options.
     """
 
     def __init__(self, optimizer: Any, lr_scheduler: Any, parameters: Any):
@@ -49,7 +50,7 @@ class FreshOptimizer:
             options = [_plain(_options(group)) for group in self.optimizer.param_groups]
             self.scheduler = None if lr_scheduler is None else lr_scheduler(self.optimizer)
         except (TypeError, ValueError, ZeroDivisionError) as error:
-            raise UserError(f"model.optimizer or model.lr_scheduler cannot be made: {error}") from error
+            raise UserError(f"model.optimizer or model.lr_scheduler cannot be created: {error}") from error
         after = [_plain(_options(group)) for group in self.optimizer.param_groups]
         sets = [
             {key: value for key, value in there.items() if key not in here or here[key] != value}
@@ -64,12 +65,12 @@ class FreshOptimizer:
         return self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau)
 
     def step_to(self, count: int) -> None:
-        """Step the schedule from the start of a run.
+        """Step the schedule ``count`` times from the start of a run.
 
         Raises:
-            UserError: it ends before.
+            UserError: the schedule ends before.
         """
-        self.optimizer._opt_called = True  # nothing is optimized here: no warning that the order is wrong
+        self.optimizer._opt_called = True  # no optimizer step is taken: avoid the warning about the order
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -77,28 +78,28 @@ class FreshOptimizer:
                     self.scheduler.step()  # pyright: ignore[reportOptionalMemberAccess,reportCallIssue]
         except (ValueError, ZeroDivisionError) as error:
             name = type(self.scheduler).__name__
-            raise UserError(f"model.lr_scheduler={name} cannot go on after {count} steps: {error}") from error
+            raise UserError(f"model.lr_scheduler={name} cannot continue after {count} steps: {error}") from error
 
 
 def take_up_given(checkpoint: dict[str, Any], fresh: FreshOptimizer) -> list[str]:
-    """Put the hyperparameters that are given now in place of a checkpoint's, where they differ.
+    """Replace a checkpoint's hyperparameters by the configured ones, if they differ.
 
     Args:
-        checkpoint: its ``optimizer_states`` and ``lr_schedulers`` are changed, as every strategy loads them.
+        checkpoint: its ``optimizer_states`` and ``lr_schedulers`` are changed, in the form that every strategy loads.
         fresh: of this run.
 
     Returns:
-        What has changed, one text for each hyperparameter; empty where the checkpoint is left as it is.
+        The changes, one text for each hyperparameter; empty if the checkpoint is unchanged.
 
     Raises:
-        UserError: the optimizer has other groups of parameters, or the schedule is over before the checkpoint's steps.
+        UserError: the optimizer has other parameter groups, or the schedule ends before the checkpoint's steps.
     """
     (saved,), states = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
     members = [len(group["params"]) for group in fresh.optimizer.param_groups]
     if (there := [len(group["params"]) for group in saved["param_groups"]]) != members:
         raise UserError(
-            f"the checkpoint's optimizer has groups of {there} parameters, and model.optimizer makes groups of "
-            f"{members}: its state cannot be taken up"
+            f"the checkpoint's optimizer has groups of {there} parameters, but model.optimizer creates groups of "
+            f"{members}: its state cannot be loaded"
         )
     before = checkpoint.get("hyperparameters") or _of_earlier_version(saved, states, fresh.given)
     changes, new_rate = _differences(before, fresh.given)
@@ -109,7 +110,7 @@ def take_up_given(checkpoint: dict[str, Any], fresh: FreshOptimizer) -> list[str
     groups = [_options(group) for group in fresh.optimizer.param_groups]
     new = [] if fresh.scheduler is None else [fresh.scheduler.state_dict()]
     if isinstance(fresh.scheduler, ReduceLROnPlateau) and _is_plateau(before):
-        if not new_rate:  # it has no other memory of what it has done to the rate
+        if not new_rate:  # the current rate is its only record of past reductions
             for group, old in zip(groups, saved["param_groups"], strict=True):
                 group["lr"] = old["lr"]
         if all(before["schedule"].get(key) == fresh.given["schedule"].get(key) for key in ("monitor", "mode")):
@@ -122,7 +123,7 @@ def take_up_given(checkpoint: dict[str, Any], fresh: FreshOptimizer) -> list[str
 
 
 def _steps(checkpoint: dict[str, Any], before: dict[str, Any]) -> int:
-    """Steps that a schedule has taken, or would have taken."""
+    """Return the number of steps that a schedule has taken, or would have taken."""
     states = checkpoint["lr_schedulers"]
     counted = states[0].get("last_epoch") if states and not _is_plateau(before) else None
     return counted if isinstance(counted, int) else checkpoint["global_step"]
@@ -133,7 +134,7 @@ def _is_plateau(given: dict[str, Any]) -> bool:
 
 
 def _of_earlier_version(saved: dict[str, Any], states: list[Any], now: dict[str, Any]) -> dict[str, Any]:
-    """What was given to a run whose checkpoint does not tell, as far as it is known: not what a schedule has set."""
+    """Return the configured values of a checkpoint that does not record them, without those that the schedule sets."""
     groups = [_plain(_options(group)) for group in saved["param_groups"]]
     if not states:
         return {"groups": groups, "schedule": None}
@@ -148,7 +149,7 @@ def _of_earlier_version(saved: dict[str, Any], states: list[Any], now: dict[str,
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], bool]:
-    """What differs, as texts, and whether a learning rate does."""
+    """Return the differences, as texts, and whether a learning rate differs."""
     found, new_rate = [], False
     for i, (old, new) in enumerate(zip(before["groups"], now["groups"], strict=True)):
         place = f"group {i}: " if len(now["groups"]) > 1 else ""
@@ -163,7 +164,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str]
     elif old is not None and new is not None:
         old, new = _flat(old), _flat(new)
         differ = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        # these follow from the rate that is given, or from the others
+        # the excluded options follow from the configured rate, or from the others
         rest = [key for key in differ if key.rpartition(".")[2] not in ("base_lrs", "initial_lr", "lr")]
         for key in rest if rest or new_rate else differ:
             name = re.sub(r"^sets\.\d+\.", "", key)
@@ -172,7 +173,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str]
 
 
 def _flat(value: Any, place: str = "") -> dict[str, Any]:
-    """The options in nested data, by their path."""
+    """Return the options in nested data, keyed by their path."""
     if isinstance(value, list) and any(isinstance(part, dict) for part in value):
         value = {str(i): part for i, part in enumerate(value)}
     if not isinstance(value, dict) or "function" in value:
@@ -188,12 +189,12 @@ def _text(value: Any) -> str:
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyperparameters of a group of parameters."""
+    """Return the hyperparameters of a parameter group."""
     return {key: value for key, value in group.items() if key != "params"}
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """A hyperparameter, or an object that is made of them, as plain data that can be compared."""
+    """Convert a hyperparameter, or an object that consists of hyperparameters, to plain data that can be compared."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, Tensor):
@@ -217,7 +218,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 def _plain_function(function: Callable, depth: int) -> dict[str, Any]:
-    """A function by its name and its numbers, those that it has from around it included."""
+    """Return a function's name and its numeric constants, including those of its closure and its defaults."""
     constants = getattr(getattr(function, "__code__", None), "co_consts", ())
     around = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     defaults = getattr(function, "__defaults__", None) or ()

@@ -1,4 +1,4 @@
-"""Where a run may end, and what was measured since it was there the last time: the iteration."""
+"""Iterations: a run ends only at the end of one, and each records the metrics measured during it."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from ..errors import UserError
 
 
 class Iterations(L.LightningModule):
-    """The part of a module that keeps an iteration whole.
+    """Mixin of a module that never stops in the middle of an iteration.
 
-    A callback that sets ``trainer.should_stop`` between two micro-batches stops the run at the end of the iteration.
+    If a callback sets ``trainer.should_stop`` between two micro-batches, the run stops at the end of the iteration.
 
     Attributes:
-        evaluated: metrics of this iteration's evaluation; empty where it had none, or was cut short.
-        failure: why the run ends with an error after this iteration, and after its checkpoint.
+        evaluated: metrics of this iteration's evaluation; empty if there was none, or if it was interrupted.
+        failure: error that the run raises after this iteration and its checkpoint.
     """
 
     failure: UserError | None = None
@@ -25,7 +25,7 @@ class Iterations(L.LightningModule):
         self.evaluated: dict[str, Any] = {}
 
     def fail(self, failure: UserError) -> None:
-        """End the run with an error, once the iteration is over and its state is saved. All ranks must call it."""
+        """Raise an error once the iteration has ended and its checkpoint is saved. All ranks must call it."""
         self.failure = failure
         self.trainer.should_stop = True
 
@@ -37,7 +37,7 @@ class Iterations(L.LightningModule):
         self.trainer.should_stop = False
 
     def on_train_epoch_start(self) -> None:
-        if self.failure is not None:  # trainer.min_epochs or min_steps has kept the run going
+        if self.failure is not None:  # trainer.min_epochs or min_steps kept the run from stopping
             raise self.failure
         self.evaluated = {}
         self._put_off()
@@ -61,11 +61,11 @@ class Iterations(L.LightningModule):
 
 
 def at_a_limit(trainer: Any) -> bool:
-    """Whether the iterations or steps that a run may take are done."""
+    """Return whether the run has reached its limit of iterations or steps."""
     done, most = trainer.fit_loop.epoch_progress.current.processed, trainer.fit_loop.max_epochs
     return 0 <= (-1 if most is None else most) <= done or 0 <= trainer.max_steps <= trainer.global_step
 
 
 def last_iteration(trainer: Any) -> bool:
-    """Whether no iteration comes after the one that is at its end."""
+    """Return whether the iteration that is about to end is the last one."""
     return at_a_limit(trainer) or (trainer.should_stop and trainer.fit_loop._can_stop_early)

@@ -1,8 +1,8 @@
 """Low-rank adapters on a frozen policy: the base weights are stored once, for the policy and its teacher.
 
-An adapted layer computes W x + (alpha / rank) B A x (LoRA, arXiv 2106.09685). A and B of the policy and those of the
-teacher lie side by side in the layer; `active` switches which pair takes part. The model stays the Hugging Face class
-that it was. Adapters are float32 whatever the precision of the base: see `Float32Linear`.
+An adapted layer computes W x + (alpha / rank) B A x (LoRA, arXiv 2106.09685). Each layer holds A and B of the policy
+and of the teacher; `active` selects the pair that is used. The model keeps its Hugging Face class. Adapters are float32
+whatever the precision of the base: see `Float32Linear`.
 """
 
 import copy
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from ..errors import UserError, require_extra
 
 POLICY, TEACHER = "policy", "teacher"  # names of the adapters; they are part of the keys in a checkpoint
-SEED = 0  # of the starting adapters: equal on all processes and in all runs
+SEED = 0  # of the initial adapters: equal on all processes and in all runs
 
 
 class Float32Linear(nn.Linear):
-    """A or B of an adapter: float32 weights that take part in the precision of the layer's input.
+    """A or B of an adapter: float32 weights that compute in the precision of the layer's input.
 
-    In bfloat16 an Adam step of 1e-5 would be smaller than half the distance to the next number for most elements of A,
-    and would be lost. The product is computed in the input's precision, as autocast does: in training, in the teacher's
-    pass and in sampling alike, and without a float32 copy of the input for the backward pass.
+    In bfloat16, an Adam step of 1e-5 would be smaller than half the distance to the next number for most elements of A,
+    and would be lost. The product is computed in the input's precision, as under autocast: in training, in the
+    teacher's pass and in sampling, and without a float32 copy of the input for the backward pass.
     """
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -46,14 +46,15 @@ class Float32Linear(nn.Linear):
 
 @dataclass(frozen=True)
 class LoRA:
-    """Train low-rank adapters on frozen weights in place of all weights. They start without effect (B = 0), and are
-    float32 whatever ``trainer.precision``.
+    """Train low-rank adapters on frozen weights instead of all weights.
+
+    They have no effect at the start (B = 0), and are float32 whatever ``trainer.precision``.
 
     Args:
         rank: of the adapters.
         alpha: adapters are scaled by alpha / rank.
-        targets: layers to adapt: names of linear layers as the model has them, e.g. ``[q_proj, v_proj]``, or
-            ``all-linear`` for every linear layer but the output head.
+        targets: layers to adapt: names of linear layers in the model, e.g. ``[q_proj, v_proj]``, or ``all-linear`` for
+            every linear layer except the output head.
     """
 
     rank: int = 16
@@ -73,14 +74,14 @@ class LoRA:
         return f"rank {self.rank}, alpha {self.alpha:g}, targets {targets}"
 
     def plain(self) -> dict[str, Any]:
-        """The options as plain data: ``LoRA(**plain)`` is this again."""
+        """Return the options as plain data: ``LoRA(**plain)`` restores them."""
         return asdict(self)
 
     def layers(self, model: Any) -> list[str]:
-        """Full names of the layers that will be adapted.
+        """Return the full names of the layers that will be adapted.
 
         Raises:
-            UserError: a target is the name of no linear layer, or of one that shares its weight with another part.
+            UserError: a target matches no linear layer, or a layer that shares its weight with another module.
         """
         from transformers.pytorch_utils import Conv1D
 
@@ -103,12 +104,12 @@ class LoRA:
         if any(linear[name] is head for name in found) and head.weight is model.get_input_embeddings().weight:
             raise UserError(
                 f"lora.targets: the output head of {type(model).__name__} shares its weight with the embedding, "
-                "and could not be merged; leave it out"
+                "so adapters could not be merged; remove it from lora.targets"
             )
         return found
 
     def adapt(self, model: Any) -> None:
-        """Freeze the model and put the policy's adapters into it, in place. Its weights must be whole (not sharded).
+        """Freeze the model and add the policy's adapters, in place. Its weights must be whole (not sharded).
 
         Raises:
             UserError: peft is not installed, or see `layers`.
@@ -118,7 +119,7 @@ class LoRA:
 
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]  (typed int, used as a number)
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]  (typed int, but floats work)
             target_modules=self.layers(model),
             lora_dropout=0.0,  # sampler, teacher and update must see one distribution
             task_type=TaskType.CAUSAL_LM,
@@ -129,8 +130,8 @@ class LoRA:
 def _inject(model: Any, config: Any, name: str) -> None:
     from peft import inject_adapter_in_model
 
-    others = vars(model).pop("peft_config", {})  # peft would warn of a second adapter
-    # on the CPU and from its own seed: equal on every device, and the run's random state stays as it is
+    others = vars(model).pop("peft_config", {})  # peft would warn about a second adapter
+    # on the CPU and from its own seed: equal on every device, and the run's random state does not change
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(SEED)
         inject_adapter_in_model(config, model, adapter_name=name)
@@ -142,8 +143,10 @@ def _inject(model: Any, config: Any, name: str) -> None:
 
 
 def _make_float32(layer: Any, name: str) -> None:
-    """Put float32 starting weights in the place of those that peft has cast to the base's precision: A uniform in
-    +-1 / sqrt(inputs), as nn.Linear and peft have it, and B = 0."""
+    """Replace adapters that peft cast to the base's precision by float32 ones with initial values.
+
+    A is uniform in +-1 / sqrt(inputs), as in nn.Linear and peft, and B = 0.
+    """
     device = layer.get_base_layer().weight.device
     for parts in (layer.lora_A, layer.lora_B):
         size = parts[name].in_features, parts[name].out_features
@@ -156,7 +159,7 @@ def _make_float32(layer: Any, name: str) -> None:
 
 
 def _belongs(key: str, name: str) -> bool:
-    """Whether a parameter, by its key, belongs to the adapter of that name."""
+    """Return whether a parameter, by its key, belongs to the adapter of that name."""
     return f".lora_A.{name}." in key or f".lora_B.{name}." in key
 
 
@@ -167,51 +170,51 @@ def _adapted(model: nn.Module) -> list[Any]:
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether `LoRA.adapt` was called on the model."""
+    """Return whether `LoRA.adapt` was called on the model."""
     return POLICY in getattr(model, "peft_config", {})
 
 
 def has_teacher(model: nn.Module) -> bool:
-    """Whether `add_teacher` was called on the model."""
+    """Return whether `add_teacher` was called on the model."""
     return TEACHER in getattr(model, "peft_config", {})
 
 
 def adapter_keys(model: nn.Module, name: str) -> list[str]:
-    """Names of one adapter's parameters (`POLICY` or `TEACHER`), in the same order for both."""
+    """Return the names of one adapter's parameters (`POLICY` or `TEACHER`), in the same order for both."""
     return [key for key, _ in model.named_parameters() if _belongs(key, name)]
 
 
 def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """Parameters of one adapter, in the same order."""
+    """Return the parameters of one adapter, in the same order for both adapters."""
     return [parameter for key, parameter in model.named_parameters() if _belongs(key, name)]
 
 
 def is_adapter(key: str) -> bool:
-    """Whether a key of a state dict belongs to an adapter."""
+    """Return whether a key of a state dict belongs to an adapter."""
     return _belongs(key, POLICY) or _belongs(key, TEACHER)
 
 
 def without_teacher(states: dict[str, Any]) -> dict[str, Any]:
-    """A state dict less the teacher's adapters."""
+    """Return the state dict without the teacher's adapters."""
     return {key: value for key, value in states.items() if not _belongs(key, TEACHER)}
 
 
 @torch.no_grad()
 def add_teacher(policy: nn.Module) -> None:
-    """Put a second, frozen adapter beside the policy's, equal to it to the bit."""
+    """Add a second, frozen adapter with values equal to the policy's, bit for bit."""
     _inject(policy, copy.deepcopy(policy.peft_config[POLICY]), TEACHER)  # pyright: ignore
     pairs = zip(adapter_parameters(policy, TEACHER), adapter_parameters(policy, POLICY), strict=True)
     for theirs, ours in pairs:
-        if not ours.is_meta:  # else another process has the values
+        if not ours.is_meta:  # on meta, another process has the values
             theirs.data = ours.detach().clone()
 
 
 @contextmanager
 def active(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Compute with another adapter for a while; None: with the base weights alone.
+    """Use another adapter within the context; None: only the base weights.
 
-    peft's own switch also changes what requires a gradient, and the policy's pass may still wait for its backward: here
-    only the choice of the adapter changes, and is put back whatever happens.
+    peft's own switch also changes ``requires_grad``, and a backward of the policy's pass may still follow. This
+    function changes only the selected adapter, and restores it even after an exception.
     """
     layers = _adapted(model)
     before = [layer._active_adapter for layer in layers]
@@ -225,11 +228,11 @@ def active(model: nn.Module, name: str | None) -> Iterator[None]:
 
 
 def remove(model: Any, *, merge: bool) -> None:
-    """Give the model its plain layers back, in place.
+    """Restore the model's plain layers, in place.
 
     Args:
         model: with the policy's adapters.
-        merge: add them to the base weights; else they are dropped.
+        merge: add the adapters to the base weights; if False, discard them.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -241,12 +244,12 @@ def remove(model: Any, *, merge: bool) -> None:
 
 
 def save_adapter(model: Any, folder: Path, base: str) -> None:
-    """Write the policy's adapters as ``PeftModel.from_pretrained(base, folder)`` loads them.
+    """Write the policy's adapters in the form that ``PeftModel.from_pretrained(base, folder)`` loads.
 
     Args:
         model: with the policy's adapters.
         folder: an existing directory.
-        base: directory or hub id of the base model, noted in ``adapter_config.json``.
+        base: directory or hub id of the base model, recorded in ``adapter_config.json``.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file

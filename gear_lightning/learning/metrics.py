@@ -1,4 +1,4 @@
-"""torchmetrics that Lightning does not bring."""
+"""torchmetrics that Lightning does not include."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 
 class Quantile(Metric):
-    """Quantile of everything seen since the last reset, over all processes: exact, whatever the micro-batches.
+    """Quantile of all values since the last reset, over all processes: exact, independent of micro-batches.
 
     Args:
-        q: between 0 and 1.
+        q: quantile, between 0 and 1.
     """
 
     full_state_update = False
@@ -26,8 +26,8 @@ class Quantile(Metric):
         self.values.append(values.detach().float().flatten())
 
     def compute(self) -> Tensor:
-        """The quantile (linear interpolation); 0 where nothing was seen."""
-        # a list of tensors before the processes are joined, one tensor after
+        """Return the quantile (linear interpolation); 0 if there are no values."""
+        # the state is a list of tensors before the processes are joined, one tensor after
         seen = dim_zero_cat(self.values) if len(self.values) else torch.empty(0, device=self.device)
         if not seen.numel():
             return torch.zeros((), device=self.device)

@@ -1,4 +1,4 @@
-"""What a checkpoint of the module holds beside its weights, and how a run takes it up."""
+"""Saving and loading of the module's state in a checkpoint, in addition to its weights."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ from .shipped import CONFIG, policy_files
 
 
 class ModuleState(L.LightningModule):
-    """The part of `gear_lightning.module.GearModule` that saves and loads."""
+    """Mixin of `gear_lightning.module.GearModule` that saves and loads its state."""
 
     source: PolicySource
     policy: Any
@@ -42,7 +42,7 @@ class ModuleState(L.LightningModule):
     _identity_of_base: dict[str, str] | None = None
     _shipped: dict[str, bytes]
     _base_model: str | None
-    _files: dict[str, Tensor] | None = None  # of the policy; training changes none of them, and waits for each save
+    _files: dict[str, Tensor] | None = None  # of the policy; cached, as training does not change them
     _frozen: dict[tuple[int, ...], Kept]
 
     @property
@@ -52,7 +52,7 @@ class ModuleState(L.LightningModule):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the credit rule or the distillation looks at a teacher."""
+        """Whether the credit rule or the distillation uses a teacher."""
         raise NotImplementedError
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ class ModuleState(L.LightningModule):
         writes = self.trainer.is_global_zero
         if self.teacher is not None and (shadow := self.teacher.shadow_state(self.policy, keep=writes)):
             checkpoint["teacher_shadow"] = shadow
-        if "optimizer_states" in checkpoint:  # not in one of weights alone
+        if "optimizer_states" in checkpoint:  # missing in a checkpoint of weights only
             checkpoint["optimizer_states"] = plain_states(checkpoint["optimizer_states"])
             checkpoint["hyperparameters"] = self._fresh_optimizer().given
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -80,28 +80,28 @@ class ModuleState(L.LightningModule):
             checkpoint["frozen"] = gather_on_first([{"key": list(key), **kept} for key, kept in self._frozen.items()])
 
     def left_out(self) -> list[str]:
-        """Keys of the module's state dict that its checkpoints leave out: frozen weights that can be loaded again."""
+        """Return the state dict keys that checkpoints omit: frozen weights that can be loaded again."""
         return [] if self.base is None else frozen_names(self.state_dict(keep_vars=True))
 
     def _adapters(self) -> dict[str, Any]:
-        """What a checkpoint says about its adapters."""
+        """Return the checkpoint's record of its adapters."""
         assert self.lora is not None
         if self.base is not None and self._identity_of_base is None:
-            self._identity_of_base = identify(self.policy)  # once: they never change
+            self._identity_of_base = identify(self.policy)  # once: the frozen weights never change
         frozen = None if self.base is None else self._identity_of_base
         return {"options": self.lora.plain(), "base": self.base, "frozen": frozen}
 
     def policy_files(self) -> dict[str, Tensor]:
-        """The policy's configuration, tokenizer and chat template as files: all that export needs beside the weights.
+        """Return the policy's configuration, tokenizer and chat template as files: all that export needs.
 
         Returns:
             File name -> bytes, as uint8.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.chat_format.tokenizer.save_pretrained(folder)
-            files = [p for p in Path(folder).rglob("*") if p.is_file()]  # several chat templates lie in a folder
+            files = [p for p in Path(folder).rglob("*") if p.is_file()]  # several chat templates go to a subfolder
             made = {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
-        # neither is written by its own `save_pretrained`, which refuses what it has loaded (see `shipped`)
+        # not by their own `save_pretrained`, which can refuse what it has loaded (see `shipped`)
         made[CONFIG] = self.policy.config.to_json_string().encode()
         generation = getattr(self.policy, "generation_config", None)
         own = {} if generation is None else json.loads(generation.to_json_string(keys_to_pop=["compile_config"]))
@@ -109,13 +109,13 @@ class ModuleState(L.LightningModule):
         return {n: torch.frombuffer(bytearray(files[n]), dtype=torch.uint8) for n in sorted(files) if files[n]}
 
     def take_origin(self) -> None:
-        """Note what is known of the published model now: its files may be gone when a checkpoint is written."""
+        """Record the origin of the published model now: its files may be gone when a checkpoint is written."""
         self._shipped = self.source.shipped()
         published = self.source.published()
         self._base_model = None if published is None or os.path.isabs(published) else published
 
     def _identity(self) -> dict[str, str]:
-        """What a checkpoint's tensors fit to."""
+        """Return the properties that must match for a checkpoint's tensors to fit."""
         states = without_teacher(dict(self.policy.named_parameters()))
         sizes = "/".join(str(tuple(shape(p))) for p in states.values())
         return {
@@ -140,18 +140,18 @@ class ModuleState(L.LightningModule):
         return FreshOptimizer(self.optimizer, self.lr_scheduler, parameters)
 
     def _take_up_optimizer(self, checkpoint: dict[str, Any]) -> None:
-        """Make a checkpoint's optimizer and schedule those that this run goes on with."""
+        """Prepare a checkpoint's optimizer and schedule states for this run."""
         if "optimizer_states" not in checkpoint:
             raise UserError(
-                f"{self.trainer.ckpt_path} holds weights alone (checkpoint.save_weights_only), and a run cannot go on "
-                "from it; `gear-lightning export` makes a model directory of it, from which a new run can start "
+                f"{self.trainer.ckpt_path} holds only weights (checkpoint.save_weights_only), and a run cannot resume "
+                "from it; `gear-lightning export` converts it to a model directory, from which a new run can start "
                 "(model.policy.path)"
             )
         checkpoint["optimizer_states"] = states_from_plain(checkpoint["optimizer_states"])
         changes = take_up_given(checkpoint, self._fresh_optimizer())
         if changes and self.trainer.is_global_zero:
             told = "; ".join(changes)
-            print(f"the optimizer goes on with hyperparameters that are given now: {told}", file=sys.stderr)
+            print(f"the optimizer continues with changed hyperparameters: {told}", file=sys.stderr)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         fitting = self.trainer.state.fn == TrainerFn.FITTING
@@ -159,17 +159,17 @@ class ModuleState(L.LightningModule):
         if fitting:
             self._take_up_optimizer(checkpoint)
         states = checkpoint["state_dict"]
-        if self.teacher is None:  # evaluation, or nothing that looks at one
+        if self.teacher is None:  # evaluation, or no component uses a teacher
             kept = {k: v for k, v in states.items() if not k.startswith("teacher.")}
             checkpoint["state_dict"] = without_teacher(kept)
         elif self.teacher.model is not None and not any(key.startswith("teacher.model.") for key in states):
             raise UserError(
-                "this checkpoint holds no teacher; resume with the credit rule, distillation and teacher that it was "
-                "made with"
+                "this checkpoint holds no teacher; resume with the credit rule, distillation and teacher of the run "
+                "that wrote it"
             )
         if self.teacher is not None:
             shadow = checkpoint.get("teacher_shadow", [])
-            if self.teacher.adapted and shadow:  # of an older run, whose adapters were bfloat16
+            if self.teacher.adapted and shadow:  # written by an older version, whose adapters were bfloat16
                 names = [PREFIX + key for key in adapter_keys(self.policy, TEACHER)]
                 checkpoint["state_dict"].update(zip(names, shadow, strict=True))
             else:

@@ -1,18 +1,18 @@
-"""How long a row a model can score, from its configuration alone."""
+"""The longest row that a model can score, from its configuration."""
 
 from dataclasses import dataclass
 from typing import Any
 
-LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")  # what configurations call the number of positions
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")  # keys of the number of positions
 
 
 @dataclass(frozen=True)
 class Longest:
-    """Longest row that a model scores as if it stood alone.
+    """Longest row that a model scores independently of the other rows of a micro-batch.
 
     Attributes:
-        tokens: of the row.
-        why: what limits it, to follow "is more than".
+        tokens: length of the row.
+        why: what limits it, worded to follow "is more than".
     """
 
     tokens: int
@@ -20,11 +20,11 @@ class Longest:
 
 
 def longest_row(config: Any, name: str) -> Longest | None:
-    """The longest row of a model; None where nothing limits it.
+    """Return the longest row of a model; None if there is no limit.
 
     Args:
         config: of a Hugging Face model.
-        name: the model's, for messages.
+        name: of the model, for messages.
     """
     text = config.get_text_config()
     positions = next((n for key in LENGTHS if isinstance(n := getattr(text, key, None), int) and n > 0), None)
@@ -41,8 +41,10 @@ def longest_row(config: Any, name: str) -> Longest | None:
 
 
 def _rope_changes(text: Any, positions: int | None) -> list[tuple[str, int]]:
-    """Kinds of rotary embeddings whose frequencies depend on the length, and the length from which they do
-    (``dynamic_rope_update`` of transformers)."""
+    """Return the kinds of rotary embeddings whose frequencies depend on the length, and the length from which they do.
+
+    See ``dynamic_rope_update`` of transformers.
+    """
     given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     layers = [p for p in given.values() if isinstance(p, dict)] or [given]  # one for each kind of layer, or one for all
     found = []

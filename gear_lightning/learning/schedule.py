@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate schedule, and when the schedule is stepped."""
+"""The optimizer and its learning rate schedule."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ from .iterations import Iterations
 
 
 def plateau_monitor(scheduler: Any) -> str | None:
-    """The metric that a schedule follows; None for one that counts steps.
+    """Return the metric that a schedule follows; None for a schedule that counts steps.
 
     Raises:
-        UserError: it names none, or takes the wrong values for the best ones.
+        UserError: the schedule names no metric, or its mode does not fit the metric.
     """
     if not isinstance(scheduler, ReduceLROnPlateau):
         return None
     monitor = getattr(scheduler, "monitor", None)
     if monitor is None:
         raise UserError(
-            "model.lr_scheduler: ReduceLROnPlateau must know which metric it follows; use --model.lr_scheduler "
+            "model.lr_scheduler: ReduceLROnPlateau needs the name of a metric; use --model.lr_scheduler "
             "lightning.pytorch.cli.ReduceLROnPlateau --model.lr_scheduler.monitor val/success "
             "--model.lr_scheduler.mode max"
         )
@@ -32,11 +32,11 @@ def plateau_monitor(scheduler: Any) -> str | None:
 
 
 class Schedule(Iterations, L.LightningModule):
-    """The part of a module that makes the optimizer and steps the schedule.
+    """Mixin of a module that creates the optimizer and steps the schedule.
 
-    Schedules are stepped by Lightning after every optimizer step. ``ReduceLROnPlateau`` is stepped here, at the end of
-    the iterations that have measured its metric, before their checkpoint is written: Lightning would do it after that,
-    and also with the value of an earlier evaluation.
+    Lightning steps schedules after every optimizer step. This class steps ``ReduceLROnPlateau`` at the end of the
+    iterations that have measured its metric, before their checkpoint is written: Lightning would step it after the
+    checkpoint, and also with the value of an earlier evaluation.
     """
 
     policy: Any
@@ -47,7 +47,7 @@ class Schedule(Iterations, L.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
         if self.trainer.precision == "bf16-mixed" and hasattr(optimizer, "_step_supports_amp_scaling"):
-            # Lightning will not clip the gradients of a fused optimizer, which might unscale them again; bfloat16 has
+            # Lightning does not clip the gradients of a fused optimizer, which might unscale them again; bfloat16 has
             # no scaler (https://github.com/Lightning-AI/pytorch-lightning/issues/21435)
             setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010
         if self.lr_scheduler is None:
@@ -59,11 +59,12 @@ class Schedule(Iterations, L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def followed_metric(self) -> str | None:
-        """Make the optimizer and its schedule on trial, and return the metric that the schedule follows; None where it
-        counts steps.
+        """Create the optimizer and its schedule to check them, and return the metric that the schedule follows.
+
+        The result is None if the schedule counts steps.
 
         Raises:
-            UserError: they cannot be made with the options that are given, or the metric is not given.
+            UserError: they cannot be created with the configured options, or the metric is not configured.
         """
         fresh = FreshOptimizer(self.optimizer, self.lr_scheduler, [torch.zeros(1)])
         return plateau_monitor(fresh.scheduler)
@@ -83,10 +84,10 @@ class Schedule(Iterations, L.LightningModule):
         """Step a schedule that follows a metric. All ranks must call it.
 
         Args:
-            values: metrics that are new.
+            values: newly measured metrics.
 
         Returns:
-            Whether its metric is among them.
+            Whether the schedule's metric is among them.
         """
         value = None if self._monitor is None else self._monitor.value(self.trainer, values)
         if value is not None:

@@ -1,8 +1,8 @@
-"""Files that a model was published with beside its weights: how they reach a checkpoint, and from there an export.
+"""Files published with a model besides its weights: how they get into a checkpoint, and from there into an export.
 
-Files are kept as bytes and JSON is kept as JSON. A configuration object of transformers would drop keys that it does
-not know, refuse to save a contradictory generation configuration that it has loaded, and write one anew without the
-stop tokens (https://github.com/huggingface/transformers/issues/29988).
+Files are stored as bytes and JSON is stored as JSON. A configuration object of transformers would drop keys that it
+does not know, refuse to save a contradictory generation configuration that it has loaded, and write a new one without
+the stop tokens (https://github.com/huggingface/transformers/issues/29988).
 """
 
 import json
@@ -19,8 +19,8 @@ KEPT = (
     "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "special_tokens_map.json", "added_tokens.json",
     "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md", "USE_POLICY.md",
 )  # fmt: skip
-LARGEST = 32 << 20  # bytes of one of them; no tokenizer is larger, and each is in every checkpoint
-# of a shipped configuration: code that does not come along, weights that are no longer quantized, and names that
+LARGEST = 32 << 20  # maximum bytes of one file; no tokenizer is larger, and every checkpoint holds each file
+# keys dropped from a shipped configuration: code that is not copied, quantization that no longer applies, and keys that
 # transformers writes itself
 _DROPPED = ("auto_map", "quantization_config", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _CHAT_TEMPLATES = r"(additional_chat_templates/)?[A-Za-z0-9_][A-Za-z0-9_.-]*\.jinja"
@@ -29,11 +29,11 @@ _TERMS = r"(LICENSE|NOTICE|USE_POLICY)(\.(txt|md))?"
 
 
 def shipped_files(where: str) -> dict[str, bytes]:
-    """Those of `KEPT` that a model has.
+    """Return the files of `KEPT` that a model has.
 
     Args:
-        where: a model directory, or a hub id. Of a hub id the two configurations are fetched (loading the model needs
-            them), and the other files are taken where the cache has them.
+        where: a model directory, or a hub id. For a hub id, the two configurations are fetched (loading the model needs
+            them), and the other files are read only if they are in the cache.
 
     Raises:
         UserError: a file cannot be read.
@@ -50,8 +50,10 @@ def shipped_files(where: str) -> dict[str, bytes]:
 
 
 def _inside(path: Path) -> bool:
-    """Whether a file is in its folder: a link in a model from elsewhere must not publish a file of this machine. The
-    hub's cache links from its snapshots to its blobs."""
+    """Return whether a file is in its folder, so that a link in a downloaded model cannot publish a local file.
+
+    Links from the snapshots to the blobs of the hub's cache are allowed.
+    """
     folder = path.parent.resolve()
     allowed = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
     return path.resolve().is_relative_to(folder) or path.resolve().is_relative_to(allowed)
@@ -64,36 +66,37 @@ def _of_hub(model: str, name: str) -> Path | None:
     try:
         fetch = name in (CONFIG, GENERATION)
         found = cached_file(model, name) if fetch else try_to_load_from_cache(model, name)
-    except (OSError, ValueError):  # it has none, or no such model: told where it is loaded
+    except (OSError, ValueError):  # no such file, or no such model: loading the model reports that
         return None
     return Path(found) if isinstance(found, str) else None
 
 
 def read_json(name: str, content: bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Return a file's JSON object.
 
     Args:
         name: of the file, for the error.
         content: of the file.
 
     Raises:
-        UserError: it is none.
+        UserError: the content is not a JSON object.
     """
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is not JSON ({' '.join(str(error).split())})") from None
     if not isinstance(found, dict):
-        raise UserError(f"{name} holds no JSON object")
+        raise UserError(f"{name} does not hold a JSON object")
     return found
 
 
 def stop_ids(files: Mapping[str, bytes], where: str = "") -> list[int]:
-    """Tokens at which ``generate`` of the published model stops: those of its generation configuration; without one,
-    of its configuration.
+    """Return the tokens at which ``generate`` of the published model stops.
+
+    They come from the generation configuration, or from the configuration if there is none.
 
     Args:
-        files: what `shipped_files` found.
+        files: result of `shipped_files`.
         where: the model, for errors.
 
     Raises:
@@ -115,10 +118,10 @@ def _ids(given: Any) -> list[int]:
 
 
 def generation_config(shipped: Mapping[str, Any], stops: Iterable[int]) -> dict[str, Any]:
-    """A generation configuration that stops where sampling in training stops.
+    """Return a generation configuration with the stop tokens that sampling in training uses.
 
     Args:
-        shipped: the model's own; all but its stop tokens is kept.
+        shipped: the model's own; everything except its stop tokens is kept.
         stops: `Chat.stop_ids`.
     """
     stops = set(stops)
@@ -129,37 +132,37 @@ def generation_config(shipped: Mapping[str, Any], stops: Iterable[int]) -> dict[
 
 
 def merged_config(shipped: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with what the shipped one held beside it.
+    """Return the saved configuration, completed with keys of the shipped one.
 
     Version 5 of transformers renames keys (``rope_theta`` became ``rope_parameters``); other engines and version 4 read
-    the old names, and would take a default without a word.
+    the old names, and would silently use a default.
 
     Args:
-        shipped: as it was published, or as an earlier call gave it.
-        saved: as transformers writes it.
+        shipped: as published, or as returned by an earlier call.
+        saved: as written by transformers.
     """
     if shipped.get("model_type") != saved.get("model_type"):  # the text part of a larger model
         shipped = {}
     merged = {**{k: v for k, v in shipped.items() if k not in _DROPPED}, **saved}
     merged.pop("auto_map", None)
-    if "torch_dtype" in shipped and "dtype" in merged:  # the same under its old name
+    if "torch_dtype" in shipped and "dtype" in merged:  # also under its old name
         merged["torch_dtype"] = merged["dtype"]
     return merged
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:
-    """A configuration file."""
+    """Return a configuration file's content."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def policy_files(
     made: Mapping[str, bytes], shipped: Mapping[str, bytes], generation: Mapping[str, Any], stops: Iterable[int]
 ) -> dict[str, bytes]:
-    """All files of a policy beside its weights.
+    """Return all files of a policy besides its weights.
 
     Args:
-        made: what transformers writes of it: configuration and tokenizer.
-        shipped: what `shipped_files` found; ``made`` comes before it.
+        made: files that transformers writes for it: configuration and tokenizer.
+        shipped: result of `shipped_files`; ``made`` takes precedence.
         generation: of the policy, for a model that was published without a generation configuration.
         stops: `Chat.stop_ids`.
 
@@ -176,11 +179,12 @@ def policy_files(
 
 
 def file_name(name: Any) -> str:
-    """The name of a file that a checkpoint may hold: configuration, tokenizer, chat template or terms of use, never
-    code, weights or another folder.
+    """Check and return the name of a file that a checkpoint may hold.
+
+    Allowed are configuration, tokenizer, chat template and terms of use, never code, weights or paths in other folders.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the name is not allowed.
     """
     plain = (
         isinstance(name, str)
@@ -188,5 +192,5 @@ def file_name(name: Any) -> str:
         and any(re.fullmatch(p, name) for p in (_PLAIN, _CHAT_TEMPLATES, _TERMS))
     )
     if not plain or name.startswith("adapter_") or name.endswith(".index.json"):
-        raise ValueError(f"it holds a file {name!r}, which is no part of a tokenizer or a configuration")
+        raise ValueError(f"it holds a file {name!r}, which is not part of a tokenizer or a configuration")
     return name

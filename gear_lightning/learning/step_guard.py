@@ -1,8 +1,8 @@
-"""Which optimizer steps are taken: none on a gradient that is not finite, and none without a gradient.
+"""Optimizer steps without a finite gradient, or without any gradient, are skipped.
 
-The decision is made once the gradient of the step is whole, before it is clipped, and is the same on all ranks. A step
-that is not taken changes nothing: no weight, no optimizer state (the momentum of Adam would move the weights on a
-gradient of 0, and weight decay too), no average of the teacher. It still counts as an optimizer step of the trainer.
+The decision is made once the gradient of the step is complete, before it is clipped, and is the same on all ranks. A
+skipped step changes nothing: no weight, no optimizer state (Adam's momentum would move the weights even with a gradient
+of 0, and so would weight decay), no average of the teacher. It still counts as an optimizer step of the trainer.
 """
 
 import math
@@ -19,13 +19,13 @@ from ..runs.finite import all_finite
 
 
 class StepGuard(L.LightningModule):
-    """The part of a module that decides whether an optimizer step is taken.
+    """Mixin of a module that decides whether an optimizer step is taken.
 
     Attributes:
-        gradient_norm: 2-norm of the whole gradient of the newest optimizer step, before clipping; infinite where the
+        gradient_norm: 2-norm of the whole gradient of the latest optimizer step, before clipping; infinite if the
             gradient is not finite on some rank.
         step_taken: whether that step was taken.
-        skipped_in_a_row: newest optimizer steps that were skipped because their gradients are not finite.
+        skipped_in_a_row: number of latest optimizer steps in a row that were skipped because of non-finite gradients.
     """
 
     policy: Any
@@ -35,21 +35,23 @@ class StepGuard(L.LightningModule):
 
     @property
     def step_skipped(self) -> bool:
-        """Whether the newest optimizer step was left out because its gradient is not finite."""
+        """Whether the latest optimizer step was skipped because its gradient is not finite."""
         return not self.step_taken and not math.isfinite(self.gradient_norm)
 
     def steps_after(self, batch_idx: int) -> bool:
-        """Whether the optimizer's turn comes after this micro-batch. DeepSpeed counts micro-batches itself, and
-        Lightning calls `optimizer_step` for every one."""
+        """Return whether an optimizer step follows this micro-batch.
+
+        DeepSpeed counts micro-batches itself, and Lightning calls `optimizer_step` for every one.
+        """
         return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Decide, then clip. Lightning calls this when callbacks have seen the gradient, right before the step."""
+        """Decide on the step, then clip. Lightning calls this after the callbacks' gradient hooks, before the step."""
         if self._engine is None:
             self._decide(self._norm_over_ranks())
-            if not self.step_taken:  # optimizers leave parameters without a gradient as they are
+            if not self.step_taken:  # optimizers do not change parameters without a gradient
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
                         parameter.grad = None
@@ -59,31 +61,31 @@ class StepGuard(L.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(epoch, batch_idx, *args, **kwargs)
         if self._engine is not None and self.steps_after(batch_idx):
-            # DeepSpeed has looked at the norm over all ranks itself: see also `zero_state.keep_idle_steps_idle`
+            # DeepSpeed checks the norm over all ranks itself: see also `zero_state.keep_idle_steps_idle`
             overflow, norm = self._engine.optimizer.overflow, self._engine.get_global_grad_norm()
             self._decide(math.inf if overflow else float(norm))
 
     def check_steps(self, most: int) -> None:
-        """Stop a run that takes no steps any more.
+        """Stop a run whose optimizer steps are all skipped.
 
         Raises:
-            UserError: on all ranks, where the newest ``most`` optimizer steps were skipped.
+            UserError: on all ranks, if the latest ``most`` optimizer steps were skipped.
         """
         if self.skipped_in_a_row >= most:
             raise UserError(
                 f"the gradients of {self.skipped_in_a_row} optimizer steps in a row are not finite, the last one in "
-                f"iteration {self.trainer.current_epoch}; the weights are those before them. Lower the learning rate, "
-                "clip gradients (trainer.gradient_clip_val) or use a wider trainer.precision"
+                f"iteration {self.trainer.current_epoch}; the weights are those before these steps. Lower the learning "
+                "rate, clip gradients (trainer.gradient_clip_val) or use a wider trainer.precision"
             )
 
     @property
     def _engine(self) -> Any:
-        """DeepSpeed's engine, which keeps gradients to itself; None under other strategies."""
+        """DeepSpeed's engine, which holds the gradients; None with other strategies."""
         engine: Any = self.trainer.strategy.model
         return engine if hasattr(engine, "get_global_grad_norm") else None
 
     def _norm_over_ranks(self) -> float:
-        """Norm of the gradient; infinite on all ranks where it is not finite on one. All ranks must call it."""
+        """Return the norm of the gradient; infinite on all ranks if it is not finite on one. All ranks must call it."""
         grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
         norm = full(nn.utils.get_total_norm(grads)).float().nan_to_num(math.inf, math.inf, math.inf)
         return float(self.trainer.strategy.reduce(norm.to(self.device), reduce_op="max"))
@@ -97,10 +99,10 @@ class StepGuard(L.LightningModule):
         if self.trainer.strategy.reduce(broken, reduce_op="max"):
             raise UserError(
                 f"the policy has weights that are not finite after {self.trainer.global_step} optimizer steps, and no "
-                "further step can mend them. Resume from the newest checkpoint (--ckpt_path last) with a lower "
+                "further step can repair them. Resume from the newest checkpoint (--ckpt_path last) with a lower "
                 "learning rate, gradient clipping (trainer.gradient_clip_val) or a wider trainer.precision"
             )
         rank_zero_warn(
             f"The gradient of optimizer step {self.trainer.global_step + 1} is not finite: the step is skipped, and "
-            "weights, optimizer and teacher stay as they are. train/skipped_steps counts such steps."
+            "weights, optimizer and teacher do not change. train/skipped_steps counts such steps."
         )

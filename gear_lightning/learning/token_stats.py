@@ -1,8 +1,8 @@
 """Log-probs, entropy and top-k of tokens from a causal language model, computed from hidden states in chunks.
 
-Only the tokens that are asked for reach the output head, and only so many at a time as give `LOGITS` logits: no
-``[batch, seq, vocab]`` tensor exists. The next-token shift lives here and nowhere else: the distribution of token t is
-read off the hidden state at t - 1.
+Only the requested tokens reach the output head, and only as many at a time as produce `LOGITS` logits: no
+``[batch, seq, vocab]`` tensor exists. Only this module applies the next-token shift: the distribution of token t comes
+from the hidden state at t - 1.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from ..batch import TokenStats
 from ..distributed.sharding import forward_of_model, is_zero3, most, shape
 from ..errors import UserError
 
-LOGITS = 1 << 24  # tokens x vocabulary in one piece: 67 MB in float32
+LOGITS = 1 << 24  # tokens x vocabulary in one chunk: 67 MB in float32
 
 
 def _chunk_stats(
@@ -36,7 +36,7 @@ def _chunk_stats(
         flat = logprobs.detach()
         entropy = -(flat.exp() * flat).sum(-1)
         ids = flat.topk(min(top_k, flat.shape[-1])).indices if top_ids is None else top_ids
-    if top_grad:  # looked up at once: backward then fills one piece with gradients, not two
+    if top_grad:  # one lookup for both: backward then fills one tensor with gradients, not two
         picked, top_logprobs = logprobs.gather(-1, torch.cat([targets[:, None], ids], -1)).split([1, ids.shape[-1]], -1)
     else:
         picked, top_logprobs = logprobs.gather(-1, targets[:, None]), flat.gather(-1, ids)
@@ -54,21 +54,21 @@ def token_stats(
     top_ids: Int[Tensor, "batch seq top"] | None = None,
     top_grad: bool = False,
 ) -> TokenStats:
-    """What ``model`` says about the wanted tokens.
+    """Return the statistics of the wanted tokens under ``model``.
 
     Args:
-        model: a Hugging Face causal language model (`gear_lightning.models` checks that it fits).
+        model: a Hugging Face causal language model (`check_head` checks that it is supported).
         tokens: right-padded ids.
-        valid: not padding.
+        valid: True except at padding.
         wanted: tokens to score; never column 0. Other entries of the result are 0.
-        temperature: the distribution is softmax(logits / temperature), as sampled.
-        top_k: also return the most likely tokens; 0 for none.
+        temperature: the distribution is softmax(logits / temperature), as in sampling.
+        top_k: number of most likely tokens to return as well; 0 for none.
         top_ids: return the log-probs of these tokens instead.
-        top_grad: the top-k log-probs have a gradient too. Kept for it are so many float32 numbers per token, and what a
-            loss makes of them; the vocabulary is still gone through in pieces, in backward too.
+        top_grad: the top-k log-probs also have a gradient. This keeps that many float32 numbers per token, and the
+            results that a loss computes from them; the vocabulary is still processed in chunks, also in backward.
 
     Returns:
-        Log-probs (with gradient where grad is enabled), entropy (without) and top-k (with ``top_grad``), in nats and
+        Log-probs (with gradient if grad is enabled), entropy (without) and top-k (with ``top_grad``), in nats and
         float32.
     """
     some = top_k or top_ids is not None
@@ -87,19 +87,19 @@ def _scores(
     top_ids: Tensor | None,
     top_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`token_stats` inside the model's forward: log-probs, entropy, top ids and their log-probs."""
+    """Compute `token_stats` inside the model's forward: log-probs, entropy, top ids and their log-probs."""
     # padding is on the right: causal attention keeps it out of every real token, so no mask is needed and the fast
-    # attention kernels stay available
+    # attention kernels can be used
     body, head = model.get_decoder(), model.get_output_embeddings()
     hidden = body(input_ids=tokens, use_cache=False).last_hidden_state
     row, column = (wanted[:, 1:] & valid[:, 1:]).nonzero(as_tuple=True)
     states, targets = hidden[row, column], tokens[row, column + 1]
     size = max(1, LOGITS // shape(head.weight)[0])
     chunks = max(1, -(-len(targets) // size))
-    if is_zero3(head.weight):  # each pass through the head gathers it on all ranks: they must make equally many
+    if is_zero3(head.weight):  # each pass through the head gathers it on all ranks: all need the same number of passes
         chunks = most(chunks, tokens.device)
     counts = [max(0, min(size, len(targets) - i * size)) for i in range(chunks)]
-    # split, and not slices: in backward each slice would fill a tensor as large as all states with zeros
+    # split instead of slices: in backward each slice would allocate a zero tensor as large as all states
     pieces, wants = states.split(counts), targets.split(counts)
     listed = [None] * chunks if top_ids is None else top_ids[row, column + 1].split(counts)
     parts = []
@@ -121,17 +121,18 @@ def _scores(
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Check on two tokens that a model's logits are its output head on the decoder's last hidden states, untouched.
+    """Check that a model's logits are its output head applied to the decoder's last hidden states, without changes.
 
-    In the model's own forward the head's output is replaced by numbers from -1e4 to 1e4. They must come out as they
-    are: so a soft-cap or a scale shows however small the model's logits are, and no weight is changed.
+    The check runs on two tokens. In the model's own forward, a hook replaces the head's output by numbers from -1e4 to
+    1e4, which the model must return unchanged. This detects a soft-cap or a scale even if the model's logits are small,
+    and changes no weight.
 
     Raises:
-        UserError: the model does more than a linear head (soft-capping, scaled logits), has no decoder or head, gives
+        UserError: the model has more than a linear head (soft-capping, scaled logits), has no decoder or head, returns
             random outputs, or writes to its weights in a forward pass.
     """
     name = type(model).__name__
-    seen: list[Tensor] = []  # input of the head, and what came out of it in the model's own forward
+    seen: list[Tensor] = []  # input of the head, and its replaced output, in the model's own forward
 
     def replace(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         marks = torch.linspace(-1e4, 1e4, output.numel(), device=output.device).view_as(output).to(output.dtype)
@@ -154,7 +155,7 @@ def check_head(model: nn.Module) -> None:
         raise UserError(f"{name} changes its weights in a forward pass; such models are not supported")
     small = 1e-3 * hidden.abs().max()
     if (hidden - again).abs().max() > small:
-        raise UserError(f"{name} is random: it gives other hidden states each time; such models are not supported")
+        raise UserError(f"{name} is random: its hidden states differ between calls; such models are not supported")
     if len(seen) < 2 or (hidden - seen[0]).abs().max() > small:
         raise UserError(
             f"{name} does not apply its output head to the last hidden states of its decoder; such models are not "

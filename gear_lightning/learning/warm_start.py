@@ -1,4 +1,4 @@
-"""The supervised warm start: teaches a policy from demonstrations until its groups of rollouts have spread."""
+"""The supervised warm start: trains a policy on demonstrations until its groups of rollouts have different rewards."""
 
 import hashlib
 import math
@@ -28,21 +28,21 @@ from .token_stats import check_head, token_stats
 
 CheckSampling = Callable[[Any, GearModule, Any, Any], None]
 MOST_SKIPPED = 5  # optimizer steps in a row without a finite gradient
-KEYED = 32  # demonstrations that a cached result is known by
+KEYED = 32  # number of demonstrations in the cache key of a result
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Supervised fine-tuning on demonstrations before RL. The result is cached under the settings that made it.
+    """Supervised fine-tuning on demonstrations before RL. The result is cached, keyed by the settings.
 
     Args:
-        demonstrations: what to learn from.
+        demonstrations: training data.
         steps: optimizer steps.
-        batch_size: demonstrations in a step, over all processes.
+        batch_size: demonstrations per step, over all processes.
         learning_rate: highest learning rate of AdamW.
         warmup_steps: steps of linear warm-up; a cosine decay to zero follows.
         max_length: longer demonstrations are skipped, tokens; also those longer than the model's positions.
-        reuse: take the result of an earlier run with the same settings, model and code version.
+        reuse: reuse the result of an earlier run with the same settings, model and code version.
     """
 
     demonstrations: Demonstrations
@@ -65,7 +65,7 @@ class WarmStart:
 
 
 def encode(item: Demonstration, chat: Chat, teacher: TeacherOptions) -> tuple[list[int], list[bool]]:
-    """Ids of a demonstration, and which of them are learned: what the policy would have sampled."""
+    """Return the ids of a demonstration, and a mask of the learned ones: those that the policy would have sampled."""
     if item.privileged:
         ids, _ = privileged_prompt(item.task, item.task.messages, chat, teacher)
     else:
@@ -112,7 +112,7 @@ class _Batches(torch.utils.data.IterableDataset):
                 return RolloutRow(ids, learned, [-1] * n, [False] * n, [0.0] * n, 1, [0], 0.0, False, 0.0, -1, 0, index)
         limit = f"warm_start.max_length={self.options.max_length}"
         if self.limit < self.options.max_length:
-            limit = f"the model scores rows of {self.limit} tokens"
+            limit = f"the model scores rows of up to {self.limit} tokens"
         raise UserError(f"{limit}: 100 demonstrations in a row are longer")
 
 
@@ -122,8 +122,8 @@ class WarmStartModule(Float32Buffers, Float32Sums, StepGuard):
     Args:
         gear: see `run_warm_start`, also for the next three.
         options: the stage's settings.
-        check: looks at the policy before it is trained.
-        check_sampling: looks at it once it is where the strategy wants it.
+        check: checks the policy before it is trained.
+        check_sampling: checks it after the strategy has placed it.
     """
 
     def __init__(
@@ -135,11 +135,11 @@ class WarmStartModule(Float32Buffers, Float32Sums, StepGuard):
     ):
         super().__init__()
         self.options = options
-        self.gear = (gear,)  # in a tuple, for it is no part of this module
+        self.gear = (gear,)  # in a tuple, so that it is not a submodule
         self.check = check
         self.check_sampling = check_sampling
         self.policy: Any = None
-        self._blank: list[Any] = [None]  # in a list, for it is no part of this module
+        self._blank: list[Any] = [None]  # in a list, so that it is not a submodule
 
     def configure_model(self) -> None:
         if self.policy is None:
@@ -165,7 +165,7 @@ class WarmStartModule(Float32Buffers, Float32Sums, StepGuard):
             self.check_sampling(self.trainer, self.gear[0], self.policy, self._blank[0])
 
     def whole(self) -> Any:
-        """The policy in float32 in CPU memory. All ranks must call it."""
+        """Return the policy in float32 in CPU memory. All ranks must call it."""
         return whole_copy(self.policy, self._blank[0], "cpu", torch.float32)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
@@ -203,17 +203,17 @@ def run_warm_start(
 
     Args:
         options: the stage's settings.
-        gear: whose policy, chat and teacher view to use; its own weights stay untouched.
-        trainer: a Trainer made for this stage (``max_steps`` = ``options.steps``).
-        key: plain data that decides the result beside ``options``, the policy and the demonstrations (precision).
-        check: looks at the policy before it is trained and raises where what comes later could not use it.
-        check_sampling: the same with the policy on its devices; called on all ranks with the trainer, ``gear``, the
-            policy, and its modules without values where it is sharded.
+        gear: provides policy, chat and teacher options; its own weights do not change.
+        trainer: a Trainer for this stage (``max_steps`` = ``options.steps``).
+        key: plain data that determines the result besides ``options``, the policy and the demonstrations (precision).
+        check: checks the policy before it is trained; raises if a later stage could not use it.
+        check_sampling: the same for the policy on its devices; called on all ranks with the trainer, ``gear``, the
+            policy, and its modules without values if it is sharded.
     """
     from .. import __version__
 
     first = [options.demonstrations[i] for i in range(KEYED)]
-    shown = [encode(item, gear.chat_format, gear.teacher_options) for item in first]  # holds template and tokenizer too
+    shown = [encode(item, gear.chat_format, gear.teacher_options) for item in first]  # template and tokenizer too
     settings = {k: v for k, v in vars(options).items() if k not in ("demonstrations", "reuse")}
     what = (__version__, settings, type(options.demonstrations).__name__, shown, gear.source.fingerprint(), key)
     name = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
@@ -230,7 +230,7 @@ def run_warm_start(
         whole = module.whole()
         if not all_finite(whole.parameters()):
             raise UserError(
-                f"the warm start has made weights that are not finite; lower warm_start.learning_rate="
+                f"the warm start produced weights that are not finite; lower warm_start.learning_rate="
                 f"{options.learning_rate} or use a wider trainer.precision"
             )
         if trainer.is_global_zero:

@@ -407,7 +407,7 @@ def test_bad_settings_are_refused(make, message):
 
 def test_what_rollouts_do_not_tell_is_named():
     e = evidence([DECIDED])
-    with pytest.raises(UserError, match=r"Oracle needs to know which decisions were right .*Evidence.decisions"):
+    with pytest.raises(UserError, match=r"Oracle needs labels of right and wrong decisions .*Evidence.decisions"):
         Oracle()(replace(e, decisions=None))
     with pytest.raises(UserError, match=r"SCGRPO needs the number of solved rollouts .*Evidence.solved"):
         SCGRPO()(replace(e, solved=None, divergence=torch.zeros(1, 7)))

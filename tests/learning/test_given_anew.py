@@ -129,12 +129,12 @@ def test_a_checkpoint_of_an_earlier_version_tells_what_it_can():
 def test_what_cannot_be_taken_up_is_an_error():
     _, half, _ = train(adamw(), None, STEPS)
     short = lambda o: schedules.OneCycleLR(o, 1e-2, total_steps=3)  # noqa: E731
-    with pytest.raises(UserError, match=r"OneCycleLR cannot go on after 6 steps: .* total steps is 3"):
+    with pytest.raises(UserError, match=r"OneCycleLR cannot continue after 6 steps: .* total steps is 3"):
         take_up_given(half, FreshOptimizer(adamw(), short, half["parameters"]))
     two = lambda p: torch.optim.AdamW([{"params": p[:1]}, {"params": p[1:], "weight_decay": 0}])  # noqa: E731
-    with pytest.raises(UserError, match=r"groups of \[2\] parameters, and model.optimizer makes groups of \[1, 1\]"):
+    with pytest.raises(UserError, match=r"groups of \[2\] parameters, but model.optimizer creates groups of \[1, 1\]"):
         take_up_given(half, FreshOptimizer(two, None, half["parameters"]))
-    with pytest.raises(UserError, match=r"cannot be made: Invalid learning rate: -1"):
+    with pytest.raises(UserError, match=r"cannot be created: Invalid learning rate: -1"):
         FreshOptimizer(adamw(lr=-1), None, half["parameters"])
 
 
@@ -144,7 +144,7 @@ def test_a_rate_given_at_a_resume_is_used_and_told(tmp_path, capsys):
     before = weights(made)
     idle = adamw(lr=0.0, weight_decay=0.0)
     still = fit(tmp_path, resume=folder_of(tmp_path), model=module(optimizer=idle), max_epochs=3)
-    assert "hyperparameters that are given now: lr 0.01 -> 0; weight_decay 0.01 -> 0" in capsys.readouterr().err
+    assert "changed hyperparameters: lr 0.01 -> 0; weight_decay 0.01 -> 0" in capsys.readouterr().err
     assert torch.equal(weights(still), before), "a rate of 0 moves nothing"
     state = still.optimizers[0].state_dict()["state"]
     assert all(float(state[k]["step"]) == 3 and not torch.equal(state[k]["exp_avg"], v) for k, v in moments.items())

@@ -103,5 +103,5 @@ def test_policy_sampler_and_teacher_have_the_same_head(tmp_path, precision, head
 
 
 def test_doctor_and_fit_refuse_a_head_precision_that_does_not_fit(tmp_path):
-    with pytest.raises(UserError, match="head_precision=bfloat16 does not go with"):
+    with pytest.raises(UserError, match="head_precision=bfloat16 cannot be combined with"):
         trainer(tmp_path, generation(), max_epochs=1).fit(module(head_precision="bfloat16"), datamodule=data())

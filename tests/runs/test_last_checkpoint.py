@@ -113,7 +113,7 @@ def test_a_name_tells_only_what_was_measured(tmp_path):
 def test_weights_alone_are_saved_and_a_resume_says_that_they_do_not_suffice(tmp_path):
     fit(tmp_path, checkpoint={"save_weights_only": True}, max_epochs=2)
     assert steps(tmp_path)["last"] == 2
-    with pytest.raises(UserError, match=r"holds weights alone \(checkpoint.save_weights_only\).*gear-lightning export"):
+    with pytest.raises(UserError, match=r"holds only weights \(checkpoint.save_weights_only\).*gear-lightning export"):
         fit(tmp_path, resume=folder_of(tmp_path), max_epochs=3)
 
 

@@ -82,7 +82,7 @@ def other(folder: Path, seed: int, scale: float = 1.0) -> Pretrained:
 def test_adapters_of_another_base_are_refused(run, tmp_path, stage, seed, scale):
     policy = other(tmp_path / "other", seed, scale)
     loop = trainer(tmp_path, generation(), limit_val_batches=1)
-    message = rf"weights that they were trained on, and those of {tmp_path}/other are other ones .*{run[2]}/model"
+    message = rf"without their base weights, and those of {tmp_path}/other differ from the ones used .*{run[2]}/model"
     with pytest.raises(UserError, match=message):
         getattr(loop, stage)(make(policy), datamodule=data(), ckpt_path=run[1], weights_only=True)
 
@@ -137,7 +137,7 @@ def test_frozen_weights_that_the_base_does_not_have_stay_in_the_checkpoints(run,
     """The model's directory was overwritten since."""
     model, checkpoint, _ = run
     old = whole(model, checkpoint, tmp_path / "old.ckpt")
-    with pytest.warns(UserWarning, match="frozen weights are not those of .*other, and take their place"):
+    with pytest.warns(UserWarning, match="frozen weights are not those of .*other, and replace them"):
         resumed = fit(
             tmp_path, make(other(tmp_path / "other", 11)), resume=old, saved=tmp_path / "c.ckpt", max_epochs=3
         )
@@ -204,7 +204,7 @@ def test_an_export_says_that_the_base_is_gone_or_has_changed(tmp_path, options):
     with pytest.raises(UserError, match=rf"a\.ckpt: the checkpoint holds adapters.*{tmp_path}/model.*--base"):
         export_command(args)
     other(tmp_path / "model", 11)
-    with pytest.raises(UserError, match=rf"a\.ckpt: .*those of {tmp_path}/model are other ones"):
+    with pytest.raises(UserError, match=rf"a\.ckpt: .*those of {tmp_path}/model differ from the ones used"):
         export_command(args)
     assert not (tmp_path / "out").exists()
     assert export_command([*args, "--base", str(moved)]) == 0
