@@ -1,1 +1,1 @@
-"""Where credit went: the HTML page, the text view, and what another rule would have made of it."""
+"""Views of credit: the HTML page, the text view, and credit recomputed with another rule."""

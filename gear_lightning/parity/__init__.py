@@ -1,1 +1,1 @@
-"""Whether runs under several strategies are equal but for rounding."""
+"""Checks that runs with different strategies are equal except for rounding."""

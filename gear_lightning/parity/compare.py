@@ -1,7 +1,7 @@
-"""Whether two runs of a recipe are the same but for rounding: rollouts, credit, losses, steps and checkpoints.
+"""Comparison of two runs of a recipe, except for rounding: rollouts, credit, losses, steps and checkpoints.
 
-Rounding decides now and then: a sampled token on the edge of two, an anchor of credit at its threshold. Whatever comes
-after that differs, and says nothing of the strategy: such runs are compared up to there.
+Rounding occasionally changes a discrete decision: a sampled token near a boundary between two, or a credit anchor at
+its threshold. Everything after that differs, whatever the strategy: such runs are compared up to that point.
 """
 
 import csv
@@ -19,23 +19,23 @@ from .steps import LOW_TOLERANCE, TOLERANCE, Tolerance, compare_steps, drifts
 
 COMPARED = ("policy_logprobs", "divergence", "weights", "token_advantages")
 IN_NATS = ("policy_logprobs", "divergence")
-APART = 0.3  # relative difference at which nothing can be told from rounding
-UNLIKELY = 3.0  # times the partings that rounding is expected to make
+APART = 0.3  # relative difference above which rounding cannot be distinguished from errors
+UNLIKELY = 3.0  # times the expected number of divergent samples due to rounding
 Key = tuple[int, int, int]
 Rollouts = dict[Key, dict[str, Tensor]]
 
 
 @dataclass
 class Comparison:
-    """How far a run is from the reference.
+    """Differences between a run and the reference.
 
     Attributes:
         worst: quantity -> largest difference found: mean difference of an iteration's tokens as a share of their mean
             for log-probs, divergence, credit and loss; see `gear_lightning.parity.steps.StepComparison` for the others.
-        faults: what rounding does not explain, in words; the first is the one to look at.
-        iterations: how many were compared to the end, their updates included.
-        steps: optimizer steps that were compared and had a gradient.
-        parted: what rounding has decided, so that the rest was not compared; empty where nothing.
+        faults: differences that rounding does not explain, in words; start with the first.
+        iterations: number of iterations compared completely, including their updates.
+        steps: number of compared optimizer steps that had a gradient.
+        parted: the decision that rounding changed, so that the rest was not compared; empty if there is none.
     """
 
     worst: dict[str, float] = field(default_factory=dict)
@@ -46,24 +46,24 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether an update was compared, and all that was compared is the same but for rounding."""
+        """Whether at least one update was compared, and everything compared is equal except for rounding."""
         return self.steps > 0 and not self.faults
 
     @property
     def verdict(self) -> str:
-        """In a few words."""
+        """The result in a few words."""
         if self.faults:
             return "NOT EQUAL"
         return ("equal" if not self.parted else f"equal to {self.iterations}") if self.equal else "NOT COMPARED"
 
 
 def tolerance_of(precision: str) -> Tolerance:
-    """What counts as rounding under a value of ``trainer.precision``."""
+    """Return the tolerance for rounding with a value of ``trainer.precision``."""
     return TOLERANCE if precision in ("32-true", "64-true") else LOW_TOLERANCE
 
 
 def precision_of(run: Path) -> str:
-    """``trainer.precision`` of a run; float32 where nothing says it."""
+    """Return ``trainer.precision`` of a run; float32 if the run has no config."""
     from omegaconf import OmegaConf
 
     if not (run / "config.yaml").exists():
@@ -73,7 +73,7 @@ def precision_of(run: Path) -> str:
 
 
 def read_rollouts(run: Path) -> Rollouts:
-    """(iteration, group, rollout) -> what the records hold of it, without padding."""
+    """Return (iteration, group, rollout) -> the recorded tensors of the rollout, without padding."""
     from ..runs.records import read_records
 
     found = {}
@@ -88,7 +88,7 @@ def read_rollouts(run: Path) -> Rollouts:
 
 
 def metric(run: Path, name: str) -> list[float]:
-    """A column of a run's metrics, where it has a value."""
+    """Return the values of a column of a run's metrics; empty cells are skipped."""
     with (run / "metrics.csv").open() as file:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
@@ -99,7 +99,7 @@ def compare(reference: Path, other: Path, tolerance: Tolerance | None = None) ->
     Args:
         reference: the run that the other one should equal.
         other: a run of the same recipe with the same seeds.
-        tolerance: None: by the reference's precision.
+        tolerance: None: chosen by the reference's precision.
 
     Raises:
         UserError: a run has no records of its rollouts or steps.
@@ -109,7 +109,7 @@ def compare(reference: Path, other: Path, tolerance: Tolerance | None = None) ->
     ours, theirs = read_rollouts(reference), read_rollouts(other)
     apart = dict(reversed(drifts(reference, other)))  # iteration -> at its first step
     credit = _compare_rollouts(found, ours, theirs, {i: tolerance.after(drift) for i, drift in apart.items()})
-    later, found.faults = found.faults, []  # of the first iteration that is not in ``credit``
+    later, found.faults = found.faults, []  # faults of the first iteration that is not in ``credit``
     _compare_losses(found, ours, [metric(run, "train/loss") for run in (reference, other)], credit, tolerance)
     steps = compare_steps(reference, other, tolerance, credit)
     found.worst.update(steps.worst)
@@ -125,19 +125,19 @@ def compare(reference: Path, other: Path, tolerance: Tolerance | None = None) ->
 def _compare_rollouts(
     found: Comparison, ours: Rollouts, theirs: Rollouts, tolerances: dict[int, Tolerance]
 ) -> dict[int, float]:
-    """iteration -> difference of its credit, for iterations whose updates can be compared."""
+    """Return iteration -> difference of its credit, for iterations whose updates can be compared."""
     credit: dict[int, float] = {}
     for iteration in sorted({key[0] for key in ours.keys() | theirs.keys()}):
         mine, other = ({k: v for k, v in run.items() if k[0] == iteration} for run in (ours, theirs))
         if odd := mine.keys() ^ other.keys():
-            found.faults.append(f"{_place(min(odd))} is in one of the runs alone")
+            found.faults.append(f"{_place(min(odd))} is in only one of the runs")
             return credit
         if iteration not in tolerances:
-            found.faults.append(f"iteration {iteration + 1} has an optimizer step in one of the runs alone")
+            found.faults.append(f"iteration {iteration + 1} has an optimizer step in only one of the runs")
             return credit
         tolerance = tolerances[iteration]
         if tolerance.share > APART:
-            found.parted = f"the weights of iteration {iteration + 1} differ by {tolerance.share:.0%} of their way"
+            found.parted = f"the weights of iteration {iteration + 1} differ by {tolerance.share:.0%} of their change"
             return credit
         same = {key: _same_length(mine[key], other[key]) for key in mine}
         parted = [key for key, length in same.items() if length is not None]
@@ -160,7 +160,7 @@ def _compare_rollouts(
 
 
 def _same_length(mine: dict[str, Tensor], other: dict[str, Tensor]) -> int | None:
-    """Tokens until two rollouts differ; None where they never do."""
+    """Return the number of tokens before two rollouts differ; None if they are equal."""
     if not mine or not other:
         return None if mine.keys() == other.keys() else 0
     length = min(len(mine["tokens"]), len(other["tokens"]))
@@ -173,7 +173,10 @@ def _same_length(mine: dict[str, Tensor], other: dict[str, Tensor]) -> int | Non
 
 
 def _share(name: str, ours: Rollouts, theirs: Rollouts, same: dict[Key, int | None], tolerance: Tolerance) -> float:
-    """Mean difference over an iteration's sampled tokens, until rollouts part, as a share of the mean size."""
+    """Return the mean difference over an iteration's sampled tokens, as a share of their mean.
+
+    Tokens count until the two rollouts differ.
+    """
     gap, size, count = _sums(name, ours, theirs, same)
     room = count * tolerance.nats if name in IN_NATS else 0.0
     if name == "divergence":  # a difference of two models' log-probs
@@ -183,7 +186,7 @@ def _share(name: str, ours: Rollouts, theirs: Rollouts, same: dict[Key, int | No
 
 
 def _sums(name: str, ours: Rollouts, theirs: Rollouts, same: dict[Key, int | None]) -> tuple[float, float, int]:
-    """Of the tokens that `_share` looks at: sum of differences, sum of sizes, and how many."""
+    """Return, over the tokens of `_share`, the sum of differences, the sum of sizes, and the number of tokens."""
     gap, size, count = 0.0, 0.0, 0
     for key, length in same.items():
         if ours[key] and theirs[key]:
@@ -200,11 +203,11 @@ def _sums(name: str, ours: Rollouts, theirs: Rollouts, same: dict[Key, int | Non
 def _judge_parting(
     found: Comparison, ours: Rollouts, theirs: Rollouts, same: dict[Key, int | None], parted: list[Key]
 ) -> None:
-    """Whether rounding explains that sampled ids differ.
+    """Judge whether rounding explains that sampled ids differ.
 
-    A token is drawn by where a number falls among the cumulative probabilities of all tokens. Where log-probs are off
-    by g nats, so are probabilities by a share g, and a draw among exp(entropy) tokens that count falls beside its edge
-    in about a share g x exp(entropy) of all cases.
+    A token is sampled by the position of a random number among the cumulative probabilities of all tokens. If log-probs
+    differ by g nats, probabilities differ by a share g, and a sample from about exp(entropy) likely tokens lands on the
+    other side of a boundary in about a share g x exp(entropy) of all cases.
     """
     gap, expected, entropies = 0.0, 0.0, []
     count = 0
@@ -222,30 +225,30 @@ def _judge_parting(
     where = f"{_place(first)}, token {same[first]}"
     many = f"{len(parted)} of {len(same)} rollouts"
     if any(_sampled(run[key], same[key]) is False for key in parted for run in (ours, theirs)):
-        found.faults.append(f"what is not sampled differs at {where}: an environment that answers otherwise, or a seed")
+        found.faults.append(f"tokens that are not sampled differ at {where}: another environment answer, or a seed")
     elif len(parted) > 1 + UNLIKELY * expected:
         found.faults.append(
             f"sampled ids differ in {many}, first at {where}, where log-probs differ by {mean:.1e} nats on average: "
-            "more often than rounding makes them"
+            "more often than rounding explains"
         )
     else:
-        found.parted = f"sampled ids differ in {many}, first at {where}; log-probs do by {mean:.1e} nats on average"
+        found.parted = f"sampled ids differ in {many}, first at {where}; log-probs differ by {mean:.1e} nats on average"
 
 
 def _sampled(rollout: dict[str, Tensor], place: int | None) -> bool | None:
-    """Whether the token at a place is the policy's; None where the rollout has none there."""
+    """Return whether the policy sampled the token at a position; None if the rollout has no token there."""
     if not rollout or place is None or place >= len(rollout["tokens"]):
         return None
     return bool(rollout["action_mask"][place])
 
 
 def _judge_credit(found: Comparison, iteration: int, ours: Rollouts, theirs: Rollouts, tolerance: Tolerance) -> None:
-    """Whether rounding explains that credit differs where tokens and divergences do not."""
+    """Judge whether rounding explains that credit differs while tokens and divergences do not."""
     everywhere = dict.fromkeys(ours)
     gap, size, _ = _sums("divergence", ours, theirs, everywhere)
     divergence = gap / size if size else 0.0
     if divergence > tolerance.share:
-        found.parted = f"credit differs in iteration {iteration + 1}, where the divergence is rounding itself"
+        found.parted = f"credit differs in iteration {iteration + 1}, where the divergence is as small as rounding"
         return
     off = [
         key
@@ -253,7 +256,7 @@ def _judge_credit(found: Comparison, iteration: int, ours: Rollouts, theirs: Rol
         if any(_share(name, ours, theirs, {key: None}, tolerance) > tolerance.share for name in COMPARED[2:])
     ]
     tokens = sum(int(rollout["action_mask"].sum()) for rollout in ours.values() if rollout)
-    # an anchor at its threshold: about as often as a token of the relative difference
+    # expected number of anchors at their threshold: tokens x relative difference of the divergence
     if len(off) <= 1 + UNLIKELY * tokens * divergence:
         many = f"{len(off)} of {len(ours)} rollouts"
         found.parted = f"credit differs in {many}, first in {_place(off[0])}, at a threshold"
@@ -267,8 +270,11 @@ def _judge_credit(found: Comparison, iteration: int, ours: Rollouts, theirs: Rol
 def _compare_losses(
     found: Comparison, ours: Rollouts, losses: list[list[float]], credit: dict[int, float], tolerance: Tolerance
 ) -> None:
-    """A loss of the first epoch on its rollouts is a sum of advantages that cancel: what is left is rounding, and is
-    compared with the mean size of its terms."""
+    """Compare the losses.
+
+    A loss of the first epoch on its rollouts is a sum of advantages that cancel, so that only rounding remains. It is
+    therefore compared relative to the mean size of its terms.
+    """
     for iteration, (mine, other) in enumerate(zip(*losses, strict=False)):
         if iteration not in credit:
             return
@@ -277,23 +283,23 @@ def _compare_losses(
         share = abs(mine - other) / (max(abs(mine), term) or 1.0)
         found.worst["train/loss"] = max(found.worst.get("train/loss", 0.0), share if share == share else math.inf)
         if not share <= tolerance.share + 10 * credit[iteration]:
-            found.faults.append(f"iteration {iteration + 1}: train/loss is {other:g} in place of {mine:g}")
+            found.faults.append(f"iteration {iteration + 1}: train/loss is {other:g} instead of {mine:g}")
             return
 
 
 def _compare_checkpoint(run: Path) -> list[str]:
-    """Whether ``last.ckpt`` holds the weights that the run had after its last step."""
+    """Return the differences between ``last.ckpt`` and the weights that the run had after its last step."""
     path = run / "checkpoints" / "last.ckpt"
     if not path.exists():
         return ["last.ckpt is missing"]
     checkpoint = torch.load(path, weights_only=True, mmap=True)
     last = deque(read_steps(run), maxlen=1).pop()
     if checkpoint["global_step"] != last.number:
-        return [f"last.ckpt is of step {checkpoint['global_step']}, and the last one was {last.number}"]
+        return [f"last.ckpt is from step {checkpoint['global_step']}, but the last step was {last.number}"]
     for name, value in last.weights.items():
         saved = checkpoint["state_dict"].get(name)
         if saved is None or not torch.equal(sample(saved, last.elements), value):
-            return [f"last.ckpt holds another {name} than the run had"]
+            return [f"last.ckpt holds other values of {name} than the run had"]
     return []
 
 

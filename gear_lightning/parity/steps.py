@@ -1,9 +1,9 @@
-"""Whether the optimizer steps of two runs of a recipe are the same but for rounding.
+"""Comparison of the optimizer steps of two runs of a recipe, except for rounding.
 
 A gradient is judged by the norm of its difference. Weights cannot be judged by their size: Adam divides a gradient by
-its own size, so that the rounding of a gradient near zero comes back as a step of the size of the learning rate. So an
-update is judged in units of what a step may move, element by element, and each element may differ by what the recorded
-difference of its own gradients explains.
+its own size, so that the rounding error of a gradient near zero becomes a step of the size of the learning rate. An
+update is therefore judged in units of the maximum change per step, element by element, and each element may differ by
+what the recorded difference of its own gradients explains.
 """
 
 import math
@@ -15,24 +15,24 @@ from torch import Tensor
 
 from ..runs.step_records import Step, is_teacher, read_steps
 
-ARITHMETIC = 1e-4  # of a step: two implementations of one optimizer on the same gradients differ by less
+ARITHMETIC = 1e-4  # share of a step: two implementations of one optimizer differ by less on the same gradients
 # A relative change r of the gradients seen so far changes an update by less than AMPLIFIED x r steps: for Adam by at
 # most (1 + |m| / sqrt(v)) x r, where |m| / sqrt(v) <= (1 - beta1) / sqrt(1 - beta2) = 3.2; for momentum 0.9 by 10 x r
 AMPLIFIED = 10.0
-ROUNDINGS = 4  # of a weight in the two runs' steps, in units in the last place
-FEW = 1e-3  # share of a tensor's elements that may be beyond it: one that an optimizer like Lion decides by a sign
+ROUNDINGS = 4  # rounding errors of a weight in the two runs' steps, in units in the last place
+FEW = 1e-3  # share of a tensor's elements that may exceed the limit: e.g. an optimizer like Lion that uses only signs
 SMALL = 1e-2  # a tensor's gradient counts as at least this share of the average one, and a step's norm as at least
-QUIET = 1e-3  # this share of the largest one: below is what is left where terms cancel
+QUIET = 1e-3  # this share of the largest one: smaller values are remainders of terms that cancel
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What counts as rounding.
+    """Limits below which differences count as rounding.
 
     Args:
         share: relative difference of log-probs, divergences, credit, losses and gradients.
-        norm: relative difference of the gradient's norm, where the rounding of its elements averages out.
-        nats: mean difference of log-probs and divergences that is rounding, however small they are.
+        norm: relative difference of the gradient's norm, where the rounding errors of its elements average out.
+        nats: mean difference of log-probs and divergences that counts as rounding, however small they are.
     """
 
     share: float = 1e-3
@@ -40,7 +40,7 @@ class Tolerance:
     nats: float = 1e-5
 
     def after(self, drift: float) -> "Tolerance":
-        """The same for weights that rounding has moved apart by this share of their way (see `drifts`)."""
+        """Return the tolerance for weights that rounding has moved apart by this share of their change (`drifts`)."""
         return replace(self, share=self.share + drift, norm=self.norm + drift)
 
 
@@ -50,14 +50,14 @@ LOW_TOLERANCE = Tolerance(share=0.1, norm=5e-3, nats=0.05)  # bfloat16: 2e-3 to 
 
 @dataclass
 class StepComparison:
-    """How far the steps of a run are from those of the reference.
+    """Differences between the steps of a run and those of the reference.
 
     Attributes:
         worst: ``gradient`` -> largest relative difference, of a whole step or of a tensor; ``norm`` -> of its norm;
             ``update`` -> largest difference of an update, in learning rates, where the gradient is above rounding;
-            ``teacher`` -> the same of a teacher's weight, beyond what the policy's weights explain.
-        faults: what rounding does not explain, in words.
-        steps: optimizer steps that were compared and had a gradient.
+            ``teacher`` -> the same for a teacher's weight, beyond what the policy's weights explain.
+        faults: differences that rounding does not explain, in words.
+        steps: number of compared optimizer steps that had a gradient.
     """
 
     worst: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("gradient", "norm", "update"), 0.0))
@@ -65,17 +65,17 @@ class StepComparison:
     steps: int = 0
 
     def most(self, name: str, value: float) -> None:
-        """Keep the larger of two figures."""
+        """Keep the larger of the stored and the new value."""
         self.worst[name] = max(self.worst.get(name, 0.0), value if value == value else math.inf)
 
 
 @dataclass
 class _History:
-    """What is known of one tensor's elements after some steps: float64, as long as the record's sample."""
+    """State of one tensor's elements after some steps: float64, with the elements of the record's sample."""
 
     weights: tuple[Tensor, Tensor]  # of the reference and of the other run, at the last step
     size: float = 0.0  # spacing of numbers near 1 in the weights' type
-    difference: Tensor = field(init=False)  # largest of the clipped gradients so far
+    difference: Tensor = field(init=False)  # largest difference of the clipped gradients so far
     mean: Tensor = field(init=False)  # mean square of the reference's clipped gradients
     recent: Tensor = field(init=False)  # and its moving average
     moved: Tensor = field(init=False)  # largest update so far, in learning rates
@@ -88,23 +88,24 @@ class _History:
         self.hull = gap.clamp_max(0), gap.clamp_min(0)
 
     def see(self, gradients: tuple[Tensor, Tensor], number: int) -> Tensor:
-        """Take up the clipped gradients of a step. Returns their relative difference over all steps so far."""
+        """Add the clipped gradients of a step, and return their relative difference over all steps so far."""
         ours, theirs = gradients
         self.difference = torch.maximum(self.difference, (theirs - ours).abs())
         self.mean = self.mean + (ours.square() - self.mean) / number
         self.recent = 0.9 * self.recent + 0.1 * ours.square()
         usual = torch.minimum(self.mean, self.recent / (1 - 0.9**number)).sqrt()
-        # where both are 0 there is nothing to explain
+        # if both are 0 there is no difference to explain
         return torch.where(self.difference == 0, 0.0, self.difference / usual)
 
 
 def drifts(reference: Path, other: Path) -> list[tuple[int, float]]:
-    """How far two runs' trained weights have come apart, for each optimizer step.
+    """Return how far two runs' trained weights have moved apart, for each optimizer step.
 
-    Rounding moves weights apart, and gradients, log-probs and credit of later iterations follow.
+    Rounding moves weights apart; gradients, log-probs and credit of later iterations then differ too.
 
     Returns:
-        (iteration, L2 norm of the difference at the step's start as a share of that of the way from the first weights).
+        (iteration, L2 norm of the difference at the step's start, divided by that of the change since the first
+        weights).
 
     Raises:
         UserError: there are no records.
@@ -131,9 +132,9 @@ def compare_steps(
     Args:
         reference: a run directory.
         other: another one.
-        tolerance: what counts as rounding.
+        tolerance: limits of rounding.
         allowed: iteration -> difference of its credit, which its gradients follow. Only these iterations are compared.
-            None: all, with equal credit.
+            None: compare all, with equal credit.
 
     Raises:
         UserError: there are no records.
@@ -162,11 +163,11 @@ def compare_steps(
         room = tolerance.after(apart[ours.number - 1][1])
         _judge_gradients(found, ours, theirs, room, credit, QUIET * loudest)
         _judge_weights(found, histories, ours, theirs)
-        if found.faults:  # what comes after follows from it
+        if found.faults:  # later differences follow from these
             return found
     lengths = [sum(1 for _ in read_steps(run)) - 1 for run in (reference, other)]
     if allowed is None and lengths[0] != lengths[1]:
-        found.faults.append(f"{lengths[1]} optimizer steps in place of {lengths[0]}")
+        found.faults.append(f"{lengths[1]} optimizer steps instead of {lengths[0]}")
     return found
 
 
@@ -178,7 +179,7 @@ def _start(found: StepComparison, histories: dict[str, _History], ours: Step, th
         if not torch.equal(value, theirs.weights[name]):
             found.faults.append(f"the runs start from other weights ({name})")
             return
-        # the coarser type of the two decides what is rounding
+        # the coarser dtype of the two determines the rounding
         size = max(torch.finfo(v.dtype).eps for v in (value, theirs.weights[name]))
         histories[name] = _History((value.double(), theirs.weights[name].double()), size)
 
@@ -186,8 +187,8 @@ def _start(found: StepComparison, histories: dict[str, _History], ours: Step, th
 def _judge_gradients(
     found: StepComparison, ours: Step, theirs: Step, tolerance: Tolerance, credit: float, least: float
 ) -> None:
-    """By the norm of the difference, of the whole gradient and of each tensor."""
-    room = tolerance.share + 10 * credit  # terms of both signs cancel: a change of credit shows larger in their sum
+    """Judge the norm of the difference, for the whole gradient and for each tensor."""
+    room = tolerance.share + 10 * credit  # terms of both signs cancel: credit changes their sum more
     parts = {n: (g.double(), theirs.gradients[n].double()) for n, g in ours.gradients.items()}
     norms = {n: float(g.norm()) for n, (g, _) in parts.items()}
     gaps = {n: float((h - g).norm()) for n, (g, h) in parts.items()}
@@ -208,7 +209,7 @@ def _judge_gradients(
 
 
 def _judge_weights(found: StepComparison, histories: dict[str, _History], ours: Step, theirs: Step) -> None:
-    """Each update of a trained weight by its gradients, then the teacher's weights by those of the policy."""
+    """Judge each update of a trained weight by its gradients, then the teacher's weights by those of the policy."""
     for name in [n for n in ours.weights if not is_teacher(n)]:
         past, lr = histories[name], ours.lr
         before, after = past.weights, (ours.weights[name].double(), theirs.weights[name].double())
@@ -225,18 +226,17 @@ def _judge_weights(found: StepComparison, histories: dict[str, _History], ours: 
         most = lr * past.moved.clamp_min(1.0) * (arithmetic + AMPLIFIED * explained) + grid
         clear = AMPLIFIED * explained < 10 * arithmetic
         found.most("update", float(torch.where(clear, gap - grid, 0.0).clamp_min(0).max()) / (lr or 1.0))
-        _count(found, ours, name, ~(gap <= most), "is updated otherwise than its gradient explains")
+        _count(found, ours, name, ~(gap <= most), "has an update that its gradient does not explain")
     for name in [n for n in ours.weights if is_teacher(n)]:
         own, followed = histories[name], histories.get(_followed(name))
         after = ours.weights[name].double(), theirs.weights[name].double()
         gap = after[1] - after[0]
         low, high = (gap.new_zeros(()),) * 2 if followed is None else followed.hull
         grid = ROUNDINGS * ours.number * own.size * after[0].abs()
-        beyond = torch.maximum(low - gap, gap - high).clamp_min(
-            0
-        )  # an average of the policy's differences lies between
+        # an average of the policy's differences lies between their least and largest
+        beyond = torch.maximum(low - gap, gap - high).clamp_min(0)
         found.most("teacher", float((beyond - grid).clamp_min(0).max()) / (ours.lr or 1.0))
-        _count(found, ours, name, ~(beyond <= grid), "does not follow the policy as it does in the reference")
+        _count(found, ours, name, ~(beyond <= grid), "does not follow the policy as in the reference")
 
 
 def _count(found: StepComparison, step: Step, name: str, beyond: Tensor, what: str) -> None:
@@ -253,7 +253,7 @@ def _clipped(step: Step, name: str) -> Tensor:
 
 
 def _followed(name: str) -> str:
-    """The policy's parameter that a teacher's follows: of a copy, or of an adapter inside of the policy."""
+    """Return the policy's parameter that a teacher's follows: in a copy, or in an adapter inside the policy."""
     return (
         f"policy.{name.removeprefix('teacher.model.')}"
         if name.startswith("teacher.")

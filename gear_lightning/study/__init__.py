@@ -1,1 +1,1 @@
-"""Comparing runs: arms and seeds, statistics, tables, figures."""
+"""Comparison of runs: arms and seeds, statistics, tables, figures."""

@@ -1,4 +1,4 @@
-"""What runs of a study are forked from: a process that has done the imports, which are most of a short run's start."""
+"""Process from which the runs of a study are forked: it has done the imports, most of a short run's startup time."""
 
 import contextlib
 import io
@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Any
 
-for _name in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it, with a noise
+for _name in ("torchao", "torch.utils._pytree"):  # transformers imports an installed torchao, which logs warnings
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 import torch  # noqa: E402
@@ -22,7 +22,7 @@ from ..recipes.refusals import skeleton_of  # noqa: E402
 
 
 def end_with_parent() -> None:
-    """Be told to stop when the process that this one was forked from ends, which it does when a study is killed."""
+    """Make the kernel send SIGTERM to this process when its parent ends, for example because the study was killed."""
     if sys.platform == "linux":
         import ctypes
 
@@ -30,8 +30,8 @@ def end_with_parent() -> None:
 
 
 def fit(arguments: list[str], log: str) -> None:
-    """One run: ``gear-lightning`` with these arguments, its output in a file."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the study's to handle
+    """Run ``gear-lightning`` with these arguments, and write its output to a file."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study handles Ctrl-C
     end_with_parent()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -42,11 +42,11 @@ def fit(arguments: list[str], log: str) -> None:
 
 
 def rehearse(recipes: dict[str, list[str]], told: Any) -> None:
-    """Read what runs would be started with, as ``fit`` does, and start nothing.
+    """Parse and check the arguments of runs, as ``fit`` does, without starting a run.
 
     Args:
         recipes: name -> arguments of ``fit``.
-        told: a connection, which is sent why the first of them cannot be run, with its name; or None.
+        told: a connection; it receives the name of the first recipe that cannot run, with the reason, or None.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
@@ -66,8 +66,8 @@ def _complaint(arguments: list[str]) -> str | None:
             return next(iter(refused(recipe, model, configured_gpus(recipe.trainer))), None)
     except UserError as error:
         return str(error)
-    except SystemExit:  # the parser, which has printed why
+    except SystemExit:  # raised by the parser, which has printed the reason
         before, found, after = said.getvalue().partition("error: ")
         return (after if found else before).strip()
     except Exception as error:
-        return one_line(error)  # None: `fit` meets it, and its log has the traceback
+        return one_line(error)  # None: `fit` raises it again, and its log has the traceback

@@ -1,4 +1,4 @@
-"""The figure of a comparison, and the page that holds it."""
+"""Figure of a comparison, and the HTML page that contains it."""
 
 import html
 from io import BytesIO, StringIO
@@ -13,11 +13,11 @@ from .runs import AXES, Arm, Run
 from .statistics import bootstrap_interval, on_grid
 from .tables import Table
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, in the order of their contrast on white and on black.
+# Okabe and Ito's colors, distinguishable with color blindness, ordered by their contrast on white and on black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-LINES, MARKERS = ("-", "--", ":"), ("o", "s", "^", "D", "v", "P")  # further arms differ in these
-INK = "#1b2631"  # in the page it becomes the page's own colour
-PLACES = 200  # of a band, at the most
+LINES, MARKERS = ("-", "--", ":"), ("o", "s", "^", "D", "v", "P")  # these distinguish further arms
+INK = "#1b2631"  # the page replaces it by its text color
+PLACES = 200  # maximum number of points of a band
 STYLE: Any = {
     "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
     "ytick.color": INK, "text.parse_math": False, "svg.hashsalt": "gear_lightning", "svg.fonttype": "path",
@@ -48,7 +48,7 @@ p {{ margin: .5rem 0; max-width: 60rem }}
 
 
 def write_figure(path: Path, arms: list[Arm], metric: str) -> None:
-    """Write the figure, ``.png`` or ``.svg``, on white."""
+    """Write the figure as ``.png`` or ``.svg`` on a white background."""
     content = BytesIO()
     kind = path.suffix[1:]
     _draw(arms, metric, content, kind, facecolor="white")
@@ -56,7 +56,7 @@ def write_figure(path: Path, arms: list[Arm], metric: str) -> None:
 
 
 def write_page(path: Path, arms: list[Arm], metric: str, tables: list[Table]) -> None:
-    """Write one HTML page with the figure and the tables. It loads nothing, and runs nothing."""
+    """Write one HTML page with the figure and the tables. The page loads no resources and runs no scripts."""
     content = BytesIO()
     _draw(arms, metric, content, "svg", transparent=True)
     _, start, figure = content.getvalue().decode().partition("<svg")
@@ -96,7 +96,7 @@ def _draw(arms: list[Arm], metric: str, out: BytesIO, kind: str, **options: Any)
             else:
                 axes.set_axis_off()
         figure.text(0.0, -0.01, _caption(arms), fontsize=8, va="top", alpha=0.75)
-        if kind == "svg":  # without the date, and the addresses of vocabularies
+        if kind == "svg":  # without the date, and without the URLs of vocabularies
             options["metadata"] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(out, format=kind, dpi=150, bbox_inches="tight", pad_inches=0.15, **options)
 
@@ -104,9 +104,9 @@ def _draw(arms: list[Arm], metric: str, out: BytesIO, kind: str, **options: Any)
 def _caption(arms: list[Arm]) -> str:
     most = max(len(arm.by_seed()) for arm in arms)
     if most == 1:
-        return "One seed an arm: how much of the difference is luck cannot be told."
+        return "One seed per arm: chance cannot be separated from the difference."
     told = "Lines: mean over the seeds; thin lines: runs"
-    return f"{told}." if most == 2 else f"{told}; bands: 95 % bootstrap interval of the mean, from three seeds on."
+    return f"{told}." if most == 2 else f"{told}; bands: 95 % bootstrap interval of the mean, for three or more seeds."
 
 
 def _panel(axes: Any, arms: list[Arm], metric: str, over: str, *, show_unit: bool) -> None:
@@ -145,7 +145,7 @@ def _panel(axes: Any, arms: list[Arm], metric: str, over: str, *, show_unit: boo
 
 
 def _label(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names at the right edge, as near to their lines' ends as their heights allow, and joined to them."""
+    """Write the names at the right edge, as near to the ends of their lines as possible, with a connector."""
     low, high = axes.get_ylim()
     line = {"arrowstyle": "-", "linewidth": 1, "linestyle": ":", "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 2}
     wanted = [(height - low) / (high - low) for _, height, _, _ in ends]
@@ -165,10 +165,12 @@ def _label(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
 
 
 def _spread(wanted: list[float], gap: float) -> list[float]:
-    """Heights at least ``gap`` apart, in the same order, as near to the wanted ones as that allows (least squares, by
-    pooling neighbours), and within 0 and 1 where they fit."""
+    """Return heights at least ``gap`` apart, in the same order, as near to the wanted ones as possible.
+
+    Uses least squares by pooling neighbors. The heights lie within 0 and 1 if they fit.
+    """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    blocks: list[tuple[float, int]] = []  # mean height of the first of neighbours that touch, and how many they are
+    blocks: list[tuple[float, int]] = []  # mean height of the first of neighbors that touch, and their number
     for rank, here in enumerate(order):
         mean, size = wanted[here] - rank * gap, 1
         while blocks and blocks[-1][0] >= mean:
@@ -176,7 +178,7 @@ def _spread(wanted: list[float], gap: float) -> list[float]:
             mean, size = (before * count + mean * size) / (count + size), count + size
         blocks.append((mean, size))
     heights = [mean for mean, size in blocks for _ in range(size)]
-    room = 1 - (len(order) - 1) * gap  # what is left for moving all of them
+    room = 1 - (len(order) - 1) * gap  # space left to move all of them
     placed = list(wanted)
     for rank, here in enumerate(order):
         placed[here] = min(max(heights[rank], 0.0), max(room, 0.0)) + rank * gap
@@ -184,7 +186,7 @@ def _spread(wanted: list[float], gap: float) -> list[float]:
 
 
 def _unit(arms: list[Arm], metric: str, over: str) -> tuple[float, str]:
-    """What the places are divided by, and the axis's name."""
+    """Return the divisor of the x values, and the name of the axis."""
     longest = max(_curve(run, metric, over)[0][-1] for arm in arms for run in arm.runs)
     if over == "seconds":
         unit, name = (3600, "hours") if longest > 7200 else (60, "minutes") if longest > 300 else (1, "seconds")
@@ -199,7 +201,7 @@ def _curve(run: Run, metric: str, over: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _grid(curves: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Places of all curves where all of them are; evenly spread ones where these are many."""
+    """Return the x values at which all curves are defined; evenly spaced ones if there are too many."""
     low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
     places = np.unique(np.concatenate([x for x, _ in curves]))
     places = places[(places >= low) & (places <= high)]

@@ -1,4 +1,4 @@
-"""What a comparison of arms comes to in numbers."""
+"""Numbers of a comparison of arms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,19 +22,19 @@ from .statistics import (
     probability_of_improvement,
 )
 
-Interval = tuple[float, float] | None  # 95 %; None where there is one seed
+Interval = tuple[float, float] | None  # 95 %; None if there is one seed
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What the comparison measures: all runs over the same stretch of one axis.
+    """Measured quantity of the comparison: all runs over the same range of one axis.
 
     Attributes:
         metric: column of the runs.
-        over: the axis, a key of `compare_runs.AXES`.
-        low: where the stretch begins: where the last of the runs does.
-        high: where it ends: where the first of the runs does.
-        threshold: in the metric's unit; None: not asked for.
+        over: the axis, a key of `runs.AXES`.
+        low: start of the range, the latest start of all runs.
+        high: end of the range, the earliest end of all runs.
+        threshold: in the metric's unit; None: not requested.
     """
 
     metric: str
@@ -44,20 +44,20 @@ class Measure:
     threshold: float | None
 
     def mean(self, run: Run) -> float:
-        """Mean over the curve."""
+        """Return the mean over the curve."""
         return mean_over_curve(*self._curve(run), self.low, self.high)
 
     def final(self, run: Run) -> float:
-        """Value at the end of the stretch."""
+        """Return the value at the end of the range."""
         return float(on_grid(*self._curve(run), np.array([self.high]))[0])
 
     def reached(self, run: Run) -> float:
-        """First measured place of the whole run at or above the threshold; infinity where there is none."""
+        """Return the first measured x of the whole run at or above the threshold; infinity if there is none."""
         assert self.threshold is not None
         return first_reach(*self._curve(run), self.threshold)
 
     def path(self, run: Run) -> np.ndarray:
-        """The curve's values on the stretch, at the run's own points and at the end."""
+        """Return the curve's values in the range, at the run's own points and at the end."""
         x, y = self._curve(run)
         return np.append(y[(x >= self.low) & (x < self.high)], self.final(run))
 
@@ -69,17 +69,17 @@ class Measure:
 
 @dataclass(frozen=True)
 class Summary:
-    """Numbers of one arm. Runs of one seed count once, as their mean.
+    """Numbers of one arm. Runs of one seed count once, with their mean.
 
     Attributes:
-        arm: whose.
-        mean: over the curve, mean over the seeds.
-        mean_interval: of it.
+        arm: the arm.
+        mean: mean over the curve, then over the seeds.
+        mean_interval: interval of ``mean``.
         final: interquartile mean over the seeds of the last value.
-        final_interval: of it.
-        reached: lower median over the runs of where the threshold was reached; infinity where most never did; None: not
-            asked for.
-        runs_reached: how many did.
+        final_interval: interval of ``final``.
+        reached: lower median over the runs of the x at which the threshold was reached; infinity if most runs never
+            reached it; None: not requested.
+        runs_reached: number of runs that reached it.
         collapsed: share of the runs whose last value is below half of their best.
     """
 
@@ -95,12 +95,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class Contrast:
-    """An arm against the first one, seed by seed.
+    """Comparison of an arm with the first one, paired by seed.
 
     Attributes:
-        arm: which.
-        mean: paired difference of the mean over the curve; None where the two share no seed.
-        final: the same of the last value.
+        arm: the arm.
+        mean: paired difference of the mean over the curve; None if the two arms share no seed.
+        final: the same for the last value.
         adjusted: Holm's p of the sign test on ``mean``, over all contrasts.
         improvement: probability that a seed of this arm has a higher mean over the curve than one of the first arm.
     """
@@ -113,16 +113,16 @@ class Contrast:
 
 
 def measure(runs: list[Run], metric: str, over: str, threshold: float | None) -> Measure:
-    """The stretch that all runs share.
+    """Return the measure over the range that all runs share.
 
     Raises:
-        UserError: a run has not logged the axis, or there is no stretch that all share.
+        UserError: a run has not logged the axis, or no range is shared by all runs.
     """
     starts, ends = {}, {}
     for run in runs:
         curve = run.curve(metric, over)
         if curve is None:
-            raise UserError(f"{run.path}: it has not counted {over}; compare over iterations")
+            raise UserError(f"{run.path}: the run has not logged {over}; compare over iterations")
         starts[run], ends[run] = float(curve[0][0]), float(curve[0][-1])
     last, first = max(runs, key=lambda run: starts[run]), min(runs, key=lambda run: ends[run])
     if not starts[last] < ends[first]:
@@ -134,7 +134,7 @@ def measure(runs: list[Run], metric: str, over: str, threshold: float | None) ->
 
 
 def summarise(arm: Arm, what: Measure) -> Summary:
-    """Numbers of an arm."""
+    """Return the numbers of an arm."""
     means, finals = _by_seed(arm, what.mean), _by_seed(arm, what.final)
     m, f = (np.array([list(values.values())]) for values in (means, finals))
     many = len(means) > 1
@@ -153,7 +153,7 @@ def summarise(arm: Arm, what: Measure) -> Summary:
 
 
 def contrasts(arms: list[Arm], what: Measure) -> list[Contrast]:
-    """Every arm but the first against the first."""
+    """Return the contrasts of every arm except the first with the first."""
     base_mean, base_final = _by_seed(arms[0], what.mean), _by_seed(arms[0], what.final)
     found = []
     for arm in arms[1:]:

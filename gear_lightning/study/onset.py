@@ -1,4 +1,4 @@
-"""Where credit finds the first wrong decision: divergence and segments against what the environment tells."""
+"""Credit at the first wrong decision: divergence and segments compared with the environment's labels."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,13 +12,13 @@ from .plan import Run
 
 
 def onset_scores(record: Record) -> dict[str, tuple[Tensor, Tensor]]:
-    """Scores of the tokens that decide, in the rollouts of one record.
+    """Return the scores of the deciding tokens in the rollouts of one record.
 
-    A rollout gives the tokens of its first wrong decision, and those of its right decisions before it.
+    A rollout contributes the tokens of its first wrong decision, and those of its right decisions before it.
 
     Returns:
         ``divergence`` (nats) and ``segment`` (1 inside a segment, else 0): scores on first wrong decisions, and on the
-        right ones before them. Empty where no teacher ran.
+        right ones before them. Empty if no teacher ran.
     """
     tensors = record.tensors
     found: dict[str, tuple[list[Tensor], list[Tensor]]] = {"divergence": ([], []), "segment": ([], [])}
@@ -34,11 +34,11 @@ def onset_scores(record: Record) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def onset_of(runs: Iterable[Run]) -> dict[str, dict[str, dict[str, Any]]]:
-    """How well divergence and segments single out first wrong decisions, by arm and iteration, over all its runs.
+    """Return how well divergence and segments detect first wrong decisions, by arm and iteration, over all its runs.
 
     Returns:
         arm -> iteration -> ``divergence`` and ``segment`` (area under the ROC curve), ``first_wrong`` and ``right``
-        (tokens). Arms without a teacher, and tasks whose decisions are not told, are left out.
+        (tokens). Arms without a teacher, and tasks without labeled decisions, are omitted.
     """
     pooled: dict[tuple[str, int], dict[str, tuple[list[Tensor], list[Tensor]]]] = {}
     for run in runs:

@@ -1,7 +1,7 @@
-"""``gear-lightning study``: the same recipe under several arms, learning rates and seeds, and what came of it.
+"""``gear-lightning study``: one recipe with several arms, learning rates and seeds, and the results.
 
-A study is planned before it runs: every arm is crossed with every value of the grid and every seed, and runs that have
-the same seed begin with the same warm start and draw the same tasks in the same order. It goes on where it stopped.
+A study is planned before it runs: every arm is crossed with every value of the grid and every seed. Runs with the same
+seed begin with the same warm start and draw the same tasks in the same order. A study resumes where it stopped.
 """
 
 import itertools
@@ -14,12 +14,12 @@ from typing import Any
 
 from ..errors import UserError
 
-Value = str | bool | int | float | list[Any] | dict[str, Any] | None  # text first: a template with braces is no mapping
+Value = str | bool | int | float | list[Any] | dict[str, Any] | None  # str first: "{x}" is not a mapping
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training of a study.
+    """One training run of a study.
 
     Attributes:
         arm: its arm.
@@ -27,7 +27,7 @@ class Run:
         seed: from 0.
         block: number of its warm start; runs of a block share it.
         folder: its run directory.
-        options: of ``gear-lightning fit``, without the run directory.
+        options: options of ``gear-lightning fit``, without the run directory.
     """
 
     arm: str
@@ -53,29 +53,30 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, on what, and how often.
+    """Plan of a comparison: arms, recipe, grid and seeds.
 
     Args:
         recipe: configuration files of every run, stacked in this order.
-        arms: what differs: name -> options of ``fit`` (dotted key -> value), none of them in ``grid`` or ``per_seed``.
-            The key ``config`` stacks a file, or a list of files, on the recipe.
+        arms: the compared variants: name -> options of ``fit`` (dotted key -> value), none of them in ``grid`` or
+            ``per_seed``. The key ``config`` stacks a file, or a list of files, on the recipe.
         grid: options -> values that are declared before the study and crossed with every arm (learning rates).
-        options: of every run (dotted key -> value).
-        per_seed: options -> text in which ``{seed}`` and ``{block}`` are filled in: what makes seeds differ.
+        options: options of every run (dotted key -> value).
+        per_seed: options -> text in which ``{seed}`` and ``{block}`` are replaced: these make the seeds differ.
         seeds: runs of each arm at each point of the grid.
-        blocks: warm starts; seed s has warm start s modulo blocks. What decides a warm start (the policy, the
-            demonstrations, what the teacher is shown) must be equal in all arms, or they begin differently.
-        metric: what is compared, a column of the runs' metrics.
-        baseline: arm that the others are compared to.
-        ceiling: arm that knows what the others must find out; gains are told as shares of its gain, and may be above
-            all of it. Null: none.
-        threshold: the number of updates until the metric first reaches this is told.
+        blocks: number of warm starts; seed s has warm start s modulo blocks. All options that determine a warm start
+            (the policy, the demonstrations, the teacher's privileged text) must be equal in all arms, or the arms begin
+            with different weights.
+        metric: the compared metric, a column of the runs' metrics.
+        baseline: arm that the others are compared with.
+        ceiling: arm with information that the others must infer; gains are also reported as shares of its gain, and
+            may exceed 100 %. Null: none.
+        threshold: the study reports the number of updates until the metric first reaches this value.
         collapse: a run that ends below this fraction of its best value so far has collapsed; between 0 and 1.
         out: folder of the study.
-        jobs: runs at a time. Null: one for each core. Where there are GPUs, each run sees one of them.
+        jobs: number of parallel runs. Null: one for each core. If there are GPUs, each run sees one of them.
 
     Raises:
-        UserError: a plan that cannot be carried out; says what to change.
+        UserError: the plan cannot be run; the message says what to change.
     """
 
     recipe: list[str]
@@ -105,11 +106,11 @@ class Study:
             raise UserError(f"collapse={self.collapse} must lie between 0 and 1")
         for name in ("baseline", "ceiling"):
             if (arm := getattr(self, name)) is not None and arm not in self.arms:
-                raise UserError(f"{name}={arm} is none of the arms: {', '.join(self.arms)}")
+                raise UserError(f"{name}={arm} is not one of the arms: {', '.join(self.arms)}")
         if self.ceiling == self.baseline:
-            raise UserError(f"ceiling={self.ceiling} is the baseline; a ceiling is an arm that knows more")
+            raise UserError(f"ceiling={self.ceiling} is the baseline; use an arm with more information as ceiling")
         if "config" in self.options:
-            raise UserError("options: config would stack a file on those of the arms; add it to recipe")
+            raise UserError("options: config would stack a file on top of the arms' files; add it to recipe")
         for arm in self.arms:
             if not arm or not all(c.isalnum() or c in "-_.+ " for c in arm) or arm.startswith("."):
                 raise UserError(f"arms: {arm!r} cannot name a folder; use letters, digits, spaces and -_.+")
@@ -126,13 +127,13 @@ class Study:
                 )
         if self.seeds > 1 and not any("{seed}" in text for text in self.per_seed.values()):
             raise UserError(
-                "per_seed names no option with {seed}, so that all seeds would be one run; give "
+                "per_seed has no option with {seed}, so that all seeds would give the same run; use "
                 'per_seed: {data.seed: "{seed}"}'
             )
         drawn = {**dict.fromkeys(self.grid, "grid"), **dict.fromkeys(self.per_seed, "per_seed")}
         for name, own in (("options", self.options), *((f"arms: {arm}", own) for arm, own in self.arms.items())):
             if twice := next((key for key in own if key in drawn), None):
-                raise UserError(f"{name}: {twice} is set by {drawn[twice]}, for all runs; take it out of one of them")
+                raise UserError(f"{name}: {twice} is set by {drawn[twice]}, for all runs; remove it from one of them")
         if twice := next((key for key in self.per_seed if key in self.grid), None):
             raise UserError(f"per_seed and grid both set {twice}")
         missing = [path for path in self.recipe if not Path(path).is_file()]
@@ -144,7 +145,7 @@ class Study:
             try:
                 text.format(seed=0, block=0)
             except (LookupError, ValueError, AttributeError) as error:
-                raise UserError(f"per_seed: {key}={text!r} may hold {{seed}} and {{block}} alone ({error})") from None
+                raise UserError(f"per_seed: {key}={text!r} may contain only {{seed}} and {{block}} ({error})") from None
 
     @property
     def points(self) -> list[tuple[Any, ...]]:
@@ -153,7 +154,7 @@ class Study:
 
     @property
     def runs(self) -> list[Run]:
-        """All runs, seed by seed, so that a study that is stopped has compared all arms on the seeds it came to."""
+        """All runs, ordered by seed, so that a stopped study has compared all arms on the seeds that are complete."""
         return list(self._runs())
 
     def _runs(self) -> Iterator[Run]:

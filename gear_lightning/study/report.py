@@ -1,4 +1,4 @@
-"""What a study shows: tables for a terminal and for a document, and pictures of its curves and differences."""
+"""Report of a study: tables for a terminal and for a document, and figures of its curves and differences."""
 
 import io
 import shutil
@@ -13,19 +13,19 @@ from ..runs.files import replace_file
 from .results import Curves
 from .statistics import bootstrap_interval
 
-# Okabe and Ito's colours, which are told apart by colour-blind readers, and on light and dark grounds
+# Okabe and Ito's colors: distinguishable with color blindness, and on light and dark backgrounds
 COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999933")
 MARKERS = "osD^vP*X"
 
 
 def label(results: dict[str, Any], point: int) -> str:
-    """A point of the grid in words, by the last parts of its keys."""
+    """Return a point of the grid in words, with the last parts of its keys."""
     pairs = zip(results["grid"], results["points"][point], strict=True)
     return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in pairs) or "the recipe"
 
 
 def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The comparison over all points of the grid as a table: header and rows of text."""
+    """Return the comparison over all points of the grid as a table: header and rows of text."""
     head = ["arm", "mean over the curve", f"against {results['baseline']}", "p (sign, Holm)", "wins"]
     head += ["best point, mean", "against its best", "updates to threshold", "collapsed"]
     head += ["of the headroom", "of its best's"] if results["headroom"] else []
@@ -50,7 +50,7 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _share(headroom: dict[str, Any], arm: str, ceiling: str) -> str:
-    """What an arm gains of what the ceiling gains, with Fieller's interval."""
+    """Return an arm's gain as a share of the ceiling's gain, with Fieller's interval."""
     share, interval = headroom["shares"].get(arm), headroom["intervals"].get(arm)
     if share is None:
         return "headroom not certain" if headroom["there"] is False else "unknown"
@@ -65,7 +65,7 @@ def _interval(told: dict[str, Any], key: str, sign: str = "") -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The comparison for a document: over all points, then point by point."""
+    """Return the comparison for a document: over all points, then point by point."""
     parts = [_table(*rows(results)), "", *(f"{told}\n" for told in results.get("caveats", ()))]
     arms = list(results["arms"])
     body = [
@@ -98,10 +98,13 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def shared_beginnings(results: dict[str, Any]) -> str:
-    """What the intervals of a study whose seeds share warm starts can tell."""
+    """Return a sentence on the intervals of a study whose seeds share warm starts."""
     count = len(results["blocks"]["seeds"])
     what = "the same weights" if count == 1 else f"{count} sets of weights"
-    return f"{results['seeds']} seeds begin with {what}: intervals and p tell of other seeds, not of other beginnings."
+    return (
+        f"{results['seeds']} seeds begin with {what}: intervals and p hold for other seeds, not for other initial "
+        "weights."
+    )
 
 
 def _area(value: float | None) -> str:
@@ -113,7 +116,7 @@ def _table(head: list[str], body: list[list[str]]) -> str:
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """The comparison on a terminal, as wide as it is."""
+    """Print the comparison on a terminal, in its full width."""
     head, body = rows(results)
     counts = [
         f"{n} {what}{'s' * (n != 1)}" for n, what in ((results["seeds"], "seed"), (len(results["points"]), "point"))
@@ -132,7 +135,7 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def draw(curves: Curves, results: dict[str, Any], folder: Path) -> list[Path]:
-    """Write ``curves.png`` and ``differences.png``; with a ceiling and a grid of several options, ``headroom.png``.
+    """Write ``curves.png`` and ``differences.png``; with a ceiling and a grid of several options ``headroom.png``.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -149,7 +152,7 @@ def draw(curves: Curves, results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _figure(count: int, columns: int = 4, height: float = 3.4) -> tuple[Any, list[Any]]:
-    """A figure of so many panels, in rows of ``columns``; height of a row in inches."""
+    """Return a figure with ``count`` panels, in rows of ``columns``; ``height`` of a row in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,7 +189,7 @@ def _curves(curves: Curves, results: dict[str, Any]) -> Any:
 
 
 def _differences(results: dict[str, Any]) -> Any:
-    """Forest plot: what each arm gains over the baseline, over all points and at each of them."""
+    """Draw a forest plot: the gain of each arm over the baseline, over all points and at each of them."""
     arms = list(results["paired"])
     names = ["all", *(label(results, p) for p in range(len(results["points"])))]
     figure, axes = _figure(len(names), height=0.9 + 0.34 * len(arms))
@@ -203,12 +206,12 @@ def _differences(results: dict[str, Any]) -> Any:
         axis.set_title(names[column], fontsize=9)
         axis.grid(False)
     axes[0].invert_yaxis()
-    figure.supxlabel(f"mean over the curve, less that of {results['baseline']} (paired, 95 % interval)", fontsize=9)
+    figure.supxlabel(f"mean over the curve, minus that of {results['baseline']} (paired, 95 % interval)", fontsize=9)
     return figure
 
 
 def _headroom(results: dict[str, Any]) -> Any:
-    """Map of what the ceiling gains over the baseline: its columns are the grid's last option, its rows the others."""
+    """Draw a map of the ceiling's gain over the baseline: columns are the grid's last option, rows the others."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -233,7 +236,7 @@ def _headroom(results: dict[str, Any]) -> Any:
     axis.set_xlabel(names[-1])
     told = [", ".join(f"{n} {v}" for n, v in zip(names, line, strict=False)) for line in lines]
     axis.set_yticks(range(len(lines)), told)
-    axis.set_title(f"{results['ceiling']} less {results['baseline']}, mean over the curve", fontsize=9)
+    axis.set_title(f"{results['ceiling']} minus {results['baseline']}, mean over the curve", fontsize=9)
     return figure
 
 

@@ -1,7 +1,7 @@
-"""What came of a study: curves, and the comparison of its arms in numbers.
+"""Results of a study: curves, and the comparison of its arms in numbers.
 
-Every number is of runs that are paired by seed: the same warm start, tasks and sampling streams. Nothing is chosen
-after the fact but an arm's best point of the grid, which is told as what it is beside the mean over all points.
+All numbers compare runs paired by seed: the same warm start, tasks and sampling streams. The only selection after the
+fact is an arm's best point of the grid, which is labeled as such and reported next to the mean over all points.
 """
 
 import csv
@@ -37,12 +37,12 @@ CURVES, RESULTS = "curves.csv", "results.json"
 
 @dataclass(frozen=True)
 class Curves:
-    """The metric of the runs that are done.
+    """The metric of the finished runs.
 
     Attributes:
-        arms: names; an arm is left out where no seed of it has all points of the grid.
+        arms: names; an arm is omitted if no seed of it has all points of the grid.
         points: of the grid.
-        seeds: those of which every arm has every point: the others cannot be paired.
+        seeds: seeds for which every arm has every point: the others cannot be paired.
         steps: [steps] optimizer steps at which the metric was measured.
         values: [arms, points, seeds, steps].
     """
@@ -55,17 +55,17 @@ class Curves:
 
 
 def check_run(study: Study, run: Run) -> None:
-    """Look at a run that is done, before others like it are started.
+    """Check a finished run before similar ones are started.
 
     Raises:
-        UserError: it was not measured at two steps at least; tells the metrics that it has.
+        UserError: the metric was measured at fewer than two steps; lists the run's metrics.
     """
     columns = _columns(run)
     if study.metric not in columns or len(columns[study.metric][0]) < 2:
         there = ", ".join(sorted(name for name in columns if "/" in name))
         raise UserError(
-            f"{run.folder}: metric={study.metric} was not measured at two steps at least "
-            f"(trainer.check_val_every_n_epoch and max_epochs decide); its metrics are {there}"
+            f"{run.folder}: metric={study.metric} was measured at fewer than two steps "
+            f"(see trainer.check_val_every_n_epoch and max_epochs); the run's metrics are {there}"
         )
 
 
@@ -73,11 +73,11 @@ def _columns(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     try:
         return read_columns(run.folder / "metrics.csv")
     except UserError as error:
-        raise UserError(f"{error}; remove {run.folder} to have the run done again") from None
+        raise UserError(f"{error}; remove {run.folder} to repeat the run") from None
 
 
 def collect(study: Study, runs: list[Run]) -> Curves:
-    """Read the curves of runs that are done.
+    """Read the curves of finished runs.
 
     Raises:
         UserError: no seed is complete, the metric is missing, or runs were measured at different steps.
@@ -87,7 +87,7 @@ def collect(study: Study, runs: list[Run]) -> Curves:
     for run in runs:
         columns = _columns(run)
         if study.metric not in columns:
-            raise UserError(f"{run.folder}: its metrics have no {study.metric}")
+            raise UserError(f"{run.folder}: its metrics do not contain {study.metric}")
         found[run.arm, run.point, run.seed] = columns[study.metric]
         folders[run.arm, run.point, run.seed] = run.folder
     whole = {
@@ -97,7 +97,7 @@ def collect(study: Study, runs: list[Run]) -> Curves:
     arms = [arm for arm, complete in whole.items() if complete]
     seeds = sorted(set.intersection(*(whole[arm] for arm in arms))) if study.baseline in arms else []
     if not seeds:
-        raise UserError("no seed of the baseline and the others has all points of the grid yet: nothing can be paired")
+        raise UserError("no seed of the baseline and another arm has all points of the grid yet: nothing can be paired")
     kept = {key: curve for key, curve in found.items() if key[0] in arms and key[2] in seeds}
     at = Counter(tuple(steps.astype(int).tolist()) for steps, _ in kept.values())
     usual = at.most_common(1)[0][0]
@@ -105,31 +105,31 @@ def collect(study: Study, runs: list[Run]) -> Curves:
         if (own := tuple(steps.astype(int).tolist())) != usual:
             raise UserError(
                 f"{folders[key]}: {study.metric} was measured at other steps ({_some(own, usual)}) than in "
-                f"{at[usual]} of {len(kept)} runs ({_some(usual, own)}); remove that folder to have the run done again"
+                f"{at[usual]} of {len(kept)} runs ({_some(usual, own)}); remove that folder to repeat the run"
             )
     values = np.array([[[kept[arm, point, seed][1] for seed in seeds] for point in study.points] for arm in arms])
     return Curves(arms, study.points, seeds, np.array(usual, dtype=float), values)
 
 
 def _some(ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
-    """Steps that the other has not, and how many there are."""
+    """Return the number of our steps, and the first of those that the other does not have."""
     own = [step for step in ours if step not in theirs]
-    return f"{len(ours)} in all" + (f", of them alone {', '.join(map(str, own[:3]))}" if own else "")
+    return f"{len(ours)} in total" + (f", only here {', '.join(map(str, own[:3]))}" if own else "")
 
 
 def analyse(study: Study, curves: Curves) -> dict[str, Any]:
-    """The comparison as plain data.
+    """Return the comparison as plain data.
 
     Returns:
         ``arms``: per arm ``mean`` and ``final`` (mean over the curve and last value: interquartile mean over seeds and
-        points, and its bootstrap interval over seeds), ``to_threshold`` (lower median of the updates, null where most
-        runs never reach it), ``collapsed``, and ``points`` with the same per point of the grid; ``paired``: against the
-        baseline, per arm: ``all`` points (mean over them), ``best`` point of each, and each of the ``points``;
-        ``headroom``: what the ceiling gains over ``all`` points and at its ``best``, each arm's share of it, and the
-        shares' Fieller ``intervals`` (95 %, over seeds; that an arm's best point was chosen is not in them);
-        ``left_out``: arms that no seed has completed; ``begin_elsewhere``: those whose first values are not the
-        baseline's, so that more than their name differs; ``blocks``: the seeds of each warm start, and the mean gain
-        of each over all points (``gains``: arm -> warm starts).
+        points, and its bootstrap interval over seeds), ``to_threshold`` (lower median of the updates, null if most runs
+        never reach it), ``collapsed``, and ``points`` with the same per point of the grid; ``paired``: compared with
+        the baseline, per arm: ``all`` points (mean over them), ``best`` point of each, and each of the ``points``;
+        ``headroom``: the ceiling's gain over ``all`` points and at its ``best``, each arm's share of it, and the
+        shares' Fieller ``intervals`` (95 %, over seeds; they do not account for the choice of an arm's best point);
+        ``left_out``: arms that no seed has completed; ``begin_elsewhere``: arms whose first values differ from the
+        baseline's, so that they differ in more than intended; ``blocks``: the seeds of each warm start, and the mean
+        gain of each over all points (``gains``: arm -> warm starts).
     """
     steps = curves.steps
     mean = np.array([[[mean_over_curve(steps, c) for c in seeds] for seeds in arm] for arm in curves.values])
@@ -184,7 +184,7 @@ def analyse(study: Study, curves: Curves) -> dict[str, Any]:
 
 
 def _blocks(study: Study, curves: Curves, mean: np.ndarray, base: int) -> dict[str, Any]:
-    """Of scores [arms, points, seeds]."""
+    """Return the seeds and the mean gains of each warm start, from scores [arms, points, seeds]."""
     of_seed = np.array([seed % study.blocks for seed in curves.seeds])
     there = sorted(set(of_seed.tolist()))
     gaps = (mean - mean[base]).mean(1)
@@ -194,7 +194,7 @@ def _blocks(study: Study, curves: Curves, mean: np.ndarray, base: int) -> dict[s
 
 
 def _summary(mean: np.ndarray, final: np.ndarray, curves: np.ndarray, study: Study, steps: np.ndarray) -> dict:
-    """Of scores [points, seeds] and curves [runs, steps]."""
+    """Return the numbers of scores [points, seeds] and curves [runs, steps]."""
     reached = [first_reach(steps, curve, study.threshold) for curve in curves]
     median = lower_median(reached)
     return {
@@ -209,13 +209,14 @@ def _summary(mean: np.ndarray, final: np.ndarray, curves: np.ndarray, study: Stu
 def _with_interval(scores: np.ndarray) -> dict[str, float | None]:
     if scores.shape[1] < 2:
         return {"iqm": interquartile_mean(scores), "low": None, "high": None}
-    low, high = bootstrap_interval(scores, iqm_statistic, together=True)  # a seed's runs at all points share its luck
+    low, high = bootstrap_interval(scores, iqm_statistic, together=True)  # a seed's runs are not independent
     return {"iqm": interquartile_mean(scores), "low": float(low), "high": float(high)}
 
 
 def _headroom(study: Study, arms: list[str], gains: dict[str, np.ndarray]) -> dict[str, Any] | None:
-    """What the ceiling gains over the baseline, and the other arms' shares of it, over all points and at the best of
-    each; no shares where it gains nothing that its interval tells from zero, or there is no interval.
+    """Return the ceiling's gain over the baseline, and the other arms' shares of it, over all points and at the best.
+
+    There are no shares if there is no interval of the ceiling's gain, or if it does not lie above zero.
 
     Args:
         study: the plan.
@@ -244,7 +245,7 @@ def _headroom(study: Study, arms: list[str], gains: dict[str, np.ndarray]) -> di
 
 
 def write_results(study: Study, curves: Curves, results: dict[str, Any], folder: Path) -> None:
-    """Put the curves (one line per measurement) and the comparison into a folder."""
+    """Write the curves (one line per measurement) and the comparison to a folder."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["arm", *study.grid, "seed", "step", study.metric])

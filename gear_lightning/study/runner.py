@@ -1,4 +1,4 @@
-"""Carries out the runs of a study: so many at a time, each in a process of its own, and none that is done again."""
+"""Runs the runs of a study: several at a time, each in its own process, and no finished run twice."""
 
 import hashlib
 import itertools
@@ -19,35 +19,35 @@ from ..errors import UserError, printable
 from ..runs.files import hold, replace_text
 from .plan import Run
 
-PLAN, LOG = "run.json", "log.txt"  # what a run was started with, and what it printed
-HEARING = 0.5  # seconds between two looks at whether to stop
-PATIENCE = 20.0  # seconds that a run has to end when it is told to
+PLAN, LOG = "run.json", "log.txt"  # options of a run, and its output
+HEARING = 0.5  # seconds between two checks for signals
+PATIENCE = 20.0  # seconds that a run has to end after SIGTERM
 
 
 def is_done(run: Run) -> bool:
-    """Whether a run has finished, with the options and configuration files it would be started with now.
+    """Return whether a run has finished with the options and configuration files that it would be started with now.
 
     Raises:
-        UserError: it has finished with others.
+        UserError: the run has finished with other options or files.
     """
     started, status = _read(run.folder / PLAN), _read(run.folder / "status.json")
     if status.get("phase") != "finished" or not isinstance(started.get("options"), list):
         return False
-    otherwise = "give another --out, or remove that folder"
+    otherwise = "use another --out, or remove that folder"
     if started["options"] != list(run.options):
         before, now = set(map(str, started["options"])), set(run.options)
         raise UserError(
-            f"{run.folder} was made with {_some(before - now)}, and this study has {_some(now - before)}; {otherwise}"
+            f"{run.folder} was run with {_some(before - now)}, but this study has {_some(now - before)}; {otherwise}"
         )
     if started.get("files") != (now := _digests(run)):
         before = started.get("files")
         changed = next(f for f in now if not isinstance(before, dict) or before.get(f) != now[f])
-        raise UserError(f"{run.folder} was made with another {changed}, which has changed since; {otherwise}")
+        raise UserError(f"{run.folder} was run with another version of {changed}; {otherwise}")
     return True
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Of a JSON object; empty where there is none that can be read."""
+    """Return a file's JSON object; empty if there is none that can be read."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -56,7 +56,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _digests(run: Run) -> dict[str, str]:
-    """What the run's configuration files say, whatever their comments: file -> digest."""
+    """Return the digests of the content of the run's configuration files, without comments: file -> digest."""
     found = {}
     for file in run.files:
         try:
@@ -69,7 +69,7 @@ def _digests(run: Run) -> dict[str, str]:
 
 @cache
 def _digest(file: str, *state: int) -> str:
-    """Of a file in a state; one that is edited while a study runs is read again."""
+    """Return the digest of a file with this modification time and size, so that an edited file is read again."""
     said = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -81,24 +81,25 @@ def _some(options: set[str]) -> str:
 def carry_out(
     runs: list[Run], jobs: int, check: Callable[[Run], None], tell: Callable[[str], None] = print
 ) -> list[Run]:
-    """Start what is not done, ``jobs`` at a time, and wait for it. One study at a time in a folder.
+    """Start the runs that are not finished, ``jobs`` at a time, and wait for them. One study at a time per folder.
 
-    The first run of each block goes ahead of the others of its block, which then find its warm start made. A run that
-    came to no end is begun again, and its folder set aside; a run that fails costs itself alone. Where there are GPUs,
-    each run sees one of them, the one with the fewest runs.
+    The first run of each block starts before the others of its block, which then find its warm start in the cache. A
+    run that did not finish is started again, and its folder is set aside; a failed run does not affect the others. If
+    there are GPUs, each run sees one of them, the one with the fewest runs.
 
     Args:
-        runs: all of them; those that are done are passed over.
-        jobs: processes at a time.
-        check: called with each run that is done, before others are started; it may raise.
+        runs: all runs; finished ones are skipped.
+        jobs: number of parallel processes.
+        check: called with each finished run before others are started; it may raise.
         tell: called with a line for each run that ends.
 
     Returns:
         The runs that failed.
 
     Raises:
-        UserError: see `is_done`; an arm's recipe cannot be run, and none has been; or a run's folder is another's.
-        KeyboardInterrupt: asked to stop; the runs in progress have been ended.
+        UserError: see `is_done`; an arm's recipe is invalid, and no run was started; or another process uses a run's
+            folder.
+        KeyboardInterrupt: a signal asked to stop; the active runs have been ended.
     """
     waiting = [run for run in runs if not is_done(run)]
     if not waiting:
@@ -109,15 +110,15 @@ def carry_out(
     active: dict[Any, tuple[Run, Any, float]] = {}
     gpus = visible_gpus()
     context = start_context(gpus)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))  # read when torch is imported, there
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))  # read when the child imports torch
     _rehearse(context, waiting, next(iter(gpus), None))
-    asked: list[int] = []  # signals; heard between two steps, so that no process is started and forgotten
+    asked: list[int] = []  # signals; handled between two steps, so that every started process is tracked
     before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         while waiting or active:
             while len(active) < jobs and (run := _next(waiting, ready, active)):
                 if aside := _set_aside(run):
-                    tell(f"{run}: an earlier attempt came to no end, and is now in {aside}")
+                    tell(f"{run}: an earlier attempt did not finish; it was moved to {aside}")
                 process = _start(context, run, least_used(gpus, [process.gpu for _, process, _ in active.values()]))
                 active[process.sentinel] = run, process, time.monotonic()
             ended_now = wait(list(active), timeout=HEARING)
@@ -148,7 +149,7 @@ def carry_out(
 
 
 def _rehearse(context: Any, runs: list[Run], gpu: str | None) -> None:
-    """Have the recipe of every arm at every point of the grid read, before any of it is run."""
+    """Check the recipe of every arm at every point of the grid before any run is started."""
     recipes: dict[str, list[str]] = {}
     for run in runs:
         recipes.setdefault(" ".join([run.arm, *map(str, run.point)]), list(run.options))
@@ -158,7 +159,7 @@ def _rehearse(context: Any, runs: list[Run], gpu: str | None) -> None:
     teller.close()
     try:
         complaint = told.recv()
-    except EOFError:  # it has died: the runs will tell of what
+    except EOFError:  # the process has died: the runs will report the reason
         complaint = None
     finally:
         process.terminate()
@@ -168,7 +169,7 @@ def _rehearse(context: Any, runs: list[Run], gpu: str | None) -> None:
 
 
 def _last_line(log: Path) -> str:
-    """Of what a run printed, which is why it failed, and where the rest is."""
+    """Return the last line that a run printed, which is why it failed, and the path of its log."""
     try:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
@@ -177,8 +178,11 @@ def _last_line(log: Path) -> str:
 
 
 def start_context(gpus: list[str]) -> Any:
-    """How runs are started: forked from a process that has done the imports; not where there are GPUs, for a process
-    whose imports have asked about them, as some do, cannot use CUDA after a fork."""
+    """Return the context in which runs are started.
+
+    Without GPUs, runs are forked from a process that has done the imports. With GPUs they are spawned, because a
+    process whose imports have queried the GPUs, as some do, cannot use CUDA after a fork.
+    """
     if gpus:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -187,7 +191,7 @@ def start_context(gpus: list[str]) -> Any:
 
 
 def _next(waiting: list[Run], ready: set[int], active: dict[Any, tuple[Run, Any, float]]) -> Run | None:
-    """Take the next run whose warm start is there, or is not being made; None for none."""
+    """Take the next run whose warm start exists or is not being made by another run; None if there is none."""
     made = {run.block for run, _, _ in active.values()} - ready
     for place, run in enumerate(waiting):
         if run.block not in made:
@@ -196,7 +200,7 @@ def _next(waiting: list[Run], ready: set[int], active: dict[Any, tuple[Run, Any,
 
 
 def visible_gpus() -> list[str]:
-    """The names that CUDA_VISIBLE_DEVICES has for the GPUs that there are."""
+    """Return the names that CUDA_VISIBLE_DEVICES gives to the existing GPUs."""
     import torch
 
     count = torch.cuda.device_count()
@@ -205,17 +209,17 @@ def visible_gpus() -> list[str]:
 
 
 def least_used(gpus: list[str], taken: list[str]) -> str | None:
-    """The GPU that stands least often, or first, in ``taken``; None where there are none."""
+    """Return the GPU that occurs least often in ``taken``, the first one of several; None if there are none."""
     return min(gpus, key=taken.count, default=None)
 
 
 def _set_aside(run: Run) -> Path | None:
-    """Where the folder of an attempt that came to no end now is; None where there was none."""
+    """Move the folder of an unfinished attempt and return its new path; None if there is none."""
     if not run.folder.exists():
         return None
     hold(run.folder / ".lock", f"{run.folder}: a process is still training there; end it, or wait for it").close()
     runs = run.folder.parents[len(run.point) + 1]
-    aside = runs.with_name("unfinished") / run.folder.relative_to(runs)  # where no pattern of runs/ finds it
+    aside = runs.with_name("unfinished") / run.folder.relative_to(runs)  # outside the patterns of runs/
     aside.parent.mkdir(parents=True, exist_ok=True)
     places = (aside.with_name(f"{aside.name}-{number}") for number in itertools.count(1))
     return run.folder.rename(next(place for place in places if not place.exists()))
@@ -242,6 +246,6 @@ def _reader(recipes: dict[str, list[str]], told: Any, gpu: str | None) -> None:
 def _child(arguments: list[str], log: str, gpu: str | None) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    from .child import fit  # not here at the top: the study itself does without its imports
+    from .child import fit  # not at the top: the study itself does not need its imports
 
     fit(arguments, log)

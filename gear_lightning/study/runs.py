@@ -1,4 +1,4 @@
-"""Runs to be compared: what their directories hold, and which of them form one arm."""
+"""Runs of a comparison: content of their directories, and their grouping into arms."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,13 +12,13 @@ from ..errors import UserError
 from ..runs.metrics_file import read_columns
 from ..runs.records import FORMAT
 
-# What a curve can be drawn over: axis -> metric of `callbacks.throughput.Throughput`, counted since the start.
+# Axes of a curve: axis -> metric of `callbacks.throughput.Throughput`, counted since the start.
 AXES = {"iterations": None, "rollouts": "perf/rollouts", "tokens": "perf/sampled_tokens", "seconds": "perf/seconds"}
-TASK = (  # of the config: where these differ, a metric does not mean the same
+TASK = (  # config keys: if these differ, metrics are not comparable
     "data.train_tasks", "data.val_tasks", "data.val_limit", "generation.environment", "generation.budgets",
     "generation.success_threshold", "generation.val_sampling",
 )  # fmt: skip
-WATCHING = (  # of the config: has no part in what is learned
+WATCHING = (  # config keys that do not affect training
     "ckpt_path", "weights_only", "recorder", "credit_map", "noise_floor.share", "noise_floor.weight_share",
     "samples", "progress", "preemption", "watchdog", "checkpoint", "trainer.default_root_dir", "trainer.logger",
     "trainer.enable_checkpointing", "trainer.enable_progress_bar", "trainer.enable_model_summary",
@@ -29,12 +29,12 @@ WATCHING = (  # of the config: has no part in what is learned
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run directory as read. Two are the same where they are one object.
+    """A run directory as read. Two runs are equal only if they are the same object.
 
     Attributes:
         path: of the directory.
         config: every option, by its dotted name.
-        columns: metric -> (optimizer steps, values), both [points], steps rising, values finite.
+        columns: metric -> (optimizer steps, values), both [points], steps increasing, values finite.
         inner_epochs: optimizer steps of an iteration.
     """
 
@@ -44,14 +44,14 @@ class Run:
     inner_epochs: int = 1
 
     def curve(self, metric: str, over: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """A metric over an axis, where both are known.
+        """Return a metric over an axis, where both are known.
 
         Args:
             metric: a column.
             over: a key of `AXES`.
 
         Returns:
-            Places [points], rising, and values [points]; None where the run has not logged the axis along two points.
+            x values [points], increasing, and values [points]; None if the run has not logged the axis at two points.
         """
         steps, values = self.columns[metric]
         counted = AXES[over]
@@ -68,13 +68,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ in the seed alone, or that the user has put together.
+    """Runs that differ only in the seed, or that the user has grouped.
 
     Attributes:
         name: for tables and figures.
         runs: at least one.
-        differs: option -> its value here, for the options that tell the arms apart.
-        seeds: the seed of each run; runs of two arms with the same one are a pair.
+        differs: option -> its value here, for the options that distinguish the arms.
+        seeds: the seed of each run; runs of two arms with the same seed are a pair.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Arm:
     seeds: tuple[str, ...]
 
     def by_seed(self) -> dict[str, list[Run]]:
-        """Runs of each seed, in the order of the runs."""
+        """Return the runs of each seed, in the order of the runs."""
         found: dict[str, list[Run]] = {}
         for seed, run in zip(self.seeds, self.runs, strict=True):
             found.setdefault(seed, []).append(run)
@@ -97,7 +97,7 @@ def read_run(path: Path) -> Run:
     """Read a run directory.
 
     Raises:
-        UserError: no run directory, files that cannot be read, or records of another format.
+        UserError: not a run directory, files that cannot be read, or records of another format.
     """
     for name in ("config.yaml", "metrics.csv"):
         if not (path / name).is_file():
@@ -106,7 +106,7 @@ def read_run(path: Path) -> Run:
     config = _read_config(path / "config.yaml")
     inner = config.get("data.inner_epochs", 1)
     if not isinstance(inner, int) or inner < 1:
-        raise UserError(f"{path / 'config.yaml'}: data.inner_epochs={inner!r} is no number of epochs")
+        raise UserError(f"{path / 'config.yaml'}: data.inner_epochs={inner!r} is not a number of epochs")
     return Run(path, config, read_columns(path / "metrics.csv"), inner)
 
 
@@ -120,10 +120,10 @@ def _check_format(path: Path) -> None:
         record = json.loads(line)
         found = record.get("format") if isinstance(record, dict) else None
     except (ValueError, RecursionError):
-        raise UserError(f"{newest}: its first line is no JSON object") from None
+        raise UserError(f"{newest}: its first line is not a JSON object") from None
     if found != FORMAT:
         raise UserError(
-            f"{newest}: record format {found!r}, this version reads {FORMAT}: the run is of another version, and its "
+            f"{newest}: record format {found!r}, this version reads {FORMAT}: another version wrote the run, and its "
             "metrics may mean something else"
         )
 
@@ -134,7 +134,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise UserError(f"{path}: no config")
+            raise UserError(f"{path}: not a config")
         return dict(_flat(config))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
@@ -153,24 +153,24 @@ def _flat(config: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def check_metric(runs: list[Run], metric: str) -> None:
-    """Look at whether all runs have a curve of a metric.
+    """Check that all runs have a curve of a metric.
 
     Raises:
-        UserError: one has not; lists the metrics that it has.
+        UserError: a run has none; lists the metrics that it has.
     """
     for run in runs:
         points = len(run.columns[metric][0]) if metric in run.columns else 0
         if points < 2:
             there = sorted(name for name, (steps, _) in run.columns.items() if len(steps) > 1)
-            lack = f"one value of {metric} makes no curve" if points else f"no metric {metric}"
+            lack = f"one value of {metric} is not a curve" if points else f"no metric {metric}"
             raise UserError(f"{run.path}: {lack}; there are {', '.join(there) or 'none with two values'}")
 
 
 def check_tasks(runs: list[Run]) -> None:
-    """Look at whether all runs are of the same tasks.
+    """Check that all runs have the same tasks.
 
     Raises:
-        UserError: two differ; names the option and both values.
+        UserError: two runs differ; names the option and both values.
     """
     first = runs[0]
     for run in runs[1:]:
@@ -178,26 +178,28 @@ def check_tasks(runs: list[Run]) -> None:
             ours, theirs = first.config.get(key), run.config.get(key)
             if _below(key, TASK) and not is_seed(key) and ours != theirs:
                 raise UserError(
-                    f"these runs are of different tasks: {key} is {show(ours)} in {first.path} and {show(theirs)} in "
-                    f"{run.path}; --allow-different-tasks compares them all the same"
+                    f"these runs have different tasks: {key} is {show(ours)} in {first.path} and {show(theirs)} in "
+                    f"{run.path}; --allow-different-tasks compares them anyway"
                 )
 
 
 def is_seed(key: str) -> bool:
-    """Whether an option is a seed. The seed of the validation tasks is not: it says which tasks they are."""
+    """Return whether an option is a seed. The seed of the validation tasks is not: it selects the tasks."""
     return key.rpartition(".")[2] in ("seed", "seed_everything") and not key.startswith("data.val_tasks.")
 
 
 def make_arms(runs: list[Run], groups: dict[Path, str]) -> list[Arm]:
-    """Put runs into arms: those of one label, and, of the rest, those whose configs differ in nothing but seeds and
-    what only watches a run.
+    """Group runs into arms.
+
+    Runs with the same label form an arm. The others are grouped by their configs, without seeds and options that do not
+    affect training.
 
     Args:
         runs: in order; the first one's arm comes first.
         groups: label of the runs that have one, by path.
 
     Returns:
-        The arms, named by what tells them apart.
+        The arms, named by the options that distinguish them.
     """
     varying = [key for key in _keys(runs) if not is_seed(key) and len({_at(run, key) for run in runs}) > 1]
     told = [key for key in varying if _tells(runs, key, varying)]
@@ -217,7 +219,7 @@ def make_arms(runs: list[Run], groups: dict[Path, str]) -> list[Arm]:
 
 
 def show(value: Any) -> str:
-    """A value of a config, short: the name of a class without its package."""
+    """Return a config value as short text: the name of a class without its package."""
     text = "not set" if value is None else str(value) if not isinstance(value, float) else f"{value:g}"
     package, dot, name = text.rpartition(".")
     return name if dot and name.isidentifier() and all(part.isidentifier() for part in package.split(".")) else text
@@ -232,12 +234,12 @@ def _keys(runs: list[Run]) -> list[str]:
 
 
 def _at(run: Run, key: str) -> str:
-    """As text, which can be compared and put into sets. An option that is missing is not one that is null."""
+    """Return the value as text, for comparisons and sets. A missing option is not equal to null."""
     return repr(run.config[key]) if key in run.config else ""
 
 
 def _tells(runs: list[Run], key: str, varying: list[str]) -> bool:
-    """Whether an option is worth telling: not one that only comes with another class."""
+    """Return whether an option should be shown: not if it only exists because of another class."""
     if len({_at(run, key) for run in runs if key in run.config}) < 2:
         return False
     parent, inside, _ = key.rpartition(".init_args.")
@@ -248,7 +250,7 @@ def _tells(runs: list[Run], key: str, varying: list[str]) -> bool:
 
 
 def _short(told: list[str], option: str, value: str) -> str:
-    """``model.credit.class_path``: the class; ``model.optimizer.init_args.lr``: lr=0.001."""
+    """Return a short name: the class for ``model.credit.class_path``, lr=0.001 for ``model.optimizer.init_args.lr``."""
     if option.endswith(".class_path"):
         return value
     names = [name for name in option.split(".") if name != "init_args"]
@@ -261,13 +263,13 @@ def _credit(run: Run) -> str:
 
 
 def _seed(run: Run, keys: list[str]) -> str:
-    """One number where all seeds that vary are the same, as with `slurm --seeds`."""
+    """Return one value if all varying seeds are equal, as with `slurm --seeds`."""
     values = {_at(run, key) for key in keys}
     return next(iter(values)) if len(values) == 1 else ", ".join(f"{key}={_at(run, key)}" for key in keys)
 
 
 def _numbered(arm: Arm, place: int, arms: list[Arm]) -> Arm:
-    """Two arms of one name: their options differ in what has no short name."""
+    """Number an arm whose name another arm has, too: their options differ in values without a short name."""
     if sum(other.name == arm.name for other in arms) == 1:
         return arm
     return Arm(f"{arm.name} ({place + 1})", arm.runs, arm.differs, arm.seeds)

@@ -2,8 +2,8 @@
 
 Scores are float arrays of shape [strata, seeds]: a stratum is a task or a setting, and the seeds are independent runs
 of it. Intervals of a level are percentile bootstraps: with fewer than about ten seeds they are too narrow. Intervals of
-paired differences are Student's, those of a ratio of two of them Fieller's. All resampling is seeded, so that a number
-in a report can be made again.
+paired differences are Student's, those of a ratio of two of them Fieller's. All resampling is seeded, so that the
+numbers of a report can be reproduced.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,9 +18,9 @@ Statistic = Callable[[np.ndarray], np.ndarray]  # [resamples, strata, seeds, ...
 
 
 def interquartile_mean(scores: np.ndarray) -> float:
-    """Mean of the middle half of all scores, whatever their shape; robust to single collapsed runs.
+    """Return the mean of the middle half of all scores, whatever their shape; robust to single collapsed runs.
 
-    A quarter of the scores, rounded down, is cut off at each end; below four scores it is the mean.
+    A quarter of the scores, rounded down, is removed at each end; below four scores the result is the mean.
     Source: Agarwal et al. 2021 (arXiv 2108.13264).
 
     Raises:
@@ -32,12 +32,12 @@ def interquartile_mean(scores: np.ndarray) -> float:
 
 
 def mean_statistic(resampled: np.ndarray) -> np.ndarray:
-    """Mean over strata and seeds, for `bootstrap_interval`."""
+    """Return the mean over strata and seeds, for `bootstrap_interval`."""
     return resampled.mean((1, 2))
 
 
 def iqm_statistic(resampled: np.ndarray) -> np.ndarray:
-    """Interquartile mean over strata and seeds together, for `bootstrap_interval`."""
+    """Return the interquartile mean over strata and seeds together, for `bootstrap_interval`."""
     from scipy.stats import trim_mean
 
     return trim_mean(resampled.reshape(len(resampled), -1, *resampled.shape[3:]), 0.25, axis=1)
@@ -52,7 +52,7 @@ def bootstrap_interval(
     seed: int = 0,
     together: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile interval of a statistic by the stratified bootstrap: seeds are drawn anew within each stratum.
+    """Return the percentile interval of a statistic by the stratified bootstrap: seeds are drawn within each stratum.
 
     Source: Efron and Tibshirani 1993; stratified as in Agarwal et al. 2021 (arXiv 2108.13264).
 
@@ -63,10 +63,10 @@ def bootstrap_interval(
         resamples: number of draws.
         seed: of the draws.
         together: draw the same seeds in all strata: for strata whose seeds are the same (a seed's run at each learning
-            rate), which are no independent runs.
+            rate), which are not independent runs.
 
     Returns:
-        Low and high end, of the shape of the further axes.
+        Low and high end, with the shape of the further axes.
 
     Raises:
         UserError: fewer than two seeds, scores that are not finite, or a level outside (0, 1).
@@ -85,7 +85,7 @@ def bootstrap_interval(
 
 @dataclass(frozen=True)
 class SignTest:
-    """Outcome of `sign_test`: how many differences were above, below and at zero, and the two-sided p."""
+    """Result of `sign_test`: number of differences above, below and at zero, and the two-sided p."""
 
     wins: int
     losses: int
@@ -94,7 +94,7 @@ class SignTest:
 
 
 def sign_test(differences: np.ndarray) -> SignTest:
-    """Exact two-sided sign test of paired differences against a median of zero. Ties are dropped, and counted.
+    """Run an exact two-sided sign test of paired differences against a median of zero. Ties are counted and dropped.
 
     With n pairs without ties the smallest p is 2 / 2^n: 5 pairs cannot reach 0.05. Source: Dixon and Mood 1946.
 
@@ -111,7 +111,7 @@ def sign_test(differences: np.ndarray) -> SignTest:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Outcome of `paired_difference`; there is no interval where there is one pair."""
+    """Result of `paired_difference`; there is no interval for one pair."""
 
     mean: float
     interval: tuple[float, float] | None
@@ -120,10 +120,10 @@ class PairedDifference:
 
 
 def paired_difference(ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.95) -> PairedDifference:
-    """Mean of ``ours - theirs`` over pairs (same seed, same tasks), its interval and the sign test.
+    """Return the mean of ``ours - theirs`` over pairs (same seed, same tasks), its interval and the sign test.
 
-    The interval is Student's, mean ± t(pairs - 1) s / sqrt(pairs): a bootstrap of five pairs covers 83 % where it says
-    95 %. Source: Student 1908.
+    The interval is Student's, mean ± t(pairs - 1) s / sqrt(pairs): a 95 % bootstrap of five pairs covers only 83 %.
+    Source: Student 1908.
 
     Args:
         ours: [pairs].
@@ -131,7 +131,7 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.
         level: coverage of the interval, between 0 and 1.
 
     Raises:
-        UserError: arrays of other lengths, no pairs, scores that are not finite, or a level outside (0, 1).
+        UserError: arrays of different lengths, no pairs, scores that are not finite, or a level outside (0, 1).
     """
     from scipy.stats import sem, t
 
@@ -146,18 +146,18 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.
 
 @dataclass(frozen=True)
 class RatioOfMeans:
-    """Outcome of `ratio_of_means`; there is no interval where there is one pair, or where it has no bounds."""
+    """Result of `ratio_of_means`; there is no interval for one pair, or if the interval is unbounded."""
 
     ratio: float
     interval: tuple[float, float] | None
 
 
 def ratio_of_means(ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.95) -> RatioOfMeans:
-    """Mean of ``ours`` over mean of ``theirs``, both of the same pairs, and Fieller's interval.
+    """Return the mean of ``ours`` divided by the mean of ``theirs``, over the same pairs, and Fieller's interval.
 
-    The interval holds the ratios r at which Student's test does not tell the mean of ``ours - r theirs`` from 0. It has
-    bounds where the same test tells the mean of ``theirs`` from 0, and is not symmetric about the ratio.
-    Source: Fieller 1954.
+    The interval contains the ratios r for which Student's test does not distinguish the mean of ``ours - r theirs``
+    from 0. It is bounded if the same test distinguishes the mean of ``theirs`` from 0, and is not symmetric about the
+    ratio. Source: Fieller 1954.
 
     Args:
         ours: [pairs].
@@ -165,18 +165,18 @@ def ratio_of_means(ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.95)
         level: coverage of the interval, between 0 and 1.
 
     Raises:
-        UserError: arrays of other lengths, no pairs, scores that are not finite, a mean of ``theirs`` of 0, or a level
-            outside (0, 1).
+        UserError: arrays of different lengths, no pairs, scores that are not finite, a mean of ``theirs`` of 0, or a
+            level outside (0, 1).
     """
     from scipy.stats import t
 
     ours, theirs = _pairs(ours, theirs, level)
     top, bottom, n = float(ours.mean()), float(theirs.mean()), len(ours)
     if bottom == 0:
-        raise UserError("a ratio to a mean of 0 is none")
+        raise UserError("a ratio to a mean of 0 is undefined")
     if n < 2:
         return RatioOfMeans(top / bottom, None)
-    # of the means: q^2 var(top), q^2 cov, q^2 var(bottom); the ends are the roots of
+    # variances of the means: q^2 var(top), q^2 cov, q^2 var(bottom); the ends are the roots of
     # (bottom^2 - w) r^2 - 2 (top bottom - v) r + (top^2 - u)
     q = float(t.ppf((1 + level) / 2, n - 1))
     (u, v), (_, w) = q**2 * np.cov(ours, theirs) / n
@@ -188,10 +188,10 @@ def ratio_of_means(ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.95)
 
 
 def _pairs(ours: np.ndarray, theirs: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Two lists of one length, as floats.
+    """Check and return two lists of one length, as floats.
 
     Raises:
-        UserError: they are not, or the level of an interval is outside (0, 1).
+        UserError: their shapes do not fit, or the level of an interval is outside (0, 1).
     """
     ours, theirs = _finite(ours), _finite(theirs)
     if ours.ndim != 1 or ours.shape != theirs.shape:
@@ -202,15 +202,17 @@ def _pairs(ours: np.ndarray, theirs: np.ndarray, level: float) -> tuple[np.ndarr
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """p values adjusted for their number, in the given order: the i-th smallest of n is multiplied by n - i (i from 0),
-    made no smaller than the one before it, and capped at 1. Source: Holm 1979.
+    """Return p values adjusted for their number, in the given order.
+
+    The i-th smallest of n is multiplied by n - i (i from 0), raised to the one before it if that is larger, and capped
+    at 1. Source: Holm 1979.
 
     Raises:
         UserError: values outside [0, 1].
     """
     p = _finite(p) if np.size(p) else np.zeros(0)
     if p.ndim != 1 or ((p < 0) | (p > 1)).any():
-        raise UserError("p values are a list of numbers between 0 and 1")
+        raise UserError("p values must be a list of numbers between 0 and 1")
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
@@ -218,9 +220,9 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 
 def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Probability that a run of ours scores above one of theirs, ties counted half; mean over strata.
+    """Return the probability that a run of ours scores above one of theirs; ties count half; mean over strata.
 
-    The Mann-Whitney statistic over the number of pairs, so 0.5 where nothing differs.
+    This is the Mann-Whitney statistic divided by the number of pairs: 0.5 if there is no difference.
     Source: Agarwal et al. 2021 (arXiv 2108.13264), section 4.
 
     Args:
@@ -228,7 +230,7 @@ def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> float:
         theirs: [strata, other seeds].
 
     Raises:
-        UserError: arrays of other numbers of strata, or scores that are not finite.
+        UserError: arrays with different numbers of strata, or scores that are not finite.
     """
     from scipy.stats import mannwhitneyu
 
@@ -240,28 +242,28 @@ def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def collapse_rate(curves: np.ndarray, fraction: float = 0.5, *, at: Literal["last", "any"] = "last") -> float:
-    """Share of runs that lost most of what they had.
+    """Return the share of runs that collapsed.
 
     Args:
         curves: [runs, points] of a score that is not negative and better when higher.
-        fraction: a run has collapsed where it is below this fraction of its best value so far.
-        at: ``last``: judged at its last point; ``any``: at any point, so that a run that recovered counts, too.
+        fraction: a run has collapsed if it is below this fraction of its best value so far.
+        at: ``last``: judge its last point; ``any``: judge all points, so that a run that recovered counts, too.
 
     Raises:
         UserError: curves that are not finite, or a fraction outside [0, 1].
     """
     curves = _finite(curves)
     if curves.ndim != 2 or not 0 <= fraction <= 1:
-        raise UserError(f"curves are [runs, points] and fraction={fraction} lies between 0 and 1")
+        raise UserError(f"curves must be [runs, points] and fraction={fraction} must lie between 0 and 1")
     fallen = curves < fraction * np.maximum.accumulate(curves, axis=1)
     return float((fallen[:, -1] if at == "last" else fallen.any(1)).mean())
 
 
 def on_grid(x: np.ndarray, y: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """A curve at other places, by linear interpolation between its points.
+    """Return a curve at other x values, by linear interpolation between its points.
 
     Args:
-        x: [points], rising.
+        x: [points], increasing.
         y: [points].
         grid: [places], between the first and the last ``x``.
 
@@ -269,11 +271,11 @@ def on_grid(x: np.ndarray, y: np.ndarray, grid: np.ndarray) -> np.ndarray:
         [places].
 
     Raises:
-        UserError: no rising ``x``, or a place outside the curve: nothing is extrapolated.
+        UserError: ``x`` does not increase, or a place lies outside the curve: there is no extrapolation.
     """
     x, y, grid = _finite(x), _finite(y), _finite(grid)
     if x.ndim != 1 or x.shape != y.shape or (np.diff(x) <= 0).any():
-        raise UserError("a curve is two lists of one length, x rising")
+        raise UserError("a curve must be two lists of one length, x increasing")
     slack = 1e-9 * max(abs(x[0]), abs(x[-1]))
     if grid.min() < x[0] - slack or grid.max() > x[-1] + slack:
         raise UserError(f"the curve runs from {x[0]:g} to {x[-1]:g}, not from {grid.min():g} to {grid.max():g}")
@@ -281,35 +283,35 @@ def on_grid(x: np.ndarray, y: np.ndarray, grid: np.ndarray) -> np.ndarray:
 
 
 def mean_over_curve(x: np.ndarray, y: np.ndarray, low: float | None = None, high: float | None = None) -> float:
-    """Mean height of a curve between two places: its area by the trapezoid rule over their distance. In y's unit.
+    """Return the mean height of a curve in a range: its area by the trapezoid rule divided by the width, in y's unit.
 
     Args:
-        x: [points], rising.
+        x: [points], increasing.
         y: [points].
-        low: where the stretch begins. None: the first x.
-        high: where it ends. None: the last x.
+        low: start of the range. None: the first x.
+        high: end of the range. None: the last x.
 
     Raises:
-        UserError: as `on_grid`, or an empty stretch.
+        UserError: as in `on_grid`, or an empty range.
     """
     low, high = float(x[0]) if low is None else low, float(x[-1]) if high is None else high
     if not low < high:
-        raise UserError(f"a stretch from {low:g} to {high:g} is empty")
+        raise UserError(f"the range from {low:g} to {high:g} is empty")
     x = np.asarray(x, dtype=float)
     places = np.concatenate([[low], x[(x > low) & (x < high)], [high]])
     return float(np.trapezoid(on_grid(x, y, places), places) / (high - low))
 
 
 def first_reach(x: np.ndarray, y: np.ndarray, threshold: float, *, stay: bool = False) -> float:
-    """The first measured place where a curve is at or above a threshold; infinity where it never is.
+    """Return the first measured x at which a curve is at or above a threshold; infinity if it never is.
 
-    Nothing is interpolated: a run has reached a value where it was measured.
+    There is no interpolation: only measured values count.
 
     Args:
-        x: [points], rising.
+        x: [points], increasing.
         y: [points].
         threshold: in y's unit.
-        stay: the first place from which on it is never below again, instead of the first place at all.
+        stay: return the first x after which the curve is never below the threshold again.
     """
     reached = _finite(y) >= threshold
     if stay:
@@ -318,7 +320,7 @@ def first_reach(x: np.ndarray, y: np.ndarray, threshold: float, *, stay: bool = 
 
 
 def lower_median(values: Iterable[float]) -> float:
-    """The lower of the two middle values, so that it is one that was measured; infinity counts as a value.
+    """Return the lower of the two middle values, so that it is a measured one; infinity counts as a value.
 
     Raises:
         UserError: no values.
@@ -330,10 +332,10 @@ def lower_median(values: Iterable[float]) -> float:
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
-    """As floats.
+    """Return the values as floats.
 
     Raises:
-        UserError: none, or one that is not finite.
+        UserError: no values, or a value that is not finite.
     """
     values = np.asarray(values, dtype=float)
     if not values.size:

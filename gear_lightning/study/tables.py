@@ -1,4 +1,4 @@
-"""The tables of a comparison."""
+"""Tables of a comparison."""
 
 import math
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ class Table:
 
 
 def summary_table(found: list[Summary], what: Measure) -> Table:
-    """One row for each arm."""
+    """Return the table with one row for each arm."""
     columns = ["arm", "runs", "seeds", "mean over the curve", "final"]
     columns += [] if what.threshold is None else [f"{what.over} to {what.threshold:g}"]
     judged = what.metric.endswith("success")
@@ -40,8 +40,8 @@ def summary_table(found: list[Summary], what: Measure) -> Table:
     ]
     if what.threshold is not None:
         notes.append(
-            f"{what.over.capitalize()} to {what.threshold:g}: where it was first measured, median over the runs (and "
-            "how many of them reached it at all)."
+            f"{what.over.capitalize()} to {what.threshold:g}: first measurement at or above it, median over the runs "
+            "(and the number of runs that reached it)."
         )
     notes += ["Collapsed: below half of its best value at the end."] if judged else []
     rules = dict.fromkeys(run.config.get("model.credit.class_path") for one in found for run in one.arm.runs)
@@ -50,7 +50,7 @@ def summary_table(found: list[Summary], what: Measure) -> Table:
 
 
 def contrast_table(found: list[Contrast], base: Arm, what: Measure) -> Table:
-    """One row for each arm but the first."""
+    """Return the table with one row for each arm except the first."""
     columns = [f"against {base.name}", "pairs", "mean over the curve", "+/-/=", "p", "p (Holm)", "final", "P(higher)"]
     rows, notes, fewest = [], [], math.inf
     for one in found:
@@ -64,8 +64,8 @@ def contrast_table(found: list[Contrast], base: Arm, what: Measure) -> Table:
         row += [f"{test.wins}/{test.losses}/{test.ties}", _p(test.p), _p(one.adjusted)]
         rows.append([*row, _with(one.final.mean, one.final.interval, "+"), f"{one.improvement:.2f}"])
     notes += [
-        "Differences of the runs of one seed; in brackets Student's 95 % intervals.",
-        "+/-/=: how many differences are above, below and at zero.",
+        "Differences between runs of the same seed; in brackets Student's 95 % intervals.",
+        "+/-/=: number of differences above, below and at zero.",
         "p: exact sign test on the mean over the curve; Holm: corrected for the number of rows.",
         "P(higher): probability that a seed of this arm has the higher mean over the curve.",
     ]
@@ -75,13 +75,13 @@ def contrast_table(found: list[Contrast], base: Arm, what: Measure) -> Table:
 
 
 def difference_table(arms: list[Arm]) -> Table | None:
-    """Options that differ between the arms; None where there are none."""
+    """Return the table of options that differ between the arms; None if there are none."""
     keys = list(dict.fromkeys(key for arm in arms for key in arm.differs))
     if not keys:
         return None
     rows = [[arm.name, *(arm.differs[key] for key in keys)] for arm in arms]
-    note = "Options that come with a class, and those that only watch a run, are left out."
-    return Table("What the arms differ in", ["arm", *keys], rows, [note])
+    note = "Options that belong to a class, and those that do not affect training, are omitted."
+    return Table("Options that differ between the arms", ["arm", *keys], rows, [note])
 
 
 def _with(value: float, interval: Interval, sign: str = "") -> str:

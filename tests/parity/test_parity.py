@@ -55,7 +55,7 @@ def test_a_loss_that_cancels_is_compared_on_the_scale_of_its_terms(tmp_path):
     assert split.verdict == "equal", split
     other = compare(one, played(tmp_path / "other", group_size=3))
     assert not other.equal
-    assert "is in one of the runs alone" in other.faults[0]
+    assert "is in only one of the runs" in other.faults[0]
 
 
 # -- what is wrong is found, and what rounds otherwise is equal --------------------------------------------------------
@@ -173,15 +173,15 @@ FAULTS = {
         {"callbacks": [NotReduced()]},
         "that of policy.model.layers.0.input_layernorm.weight by",
     ),
-    "a part that is not updated": ({"callbacks": [Half()]}, "layers.1.mlp.up_proj.weight is updated otherwise"),
+    "a part that is not updated": ({"callbacks": [Half()]}, "layers.1.mlp.up_proj.weight has an update"),
     "no weight decay": (
         {"make": partial(trained, weight_decay=0.0)},
-        "is updated otherwise than its gradient explains",
+        "has an update that its gradient does not explain",
     ),
     "a lost optimizer state": ({"callbacks": [Forgets()]}, "step 2: policy"),
-    "a teacher that stays": ({"callbacks": [NoUpdate()]}, "does not follow the policy as it does in the reference"),
+    "a teacher that stays": ({"callbacks": [NoUpdate()]}, "does not follow the policy as in the reference"),
     "another learning rate": ({"callbacks": [OtherRate()]}, "learning rate 0.001 in the reference and"),
-    "other random numbers": ({"callbacks": [OtherDraws()]}, "more often than rounding makes them"),
+    "other random numbers": ({"callbacks": [OtherDraws()]}, "more often than rounding explains"),
     "credit that depends on the batch": ({"make": partial(trained, kind=BatchCredit)}, "credit differs in 6 of 8"),
     "another teacher's view": ({"make": partial(trained, kind=FarTeacher)}, "iteration 1: divergence differs by"),
 }
@@ -203,7 +203,7 @@ def test_a_checkpoint_that_holds_other_weights_is_found(reference, tmp_path):
     state["state_dict"]["policy.model.layers.0.mlp.up_proj.weight"][-1] += 1e-6
     torch.save(state, path)
     assert compare(reference, run).faults == [
-        "the run's last.ckpt holds another policy.model.layers.0.mlp.up_proj.weight than the run had"
+        "the run's last.ckpt holds other values of policy.model.layers.0.mlp.up_proj.weight than the run had"
     ]
 
 

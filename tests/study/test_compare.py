@@ -372,7 +372,7 @@ def test_axes_that_were_not_counted_are_left_out_and_said_when_asked_for(tmp_pat
     out = tmp_path / "x.svg"
     assert compare_command([*map(str, paths), "--out", str(out)]) == 0
     assert len(re.findall(r'id="axes_\d"', out.read_text())) == 4  # three panels, and the place of the fourth
-    with pytest.raises(UserError, match="has not counted seconds; compare over iterations"):
+    with pytest.raises(UserError, match="has not logged seconds; compare over iterations"):
         compare_command([*map(str, paths), "--over", "seconds"])
 
 

@@ -83,19 +83,19 @@ def test_every_arm_meets_every_point_and_seed(tmp_path):
     ("options", "error"),
     [
         ({"seeds": 0}, "seeds=0 must be at least 1"),
-        ({"baseline": "PPO"}, "baseline=PPO is none of the arms: GRPO, GEAR"),
-        ({"ceiling": "Oracle"}, "ceiling=Oracle is none of the arms"),
+        ({"baseline": "PPO"}, "baseline=PPO is not one of the arms: GRPO, GEAR"),
+        ({"ceiling": "Oracle"}, "ceiling=Oracle is not one of the arms"),
         ({"ceiling": "GRPO"}, "ceiling=GRPO is the baseline"),
         (
             {"options": {"config": "configs/credit/gear.yaml"}},
-            "options: config would stack a file on those of the arms",
+            "options: config would stack a file on top of the arms' files",
         ),
         ({"arms": {"GRPO": {}, "../x": {}}}, "'../x' cannot name a folder"),
         ({"grid": {LR: []}}, "grid: .*lr has no values"),
         ({"recipe": ["configs/none.yaml"]}, "configs/none.yaml: no such file"),
         ({"arms": {"GRPO": {"config": ["no.yaml"]}}}, "no.yaml: no such file"),
-        ({"per_seed": {"data.seed": "{seed}{number}"}}, "may hold {seed} and {block} alone"),
-        ({"per_seed": {"data.seed": "1"}}, "all seeds would be one run"),
+        ({"per_seed": {"data.seed": "{seed}{number}"}}, "may contain only {seed} and {block}"),
+        ({"per_seed": {"data.seed": "1"}}, "all seeds would give the same run"),
         ({"grid": {LR: [1e-3, 0.001]}}, "has the same value twice"),
         ({"options": {"trainer": {"max_epochs": 5}}}, "options: trainer is a mapping; write options as in"),
         ({"threshold": float("nan")}, "threshold=nan must be a number"),
@@ -323,7 +323,7 @@ def test_another_study_does_not_take_over_the_folder(carried):
     study, *_ = carried
     other = replace(study, options={**QUICK, "trainer.max_epochs": 3})
     with pytest.raises(
-        UserError, match=r"was made with --trainer.max_epochs=2, and this study has --trainer.max_epochs=3"
+        UserError, match=r"was run with --trainer.max_epochs=2, but this study has --trainer.max_epochs=3"
     ):
         [is_done(run) for run in other.runs]
 
@@ -392,7 +392,7 @@ def test_a_metric_that_is_not_there_is_told_before_more_is_run(carried, monkeypa
     study, *_ = carried
     monkeypatch.chdir(ROOT)
     file = Path(study.out).parent / "study.json"
-    with pytest.raises(UserError, match=r"metric=train/lossy was not measured .*train/loss"):
+    with pytest.raises(UserError, match=r"metric=train/lossy was measured at fewer than two steps .*train/loss"):
         study_command(["--config", str(file), "--metric", "train/lossy", "--seeds", "3"])
 
 
@@ -470,7 +470,7 @@ def test_a_configuration_file_that_has_changed_is_named(carried, copied, tmp_pat
     recipe.write_text(f"# a comment\n{text}")
     assert is_done(run)
     recipe.write_text(text.replace("max_epochs: ", "max_epochs: 1"))
-    with pytest.raises(UserError, match=r"was made with another .*recipe.yaml, which has changed since"):
+    with pytest.raises(UserError, match=r"was run with another version of .*recipe.yaml"):
         is_done(run)
 
 
@@ -493,7 +493,7 @@ def test_a_run_whose_files_are_damaged_is_set_aside_and_done_again(copied, name,
     aside = Path(study.out) / "unfinished" / run.folder.parent.relative_to(Path(study.out) / "runs") / "seed_00-1"
     assert {p.name for p in aside.iterdir()} == before
     said = capsys.readouterr().out
-    assert f"an earlier attempt came to no end, and is now in {aside}" in said
+    assert f"an earlier attempt did not finish; it was moved to {aside}" in said
     assert f"FAILED (exit status 3): {run.folder / 'log.txt'}" in said
 
 
@@ -503,10 +503,12 @@ def test_metrics_that_are_torn_are_named_and_none_is_taken_for_a_number(copied, 
     metrics = study.runs[3].folder / "metrics.csv"
     metrics.write_text(metrics.read_text().rstrip("\n")[:-9])
     (Path(study.out) / "results.json").unlink()
-    with pytest.raises(UserError, match=rf"{study.runs[3].folder}: val/success was measured at other steps \(2 in all"):
+    with pytest.raises(
+        UserError, match=rf"{study.runs[3].folder}: val/success was measured at other steps \(2 in total"
+    ):
         study_command(["--config", str(file), "--report_only", "true"])
     metrics.write_text(metrics.read_text() + "\n")
-    with pytest.raises(UserError, match=rf"{metrics}:\d+: .*torn; remove {study.runs[3].folder} to have the run"):
+    with pytest.raises(UserError, match=rf"{metrics}:\d+: .*torn; remove {study.runs[3].folder} to repeat the run"):
         study_command(["--config", str(file), "--report_only", "true"])
     assert not (Path(study.out) / "results.json").exists()
 
@@ -548,7 +550,7 @@ def test_the_plan_can_be_printed_and_the_report_made_without_runs(carried, tmp_p
     other = json.loads((Path(study.out) / "val_response_tokens" / "results.json").read_text())
     assert other["metric"] == "val/response_tokens"
     assert (Path(study.out) / "results.json").read_text() == before
-    with pytest.raises(UserError, match="no seed of the baseline and the others has all points"):
+    with pytest.raises(UserError, match="no seed of the baseline and another arm has all points"):
         study_command(["--config", str(file), "--report_only", "true", "--out", str(tmp_path / "empty")])
     assert json.loads((Path(study.out).parent / "study.json").read_text())["seeds"] == 2
 
