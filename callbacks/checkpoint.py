@@ -127,7 +127,7 @@ class IterationCheckpoint(BackgroundSaves):
         )
         check_filename(filename, lambda: self._format_checkpoint_name(filename, {}, None, auto_insert_metric_name))
         if min_interval is not None and not 0 <= min_interval < math.inf:
-            raise UserError(f"checkpoint.min_interval={min_interval} must be at least 0 and finite")
+            raise UserError(f"checkpoint.min_interval={min_interval}: must be at least 0 and finite")
         self.background = background
         self.min_interval = min_interval
         self.asked = any(value is not None for value in (every_n_epochs, every_n_train_steps, train_time_interval))

@@ -29,7 +29,7 @@ class CreditMap(L.Callback):
     def __init__(self, every_n_iterations: int = 10, max_rollouts: int = 1000):
         for name, value in (("every_n_iterations", every_n_iterations), ("max_rollouts", max_rollouts)):
             if value < 1:
-                raise UserError(f"CreditMap: {name}={value} must be at least 1")
+                raise UserError(f"CreditMap: {name}={value}: must be at least 1")
         self.every_n_iterations = every_n_iterations
         self.max_rollouts = max_rollouts
         self._due = False

@@ -72,7 +72,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 "generation.sampling.temperature=0 makes all rollouts of a group equal; use it in val_sampling"
             )
         if not math.isfinite(success_threshold):
-            raise UserError(f"generation.success_threshold={success_threshold} must be a finite number")
+            raise UserError(f"generation.success_threshold={success_threshold}: must be a finite number")
         if overlong is not None and overlong.expected + overlong.buffer > budgets.tokens:
             raise UserError(
                 f"generation.overlong: expected + buffer = {overlong.expected + overlong.buffer} tokens is more than "

@@ -52,7 +52,7 @@ class Health(L.Callback):
         counts = {"warn_after": warn_after, "stop_after": stop_after, "stop_after_skipped": stop_after_skipped}
         for name, count in counts.items():
             if count < 1:
-                raise UserError(f"health.{name}={count} must be at least 1")
+                raise UserError(f"health.{name}={count}: must be at least 1")
         self.warn_after = warn_after
         self.stop_after = stop_after
         self.stop_after_skipped = stop_after_skipped

@@ -47,10 +47,10 @@ class NoiseFloor(L.Callback):
 
     def __init__(self, file: str | None = None, tokens: int = 1024, share: float = 0.1, weight_share: float = 0.5):
         if tokens < 0:
-            raise UserError(f"noise_floor.tokens={tokens} must not be negative")
+            raise UserError(f"noise_floor.tokens={tokens}: must not be negative")
         for name, value in (("share", share), ("weight_share", weight_share)):
             if not 0 < value <= 1:
-                raise UserError(f"noise_floor.{name}={value} must lie in (0, 1]")
+                raise UserError(f"noise_floor.{name}={value}: must be in (0, 1]")
         self.file = file
         self.tokens = tokens
         self.share = share

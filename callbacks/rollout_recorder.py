@@ -29,7 +29,7 @@ class RolloutRecorder(L.Callback):
     def __init__(self, every_n_iterations: int = 1, keep_last: int | None = None):
         for name, value in (("every_n_iterations", every_n_iterations), ("keep_last", keep_last)):
             if value is not None and value < 1:
-                raise UserError(f"recorder.{name}={value} must be at least 1")
+                raise UserError(f"recorder.{name}={value}: must be at least 1")
         self.every_n_iterations = every_n_iterations
         self.keep_last = keep_last
         self._parts: list[dict[str, Tensor]] = []

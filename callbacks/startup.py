@@ -168,9 +168,7 @@ def check_launch(trainer: Any) -> None:
             "sbatch's --nodes, and --trainer.devices as its --ntasks-per-node (gear-lightning slurm writes both)"
         )
     if started > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-        raise UserError(
-            f"Slurm was asked for {started} tasks by --ntasks: give --ntasks-per-node={devices} instead"
-        )
+        raise UserError(f"Slurm was asked for {started} tasks by --ntasks: give --ntasks-per-node={devices} instead")
     if started > 1 and "SLURM_STEP_ID" not in os.environ:
         raise UserError(f"this is the job's only process, and {asked}: put srun before the command")
 

@@ -26,7 +26,7 @@ class StepRecorder(L.Callback):
 
     def __init__(self, elements: int = 262_144):
         if elements < 1:
-            raise UserError(f"step_recorder.elements={elements} must be at least 1")
+            raise UserError(f"step_recorder.elements={elements}: must be at least 1")
         self.elements = elements
         self._gradients: dict[str, Tensor] = {}
         self._norm = 0.0

@@ -40,7 +40,7 @@ class Watchdog(L.Callback):
 
     def __init__(self, seconds: float = 1800.0):
         if not 0 <= seconds < math.inf:
-            raise UserError(f"watchdog.seconds={seconds} must be at least 0, and finite")
+            raise UserError(f"watchdog.seconds={seconds}: must be at least 0 and finite")
         self.seconds = seconds
         self._beats = 0
         self._written = 0  # bytes of checkpoints

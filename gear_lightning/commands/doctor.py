@@ -274,9 +274,9 @@ def doctor_command(argv: list[str]) -> int:
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU; default: of the GPU here")
     options, rest = parser.parse_known_args(argv)
     if options.gpus is not None and options.gpus < 1:
-        raise UserError(f"--gpus={options.gpus} must be at least 1")
+        raise UserError(f"--gpus={options.gpus}: must be at least 1")
     if options.gpu_memory is not None and not options.gpu_memory > 0:
-        raise UserError(f"--gpu-memory={options.gpu_memory:g} must be above 0 GiB")
+        raise UserError(f"--gpu-memory={options.gpu_memory:g}: must be above 0 GiB")
     if not any(a.split("=")[0] in ("--config", "-c") for a in rest):
         raise UserError("which recipe? gear-lightning doctor --config configs/quickstart.yaml")
     machine = look_at_machine()

@@ -34,7 +34,7 @@ class NoiseFloorCLI(ProbeCLI):
 
     def before_instantiate_classes(self) -> None:
         if self.config["fit"]["micro_batches"] < 1:
-            raise UserError(f"micro_batches={self.config['fit']['micro_batches']} must be at least 1")
+            raise UserError(f"micro_batches={self.config['fit']['micro_batches']}: must be at least 1")
         strategy = self.config["fit"]["trainer"]["strategy"]
         if not isinstance(strategy, str) and self.config["fit"]["trainer"]["precision"] not in (None, "32-true"):
             print(

@@ -10,7 +10,7 @@ def check_replicas(replicas: int, processes: int | None = None) -> None:
         UserError: they are too few, or do not divide the processes.
     """
     if replicas < 1:
-        raise UserError(f"trainer.strategy.replicas={replicas} must be at least 1")
+        raise UserError(f"trainer.strategy.replicas={replicas}: must be at least 1")
     if processes is not None and processes % replicas:
         raise UserError(f"trainer.strategy.replicas={replicas} does not divide {processes} processes")
 

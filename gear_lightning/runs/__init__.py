@@ -1,1 +1,1 @@
-"""What a run writes and reads again: checkpoints, records, metrics, signals."""
+"""Files of a run (checkpoints, records, metrics) and signals to it."""

@@ -1,8 +1,7 @@
-"""Work on files that goes on beside training, in one thread and in order: a checkpoint is written, then the link to it
-is made, then older ones are removed.
+"""File operations that run during training, in one thread and in order: write a checkpoint, link it, remove older ones.
 
-Lightning's ``AsyncCheckpointIO`` does not fit: it wraps a ``CheckpointIO``, which sharded strategies do not use; link
-and removal do not wait for its file; it keeps any number of copies; and it reports an error on rank 0 alone.
+Lightning's ``AsyncCheckpointIO`` is not suitable: it wraps a ``CheckpointIO``, which sharded strategies do not use;
+linking and removal do not wait for its file; it keeps any number of copies; and it reports an error only on rank 0.
 """
 
 import contextlib
@@ -24,17 +23,19 @@ ATOMS = (str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.d
 
 
 class Writer:
-    """The thread, which lives while there is work. The interpreter does not end before it: it is no daemon.
+    """Runs file operations in a background thread.
 
-    Work that raises ends what waits behind it: no link is made to a file that could not be written, and nothing is
-    removed for it. Only rank 0 gives work; `settle` tells all ranks of the error.
+    The thread runs while there is work. It is not a daemon: the interpreter waits for it at exit.
+
+    If one operation raises, those queued behind it are dropped: no link is made to a file that could not be written,
+    and no older file is removed. Only rank 0 adds work. `settle` raises the error on all ranks.
 
     Attributes:
-        progress: bytes written so far, to see whether work moves.
-        seconds: that the newest work given to `add` took.
+        progress: bytes written so far; shows whether the work advances.
+        seconds: duration of the newest work given to `add`.
         size: bytes of the newest checkpoint.
-        beside: whether a checkpoint that is saved now is to be written beside training.
-        complained: whether there has been a warning that it cannot be.
+        beside: whether a checkpoint that is saved now should be written in the background.
+        complained: whether a warning that it cannot be written in the background was given.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class Writer:
         self._waiting: deque[Callable[[], Any]] = deque()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._open = False  # whether ranks have not heard yet how the newest save has ended
+        self._open = False  # whether the result of the newest save has not been shared with all ranks
 
     @property
     def busy(self) -> bool:
@@ -54,7 +55,7 @@ class Writer:
         return self._thread is not None
 
     def add(self, work: Callable[[], Any]) -> None:
-        """Do this in the thread, after all else."""
+        """Run this in the thread, after all queued work."""
 
         def timed() -> None:
             started = time.monotonic()
@@ -68,7 +69,7 @@ class Writer:
                 self._thread.start()
 
     def then(self, work: Callable[[], Any]) -> None:
-        """Do this after what was added: at once where there is nothing, never where something has failed."""
+        """Run this after all queued work: at once if the queue is empty, never if an operation has failed."""
         with self._changed:
             if self._thread is not None:
                 self._waiting.append(work)
@@ -90,16 +91,16 @@ class Writer:
                 with self._changed:
                     self._error = error
                     self._waiting.clear()
-            del work  # with the copy that it holds
+            del work  # frees the copy of the checkpoint
 
     def wait(self, patience: float | None = None) -> bool:
         """Wait on this rank until there is no work left.
 
         Args:
-            patience: seconds without `progress` after which to wait no longer. None: wait as long as it takes.
+            patience: seconds without `progress` after which to stop waiting. None: no limit.
 
         Returns:
-            Whether there is none left.
+            Whether all work is done.
         """
         seen, since = self.progress, time.monotonic()
         with self._changed:
@@ -112,16 +113,16 @@ class Writer:
         return True
 
     def take_error(self) -> BaseException | None:
-        """What work on this rank has raised, and forget it."""
+        """Return the error that work on this rank has raised, and clear it. None if there is none."""
         error, self._error = self._error, None
         return error
 
     @contextmanager
     def saving(self, beside: bool) -> Iterator[None]:
-        """Around the saving of a checkpoint, on all ranks.
+        """Context in which a checkpoint is saved, on all ranks.
 
         Args:
-            beside: it may be written beside training.
+            beside: whether the checkpoint may be written in the background.
         """
         self.beside, self._open = beside, True
         try:
@@ -130,14 +131,14 @@ class Writer:
             self.beside = False
 
     def settle(self, wait: bool = True) -> None:
-        """Raise what has failed since the newest save, on all ranks. All ranks must call it.
+        """Raise on all ranks if the work since the newest save has failed. All ranks must call it.
 
         Args:
-            wait: until rank 0 has no work left.
+            wait: wait until rank 0 has no work left.
 
         Raises:
-            Exception: on rank 0, what its work has raised.
-            UserError: on the others.
+            Exception: on rank 0, the error that its work has raised.
+            UserError: on the other ranks.
         """
         if not self._open:
             return
@@ -155,11 +156,11 @@ class Writer:
 WRITER = Writer()
 
 
-# -- the copy ---------------------------------------------------------------------------------------------------------
+# -- copies -----------------------------------------------------------------------------------------------------------
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Tensors in nested dicts, lists and tuples."""
+    """Yield the tensors in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):
@@ -168,7 +169,7 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def nbytes(values: Any) -> int:
-    """Bytes of the tensors in nested data; those that are the same count once."""
+    """Return the bytes of the tensors in nested data; tensors that share the same memory count once."""
     return sum({_place(tensor): tensor.numel() * tensor.element_size() for tensor in tensors_of(values)}.values())
 
 
@@ -179,7 +180,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def snapshot(value: Any, done: dict[tuple[Any, ...], Tensor] | None = None) -> Any:
-    """A copy of nested data in CPU memory that no later change reaches. Tensors that are the same stay the same one."""
+    """Return an independent copy of nested data in CPU memory. Tensors that share memory still share it in the copy."""
     done = {} if done is None else done
     if isinstance(value, Tensor):
         place = _place(value)
@@ -189,19 +190,19 @@ def snapshot(value: Any, done: dict[tuple[Any, ...], Tensor] | None = None) -> A
     if isinstance(value, ATOMS):
         return value
     if isinstance(value, dict):
-        made = copy.copy(value)  # with its class and attributes: a state_dict has some
+        made = copy.copy(value)  # keeps class and attributes, which a state_dict has
         for key, part in value.items():
             made[key] = snapshot(part, done)
         return made
     if isinstance(value, list | tuple):
         parts = [snapshot(part, done) for part in value]
-        make = getattr(value, "_make", type(value))  # of a named tuple
+        make = getattr(value, "_make", type(value))  # named tuples have _make
         return make(parts)
     return copy.deepcopy(value)
 
 
 def free_memory() -> int:
-    """Bytes of CPU memory that can still be taken, on the machine and in its control group."""
+    """Return the free bytes of CPU memory: the minimum of the machine's and of its control group's."""
     found = [1 << 62]
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = iter(Path("/proc/meminfo").read_text().splitlines())
@@ -212,7 +213,7 @@ def free_memory() -> int:
     ):
         with contextlib.suppress(OSError, ValueError):  # "max": no limit
             place = Path(group)
-            told = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
-            taken = int((place / used).read_text()) - int(told.get(cache, 0))
+            stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            taken = int((place / used).read_text()) - int(stat.get(cache, 0))
             found.append(int((place / limit).read_text()) - taken)
     return max(0, min(found))

@@ -1,4 +1,4 @@
-"""Options of checkpoints that must go together, names of their files, and files that must make way."""
+"""Check checkpoint options, name checkpoint files, and move obsolete checkpoints away."""
 
 import math
 import sys
@@ -14,14 +14,14 @@ from .monitor import Mode
 
 
 def check_filename(filename: str | None, formatted: Callable[[], str]) -> None:
-    """Look at a template of names of checkpoints.
+    """Check the template of checkpoint names.
 
     Args:
         filename: the template; None for the default.
-        formatted: makes a name of it.
+        formatted: formats a name from it.
 
     Raises:
-        UserError: it gives no file names, or gives one to all checkpoints.
+        UserError: it does not give valid file names, or gives all checkpoints the same name.
     """
     if filename is None:
         return
@@ -31,69 +31,69 @@ def check_filename(filename: str | None, formatted: Callable[[], str]) -> None:
         raise UserError(f"checkpoint.filename={filename} cannot be read as a name with braces: {error}") from None
     if "/" in name:
         raise UserError(
-            f"checkpoint.filename={filename} gives names with a slash, as {name}, and checkpoints lie in one folder; "
-            "use checkpoint.auto_insert_metric_name=false where the name of a metric has one"
+            f"checkpoint.filename={filename} gives names with a slash, such as {name}, but all checkpoints are in one "
+            "folder; use checkpoint.auto_insert_metric_name=false if the slash is in the name of a metric"
         )
     if "{epoch" not in filename and "{step" not in filename:
         raise UserError(
-            f"checkpoint.filename={filename} gives one name to all checkpoints, and each would replace the one before "
-            "it; put {epoch} or {step} into it"
+            f"checkpoint.filename={filename} gives all checkpoints the same name, so each would replace the previous "
+            "one; add {epoch} or {step}"
         )
 
 
 def check_choice(monitor: str | None, mode: Mode | None, save_top_k: int, save_on_exception: bool) -> None:
-    """Look at which checkpoints are to be kept.
+    """Check the options that select which checkpoints to keep.
 
     Raises:
-        UserError: options that contradict one another, or of which one would do nothing.
+        UserError: options contradict one another, or one has no effect.
     """
     if save_on_exception:
         raise UserError(
             "checkpoint.save_on_exception is not supported: after an error the state may be half an update, and other "
-            "processes may wait elsewhere; write checkpoints often instead (checkpoint.every_n_epochs)"
+            "processes may wait elsewhere; write checkpoints more often instead (checkpoint.every_n_epochs)"
         )
     if monitor is None and save_top_k > 1:
         raise UserError(
-            f"checkpoint.save_top_k={save_top_k} keeps the best checkpoints, and checkpoint.monitor does not say by "
-            "which metric; give one, as val/success, or save_top_k=-1 to keep all"
+            f"checkpoint.save_top_k={save_top_k} keeps the best checkpoints, but checkpoint.monitor, the metric that "
+            "ranks them, is not set; set it to a metric, e.g. val/success, or use save_top_k=-1 to keep all"
         )
-    if monitor is None and mode == "max":  # min is in the configs of earlier versions
-        raise UserError("checkpoint.mode=max does nothing without checkpoint.monitor; give a metric, as val/success")
+    if monitor is None and mode == "max":  # accept min, which is in the configs of earlier versions
+        raise UserError("checkpoint.mode=max does nothing without checkpoint.monitor; give a metric, e.g. val/success")
     if monitor is not None and save_top_k == 0:
         raise UserError(
-            f"checkpoint.monitor={monitor} does nothing with checkpoint.save_top_k=0; give a number of best "
-            "checkpoints to keep, or leave the monitor out: the newest is kept in any case"
+            f"checkpoint.monitor={monitor} does nothing with checkpoint.save_top_k=0; give the number of best "
+            "checkpoints to keep, or leave out the monitor: the newest checkpoint is always kept"
         )
     if save_top_k < -1:
-        raise UserError(f"checkpoint.save_top_k={save_top_k} must be at least -1, which keeps all")
+        raise UserError(f"checkpoint.save_top_k={save_top_k}: must be at least -1, which keeps all")
 
 
 def check_cadence(
     steps: int | None, epochs: int | None, interval: timedelta | None, save_on_train_epoch_end: bool | None
 ) -> None:
-    """Look at when checkpoints are to be written.
+    """Check the options that select when to write checkpoints.
 
     Raises:
-        UserError: options that contradict one another, or of which one would do nothing.
+        UserError: options contradict one another, or one has no effect.
     """
     given = {"every_n_train_steps": steps, "every_n_epochs": epochs, "train_time_interval": interval}
     for name in ("every_n_train_steps", "every_n_epochs"):
         if (value := given[name]) is not None and value < 0:
-            raise UserError(f"checkpoint.{name}={value} must be at least 0")
+            raise UserError(f"checkpoint.{name}={value}: must be at least 0")
     if len(several := [name for name, value in given.items() if value]) > 1:
         raise UserError(f"checkpoint.{' and checkpoint.'.join(several)} exclude one another; give one of them")
     if save_on_train_epoch_end is False and (steps or interval):
         raise UserError(
-            "checkpoint.save_on_train_epoch_end=false is about iterations, and does nothing with "
+            "checkpoint.save_on_train_epoch_end=false applies to iterations and does nothing with "
             "every_n_train_steps or train_time_interval; leave it out, or use every_n_epochs"
         )
 
 
 def check_places(save_on_train_epoch_end: bool | None, evaluates: bool) -> None:
-    """Look at whether a run has places where its checkpoints are to be written.
+    """Check that a run has evaluations if its checkpoints are written after evaluations.
 
     Raises:
-        UserError: they would be written after evaluations, and it has none.
+        UserError: it has none.
     """
     if save_on_train_epoch_end is False and not evaluates:
         raise UserError(
@@ -103,7 +103,7 @@ def check_places(save_on_train_epoch_end: bool | None, evaluates: bool) -> None:
 
 
 def put_aside(paths: list[Path], folder: Path) -> None:
-    """Move checkpoints into a new folder ``earlier-N``, where no resume finds them, and say so."""
+    """Move checkpoints into a new folder ``earlier-N``, where a resume does not find them, and report it."""
     if not paths:
         return
     taken = [path.name.removeprefix("earlier-") for path in folder.glob("earlier-*")]
@@ -113,11 +113,11 @@ def put_aside(paths: list[Path], folder: Path) -> None:
         for file in (path, manifest_path(path)):
             file.rename(aside / file.name)
     names = ", ".join(sorted(path.name for path in paths))
-    print(f"{names}: from after the checkpoint that the run resumes from, now in {aside}", file=sys.stderr)
+    print(f"{names}: later than the checkpoint that the run resumes from; moved to {aside}", file=sys.stderr)
 
 
 class FileNameValues(dict):
-    """Metrics for a file name; those that were not measured are NaN, where Lightning writes 0."""
+    """Metrics for a file name. Metrics that were not measured are NaN; Lightning would write 0."""
 
     def __contains__(self, name: object) -> bool:
         return True

@@ -1,7 +1,7 @@
-"""Checkpoint files and how it is known that one is whole.
+"""Checkpoint files, and manifests that show whether a file is complete.
 
-Beside ``NAME.ckpt`` lies ``NAME.ckpt.json``, written after it: size and SHA-256 of the file, and where in the run it
-was written. A file without it, or that differs from it, is not complete.
+Next to ``NAME.ckpt`` is its manifest ``NAME.ckpt.json``, written after it: size and SHA-256 of the file, and its
+position in the run. A file without a manifest, or one that differs from it, is not complete.
 """
 
 import errno
@@ -30,11 +30,11 @@ from .files import replace_file
 from .finite import non_finite
 
 FORMAT = 1
-MEMORY = 0.8  # most of the free memory that a copy may take
+MEMORY = 0.8  # largest share of the free memory that a copy may use
 
 
 class _Hashing:
-    """A file that hashes what is written to it."""
+    """A file wrapper that hashes everything written to it."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file
@@ -56,25 +56,26 @@ class _Hashing:
 
 
 def manifest_path(path: Path) -> Path:
-    """Where the manifest of a checkpoint lies."""
+    """Return the path of a checkpoint's manifest."""
     return path.with_name(path.name + ".json")
 
 
 class UnwrittenCheckpoint(UserError):
-    """A checkpoint that could not be written. Raised on rank 0 alone, which alone writes: see `fail_on_all_ranks`."""
+    """A checkpoint could not be written. Raised only on rank 0, which writes: see `fail_on_all_ranks`."""
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path, owned: tuple[str, ...] = ()) -> None:
-    """Write a checkpoint on rank 0: from a copy and beside training where `WRITER` is asked for that and the copy has
-    room in memory, else at once.
+    """Write a checkpoint on rank 0.
+
+    Write it from a copy in the background if `WRITER.beside` is set and the copy fits in memory, otherwise at once.
 
     Args:
-        checkpoint: what to write.
-        path: of the file.
-        owned: keys of the checkpoint whose CPU tensors nobody else holds; they are not copied.
+        checkpoint: the content.
+        path: path of the file.
+        owned: keys of the checkpoint whose CPU tensors are referenced nowhere else; they are not copied.
 
     Raises:
-        UnwrittenCheckpoint: it cannot be written. Beside training, `WRITER` keeps the error.
+        UnwrittenCheckpoint: it cannot be written. In the background, `WRITER` keeps the error.
     """
     WRITER.size = nbytes(checkpoint)
     if WRITER.beside:
@@ -95,7 +96,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path, owned: tuple[str, ..
 
 
 def processes() -> int:
-    """Number of processes of the run."""
+    """Return the number of processes of the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -103,29 +104,29 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, world_size: int | N
     """Write a checkpoint, then its manifest.
 
     Args:
-        checkpoint: what to write.
-        path: of the file.
-        world_size: processes of the run. None: those of this one.
+        checkpoint: the content.
+        path: path of the file.
+        world_size: number of processes of the run. None: that of the current process group.
 
     Raises:
-        UnwrittenCheckpoint: it cannot be written, or holds numbers that are not finite; nothing of it is left behind,
-            and the others are untouched, one of the same name included.
+        UnwrittenCheckpoint: it cannot be written, or holds non-finite numbers. No partial file remains, and other
+            checkpoints are unchanged, including one of the same name.
     """
     from .. import __version__
 
     if (name := non_finite(checkpoint)) is not None:
         raise UnwrittenCheckpoint(
             f"the checkpoint {path} is not written: {name} holds numbers that are not finite after "
-            f"{checkpoint.get('global_step', 0)} optimizer steps{_to_go_on_from(path.parent)}. Lower the learning "
-            "rate, clip gradients (trainer.gradient_clip_val) or use a wider trainer.precision"
+            f"{checkpoint.get('global_step', 0)} optimizer steps{_resumable(path.parent)}. Lower the learning "
+            "rate, clip gradients (trainer.gradient_clip_val) or use a higher trainer.precision"
         )
 
     hashing: list[_Hashing] = []
 
     def save(file: IO[bytes], manifest: IO[bytes]) -> None:
         hashing.append(_Hashing(file))
-        torch.save(checkpoint, cast(Any, hashing[0]))  # which needs no more of a file than these two methods
-        told = {
+        torch.save(checkpoint, cast(Any, hashing[0]))  # calls only write and flush
+        content = {
             "format": FORMAT,
             "size": hashing[0].size,
             "sha256": hashing[0].digest(),
@@ -136,34 +137,38 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, world_size: int | N
             "finite": True,
             "world_size": world_size or processes(),
         }
-        manifest.write(json.dumps(told, indent=1).encode() + b"\n")
+        manifest.write(json.dumps(content, indent=1).encode() + b"\n")
         manifest.flush()
-        os.fsync(manifest.fileno())  # it has its room on the disk before anything is put in place
+        os.fsync(manifest.fileno())  # allocates its disk space before any file is replaced
 
-    def save_both(manifest: IO[bytes]) -> None:  # the manifest is put in place after the file
+    def save_both(manifest: IO[bytes]) -> None:  # the manifest is renamed into place after the file
         replace_file(path, lambda file: save(file, manifest), durable=True)
 
     try:
-        _check_room(path)
+        _check_space(path)
         replace_file(manifest_path(path), save_both, durable=True)
-    except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
+    except (OSError, RuntimeError) as error:  # torch's writer wraps an OSError in a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         reason = cause.strerror or str(cause)
         after = f" after {in_words(hashing[0].size)}" if hashing else ""
-        kept = _to_go_on_from(path.parent)
+        kept = _resumable(path.parent)
         raise UnwrittenCheckpoint(f"the checkpoint {path} cannot be written: {reason}{after}{kept}") from error
 
 
-def _to_go_on_from(folder: Path) -> str:
-    """The newest checkpoint of a folder that a run can resume from, as the end of a sentence."""
+def _resumable(folder: Path) -> str:
+    """Return the end of an error message: the newest checkpoint of a folder from which a run can resume."""
     whole = next((known.name for known, _ in known_checkpoints(folder) if unusable(known) is None), None)
-    return f"; {whole} is there to go on from" if whole else ""
+    return f"; the run can resume from {whole}" if whole else ""
 
 
-def _check_room(path: Path) -> None:
-    """Fail before an hour of writing, not after it."""
+def _check_space(path: Path) -> None:
+    """Check the free disk space before writing, because writing may take long.
+
+    Raises:
+        OSError: the largest checkpoint in the folder needs more space than is free.
+    """
     sizes = [known.stat().st_size for known, _ in known_checkpoints(path.parent)]
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
@@ -177,8 +182,10 @@ def in_words(size: int) -> str:
 
 @contextmanager
 def fail_on_all_ranks(strategy: Strategy) -> Iterator[None]:
-    """Around Lightning's saving of a checkpoint, on all ranks: what rank 0 cannot write fails on all of them. They wait
-    for it in the barrier that ends the saving, and would there for as long as a collective may take.
+    """Context for saving a checkpoint on all ranks: if rank 0 cannot write it, all ranks raise.
+
+    The other ranks wait for rank 0 in the barrier at the end of Lightning's ``save_checkpoint``. Without this context
+    they would wait there until the collective times out.
 
     Raises:
         UserError: on all ranks.
@@ -190,11 +197,11 @@ def fail_on_all_ranks(strategy: Strategy) -> Iterator[None]:
         failed = error
         strategy.barrier("Trainer.save_checkpoint")
 
-    def tell() -> None:
+    def raise_failed() -> None:
         if failed is not None:
             raise failed
 
-    run_on_all_ranks(tell)
+    run_on_all_ranks(raise_failed)
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -204,13 +211,13 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote has left. None may write there now."""
+    """Remove partial files of a process that was killed while writing. No process may write there meanwhile."""
     for path in [*folder.glob("*.ckpt.partial"), *folder.glob("*.ckpt.json.partial")]:
         path.unlink()
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None where nothing is. Reads the whole file."""
+    """Return what is wrong with a checkpoint file; None if it is intact. Reads the whole file."""
     path = path.resolve()
     manifest = _manifest(path)
     if isinstance(manifest, str):
@@ -226,29 +233,31 @@ def damage(path: Path) -> str | None:
 
 
 def non_finite_values(path: Path) -> str | None:
-    """Which numbers of a checkpoint are not finite; None where all are. Reads the file only where its manifest, of an
-    earlier version, does not say so."""
+    """Return which tensor of a checkpoint holds non-finite numbers; None if all are finite.
+
+    Read the file only if its manifest was written by an earlier version that did not record this.
+    """
     manifest = _manifest(path.resolve())
     if isinstance(manifest, dict) and manifest.get("finite"):
         return None
     try:
         found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception:  # whoever loads it reports this
+    except Exception:  # the code that loads the checkpoint reports this
         return None
     name = non_finite(found) if isinstance(found, dict) else None
     return None if name is None else f"{name} holds numbers that are not finite"
 
 
 def unusable(path: Path) -> str | None:
-    """Why a run cannot resume from a checkpoint: `damage`, else `non_finite_values`; None where it can."""
+    """Return why a run cannot resume from a checkpoint (`damage`, then `non_finite_values`); None if it can."""
     return damage(path) or non_finite_values(path)
 
 
 def _manifest(path: Path) -> dict[str, Any] | str:
-    """The manifest of a checkpoint, or what is wrong with it."""
+    """Return the manifest of a checkpoint, or a text that says what is wrong with it."""
     place = manifest_path(path)
     if not place.exists():
-        return f"there is no {place.name}: it was not written to its end, or copied without it"
+        return f"{place.name} is missing: the checkpoint was not written completely, or was copied without it"
     try:
         found = json.loads(place.read_text())
         order = [float(found[key]) for key in ("optimizer_steps", "iteration", "time", "size")]
@@ -258,7 +267,10 @@ def _manifest(path: Path) -> dict[str, Any] | str:
 
 
 def known_checkpoints(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Checkpoints of a folder that have a manifest, with it: those that have come farthest first. Nothing is hashed."""
+    """Return the checkpoints of a folder that have a manifest, with it, latest in training first.
+
+    The files are not hashed.
+    """
     found = []
     for path in folder.glob("*.ckpt"):
         if path.is_file() and not path.is_symlink() and isinstance(manifest := _manifest(path), dict):
@@ -267,9 +279,9 @@ def known_checkpoints(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The checkpoint that has come farthest, is complete and holds finite numbers; None where there is none.
+    """Return the latest checkpoint in training that is complete and finite; None if there is none.
 
-    Others that would have gone before it are named on stderr, with what is wrong, and left where they are.
+    Invalid checkpoints that would come before it are reported on stderr with the reason, and not removed.
     """
     known = known_checkpoints(folder)
     chosen, bad = None, {}
@@ -283,18 +295,18 @@ def newest_complete(folder: Path) -> Path | None:
         if path.is_file() and not path.is_symlink() and path not in dict(known) and path.stat().st_mtime_ns >= since:
             bad[path] = str(_manifest(path))
     for path, wrong in bad.items():
-        print(f"checkpoint {path} is passed over: {wrong}", file=sys.stderr)
+        print(f"checkpoint {path} is skipped: {wrong}", file=sys.stderr)
     return chosen
 
 
 def resolve(path: Path) -> Path:
-    """The file to resume from, the same on all ranks. All ranks must call it, and rank 0 alone reads the file.
+    """Return the file to resume from, the same on all ranks. All ranks must call it; only rank 0 reads the file.
 
     Args:
-        path: a checkpoint, or a folder: the newest complete one in it.
+        path: a checkpoint, or a folder, which stands for the newest complete checkpoint in it.
 
     Raises:
-        UserError: on all ranks, where there is none or where it is not whole.
+        UserError: on all ranks: there is no checkpoint, or it is not complete.
     """
     several = dist.is_available() and dist.is_initialized()
     mine = not several or dist.get_rank() == 0
@@ -309,22 +321,22 @@ def _resolve(path: Path) -> Path:
     if path.is_dir():
         newest = newest_complete(path)
         if newest is None:
-            raise UserError(f"there is no complete checkpoint in {path}; move its .ckpt files away to start afresh")
+            raise UserError(f"there is no complete checkpoint in {path}; move its .ckpt files away to start a new run")
         return newest
     check_whole(path)
     return path
 
 
 def check_whole(path: Path) -> None:
-    """Look at a checkpoint that was asked for by name; one without a manifest is taken, with a word.
+    """Check a checkpoint that the user named. Accept one without a manifest, with a message.
 
     Raises:
-        UserError: no such file, it differs from its manifest, or it holds numbers that are not finite; says how.
+        UserError: the file does not exist, differs from its manifest, or holds non-finite numbers.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     if not manifest_path(path.resolve()).exists():
-        print(f"{path} has no manifest ({path.name}.json): whether it is whole is not known", file=sys.stderr)
+        print(f"{path} has no manifest ({path.name}.json), so it is not known whether it is complete", file=sys.stderr)
     elif (wrong := damage(path)) is not None:
         raise UserError(f"{path} is damaged: {wrong}")
     if (wrong := non_finite_values(path)) is not None:
@@ -332,10 +344,10 @@ def check_whole(path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint as plain data and tensors, mapped from the file.
+    """Read a checkpoint as plain data and tensors, memory-mapped from the file.
 
     Raises:
-        UserError: not a checkpoint, or one that holds more than data.
+        UserError: the file is not a checkpoint, or holds objects other than data.
     """
     try:
         found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -347,7 +359,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class CompleteCheckpoints(TorchCheckpointIO):
-    """Lightning's files of one device and of DDP, written, read and removed as above."""
+    """Writes, reads and removes Lightning's checkpoints of one device and of DDP with the functions above."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if storage_options is not None or "://" in str(path):

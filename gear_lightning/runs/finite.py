@@ -1,4 +1,4 @@
-"""Whether tensors hold finite numbers only."""
+"""Check tensors and checkpoints for non-finite numbers."""
 
 import math
 from typing import Any
@@ -7,17 +7,17 @@ import torch
 
 
 def all_finite(parts: Any) -> bool:
-    """Whether tensors hold finite numbers only. Makes no copy of them."""
+    """Return whether tensors hold only finite numbers. Does not copy them."""
     for part in parts:
         if part.is_floating_point() and part.numel():
-            low, high = torch.aminmax(part)  # NaN reaches both
+            low, high = torch.aminmax(part)  # both are NaN if any value is
             if not (math.isfinite(low) and math.isfinite(high)):
                 return False
     return True
 
 
 def non_finite(checkpoint: dict[str, Any]) -> str | None:
-    """Which of the tensors that a run goes on with holds a number that is not finite; None where none does."""
+    """Return the first tensor with a non-finite number among those that a resume restores; None if there is none."""
 
     def search(value: Any, name: str) -> str | None:
         if isinstance(value, torch.Tensor):

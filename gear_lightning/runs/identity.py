@@ -1,4 +1,4 @@
-"""What an object is made of, as a text: as long as that is the same, so is what the object does."""
+"""Describe an object by its type, parts and source code: objects with equal descriptions behave the same."""
 
 import hashlib
 import inspect
@@ -8,20 +8,24 @@ from functools import cache, partial
 from pathlib import Path, PurePath
 from typing import Any
 
-MAX_DEPTH = 20  # objects within each other
+MAX_DEPTH = 20  # maximum nesting of objects
 
 
 class UnknownIdentityError(ValueError):
-    """An object whose behavior depends on more than can be named."""
+    """The behavior of an object depends on more than can be described."""
 
 
 def identity_of(value: Any, depth: int = 0) -> str:
-    """Names a value by its kind, its parts and, for functions and classes, the content of their source files.
+    """Return a text that describes a value: its type, its parts and, for functions and classes, a hash of their source.
 
-    Code that those files import is not looked at.
+    Code that the source files import is not included.
+
+    Args:
+        value: the value to describe.
+        depth: current nesting depth.
 
     Raises:
-        UnknownIdentityError: it is, or holds, something else: a closure, a handle, an object without source.
+        UnknownIdentityError: the value is, or holds, something else: a closure, a handle, an object without source.
     """
     if depth > MAX_DEPTH:
         raise UnknownIdentityError("nested too deeply")
@@ -42,7 +46,7 @@ def identity_of(value: Any, depth: int = 0) -> str:
     if inspect.ismethod(value):
         return f"{value.__name__} of {inner(value.__self__)}"
     if inspect.isfunction(value):
-        if {*value.__code__.co_freevars} - {"__class__"}:  # that of super()
+        if {*value.__code__.co_freevars} - {"__class__"}:  # the cell of super()
             raise UnknownIdentityError(f"{value.__qualname__} is a closure")
         defaults = inner([value.__defaults__, value.__kwdefaults__])
         return f"{value.__module__}.{value.__qualname__} {defaults} {_code(value)}"
@@ -50,12 +54,12 @@ def identity_of(value: Any, depth: int = 0) -> str:
         own = [kind for kind in value.__mro__ if kind.__module__ not in ("builtins", "abc", "typing")]
         return f"{value.__module__}.{value.__qualname__} {' '.join(map(_code, own))}"
     if not hasattr(value, "__dict__") or any(vars(kind).get("__slots__") for kind in type(value).__mro__):
-        raise UnknownIdentityError(f"a {type(value).__name__} has no parts that can be looked at")
+        raise UnknownIdentityError(f"the parts of a {type(value).__name__} cannot be inspected")
     return f"{inner(type(value))} {inner(dict(sorted(vars(value).items())))}"
 
 
 def _code(thing: Any) -> str:
-    """Digest of the file that a function or class is written in."""
+    """Return the digest of the source file of a function or class."""
     try:
         return file_digest(inspect.getsourcefile(thing) or "")
     except (OSError, TypeError):
@@ -63,7 +67,7 @@ def _code(thing: Any) -> str:
 
 
 def file_digest(path: str) -> str:
-    """SHA-256 of a file.
+    """Return the SHA-256 of a file.
 
     Raises:
         OSError: it cannot be read.

@@ -1,4 +1,4 @@
-"""Which version of the code made something: the package's version, and the commit where it can be known."""
+"""The version of the code that wrote a file: the package's version, and the commit if it is known."""
 
 import json
 import subprocess
@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @cache
 def code_version() -> dict[str, str | None]:
-    """``version`` and ``commit`` of this package.
+    """Return ``version`` and ``commit`` of this package.
 
-    The commit is that of the checkout that the package is imported from, with ``+changes`` where its files were
-    changed, or that of a pip install from a repository (``direct_url.json``, PEP 610); None where neither is known.
+    The commit is that of the checkout from which the package is imported, with ``+changes`` if its files were changed,
+    or that of a pip install from a repository (``direct_url.json``, PEP 610). It is None if neither is known.
     """
     from .. import __version__
 
@@ -22,7 +22,7 @@ def code_version() -> dict[str, str | None]:
 
 
 def _of_checkout() -> str | None:
-    if not (ROOT / ".git").exists():  # a repository further up is another project's
+    if not (ROOT / ".git").exists():  # a repository in a parent folder is another project
         return None
     commit = _git("rev-parse", "HEAD")
     if not commit:
@@ -43,8 +43,8 @@ def _git(*arguments: str) -> str | None:
 
 def _of_install() -> str | None:
     try:
-        told = json.loads(distribution("gear_lightning").read_text("direct_url.json") or "{}")
-        commit = told.get("vcs_info", {}).get("commit_id")
+        origin = json.loads(distribution("gear_lightning").read_text("direct_url.json") or "{}")
+        commit = origin.get("vcs_info", {}).get("commit_id")
     except (PackageNotFoundError, ValueError, AttributeError):
         return None
     return commit if isinstance(commit, str) else None

@@ -1,6 +1,6 @@
-"""What an exact resume needs beyond Lightning's own checkpoint: state that differs from rank to rank.
+"""State that an exact resume needs beyond Lightning's own checkpoint, for example state that differs between ranks.
 
-Lightning writes rank 0's state only and no random state. Everything here is plain data and tensors, so that checkpoints
+Lightning writes only rank 0's state, and no random state. All state here is plain data and tensors, so that checkpoints
 load with ``weights_only=True``.
 """
 
@@ -12,7 +12,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """State of Python's, NumPy's and torch's generators."""
+    """Return the state of Python's, NumPy's and torch's random number generators."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
@@ -26,7 +26,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Inverse of `random_state`."""
+    """Restore the state that `random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -37,9 +37,9 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def rewind(checkpoint: dict[str, Any], batches: int) -> None:
-    """Move a checkpoint's place in the epoch back by ``batches`` micro-batches, to where an optimizer step begins.
+    """Move a checkpoint's position in the epoch back by ``batches`` micro-batches, to the start of an optimizer step.
 
-    The gradients of a half-finished accumulation are in no checkpoint; its micro-batches are trained on again.
+    Checkpoints do not hold the gradients of an unfinished accumulation, so its micro-batches are repeated.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for scope in ("current", "total"):
@@ -50,8 +50,10 @@ def rewind(checkpoint: dict[str, Any], batches: int) -> None:
 
 
 def undo_iteration_start(checkpoint: dict[str, Any]) -> None:
-    """Make a checkpoint that was written before an iteration's first step was complete one of before the iteration, so
-    that everything that is set up at its start is set up again."""
+    """Turn a checkpoint written before an iteration's first step was complete into one from before the iteration.
+
+    A resume then repeats all setup at the start of the iteration.
+    """
     progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
     for scope in ("current", "total"):
         counts = progress[scope]

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop are noted when they come, and acted upon where all processes can."""
+"""Record signals that ask a run to stop; the run acts on them later, where all processes can stop together."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ MEANING = {signal.SIGINT: STOP, signal.SIGTERM: STOP, signal.SIGUSR1: REQUEUE, s
 
 
 class SignalNotes:
-    """What this process has been asked.
+    """Signals that this process has received.
 
-    Python runs handlers in the main thread between two of its instructions, that is not while it waits in a collective
-    for the others. A pipe that the interpreter writes to from its own handler, and a thread that reads it, note a
-    signal at any time.
+    Python runs signal handlers in the main thread between two bytecode instructions, so not while the main thread waits
+    in a collective. Therefore the interpreter's own C handler writes signals to a pipe, and a thread reads it. This
+    records a signal at any time.
     """
 
     def __init__(self) -> None:
@@ -27,14 +27,14 @@ class SignalNotes:
 
     @property
     def wanted(self) -> int:
-        """0, `STOP`, or `REQUEUE`: stop and be started again."""
+        """0, `STOP`, or `REQUEUE` (stop and be started again)."""
         return max((MEANING[number] for number in self.received), default=0)
 
     def watch(self, *numbers: signal.Signals) -> list[signal.Signals]:
-        """Note these signals from now on, in place of what they did. Only the main thread can.
+        """Record these signals from now on, instead of running their handlers. Only the main thread can do this.
 
         Returns:
-            Those that were not watched before, for `release`.
+            The signals that were not watched before, for `release`.
         """
         fresh = [number for number in numbers if number not in self._before]
         if threading.current_thread() is not threading.main_thread():
@@ -49,14 +49,14 @@ class SignalNotes:
         return fresh
 
     def release(self, numbers: list[signal.Signals]) -> None:
-        """Let these signals do what they did before."""
+        """Restore the earlier handlers of these signals."""
         for number in numbers:
             signal.signal(number, self._before.pop(number))
         if numbers and not self._before:
             signal.set_wakeup_fd(-1)
 
     def forget(self) -> None:
-        """Take what has been asked as done."""
+        """Clear the received signals."""
         self.received.clear()
         self.since = None
 

@@ -307,10 +307,10 @@ def test_verdicts_survive_a_checkpoint():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": -1}, "tokens=-1 must not be negative"),
-        ({"share": 0.0}, r"share=0.0 must lie in \(0, 1\]"),
-        ({"share": 1.5}, r"share=1.5 must lie in \(0, 1\]"),
-        ({"weight_share": 0.0}, r"weight_share=0.0 must lie in \(0, 1\]"),
+        ({"tokens": -1}, "tokens=-1: must not be negative"),
+        ({"share": 0.0}, r"share=0.0: must be in \(0, 1\]"),
+        ({"share": 1.5}, r"share=1.5: must be in \(0, 1\]"),
+        ({"weight_share": 0.0}, r"weight_share=0.0: must be in \(0, 1\]"),
     ],
 )
 def test_bad_settings_are_refused(options, message):

@@ -80,7 +80,7 @@ def test_the_command_measures_a_recipe_and_a_run_and_leaves_the_run_alone(tmp_pa
         (["--config", "configs/credit/grpo.yaml"], "model.credit=Uniform has no teacher"),
         (["--rollouts", "no/such/run"], "no/such/run/rollouts: no rollout records; is this a run directory?"),
         (["--roll_outs", "x"], "--roll_outs"),
-        (["--micro_batches", "0"], "micro_batches=0 must be at least 1"),
+        (["--micro_batches", "0"], "micro_batches=0: must be at least 1"),
         (["--out", "configs/quickstart.yaml/x.json"], "configs/quickstart.yaml/x.json: cannot be written"),
     ],
     ids=["no teacher", "no rollouts", "unknown key", "no micro-batch", "no place"],

@@ -40,7 +40,7 @@ def test_a_full_disk_ends_the_run_on_all_processes_and_it_goes_on_when_there_is_
     status, said = fit(run, repository, *options)
     assert status == 2, said[-3000:]
     assert "Traceback" not in said
-    assert "MiB are free; iteration=00000.ckpt is there to go on from" in said
+    assert "MiB are free; the run can resume from iteration=00000.ckpt" in said
     assert f"the checkpoint {kept / 'iteration=00001.ckpt'} cannot be written" in said
     assert newest_complete(kept) == kept / "iteration=00000.ckpt"
     assert sorted(p.name for p in kept.iterdir()) == ["iteration=00000.ckpt", "iteration=00000.ckpt.json", "last.ckpt"]
@@ -58,7 +58,7 @@ def test_a_full_disk_ends_the_run_on_all_processes_and_it_goes_on_when_there_is_
         file.truncate(os.path.getsize(end) - 1)
     status, said = fit(run, repository, *options)
     assert status == 0, said[-3000:]
-    assert said.count(f"checkpoint {end} is passed over: it has") == 1, said[-3000:]
+    assert said.count(f"checkpoint {end} is skipped: it has") == 1, said[-3000:]
     assert damage(end) is None
     assert ledger(run) == trained_on
     for key, value in checkpoint(disk)["state_dict"].items():

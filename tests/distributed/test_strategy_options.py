@@ -241,7 +241,7 @@ BAD = {
         ["--trainer.strategy.offload_parameters=true"],
         "trainer.strategy.offload_parameters needs stage 3, not 2",
     ),
-    "none": ("fsdp", ["--trainer.strategy.replicas=0"], "trainer.strategy.replicas=0 must be at least 1"),
+    "none": ("fsdp", ["--trainer.strategy.replicas=0"], "trainer.strategy.replicas=0: must be at least 1"),
     "replicas": ("fsdp", ["--trainer.strategy.replicas=3"], "trainer.strategy.replicas=3 does not divide 2 processes"),
     "layers": (
         "fsdp",

@@ -81,7 +81,7 @@ def test_damaged_ones_are_told_and_passed_over(tmp_path, capsys):
     assert newest_complete(tmp_path) == kept
     said = capsys.readouterr().err
     for name, why in (("2", "has changed"), ("3", "500 bytes of"), ("4", "no 4.ckpt.json"), ("5", "no 5.ckpt.json")):
-        assert any(f"/{name}.ckpt is passed over" in line and why in line for line in said.splitlines()), said
+        assert any(f"/{name}.ckpt is skipped" in line and why in line for line in said.splitlines()), said
     assert len(list(tmp_path.iterdir())) == 10, "nothing was removed"
 
 
@@ -149,7 +149,7 @@ def test_a_poisoned_checkpoint_of_an_earlier_version_is_refused(tmp_path, monkey
         manifest_path(path).write_text(json.dumps(told))
         assert damage(path) is None
     assert resolve(tmp_path) == before
-    assert "2.ckpt is passed over" in capsys.readouterr().err
+    assert "2.ckpt is skipped" in capsys.readouterr().err
     with pytest.raises(UserError, match=f"2.ckpt is not used: {part}.* not finite; give an earlier checkpoint"):
         resolve(path)
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing_and_harms_nothing(disk):
     (disk / "filler").write_bytes(bytes(300_000))
     big = {"global_step": 2, "epoch": 2, "values": torch.zeros(100_000)}
     with pytest.raises(
-        UserError, match=r"cannot be written: No space left on device after .* MiB; 1.ckpt is there to go on from"
+        UserError, match=r"cannot be written: No space left on device after .* MiB; the run can resume from 1.ckpt"
     ):
         write_checkpoint(big, disk / "2.ckpt")
     assert sorted(p.name for p in disk.iterdir()) == ["1.ckpt", "1.ckpt.json", "filler"]
@@ -239,7 +239,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tm
     assert sorted(p.name for p in folder.glob("*.ckpt")) == ["epoch=2.ckpt", "epoch=3.ckpt"], "one is kept to spare"
     flip(folder / "epoch=3.ckpt", 5000)
     fit(tmp_path / "hurt", 5, resume=True)
-    assert "epoch=3.ckpt is passed over" in capsys.readouterr().err
+    assert "epoch=3.ckpt is skipped" in capsys.readouterr().err
     paths = [tmp_path / name / "checkpoints" / "epoch=4.ckpt" for name in ("whole", "hurt")]
     ends = [torch.load(path, weights_only=True) for path in paths]
     for name, value in ends[0]["state_dict"].items():

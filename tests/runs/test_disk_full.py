@@ -24,7 +24,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_of_its_name(disk):
     path = write(disk, 1, "stopped")
     (disk / "filler").write_bytes(bytes(300_000))
     big = {"global_step": 2, "epoch": 2, "values": torch.zeros(100_000)}
-    with pytest.raises(UnwrittenCheckpoint, match=r"No space left on device .*; stopped.ckpt is there to go on from"):
+    with pytest.raises(UnwrittenCheckpoint, match=r"No space left on device .*; the run can resume from stopped.ckpt"):
         write_checkpoint(big, path)
     assert names(disk) == ["filler", "stopped.ckpt", "stopped.ckpt.json"]
     assert damage(path) is None
@@ -51,7 +51,7 @@ def test_only_a_file_that_is_whole_is_named_to_go_on_from(disk):
     kept, damaged = write(disk, 1), write(disk, 2)
     damaged.write_bytes(damaged.read_bytes()[:-1])
     fill(disk / "filler")
-    with pytest.raises(UnwrittenCheckpoint, match=f"MiB are free; {kept.name} is there to go on from"):
+    with pytest.raises(UnwrittenCheckpoint, match=f"MiB are free; the run can resume from {kept.name}"):
         write(disk, 3)
 
 

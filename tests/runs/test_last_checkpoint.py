@@ -120,8 +120,8 @@ def test_weights_alone_are_saved_and_a_resume_says_that_they_do_not_suffice(tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"save_top_k": 3}, "save_top_k=3 keeps the best.*monitor does not say"),
-        ({"save_top_k": -2}, "save_top_k=-2 must be at least -1"),
+        ({"save_top_k": 3}, "save_top_k=3 keeps the best.*monitor, the metric that ranks them, is not set"),
+        ({"save_top_k": -2}, "save_top_k=-2: must be at least -1"),
         ({"mode": "max"}, "mode=max does nothing without checkpoint.monitor"),
         ({"monitor": "val/success", "save_top_k": 0}, "monitor=val/success does nothing with checkpoint.save_top_k=0"),
         (
@@ -132,9 +132,9 @@ def test_weights_alone_are_saved_and_a_resume_says_that_they_do_not_suffice(tmp_
         ({"save_on_exception": True}, "save_on_exception is not supported"),
         ({"every_n_epochs": 2, "every_n_train_steps": 3}, "every_n_train_steps and checkpoint.every_n_epochs exclude"),
         ({"every_n_epochs": 1, "train_time_interval": timedelta(1)}, "exclude one another"),
-        ({"every_n_epochs": -1}, "every_n_epochs=-1 must be at least 0"),
+        ({"every_n_epochs": -1}, "every_n_epochs=-1: must be at least 0"),
         ({"every_n_train_steps": 2, "save_on_train_epoch_end": False}, "does nothing with every_n_train_steps"),
-        ({"filename": "policy"}, "filename=policy gives one name to all checkpoints"),
+        ({"filename": "policy"}, "filename=policy gives all checkpoints the same name"),
         ({"filename": "{epoch}-{val/reward}"}, "gives names with a slash.*auto_insert_metric_name=false"),
         ({"filename": "{epoch:q}"}, "filename={epoch:q} cannot be read"),
     ],
@@ -203,7 +203,7 @@ def test_a_run_that_resumes_from_an_older_checkpoint_leaves_the_newer_ones_aside
     fit(tmp_path, resume=older, checkpoint={"save_top_k": -1}, max_epochs=3)
     assert steps(tmp_path) == {"iteration=0": 1, "iteration=1": 2, "iteration=2": 3, "last": 3}
     assert (
-        "iteration=2.ckpt, iteration=3.ckpt: from after the checkpoint that the run resumes" in capsys.readouterr().err
+        "iteration=2.ckpt, iteration=3.ckpt: later than the checkpoint that the run resumes" in capsys.readouterr().err
     )
     aside = folder_of(tmp_path) / "earlier-1"
     assert sorted(file.name for file in aside.glob("*.ckpt*")) == [
