@@ -16,7 +16,7 @@ from safetensors.torch import load_file
     [
         (["--model.credit.kapa", "3"], "'kapa' is not accepted"),
         (["--model.creditt", "GEAR"], "--model.creditt"),
-        (["--data.advantage", "GRPO", "--data.advantage.eps", "-5"], "GRPO: eps=-5.0: must be at least 0"),
+        (["--data.advantage", "GRPO", "--data.advantage.eps", "-5"], "GRPO: eps=-5.0 must be at least 0"),
         (["--model.objective.dual_clip", ".nan"], "dual_clip=nan must be above 1 and finite"),
         (["--model.credit.anchor_rule", "rise", "--model.credit.anchor_level", "1e400"], "anchor_level=inf must be a"),
         (["--config", "configs/credit/sdpg.yaml"],
@@ -28,7 +28,7 @@ from safetensors.torch import load_file
         (["--data.resample_rounds", "2"], "resample_rounds does nothing with data.zero_spread=keep"),
         (["--config", "configs/objective/dapo.yaml", "--config", "configs/credit/opsd.yaml"],
          "data.zero_spread=resample chooses groups by their rewards, from which nothing learns without"),
-        (["--data.micro_batch_size", "0"], "micro_batch_size=0: must be at least 1"),
+        (["--data.micro_batch_size", "0"], "micro_batch_size=0 must be at least 1"),
         (["--trainer.accumulate_grad_batches", "3"], "accumulate_grad_batches follows from data.micro_batch_size"),
         (["--config", "configs/model/lora.yaml", "--model.teacher.park", "true"], "park does nothing with model.lora"),
         (["--generation.budgets.context", "500"], "context=500 is more than the 256 positions of LlamaForCausalLM"),
