@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, what a full disk costs, and the cache."""
+"""Atomic file writes, writes that may fail on a full disk, locks, and the cache."""
 
 import contextlib
 import os
@@ -14,15 +14,15 @@ from ..errors import UserError
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], Any], *, durable: bool = False) -> None:
-    """Put a file in place of the one there, in one go: readers and kills see the old one or the new one.
+    """Write a file atomically: readers, also after a kill, see either the old or the new content.
 
     Args:
-        path: of the file; its folder is made.
+        path: path of the file; its folder is created.
         write: writes the content into an open binary file.
-        durable: wait until the content is on the disk, so that it outlives a crash of the machine.
+        durable: wait until the content is on the disk, so that it survives a crash of the machine.
 
     Raises:
-        OSError: it cannot be written; nothing of it is left behind.
+        OSError: it cannot be written; no partial file remains.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -41,7 +41,7 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], Any], *, durable: bool
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where its file system can tell."""
+    """Sync a folder's entries to the disk, if its file system supports it."""
     place = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -51,24 +51,24 @@ def _sync_folder(folder: Path) -> None:
 
 
 def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """`replace_file` with text, in UTF-8; what UTF-8 has no word for becomes a question mark."""
+    """Write text atomically in UTF-8, see `replace_file`. Characters that UTF-8 cannot encode become question marks."""
     replace_file(path, lambda file: file.write(text.encode("utf-8", "replace")), durable=durable)
 
 
 def check_place(path: Path) -> None:
-    """Look at whether a file that a command is to write has a place, before the work that it tells of.
+    """Check that a command can write its output file, before the command does its work.
 
     Raises:
-        UserError: its folder is not there, or it is a folder itself.
+        UserError: the folder of the file does not exist, or the path is a folder.
     """
     if not path.parent.is_dir():
         raise UserError(f"{path}: the folder {path.parent} does not exist")
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file in it, as {path / 'NAME'}")
+        raise UserError(f"{path} is a folder; give a file in it, such as {path / 'NAME'}")
 
 
 def write_asked(path: Path, text: str) -> None:
-    """`replace_text` with what a command was asked for.
+    """Write the output file of a command, see `replace_text`.
 
     Raises:
         UserError: it cannot be written.
@@ -79,16 +79,17 @@ def write_asked(path: Path, text: str) -> None:
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from None
 
 
-_failing: set[str] = set()  # kinds of files that could not be written the last time
+_failing: set[str] = set()  # kinds of files whose last write failed
 
 
 def try_to_write(kind: str, write: Callable[[], Any]) -> bool:
-    """Write something that training can do without. Where the disk is full, or gone, training goes on: one warning
-    tells, and the next file of the kind is tried again.
+    """Write a file that training does not need. If the disk is full or unavailable, warn once and continue training.
+
+    The next file of the same kind is tried again.
 
     Args:
-        kind: what it is, for the warning: "rollout records".
-        write: does it.
+        kind: what is written, for the warning, for example "rollout records".
+        write: writes the file.
 
     Returns:
         Whether it was written.
@@ -99,7 +100,7 @@ def try_to_write(kind: str, write: Callable[[], Any]) -> bool:
         if kind not in _failing:
             _failing.add(kind)
             where = f" ({error.filename})" if error.filename else ""
-            rank_zero_warn(f"The {kind} cannot be written{where}: {error.strerror or error}. Training goes on without.")
+            rank_zero_warn(f"The {kind} cannot be written{where}: {error.strerror or error}. Training continues.")
         return False
     if kind in _failing:
         _failing.discard(kind)
@@ -108,10 +109,14 @@ def try_to_write(kind: str, write: Callable[[], Any]) -> bool:
 
 
 def hold(path: Path, busy: str) -> IO[str]:
-    """Lock a file for as long as it is open, on file systems that have locks.
+    """Lock a file for as long as it is open, if the file system supports locks.
+
+    Args:
+        path: path of the file.
+        busy: error message if another process holds the lock.
 
     Raises:
-        UserError: another process holds it; says ``busy``.
+        UserError: another process holds the lock.
     """
     import fcntl
 
@@ -127,16 +132,16 @@ def hold(path: Path, busy: str) -> IO[str]:
 
 
 def cache_dir() -> Path:
-    """Folder for what is made once: converted weights, warm starts, indices and checks of task files.
+    """Return the cache folder for converted weights, warm starts, indices and checks of task files.
 
-    ``GEAR_LIGHTNING_CACHE``, else ``~/.cache/gear_lightning``.
+    It is ``GEAR_LIGHTNING_CACHE`` if set, else ``~/.cache/gear_lightning``.
     """
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gear_lightning"
     return Path(os.environ.get("GEAR_LIGHTNING_CACHE", default))
 
 
 def build_once(folder: Path, build: Callable[[Path], Any]) -> Path:
-    """Fill ``folder`` by calling ``build(partial_folder)`` unless it exists; a kill leaves no half of it."""
+    """Create ``folder`` by calling ``build(partial_folder)`` unless it exists; a kill leaves no incomplete folder."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".partial-"))
@@ -144,7 +149,7 @@ def build_once(folder: Path, build: Callable[[Path], Any]) -> Path:
             build(partial)
             partial.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process was faster
+            if not folder.exists():  # if it exists, another process has built it first
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)

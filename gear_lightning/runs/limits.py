@@ -1,7 +1,7 @@
-"""Options of Lightning's Trainer that cut an epoch short. Here an epoch is an iteration: rollouts, then their update.
+"""Check options of Lightning's Trainer that shorten an epoch. Here an epoch is an iteration: rollouts and their update.
 
-An iteration is trained on as a whole. What would leave out a part of its micro-batches, or evaluate in the middle of
-it, is refused; what ends a run ends it between two iterations, or, with ``max_steps``, between two optimizer steps.
+A run trains on complete iterations. Options that would skip some of the micro-batches of an iteration, or evaluate in
+the middle of it, are rejected. A run ends between two iterations or, with ``max_steps``, between two optimizer steps.
 """
 
 from collections.abc import Callable
@@ -13,16 +13,16 @@ from ..errors import UserError
 
 
 def check_limits(option: Callable[[str], Any], data: Any, processes: int, stage: str = "fit") -> None:
-    """Look at options of the Trainer that would break an iteration or an evaluation.
+    """Check that no option of the Trainer shortens an iteration or an evaluation.
 
     Args:
-        option: value of an option by its name; None where it is not given.
+        option: returns the value of an option by its name; None if it is not given.
         data: the `RolloutDataModule`.
-        processes: that share an iteration.
+        processes: number of processes that share an iteration.
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
-        UserError: one would; says what to use.
+        UserError: an option does; says what to use instead.
     """
     if stage == "fit":
         _check_iteration(option, data.micro_batches_of(processes) * data.inner_epochs)
@@ -31,8 +31,8 @@ def check_limits(option: Callable[[str], Any], data: Any, processes: int, stage:
     every = option("check_val_every_n_epoch")
     if stage == "fit" and (every is None or every < 1):
         raise UserError(
-            f"trainer.check_val_every_n_epoch={every} gives evaluations no place: give a number of iterations of at "
-            "least 1, or no evaluations by trainer.limit_val_batches=0"
+            f"trainer.check_val_every_n_epoch={every}: must be at least 1 iteration; to turn off evaluations, use "
+            "trainer.limit_val_batches=0"
         )
     name = "limit_test_batches" if stage == "test" else "limit_val_batches"
     limit = option(name)
@@ -40,8 +40,8 @@ def check_limits(option: Callable[[str], Any], data: Any, processes: int, stage:
         batches = data.evaluation_batches(processes)
         if _cuts(limit, batches):
             raise UserError(
-                f"trainer.{name}={limit} would cut an evaluation's {batches} batches short, and a mean over some of "
-                "the tasks is not logged; use data.val_limit, which counts tasks"
+                f"trainer.{name}={limit} would skip some of an evaluation's {batches} batches, but a mean over a part "
+                "of the tasks is never logged; use data.val_limit, which counts tasks"
             )
 
 
@@ -49,16 +49,16 @@ def _check_iteration(option: Callable[[str], Any], batches: int) -> None:
     if option("fast_dev_run"):
         raise UserError(
             "trainer.fast_dev_run would train on a part of an iteration; for a trial use --trainer.max_epochs 1 with a "
-            "small data.tasks_per_iteration and data.val_limit, in a trainer.default_root_dir of its own"
+            "small data.tasks_per_iteration and data.val_limit, in a separate trainer.default_root_dir"
         )
     if option("overfit_batches"):
         raise UserError(
-            "trainer.overfit_batches would train on a part of an iteration; give data.train_tasks only a few tasks"
+            "trainer.overfit_batches would train on a part of an iteration; use data.train_tasks with only a few tasks"
         )
     if _cuts(limit := option("limit_train_batches"), batches):
         raise UserError(
             f"trainer.limit_train_batches={limit} would train on a part of an iteration's {batches} micro-batches; for "
-            "smaller iterations give data.tasks_per_iteration, for a shorter run trainer.max_epochs or "
+            "smaller iterations set data.tasks_per_iteration, for a shorter run trainer.max_epochs or "
             "trainer.max_steps"
         )
     interval = option("val_check_interval")
@@ -71,12 +71,12 @@ def _check_iteration(option: Callable[[str], Any], batches: int) -> None:
 
 
 def _cuts(limit: Any, batches: int) -> bool:
-    """Whether a limit of batches leaves out some of them; a float is a share."""
+    """Return whether a limit skips some of the batches. An int is a number of batches, a float is a share."""
     return limit is not None and (limit < batches if type(limit) is int else limit < 1)
 
 
 def option_of(trainer: Any) -> Callable[[str], Any]:
-    """Options of a Trainer by their names."""
+    """Return a function that returns a Trainer's option by its name."""
 
     def value(name: str) -> Any:
         if name == "val_check_interval" and trainer._val_check_time_interval is not None:
@@ -89,9 +89,9 @@ def option_of(trainer: Any) -> Callable[[str], Any]:
 def keep_iterations_whole(trainer: Any) -> None:
     """Make Lightning end and resume runs between iterations.
 
-    With ``max_steps`` it takes every resume for one in the middle of an epoch, and an epoch that is complete is not
-    left (https://github.com/Lightning-AI/pytorch-lightning/issues/19617). The timer of ``max_time`` looks at its clock
-    after every micro-batch, and would leave the iteration there.
+    With ``max_steps``, Lightning treats every resume as one in the middle of an epoch, and does not leave an epoch that
+    is complete (https://github.com/Lightning-AI/pytorch-lightning/issues/19617). The timer of ``max_time`` checks the
+    time after every micro-batch, and would end the run in the middle of the iteration.
     """
     trainer.fit_loop._iteration_based_training = lambda: False
     for callback in trainer.callbacks:

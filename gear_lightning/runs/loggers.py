@@ -1,4 +1,4 @@
-"""The metrics file of a run."""
+"""Loggers of a run: the metrics file, and TensorBoard events that survive a full disk."""
 
 import csv
 import io
@@ -16,14 +16,14 @@ from .files import replace_text, try_to_write
 
 
 class MetricsFile(Logger):
-    """Writes ``metrics.csv`` into the run directory: one row per step, one column per metric, whole after every write.
+    """Writes ``metrics.csv`` into the run directory: one row per step and one column per metric.
 
-    A resumed run continues the file: it goes on in the row of its first step, and later rows are done again.
-    (Lightning's CSVLogger deletes the file of an earlier attempt.)
+    Each write replaces the file atomically. A resumed run continues the file from the row of its first step and
+    replaces later rows. (Lightning's CSVLogger deletes the file of an earlier start.)
 
     Args:
         save_dir: the run directory.
-        filename: of the file in it.
+        filename: name of the file in it.
     """
 
     def __init__(self, save_dir: str, filename: str = "metrics.csv"):
@@ -41,7 +41,7 @@ class MetricsFile(Logger):
 
     @property
     def log_dir(self) -> str:
-        """Where other files of the run go."""
+        """Folder for other files of the run."""
         return str(self._path.parent)
 
     @property
@@ -79,21 +79,25 @@ class MetricsFile(Logger):
 
 
 class Board(TensorBoardLogger):
-    """Lightning's TensorBoardLogger, which a full disk stops with a warning, and not the run with it."""
+    """Lightning's TensorBoardLogger, but on a full disk it warns and stops logging instead of ending the run."""
 
-    _failed: tuple[int, str] | None = None  # errno and text: why there is no file of events
+    _failed: tuple[int, str] | None = None  # errno and text: why there is no event file
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """TensorBoard's writer. There is none, as ``hasattr`` tells, where its file could not be made; that is not
-        tried again, for each try would leave a thread behind."""
+        """TensorBoard's writer.
+
+        Raises:
+            AttributeError: the event file could not be created, so that ``hasattr`` returns False. It is not retried,
+                because each attempt would leave a thread behind.
+        """
         if self._failed is None:
             try:
                 return super().experiment
             except OSError as error:
                 self._failed = error.errno or 0, error.strerror or str(error)
-        raise AttributeError("there is no file of events")
+        raise AttributeError("there is no event file")
 
     def _try(self, write: Callable[[], None]) -> None:
         def unwrapped() -> None:
@@ -103,7 +107,7 @@ class Board(TensorBoardLogger):
             except AttributeError:
                 if self._failed is None:
                     raise
-            except ValueError as error:  # what Lightning makes of any error
+            except ValueError as error:  # Lightning wraps any error in a ValueError
                 raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from None
             if self._failed is not None:
                 raise OSError(*self._failed)
@@ -119,7 +123,7 @@ class Board(TensorBoardLogger):
         self._try(lambda: TensorBoardLogger.log_hyperparams(self, params, *args, **kwargs))
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        """A text under a name."""
+        """Log a text under a name."""
         self._try(lambda: self.experiment.add_text(name, text, step))
 
     @rank_zero_only

@@ -1,4 +1,4 @@
-"""``metrics.csv`` of a run, read back: what was measured at which optimizer step."""
+"""Read ``metrics.csv`` of a run: the metrics of every logged optimizer step."""
 
 import csv
 import math
@@ -10,11 +10,13 @@ from ..errors import UserError
 
 
 def read_columns(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Columns of a metrics file. Its last line may be cut short. Where a step was logged again, by a run that went on
-    from an earlier checkpoint, the newest value counts, and rows after it that were not done again do not.
+    """Read the columns of a metrics file.
+
+    The last line may be incomplete. If a step was logged again, because the run resumed from an earlier checkpoint, the
+    newest value counts, and earlier rows of later steps are dropped.
 
     Returns:
-        Metric -> (optimizer steps, values), both [points], steps rising, values finite.
+        Metric -> (optimizer steps, values), both [points], with increasing steps and finite values.
 
     Raises:
         UserError: the file cannot be read, holds no row, or is torn; names the line.
@@ -32,21 +34,21 @@ def read_columns(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for cells in lines:
         where = f"{path}:{lines.line_num}"
         if len(cells) != len(names):
-            raise UserError(f"{where}: {len(cells)} cells in a table of {len(names)} columns; the file is torn")
+            raise UserError(f"{where}: {len(cells)} cells, but the table has {len(names)} columns; the file is torn")
         try:
             row = {name: float(cell) for name, cell in zip(names, cells, strict=True) if cell}
         except ValueError as error:
             raise UserError(f"{where}: {error}; the file is torn") from None
         step = row.pop("step", math.nan)
         if not (math.isfinite(step) and step >= 0 and step == int(step)):
-            raise UserError(f"{where}: step is no whole number; the file is torn")
+            raise UserError(f"{where}: step is not a non-negative integer; the file is torn")
         while rows and rows[-1][0] > step:
             rows.pop()
         if rows and rows[-1][0] == step:
             row = rows.pop()[1] | row
         rows.append((int(step), row))
     if not rows:
-        raise UserError(f"{path}: no row; the run has logged nothing yet")
+        raise UserError(f"{path}: no rows; the run has logged nothing yet")
     found = {}
     for name in names:
         points = [(step, row[name]) for step, row in rows if math.isfinite(row.get(name, math.nan))]

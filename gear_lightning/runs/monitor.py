@@ -1,4 +1,4 @@
-"""Metrics by name, for options that follow one: which there are, which value is better, and what was measured when."""
+"""Metrics that options refer to by name: which exist, which direction is better, and when they were measured."""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from ..errors import UserError
 
 Mode = Literal["min", "max"]
 MAXIMA = ("val/success", "val/reward", "train/success", "train/reward")
-KNOWN = {  # what a fit logs; some of them only under some recipes
+KNOWN = {  # metrics that a fit logs; some only with some recipes
     "val": ("success", "reward", "turns", "response_tokens"),
     "train": (
         "reward", "success", "response_tokens", "turns", "zero_spread_groups", "loss", "distillation", "entropy",
@@ -36,31 +36,36 @@ NAMES = {f"{kind}/{name}" for kind, names in KNOWN.items() for name in names}
 
 
 def mode_of(option: str, monitor: str, mode: Mode | None) -> Mode:
-    """Whether the largest or the smallest value of a metric is the best one.
+    """Return whether the largest or the smallest value of a metric is the best.
 
     Args:
-        option: what takes the mode, for the message.
+        option: name of the option that sets the mode, for the message.
         monitor: name of the metric.
-        mode: as given; None where it is not.
+        mode: the given mode; None if it is not given.
 
     Raises:
-        UserError: the mode is not given and cannot be known, or is the wrong one for a metric of which it is known.
+        UserError: the mode is not given and not known for this metric, or is wrong for a metric with a known mode.
     """
     if monitor not in MAXIMA:
         if mode is None:
             raise UserError(
-                f"{option} must be given: whether a large or a small {monitor} is better cannot be known; give max or "
-                f"min (it is known of {', '.join(MAXIMA)})"
+                f"{option} must be given: it is not known whether a large or a small {monitor} is better; give max or "
+                f"min (known only for {', '.join(MAXIMA)})"
             )
         return mode
     if mode == "min":
-        raise UserError(f"{option}=min takes the smallest {monitor} for the best; give {option}=max")
+        raise UserError(f"{option}=min treats the smallest {monitor} as the best; give {option}=max")
     return "max"
 
 
 def own_callbacks_only(callbacks: Iterable[Any]) -> bool:
-    """Whether callbacks, or what a config gives for them, are all of this package or of Lightning. Others may log
-    metrics under names that are not known before."""
+    """Return whether all callbacks are from this package or from Lightning.
+
+    Other callbacks may log metrics under unknown names.
+
+    Args:
+        callbacks: callbacks, or their entries in a config.
+    """
 
     def origin(callback: Any) -> str:
         named = callback if isinstance(callback, str) else class_path(callback)
@@ -70,22 +75,22 @@ def own_callbacks_only(callbacks: Iterable[Any]) -> bool:
 
 
 def class_path(given: Any) -> str | None:
-    """The class that a config names; None where it is no part of a config."""
+    """Return the class path in a config entry; None if it has none."""
     found = given.get("class_path") if hasattr(given, "get") else None
     return found if isinstance(found, str) else None
 
 
 def check_monitor(option: str, monitor: str, evaluates: bool, own_callbacks: bool) -> None:
-    """Look at whether a run will measure a metric, as far as that can be known before.
+    """Check that a run will measure a metric, as far as this is known before the run.
 
     Args:
-        option: what follows the metric, for the message.
-        monitor: its name.
-        evaluates: whether the run has evaluations, or had some before it resumes.
+        option: name of the option that refers to the metric, for the message.
+        monitor: name of the metric.
+        evaluates: whether the run has evaluations, or resumes from a checkpoint and may have had some.
         own_callbacks: see `own_callbacks_only`.
 
     Raises:
-        UserError: it will not.
+        UserError: it will not measure the metric.
     """
     if monitor not in NAMES and own_callbacks:
         raise UserError(f"{option}={monitor}: there is no such metric; there are {', '.join(sorted(NAMES))}")
@@ -97,75 +102,81 @@ def check_monitor(option: str, monitor: str, evaluates: bool, own_callbacks: boo
 
 
 def check_early_stopping(monitor: str, mode: Mode, at_every_end: bool | None, every: int | None) -> None:
-    """Look at whether ``EarlyStopping`` stops where it is meant to.
+    """Check the options of ``EarlyStopping``.
 
     Args:
         monitor: its metric.
-        mode: whether it takes the largest or the smallest value for the best.
+        mode: whether it treats the largest or the smallest value as the best.
         at_every_end: its ``check_on_train_epoch_end``.
         every: ``trainer.check_val_every_n_epoch``.
 
     Raises:
-        UserError: the mode is wrong for the metric, or values of earlier evaluations would count again.
+        UserError: the mode is wrong for the metric, or each evaluation would be counted several times.
     """
     mode_of("mode of EarlyStopping", monitor, mode)
     if monitor.startswith("val/") and at_every_end and every != 1:
         raise UserError(
             f"EarlyStopping with check_on_train_epoch_end=true would count each evaluation {every} times "
-            f"(trainer.check_val_every_n_epoch); leave it out to look at {monitor} after each evaluation"
+            f"(trainer.check_val_every_n_epoch); leave it out to check {monitor} after each evaluation"
         )
 
 
 def measured(trainer: Any) -> dict[str, Any]:
-    """Metrics of the current iteration: of its training, and of its evaluation if it had one. Lightning's
-    ``callback_metrics`` also holds values of earlier iterations. All ranks must call it, at the end of an iteration."""
+    """Return the metrics of the current iteration: of its training, and of its evaluation if it had one.
+
+    Lightning's ``callback_metrics`` also holds values of earlier iterations. All ranks must call this at the end of an
+    iteration.
+    """
     training = trainer._logger_connector.metrics["callback"]
     return {**getattr(trainer.lightning_module, "evaluated", {}), **training}
 
 
 class Monitor:
-    """A metric that an option follows.
+    """A metric that an option refers to.
 
     Args:
-        option: that names it.
-        name: of the metric.
+        option: name of the option.
+        name: name of the metric.
     """
 
     def __init__(self, option: str, name: str):
         self.option = option
         self.name = name
-        self._seen = self._told = False
+        self._seen = self._warned = False
 
     def value(self, trainer: Any, values: dict[str, Any]) -> float | None:
-        """Its value in an iteration, of rank 0 on all ranks; None where it has not been measured, or is not finite. All
-        ranks must call it.
+        """Return rank 0's value of the metric in an iteration; None if it was not measured or is not finite.
+
+        All ranks must call it.
 
         Args:
-            trainer: for its communication.
-            values: what was `measured` in the iteration.
+            trainer: used to communicate.
+            values: the metrics of the iteration, see `measured`.
         """
         found = values.get(self.name)
         value = trainer.strategy.broadcast(None if found is None else float(found))
         self._seen |= value is not None
         if value is not None and not math.isfinite(value):
-            if not self._told:
+            if not self._warned:
                 rank_zero_warn(
                     f"{self.option}: {self.name} is {value} in iteration {trainer.current_epoch}, which counts as not "
                     "measured."
                 )
-            self._told = True
+            self._warned = True
             return None
         return value
 
     def missing(self, trainer: Any) -> str | None:
-        """Why the metric will not come, at the end of an iteration that did not measure it; None while it may. All
-        ranks must call it."""
+        """Return why the metric will never be measured; None if it may still be measured.
+
+        Call it on all ranks at the end of an iteration that did not measure the metric.
+        """
         if self._seen:  # the same on all ranks
             return None
         if self.name.startswith("val/") and not has_evaluations(trainer):
-            if not self._told:
+            if not self._warned:
                 rank_zero_warn(f"{self.option}={self.name} is not measured: this run has no evaluation.")
-            self._told = True
+            self._warned = True
             return None
         there = sorted(name for name in trainer.callback_metrics if name not in ("step", "epoch"))
         kind = self.name.partition("/")[0]
@@ -176,6 +187,6 @@ class Monitor:
 
 
 def has_evaluations(trainer: Any) -> bool:
-    """Whether a fit evaluates the policy."""
+    """Return whether a fit evaluates the policy."""
     data = trainer.datamodule
     return bool(trainer.limit_val_batches) and getattr(data, "val_tasks", None) is not None

@@ -1,8 +1,8 @@
 """Rollout records on disk: a JSONL file and a safetensors file per iteration and rank.
 
-``rollouts/iter_NNNNNN.rank_R.jsonl`` holds one JSON object per rollout (keys: see `ROLLOUT_KEYS`); ``row`` is the
-rollout's row in the tensors of ``iter_NNNNNN.rank_R.safetensors``, null where the rollout was excluded from learning.
-The tensors (see `TENSOR_KEYS`) are what training used, so that credit can be recomputed by anyone.
+``rollouts/iter_NNNNNN.rank_R.jsonl`` holds one JSON object per rollout (keys: see `ROLLOUT_KEYS`). ``row`` is the
+rollout's row in the tensors of ``iter_NNNNNN.rank_R.safetensors``, or null if the rollout was excluded from learning.
+The tensors (see `TENSOR_KEYS`) are those that training used, so that credit can be recomputed from them.
 """
 
 import json
@@ -31,44 +31,45 @@ TENSOR_KEYS = {
     "teacher_logprobs": "float32 [B, T] nats; zeros where no teacher ran",
     "entropy": "float32 [B, T] nats, of the policy's full distribution",
     "teacher_entropy": "float32 [B, T] nats, of the teacher's; zeros where no teacher ran",
-    "divergence": "float32 [B, T] as the credit rule used it (signed for k1)",
+    "divergence": "float32 [B, T] as used by the credit rule (signed for k1)",
     "weights": "float32 [B, T] credit weights; 1 where credit is uniform",
-    "base_advantages": "float32 [B, T] before credit: the rollout's advantage, or its turn's",
+    "base_advantages": "float32 [B, T] before credit: advantage of the rollout or of its turn",
     "token_advantages": "float32 [B, T] weight x base advantage",
-    "decisions": "int64 [B, T] 1 in a decision that was right, -1 in one that was wrong, 0 elsewhere or unknown",
+    "decisions": "int64 [B, T] 1 in a right decision, -1 in a wrong decision, 0 elsewhere or if unknown",
     "anchor": "int64 [B, T] index of the segment's anchor token, -1 outside segments",
     "rewards": "float32 [B]",
     "advantages": "float32 [B] after the group baseline",
-    "privileged": "bool [B] the teacher saw more than the policy; elsewhere credit is uniform",
-    "solved": "int64 [B] solved rollouts of the group",
+    "privileged": "bool [B] the teacher saw more than the policy; if not, credit is uniform",
+    "solved": "int64 [B] number of solved rollouts of the group",
     "group_ids": "int64 [B]",
     "policy_version": "int64 [B]",
 }
 ROLLOUT_KEYS = {
     "format": "version of this layout",
     "iteration": "RL iteration, from 0",
-    "rank": "process that made the rollout",
+    "rank": "process that generated the rollout",
     "row": "row in the safetensors file, or null",
     "task_id": "the task's id",
     "group_id": "number of the group in the run",
     "rollout": "number of the rollout in its group, from 0",
-    "messages": "the whole transcript, prompt included",
-    "reward": "total reward, or null where it is unknown",
+    "messages": "the full transcript, including the prompt",
+    "reward": "total reward, or null if it is unknown",
     "reward_parts": "name -> value",
     "success": "whether the task counts as solved",
     "status": "see gear_lightning.rollout.Status",
-    "error": "why it ended with its status, or null",
+    "error": "reason for its status, or null",
     "side_error": "the first failure that changed neither status nor reward (close(), an unusable decision), or null",
-    "retries": "tries before this one whose reset failed",
-    "turns": "assistant turns",
-    "turn_rewards": "the environment's reward for each turn; the last one less the penalty for length",
-    "states": "what the environment's state was before each turn: its own word for it, or what it last said",
-    "feedback": "what the environment said about the rollout, or null",
+    "retries": "earlier attempts whose reset failed",
+    "turns": "number of assistant turns",
+    "turn_rewards": "the environment's reward for each turn; the length penalty is subtracted from the last one",
+    "states": "the environment's state before each turn: as it reports it, or its last messages",
+    "feedback": "the environment's feedback on the rollout, or null",
     "policy_version": "optimizer steps taken before sampling",
-    "noise": "what credit took for the size of rounding, 99th percentiles in nats: log_ratio, divergence (see "
-    "gear_lightning.credit.RoundingNoise). Null where there is no row; absent in records of before, which took none",
+    "noise": "the rounding error that the credit rule assumed, 99th percentiles in nats: log_ratio, divergence (see "
+    "gear_lightning.credit.RoundingNoise). Null if there is no row; absent in records of earlier versions, which "
+    "assumed none",
 }
-_KINDS: dict[str, tuple[type, ...]] = {  # what readers rely on
+_KINDS: dict[str, tuple[type, ...]] = {  # types on which readers rely
     "row": (int, type(None)),
     "task_id": (str,),
     "group_id": (int,),
@@ -85,13 +86,13 @@ _KINDS: dict[str, tuple[type, ...]] = {  # what readers rely on
     "feedback": (str, type(None)),
     "policy_version": (int,),
 }
-MAX_DEPTH = 200  # lists and objects within each other
+MAX_DEPTH = 200  # maximum nesting of lists and objects
 _NAME = re.compile(r"iter_(\d{6,})\.rank_(\d+)\.jsonl$")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One iteration's rollouts of one rank, as read back."""
+    """One iteration's rollouts of one rank, read from a file."""
 
     iteration: int
     rank: int
@@ -100,7 +101,7 @@ class Record:
 
 
 def write_record(folder: Path, iteration: int, rank: int, rollouts: list[dict[str, Any]], tensors: dict[str, Tensor]):
-    """Write one record atomically: readers see a whole file or none; the JSONL file appears last."""
+    """Write one record atomically: readers see a complete file or none. The JSONL file appears last."""
     from safetensors.torch import save
 
     stem = f"iter_{iteration:06d}.rank_{rank}"
@@ -111,7 +112,7 @@ def write_record(folder: Path, iteration: int, rank: int, rollouts: list[dict[st
 
 
 def record_files(run: Path) -> list[tuple[int, int, Path]]:
-    """(iteration, rank, JSONL file) of every record of a run directory, in order."""
+    """Return (iteration, rank, JSONL file) of every record of a run directory, in order."""
     found = []
     for path in (Path(run) / "rollouts").glob("iter_*.rank_*.jsonl"):
         if match := _NAME.search(path.name):
@@ -123,11 +124,11 @@ def read_records(run: Path, iterations: list[int] | None = None) -> Iterator[Rec
     """Read a run's records in order.
 
     Args:
-        run: the run directory (holds ``rollouts/``).
-        iterations: only these; None for all.
+        run: the run directory, which holds ``rollouts/``.
+        iterations: read only these; None for all.
 
     Raises:
-        UserError: no records, a record of another format, a file that cannot be read, or two that do not belong
+        UserError: there are no records, a record has another format, a file cannot be read, or two files do not belong
             together; names the file and line.
     """
     from safetensors.torch import load_file
@@ -152,19 +153,19 @@ def read_records(run: Path, iterations: list[int] | None = None) -> Iterator[Rec
 
 
 def ledger(run: Path) -> list[tuple[int, int, str]]:
-    """What a run has been trained on: (iteration, group id, task id) of every group, in order.
+    """Return which tasks a run was trained on: (iteration, group id, task id) of every group, in order.
 
     Raises:
-        UserError: as `read_records`.
+        UserError: see `read_records`.
     """
     return sorted({(r["iteration"], r["group_id"], r["task_id"]) for x in read_records(run) for r in x.rollouts})
 
 
 def _rollout(line: bytes, where: str) -> dict[str, Any]:
-    """One line of a record, which someone else may have written.
+    """Parse and check one line of a record, which may come from an untrusted source.
 
     Raises:
-        UserError: not one that `write_record` could have written.
+        UserError: `write_record` could not have written the line.
     """
     try:
         rollout = json.loads(line.decode(), parse_constant=_no_constant)
@@ -185,11 +186,11 @@ def _rollout(line: bytes, where: str) -> dict[str, Any]:
         and noise.keys() == {"log_ratio", "divergence"}
         and all(type(size) in (int, float) and 0 <= size < math.inf for size in noise.values())
     ):
-        raise UserError(f"{where}: noise is not two sizes, log_ratio and divergence")
+        raise UserError(f"{where}: noise must hold two non-negative numbers, log_ratio and divergence")
     if not all(isinstance(message, dict) for message in rollout["messages"]):
-        raise UserError(f"{where}: messages are no objects")
+        raise UserError(f"{where}: messages must be a list of objects")
     if deeper_than(MAX_DEPTH, rollout):
-        raise UserError(f"{where}: nested more than {MAX_DEPTH} deep")
+        raise UserError(f"{where}: nested more than {MAX_DEPTH} levels deep")
     return rollout
 
 
@@ -198,16 +199,16 @@ def _no_constant(name: str) -> None:
 
 
 def _check_tensors(tensors: dict[str, Tensor], where: Path) -> None:
-    """Look at whether the tensors are as `TENSOR_KEYS` says.
+    """Check the tensors against `TENSOR_KEYS`.
 
     Raises:
-        UserError: names the tensor.
+        UserError: a tensor is missing, or has another shape or dtype; names the tensor.
     """
     import torch
 
     size = tuple(tensors["tokens"].shape) if "tokens" in tensors else ()
     if len(size) != 2:
-        raise UserError(f"{where}: tokens is no matrix")
+        raise UserError(f"{where}: tokens is not a matrix")
     for name, text in TENSOR_KEYS.items():
         kind, wanted = getattr(torch, text.split()[0]), size if "[B, T]" in text else size[:1]
         found = tensors.get(name)
@@ -219,10 +220,10 @@ def _check_tensors(tensors: dict[str, Tensor], where: Path) -> None:
 
 
 def _check_rows(rollouts: list[dict[str, Any]], tensors: dict[str, Tensor], path: Path, tensor_file: Path) -> None:
-    """Look at whether a record's two files are of the same rollouts.
+    """Check that a record's two files hold the same rollouts.
 
     Raises:
-        UserError: names the line, or the row that no line has.
+        UserError: they do not; names the line, or the row that no line refers to.
     """
     lines = {rollout["row"]: number for number, rollout in enumerate(rollouts, 1) if rollout["row"] is not None}
     groups = tensors.get("group_ids")
@@ -232,16 +233,16 @@ def _check_rows(rollouts: list[dict[str, Any]], tensors: dict[str, Tensor], path
         if row is None:
             continue
         if not 0 <= row < len(known):
-            raise UserError(f"{path}:{number}: names row {row}, and {tensor_file.name} has {len(known)} rows")
+            raise UserError(f"{path}:{number}: refers to row {row}, but {tensor_file.name} has {len(known)} rows")
         for name, there in (("group_id", known[row]), ("policy_version", int(tensors["policy_version"][row]))):
             if rollout[name] != there:
                 raise UserError(
-                    f"{tensor_file}: row {row} has {name} {there}, and {path.name}:{number} says {rollout[name]}: "
-                    "these files are not of the same rollouts"
+                    f"{tensor_file}: row {row} has {name} {there}, but {path.name}:{number} has {rollout[name]}: "
+                    "these files do not hold the same rollouts"
                 )
     lost = [row for row, group in enumerate(known) if group >= 0 and row not in lines]  # -1: padding of a micro-batch
     if lost:
         raise UserError(
-            f"{path}: no line is of row {lost[0]} in {tensor_file.name} ({len(lost)} of {len(known)} rows have none); "
-            "lines are missing. Put the file back, or move both away to do without this iteration"
+            f"{path}: no line refers to row {lost[0]} of {tensor_file.name} ({len(lost)} of {len(known)} rows have no "
+            "line); lines are missing. Restore the file, or move both files away to skip this iteration"
         )

@@ -1,9 +1,9 @@
-"""What every optimizer step of a run got and did, on disk: ``steps/step_NNNNNN.safetensors``, written by rank 0.
+"""Records of optimizer steps: ``steps/step_NNNNNN.safetensors``, written by rank 0.
 
-Tensors are one-dimensional samples (see ``StepRecorder.elements``) of whole tensors, the same elements in every run of
-a recipe: ``gradient/NAME``, reduced over all ranks and micro-batches and not yet clipped, and ``weight/NAME`` after the
-step, of the policy's trained parameters and of all of the teacher's. ``step_000000`` holds the weights that the first
-step starts from.
+Tensors are one-dimensional samples (see ``StepRecorder.elements``) of full tensors, the same elements in every run of
+a recipe. ``gradient/NAME`` is the gradient, reduced over all ranks and micro-batches, before clipping. ``weight/NAME``
+is the weight after the step, for the policy's trained parameters and all parameters of the teacher. ``step_000000``
+holds the weights before the first step.
 """
 
 import json
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UserError
 from .files import replace_file
 
-RECORDER = "gear_lightning.callbacks.step_recorder.StepRecorder"  # what writes them
+RECORDER = "gear_lightning.callbacks.step_recorder.StepRecorder"  # writes the records
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Step:
         number: from 1; 0 for the start of the run.
         iteration: RL iteration, from 0.
         lr: learning rate of this step, the largest of the parameter groups'.
-        norm: L2 norm of the whole gradient before clipping.
+        norm: L2 norm of the full gradient before clipping.
         clip: ``trainer.gradient_clip_val``; 0 for none.
         clip_by: ``norm`` or ``value``.
-        elements: values kept of each tensor, at most.
+        elements: maximum number of values kept of each tensor.
         gradients: name of a parameter -> sample.
         weights: name of a parameter -> sample, after the step.
     """
@@ -47,12 +47,12 @@ class Step:
 
 
 def is_teacher(name: str) -> bool:
-    """Whether a parameter of `gear_lightning.module.GearModule`, by its name, is the teacher's."""
+    """Return whether the parameter of `gear_lightning.module.GearModule` with this name belongs to the teacher."""
     return name.startswith("teacher.") or ".teacher." in name
 
 
 def sample(whole: Tensor, elements: int) -> Tensor:
-    """Evenly spread values of a tensor: at most so many, and all where there are no more. In CPU memory."""
+    """Return at most ``elements`` evenly spaced values of a tensor, in CPU memory; all values if there are no more."""
     every = max(1, -(-whole.numel() // elements))
     return whole.detach().flatten()[::every].to("cpu", copy=True)
 
@@ -67,14 +67,14 @@ def write_step(run: Path, step: Step) -> None:
 
     tensors = {f"gradient/{name}": value for name, value in step.gradients.items()}
     tensors |= {f"weight/{name}": value for name, value in step.weights.items()}
-    told = {name: getattr(step, name) for name in ("iteration", "lr", "norm", "clip", "clip_by", "elements")}
-    content = save(tensors, metadata={"step": json.dumps(told)})
+    header = {name: getattr(step, name) for name in ("iteration", "lr", "norm", "clip", "clip_by", "elements")}
+    content = save(tensors, metadata={"step": json.dumps(header)})
     path = run / "steps" / f"step_{step.number:06d}.safetensors"
     replace_file(path, lambda file: file.write(content))
 
 
 def read_steps(run: Path) -> Iterator[Step]:
-    """A run's records in order, one in memory at a time.
+    """Yield a run's records in order, with one in memory at a time.
 
     Raises:
         UserError: there are none, one is missing, or one cannot be read.
@@ -87,12 +87,12 @@ def read_steps(run: Path) -> Iterator[Step]:
             raise UserError(f"{path.parent}: step {number} is missing")
         try:
             with safe_open(path, "pt") as file:
-                told = json.loads(file.metadata()["step"])
+                header = json.loads(file.metadata()["step"])
                 parts: dict[str, dict[str, Tensor]] = {"gradient": {}, "weight": {}}
                 for key in list(file.keys()):
                     kind, _, name = key.partition("/")
                     parts[kind][name] = file.get_tensor(key)
-            step = Step(number, gradients=parts["gradient"], weights=parts["weight"], **told)
+            step = Step(number, gradients=parts["gradient"], weights=parts["weight"], **header)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from None
         yield step

@@ -208,7 +208,7 @@ def test_a_plateau_whose_metric_does_not_come_ends_the_run_with_its_state_saved(
             lambda o: schedules.ReduceLROnPlateau(o),
             "lightning.pytorch.cli.ReduceLROnPlateau --model.lr_scheduler.monitor",
         ),
-        (plateau("val/success", "min"), "lr_scheduler.mode=min takes the smallest val/success"),
+        (plateau("val/success", "min"), "lr_scheduler.mode=min treats the smallest val/success"),
     ],
 )
 def test_a_plateau_without_a_metric_or_the_wrong_way_round_is_refused(tmp_path, schedule, message):

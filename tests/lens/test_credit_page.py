@@ -203,7 +203,7 @@ def test_write_credit_page_is_atomic_and_names_what_is_missing(run):
     assert not list(run.glob("*.partial"))
     with pytest.raises(UserError, match="does not exist"):
         write_credit_page(run, run / "nowhere" / "page.html")
-    for out, message in ((run, "is a folder; name a file in it"), ("/proc/x.html", "x.html cannot be written")):
+    for out, message in ((run, "is a folder; give a file in it"), ("/proc/x.html", "x.html cannot be written")):
         with pytest.raises(UserError, match=message):
             credit_command([str(run), "--html", str(out)])
     shutil.rmtree(run / "tokenizer")

@@ -521,8 +521,8 @@ def test_the_page_keeps_the_newest_rollouts(run):
         (["--credit", "RLSD", "--iterations", "7-"], "give one number, or two as 3-7"),
         (["--credit", "RLSD", "--html", "nowhere/x.html"], "the folder nowhere does not exist"),
         (["--credit", "RLSD", "--json", "nowhere/x.json"], "the folder nowhere does not exist"),
-        (["--credit", "RLSD", "--html", "configs"], "configs is a folder; name a file in it"),
-        (["--credit", "RLSD", "--json", "configs"], "configs is a folder; name a file in it"),
+        (["--credit", "RLSD", "--html", "configs"], "configs is a folder; give a file in it"),
+        (["--credit", "RLSD", "--json", "configs"], "configs is a folder; give a file in it"),
         (["--credit", "RLSD", "--json", "/proc/x.json"], "/proc/x.json cannot be written"),
         (["--credit", f"{__name__}.Unmade"], "--credit: RuntimeError: no such table"),
         (["--credit", f"{__name__}.Raises"], "Raises failed on iteration 0, rank 0: KeyError: 'no such key' (at "),
@@ -571,7 +571,7 @@ def test_files_that_do_not_belong_together(run):
     lines, tensors = (run / "rollouts" / f"iter_000001.rank_0.{kind}" for kind in ("jsonl", "safetensors"))
     text, content = lines.read_text(), tensors.read_bytes()
     ask = [str(run), "--credit", "RLSD"]
-    for kept, message in ((0, r"no line is of row 0 in .*\(2 of 2 rows have none\)"), (1, r"row 1 in .*\(1 of 2 rows")):
+    for kept, message in ((0, r"no line refers to row 0 of .*\(2 of 2 rows have no"), (1, r"row 1 of .*\(1 of 2 rows")):
         lines.write_text("".join(text.splitlines(keepends=True)[:kept]))
         with pytest.raises(UserError, match=rf"iter_000001\.rank_0\.jsonl: .*{message}"):
             recredit_command(ask)
@@ -586,7 +586,7 @@ def test_files_that_do_not_belong_together(run):
         recredit_command(ask)
     tensors.write_bytes(content)
     lines.write_text(text.replace('"row": 1', '"row": 7'))
-    with pytest.raises(UserError, match=r"jsonl:2: names row 7, and .*safetensors has 2 rows"):
+    with pytest.raises(UserError, match=r"jsonl:2: refers to row 7, but .*safetensors has 2 rows"):
         recredit_command(ask)
 
 

@@ -126,7 +126,7 @@ def test_weights_alone_are_saved_and_a_resume_says_that_they_do_not_suffice(tmp_
         ({"monitor": "val/success", "save_top_k": 0}, "monitor=val/success does nothing with checkpoint.save_top_k=0"),
         (
             {"monitor": "val/success", "mode": "min"},
-            "takes the smallest val/success for the best; give checkpoint.mode=max",
+            "treats the smallest val/success as the best; give checkpoint.mode=max",
         ),
         ({"monitor": "train/entropy"}, "checkpoint.mode must be given: .* a small train/entropy is better"),
         ({"save_on_exception": True}, "save_on_exception is not supported"),
