@@ -1,6 +1,6 @@
-"""How two credits of the same rollouts differ: token by token, and as figures of many rollouts.
+"""Differences between two credits of the same rollouts: token by token, and as figures over many rollouts.
 
-Everywhere *here* is the first of two credits, *there* the second. Entry t of a ``[B, T]`` tensor is about token t; only
+*here* is always the first of two credits, *there* the second. Entry t of a ``[B, T]`` tensor belongs to token t; only
 action tokens count. Pure functions of tensors.
 """
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from ..batch import Credit
 from ..runs.records import Record
 
-CHANGED = 0.01  # a weight that moves by more has changed
+CHANGED = 0.01  # a weight has changed if it differs by more
 FIFTHS = 5
-ROUNDED = 6  # decimals of a weight that count for its rank: what rounding alone tells apart is a tie
+ROUNDED = 6  # decimals of a weight that count for its rank: differences due to rounding are ties
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,13 @@ class Side:
 
     Attributes:
         anchors: indices of its segments' anchors.
-        covered: tokens in segments.
+        covered: number of tokens in segments.
         fifths: sums of the weights by fifth of the rollout.
         wrong: divergence on tokens of wrong decisions.
-        right: divergence on tokens of right ones.
-        blame: share of the negative advantage that the first wrong decision has; None where there is none of either.
-        praise: share of the positive advantage, likewise.
+        right: divergence on tokens of right decisions.
+        blame: share of the negative advantage that falls on the first wrong decision; None if there is no negative
+            advantage or no wrong decision.
+        praise: the same for the positive advantage.
     """
 
     anchors: set[int]
@@ -46,12 +47,12 @@ class Pair:
     """Two credits of one rollout.
 
     Attributes:
-        tokens: action tokens, N.
-        changed: those whose weight differs by more than `CHANGED`.
+        tokens: number of action tokens, N.
+        changed: number of tokens whose weight differs by more than `CHANGED`.
         fifths: number of tokens by fifth of the rollout.
-        rank: Spearman's correlation of the weights; None where one of the two gives all tokens one weight.
-        moved: total variation between the two distributions of |token advantage| over the tokens, in [0, 1]; None
-            where one of the two has no advantage to give.
+        rank: Spearman's correlation of the weights; None if one of the two gives all tokens the same weight.
+        moved: total variation between the two distributions of |token advantage| over the tokens, in [0, 1]; None if
+            one of the two has only advantages of 0.
     """
 
     tokens: int
@@ -64,20 +65,20 @@ class Pair:
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Ranks ``[N]`` from 1, those of equal values averaged; float64."""
+    """Return ranks ``[N]`` from 1; equal values share the mean of their ranks; float64."""
     _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
     return (count.cumsum(0) - (count - 1) / 2).double()[place]
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float | None:
-    """Spearman's rank correlation of two vectors of N values; None where one of them is constant."""
+    """Return Spearman's rank correlation of two vectors of N values; None if one of them is constant."""
     x, y = (r - r.mean() for r in (ranks(a), ranks(b)))
     scale = (x.square().sum() * y.square().sum()).sqrt()
     return float((x * y).sum() / scale) if scale > 0 else None
 
 
 def total_variation(a: Tensor, b: Tensor) -> float | None:
-    """Half the L1 distance of two vectors of non-negative mass, each divided by its sum; None where a sum is 0."""
+    """Return half the L1 distance of two non-negative vectors, each divided by its sum; None if a sum is 0."""
     a, b = a.double(), b.double()
     if not (a.sum() > 0 and b.sum() > 0):
         return None
@@ -85,8 +86,10 @@ def total_variation(a: Tensor, b: Tensor) -> float | None:
 
 
 def auc(high: Tensor, low: Tensor) -> float | None:
-    """Chance that a value of ``high`` is above one of ``low``, ties counting half; None where all are equal, or one
-    side is empty."""
+    """Return the probability that a value of ``high`` is above one of ``low``; ties count half.
+
+    The result is None if all values are equal, or if one side is empty.
+    """
     if not len(high) or not len(low):
         return None
     place = ranks(torch.cat([high, low]))
@@ -96,15 +99,17 @@ def auc(high: Tensor, low: Tensor) -> float | None:
 
 
 def first_wrong(decisions: Tensor) -> Tensor:
-    """Where ``[T]`` the first unbroken run of tokens of wrong decisions is."""
+    """Return a mask ``[T]`` of the first unbroken run of tokens of wrong decisions."""
     wrong = decisions < 0
     begun = wrong.cumsum(0) > 0
     return wrong & ((begun & ~wrong).cumsum(0) == 0)
 
 
 def onset(decisions: Tensor) -> tuple[Tensor, Tensor]:
-    """Where ``[T]`` the first wrong decision is, and where the right ones before it are. What comes after a wrong one
-    may be right or wrong because of it, and is in neither."""
+    """Return masks ``[T]`` of the first wrong decision and of the right decisions before it.
+
+    Decisions after a wrong one may be right or wrong because of it, and are in neither mask.
+    """
     wrong, where = first_wrong(decisions), torch.arange(len(decisions))
     return wrong, (decisions == 1) & (where < (where[wrong].min() if wrong.any() else len(decisions)))
 
@@ -127,7 +132,7 @@ def _side(credit: Credit, row: int, mask: Tensor, decisions: Tensor, fifth: Tens
 
 
 def compare(record: Record, here: Credit, there: Credit) -> list[Pair]:
-    """Two credits of a record's rollouts, one `Pair` for each row that has action tokens."""
+    """Compare two credits of a record's rollouts: one `Pair` for each row that has action tokens."""
     pairs = []
     for row, mask in enumerate(record.tensors["action_mask"]):
         n = int(mask.sum())
@@ -160,16 +165,16 @@ def _both(pairs: list[Pair], value: Any) -> dict[str, Any]:
 
 
 def summary(pairs: list[Pair]) -> dict[str, Any]:
-    """What some rollouts' two credits come to, as plain data; None where a figure is of nothing.
+    """Summarize the two credits of several rollouts as plain data; None for a figure without values.
 
     Returns:
         ``rollouts``, ``tokens``; ``changed``: share of the tokens; ``rank_correlation`` and ``moved``: means over the
-        rollouts that have one (``..._rollouts`` of them); ``anchors``: ``shared``, ``only_here``, ``only_there``; and,
-        each for ``here`` and ``there``, ``segments_per_rollout``, ``in_segments`` (share of the tokens),
-        ``weight_by_fifth`` (means, from the first tokens of a rollout to its last). ``decisions`` is None where none
-        are known: ``wrong`` and ``right`` tokens; ``auc`` of the divergence for wrong against right ones; ``blame`` and
-        ``praise``: share of a rollout's negative and positive advantage that its first wrong decision has, mean over
-        the rollouts that have both.
+        rollouts that have a value (``..._rollouts`` is their number); ``anchors``: ``shared``, ``only_here``,
+        ``only_there``; and, each for ``here`` and ``there``, ``segments_per_rollout``, ``in_segments`` (share of the
+        tokens), ``weight_by_fifth`` (means, from the first tokens of a rollout to its last). ``decisions`` is None if
+        none are known: ``wrong`` and ``right``: number of tokens; ``auc`` of the divergence for wrong against right
+        ones; ``blame`` and ``praise``: share of a rollout's negative and positive advantage that falls on its first
+        wrong decision, mean over the rollouts that have both.
     """
     tokens = sum(pair.tokens for pair in pairs)
     anchors = [(pair.here.anchors, pair.there.anchors) for pair in pairs]
@@ -215,11 +220,11 @@ class Change:
 
     Attributes:
         size: absolute difference of the advantages.
-        iteration, rank, row: where its rollout is recorded.
+        iteration, rank, row: place of its rollout in the records.
         token: its index in the rollout.
         weights, advantages: here and there.
-        before, after: ids around the token, as far as the rollout goes.
-        id: its own.
+        before, after: ids around the token, within the rollout.
+        id: id of the token.
     """
 
     size: float
@@ -235,14 +240,14 @@ class Change:
 
 
 def largest_changes(record: Record, here: Credit, there: Credit, count: int = 10, context: int = 6) -> list[Change]:
-    """The tokens of a record whose advantage differs most, largest first; differences below 1e-6 are none.
+    """Return the tokens of a record whose advantage differs most, largest first; differences below 1e-6 are ignored.
 
     Args:
-        record: its rows.
+        record: the rollouts.
         here: one credit of them.
         there: the other.
-        count: most tokens.
-        context: most ids before a token, and after it.
+        count: maximum number of tokens.
+        context: maximum number of ids before a token, and after it.
     """
     mask, ids = record.tensors["action_mask"], record.tensors["tokens"]
     size = torch.where(mask, (here.token_advantages - there.token_advantages).abs(), 0).nan_to_num(0, 0, 0)

@@ -1,4 +1,4 @@
-"""The numbers of recorded rollouts as the credit page carries them: short JSON with typed arrays in base64."""
+"""Data of recorded rollouts for the credit page: short JSON with typed arrays in base64."""
 
 import json
 from base64 import b64encode
@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..runs.records import Record
 from .trace import CREDIT_COLUMNS, Decode, Trace, trace, visible
 
-# Short names of columns, which hold the sampled tokens only; those of `_OF_A_RULE` belong to a set of credit.
+# Short names of columns, which contain only the sampled tokens; those of `_OF_A_RULE` belong to a set of credit.
 _COLUMNS = {
     "h": "entropy",
     "e": "teacher_entropy",
@@ -39,11 +39,11 @@ _SMALL, _LARGE = 2**15 - 1, 2**31 - 1
 
 
 def pack_integers(values: np.ndarray) -> str:
-    """A letter and base64 of little-endian integers: ``s`` for 16 bits, ``l`` for 32.
+    """Return a letter and base64 of little-endian integers: ``s`` for 16 bits, ``l`` for 32.
 
     Args:
-        values: float64 [N] whole numbers. What is not finite becomes the smallest integer of its kind; what is larger
-            than 32 bits is cut.
+        values: float64 [N] whole numbers. Values that are not finite become the smallest integer of the type; values
+            outside 32 bits are clipped.
     """
     known = np.isfinite(values)
     whole = np.clip(np.where(known, values, 0), -_LARGE, _LARGE)
@@ -54,7 +54,7 @@ def pack_integers(values: np.ndarray) -> str:
 
 
 def _thousandths(values: Tensor) -> str | int:
-    """A third decimal is more than a reader can use. One number where all values are the same."""
+    """Pack values in thousandths: enough digits for a reader. Return one number if all values are equal."""
     scaled = np.round(values.double().numpy() * 1000)
     if len(scaled) and bool((scaled == scaled[0]).all()) and abs(scaled[0]) <= _LARGE:
         return int(scaled[0])
@@ -62,13 +62,16 @@ def _thousandths(values: Tensor) -> str | int:
 
 
 def _set(one: Trace) -> dict[str, Any]:
-    """One set of credit: runs (anchor, start, end), and columns."""
+    """Return one set of credit: runs (anchor, start, end), and columns."""
     return {"segments": one.segments} | {key: _thousandths(one.columns[name]) for key, name in _OF_A_RULE.items()}
 
 
 def _entry(record: Record, index: int, vocabulary: dict[int, int], others: list[Credit | None]) -> dict[str, Any]:
-    """One rollout as the page's script reads it: ``ids`` are places in the vocabulary, runs and columns as in `Trace`,
-    ``credits`` one set for each assigner, the recorded one first; ``messages`` only where there are no tokens."""
+    """Return one rollout in the form that the page's script reads.
+
+    ``ids`` are indices in the vocabulary, runs and columns as in `Trace`, ``credits`` one set for each assigner, the
+    recorded one first; ``messages`` only if there are no tokens.
+    """
     one = trace(record, index)
     entry: dict[str, Any] = {key: one.rollout.get(key) for key in _FACTS}
     entry["error"] = entry["error"] or one.rollout.get("side_error")
@@ -87,10 +90,10 @@ def _entry(record: Record, index: int, vocabulary: dict[int, int], others: list[
 
 
 def _with(record: Record, credit: Credit | None) -> Record:
-    """The record as another rule would have left it.
+    """Return the record with the credit of another rule.
 
     Raises:
-        UserError: there is no credit for it, or of another shape.
+        UserError: there is no credit for it, or the credit has another shape.
     """
     shape = record.tensors["tokens"].shape
     if credit is None or credit.weights.shape != shape:
@@ -112,17 +115,17 @@ def pack_rollouts(
     left_out: int,
     opens: tuple[int, int],
 ) -> str:
-    """The page's data as JSON, newest iterations first.
+    """Return the page's data as JSON, newest iterations first.
 
     Args:
         records: in any order.
-        decode: text of a token id.
-        others: name of an assigner -> its credit for each record, in the order of ``records``; None where a record has
-            no tokens.
-        max_rollouts: most rollouts.
-        max_bytes: no more rollouts once they need this much.
-        left_out: rollouts that are left out already.
-        opens: the sets of credit that the page shows first, left and right; of those it does not have, the last.
+        decode: returns the text of a token id.
+        others: name of an assigner -> its credit for each record, in the order of ``records``; None if a record has no
+            tokens.
+        max_rollouts: maximum number of rollouts.
+        max_bytes: no further rollouts are added above this size.
+        left_out: number of rollouts that the caller has already omitted.
+        opens: the sets of credit that the page shows first, left and right; if a set does not exist, the last one.
     """
     for name, credits in others.items():
         if len(credits) != len(records):

@@ -1,7 +1,7 @@
-"""Where credit went, token by token: one self-contained HTML page of a run.
+"""Credit token by token: one self-contained HTML page of a run.
 
-It shows what `gear_lightning.runs.records` holds and computes nothing but counts. Everything a model wrote is data
-here: the page carries it as JSON and turns it into text nodes.
+The page shows the data of `gear_lightning.runs.records` and computes only counts. Model output is only data here: the
+page contains it as JSON and shows it in text nodes.
 """
 
 from base64 import b64encode
@@ -17,7 +17,7 @@ from .pack import pack_rollouts
 from .trace import Decode, load_decoder
 
 _SCRIPTS = ("base", "data", "stats", "filters", "rollout", "inspector", "trace", "charts", "main")
-_MAX_BYTES = 40_000_000  # rollouts beyond this are left out: a browser opens no page at ease that is much larger
+_MAX_BYTES = 40_000_000  # further rollouts are omitted: browsers are slow with much larger pages
 
 
 def render_credit_page(
@@ -30,29 +30,30 @@ def render_credit_page(
     others: Mapping[str, Sequence[Credit | None]] | None = None,
     opens: tuple[int, int] = (0, 1),
 ) -> str:
-    """One HTML page that shows rollouts token by token, coloured by credit weight. It loads nothing from elsewhere.
+    """Return an HTML page that shows rollouts token by token, colored by credit weight. It loads no other resources.
 
     Args:
-        records: what to show, in any order; the newest iterations come first on the page.
-        decode: text of a token id.
+        records: the records to show, in any order; the newest iterations come first on the page.
+        decode: returns the text of a token id.
         title: heading of the page.
-        max_rollouts: most rollouts on the page, and fewer where they need more than 40 MB; the page says how many more
-            there are.
-        left_out: rollouts that the caller has left out already.
-        others: what other rules make of the same rollouts, to be shown beside the recorded credit: a name -> the credit
-            of each record, in the order of ``records`` (None for a record without tokens).
-        opens: which two the page shows first, left and right: 0 for the recorded credit, n for the n-th of ``others``.
+        max_rollouts: maximum number of rollouts on the page, and fewer if they need more than 40 MB; the page shows how
+            many were omitted.
+        left_out: number of rollouts that the caller has already omitted.
+        others: credit of other rules for the same rollouts, shown next to the recorded credit: a name -> the credit of
+            each record, in the order of ``records`` (None for a record without tokens).
+        opens: the two sets that the page shows first, left and right: 0 for the recorded credit, n for the n-th of
+            ``others``.
 
     Raises:
         UserError: credit of other records, or of another shape.
     """
     data = pack_rollouts(records, decode, dict(others or {}), max_rollouts, _MAX_BYTES, left_out, opens)
-    # Without "<" nothing in the data can end the script element that holds it.
+    # Without "<" the data cannot close the script element that contains it.
     data = data.replace("<", "\\u003c")
     assets = files("gear_lightning") / "lens" / "assets"
     style = (assets / "lens.css").read_text(encoding="utf-8")
     script = "\n" + "".join((assets / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
-    # The browser runs the script of this digest and no other, wherever in the page it might stand.
+    # The browser runs only the script with this digest, whatever other scripts the page contains.
     digest = "sha256-" + b64encode(sha256(script.encode()).digest()).decode()
     safe = title.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     page = files("gear_lightning").joinpath("lens/page.html").read_text(encoding="utf-8")
@@ -68,21 +69,21 @@ def write_credit_page(
     max_rollouts: int = 1000,
     others: Mapping[str, Callable[[Record], Credit]] | None = None,
 ) -> Path:
-    """Write the page of a run atomically; records too old to be shown are counted, not read.
+    """Write the page of a run atomically; rollouts too old to be shown are counted, not read.
 
     Args:
-        run: the run directory (holds ``rollouts/`` and ``tokenizer/``).
+        run: the run directory (contains ``rollouts/`` and ``tokenizer/``).
         out: the file; None for ``run/credit_map.html``.
         iterations: only these; None for all.
         max_rollouts: see `render_credit_page`.
-        others: a name -> what another rule makes of a record; called for records that have tokens.
+        others: a name -> function that returns another rule's credit of a record; called for records with tokens.
 
     Returns:
-        The file written.
+        The written file.
 
     Raises:
-        UserError: no records, records or a tokenizer that cannot be read, or an ``out`` that is a folder, or in a
-            missing one.
+        UserError: no records, records or a tokenizer that cannot be read, or an ``out`` that is a folder or in a
+            missing folder.
         OSError: the file cannot be written.
     """
     out = page_path(run, out)
@@ -91,10 +92,10 @@ def write_credit_page(
 
 
 def page_path(run: Path, out: Path | None) -> Path:
-    """Where a run's page goes.
+    """Return the path of a run's page.
 
     Raises:
-        UserError: it is a folder, or in a missing one.
+        UserError: the path is a folder, or in a missing folder.
     """
     place = Path(out) if out else Path(run) / "credit_map.html"
     check_place(place)
@@ -107,7 +108,7 @@ def page_of_run(
     max_rollouts: int = 1000,
     others: Mapping[str, Callable[[Record], Credit]] | None = None,
 ) -> str:
-    """The page of a run; see `write_credit_page`."""
+    """Return the page of a run; see `write_credit_page`."""
     run = Path(run)
     iterations_of(run)
     wanted = None if iterations is None else set(iterations)
@@ -136,10 +137,10 @@ def page_of_run(
 
 
 def iterations_of(run: Path) -> list[int]:
-    """Iterations that have records, in order.
+    """Return the iterations that have records, in order.
 
     Raises:
         UserError: there are none.
     """
-    next(read_records(run, []), None)  # has the error message for a run without records
+    next(read_records(run, []), None)  # raises the error for a run without records
     return sorted({iteration for iteration, _, _ in record_files(run)})

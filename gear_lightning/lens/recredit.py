@@ -1,4 +1,4 @@
-"""Credit of recorded rollouts, computed anew by any rule, without the model."""
+"""Recomputation of the credit of recorded rollouts by any rule, without the model."""
 
 from dataclasses import fields, is_dataclass
 from typing import NamedTuple
@@ -15,7 +15,7 @@ CREDIT_KEYS = ("weights", "token_advantages", "divergence", "anchor")
 
 
 def told(rule: CreditAssigner) -> str:
-    """A rule as one would write it: its class, and the options that depart from the defaults."""
+    """Return a rule as text: its class, and the options that differ from the defaults."""
     given = []
     for field in fields(rule) if is_dataclass(rule) else ():
         value = getattr(rule, field.name)
@@ -25,12 +25,12 @@ def told(rule: CreditAssigner) -> str:
 
 
 def evidence_of(record: Record, rule: CreditAssigner, *, divergence: bool = False) -> Evidence:
-    """What a rule would have seen of a record's rollouts in training.
+    """Return the evidence that a rule would have received for a record's rollouts in training.
 
     Args:
         record: at least one of its rollouts has a row.
-        rule: a teacher is shown only to a rule that needs one, as in training.
-        divergence: let the recorded divergence take the place of one of whole distributions (see `stands_in`).
+        rule: the teacher is passed only to a rule that needs one, as in training.
+        divergence: use the recorded divergence instead of one of full distributions (see `stands_in`).
 
     Raises:
         UserError: the rule needs a teacher, and none scored these rollouts.
@@ -63,7 +63,7 @@ def evidence_of(record: Record, rule: CreditAssigner, *, divergence: bool = Fals
 
 
 def recorded_noise(record: Record) -> RoundingNoise:
-    """What training took for the size of rounding: none, in records that do not tell."""
+    """Return the rounding noise that training used; zeros for records that do not contain it."""
     told = (rollout.get("noise") for rollout in record.rollouts if rollout["row"] is not None)
     found = next((noise for noise in told if noise is not None), None)
     return RoundingNoise() if found is None else RoundingNoise(**found)
@@ -71,30 +71,30 @@ def recorded_noise(record: Record) -> RoundingNoise:
 
 @torch.no_grad()
 def recredit(record: Record, rule: CreditAssigner, *, divergence: bool = False) -> Credit:
-    """The credit that a rule gives to a record's rollouts, as it would have in training.
+    """Return the credit that a rule would have given to a record's rollouts in training.
 
     Args:
         record: at least one of its rollouts has a row.
-        rule: any; its statistics are of one rollout, so that all rows may be given at once.
+        rule: any rule; its statistics are computed per rollout, so that all rows can be passed at once.
         divergence: see `evidence_of`.
 
     Raises:
-        UserError: the rule needs what the record does not hold: a teacher, or whole distributions.
+        UserError: the rule needs data that the record does not contain: a teacher, or full distributions.
     """
     return rule(evidence_of(record, rule, divergence=divergence))
 
 
 def recorded_credit(record: Record) -> Credit:
-    """The credit that training used."""
+    """Return the credit that training used."""
     return Credit(*(record.tensors[name] for name in CREDIT_KEYS))
 
 
 def check_credit(record: Record, rule: CreditAssigner, credit: object) -> Credit:
-    """What a rule gave to a record's rollouts, once it is clear that it is credit: a user's own rule may give anything.
+    """Check and return the result of a rule for a record's rollouts: a user's own rule may return anything.
 
     Raises:
-        UserError: it is no `Credit`, of another shape than the rollouts, or holds a weight or advantage of a sampled
-            token that is not finite.
+        UserError: the result is not a `Credit`, has another shape than the rollouts, or contains a weight or advantage
+            of a sampled token that is not finite.
     """
     where = f"iteration {record.iteration}, rank {record.rank}"
     if not isinstance(credit, Credit):
@@ -123,7 +123,7 @@ def check_credit(record: Record, rule: CreditAssigner, credit: object) -> Credit
 
 
 def _named(record: Record, row: int) -> str:
-    """Which rollout a row is."""
+    """Return a description of the rollout in a row."""
     for rollout in record.rollouts:
         if rollout["row"] == row:
             return f"rollout {rollout['rollout']} of task {rollout['task_id']}"
@@ -131,14 +131,14 @@ def _named(record: Record, row: int) -> str:
 
 
 def _cause(record: Record, row: int, mask: Tensor) -> str:
-    """What a rule may have it from: recorded evidence that is not finite."""
+    """Return the possible cause: recorded evidence that is not finite."""
     names = ("policy_logprobs", "entropy", "teacher_logprobs", "teacher_entropy", "divergence", "base_advantages")
     odd = [name for name in names if not record.tensors[name][row][mask].isfinite().all()]
     return f" (so are the recorded {', '.join(odd)})" if odd else ""
 
 
 class Measured(NamedTuple):
-    """Which divergence of distributions a rule takes, and of which tokens."""
+    """A divergence of distributions, and the tokens for which it is measured."""
 
     kind: str
     top_k: int
@@ -147,7 +147,7 @@ class Measured(NamedTuple):
 
 
 def measured(rule: CreditAssigner) -> Measured | None:
-    """What a rule's recorded divergence is; None where that is not of whole distributions, or not known."""
+    """Return the kind of a rule's recorded divergence; None if it is not of full distributions, or not known."""
     if isinstance(rule, GEAR) and type(rule).measure is GEAR.measure and rule.top_k:
         return Measured(rule.divergence, rule.top_k, rule.exclude_stop, rule.exclude_tail)
     if type(rule) is SCGRPO:
@@ -156,19 +156,19 @@ def measured(rule: CreditAssigner) -> Measured | None:
 
 
 def stands_in(rule: CreditAssigner, own: CreditAssigner | None, unknown: str = "") -> bool:
-    """Whether a rule takes the recorded divergence in place of one of whole distributions, which are not recorded.
+    """Return whether the recorded divergence can replace a rule's divergence of distributions, which are not recorded.
 
     Args:
-        rule: to be recomputed.
-        own: the rule that the rollouts were trained with; None where it is not known.
-        unknown: why it is not.
+        rule: the rule to recompute.
+        own: the rule that the rollouts were trained with; None if it is not known.
+        unknown: why it is not known.
 
     Returns:
-        False for a rule that looks at sampled tokens alone: their log-probs are recorded.
+        False for a rule that uses only sampled tokens: their log-probs are recorded.
 
     Raises:
-        UserError: the rule compares distributions, and the recorded divergence is another, or leaves out tokens that
-            the rule counts.
+        UserError: the rule compares distributions, and the recorded divergence is another one, or omits tokens that the
+            rule counts.
     """
     if not rule.top_k or rule == own:
         return bool(rule.top_k)
@@ -182,13 +182,13 @@ def stands_in(rule: CreditAssigner, own: CreditAssigner | None, unknown: str = "
         fit = f"; with {' and '.join(fit)} it can be recomputed" if isinstance(rule, GEAR) else ""
         raise UserError(f"the records have {had} {told(rule)} counts (the run's rule is {told(own)}){fit}")  # pyright: ignore[reportArgumentType]
     if own is None:
-        has = f"one divergence per token, of a rule that is not known ({unknown})"
+        has = f"one divergence per token, of an unknown rule ({unknown})"
     elif there is None:
         has = f"log-probs of the sampled tokens (the run's rule is {told(own)})"
     else:
         has = f"the {there.kind} on {there.top_k} tokens (the run's rule is {told(own)})"
     what = f" ({asked.kind} on {asked.top_k} tokens)" if asked is not None else ""
     raise UserError(
-        f"{told(rule)} compares whole distributions{what}, and the records have only {has}. Train with it, or take a "
-        "rule of the sampled tokens: GEAR with divergence=k1, or RLSD"
+        f"{told(rule)} compares full distributions{what}, and the records have only {has}. Train with it, or use a "
+        "rule on sampled tokens: GEAR with divergence=k1, or RLSD"
     )

@@ -1,4 +1,4 @@
-"""What ``gear-lightning recredit`` prints, made of the data that it writes as JSON."""
+"""Output of ``gear-lightning recredit``, built from the data that it writes as JSON."""
 
 import math
 from dataclasses import asdict, is_dataclass
@@ -9,11 +9,11 @@ from .difference import CHANGED, Change
 from .recredit import told
 from .trace import Decode, visible
 
-MOST_ROWS = 20  # iterations in a table; the JSON file has all
+MOST_ROWS = 20  # maximum iterations in a table; the JSON file has all
 
 
 def rule_data(rule: CreditAssigner) -> dict[str, Any]:
-    """A rule as plain data."""
+    """Return a rule as plain data."""
     options = asdict(rule) if is_dataclass(rule) else {}
     return {
         "class": f"{type(rule).__module__}.{type(rule).__qualname__}",
@@ -24,13 +24,13 @@ def rule_data(rule: CreditAssigner) -> dict[str, Any]:
 
 
 def change_data(change: Change, rollouts: list[dict[str, Any]], index: int, decode: Decode) -> dict[str, Any]:
-    """A changed token as plain data, its text decoded.
+    """Return a changed token as plain data, with decoded text.
 
     Args:
         change: the token.
         rollouts: those of its record.
-        index: which of them it is in.
-        decode: text of a token id.
+        index: position of its rollout in ``rollouts``.
+        decode: returns the text of a token id.
     """
     rollout = rollouts[index]
     before, text, after = ("".join(map(decode, ids)) for ids in (change.before, [change.id], change.after))
@@ -51,7 +51,7 @@ def change_data(change: Change, rollouts: list[dict[str, Any]], index: int, deco
 
 
 def finite(data: Any) -> Any:
-    """Plain data with None for every number that JSON has no word for."""
+    """Return plain data with None for every number that JSON cannot represent."""
     if isinstance(data, dict):
         return {str(key): finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
@@ -62,7 +62,7 @@ def finite(data: Any) -> Any:
 
 
 def report(data: dict[str, Any]) -> str:
-    """The text for a terminal; what records and recipes say is not yet made `printable` in it."""
+    """Return the text for a terminal; texts from records and recipes are not yet `printable`."""
     rows = [*data["iterations"], {"iteration": "all", **data["overall"]}]
     if len(rows) > MOST_ROWS + 1:
         rows = [*rows[: MOST_ROWS // 2], {}, *rows[-MOST_ROWS // 2 - 1 :]]
@@ -86,7 +86,7 @@ HEAD = [
 
 
 def _caveats(data: dict[str, Any]) -> list[str]:
-    """What shown rules lack compared with the papers that they are named after."""
+    """Return what the shown rules lack compared with the papers that they are named after."""
     shown = [data["credit"], data["against"] or data["own"]]
     told = {rule["class"].rpartition(".")[2]: rule["lacks"] for rule in shown if rule is not None and rule["lacks"]}
     return [f"{name} is in the style of its paper, and lacks {lacks}" for name, lacks in told.items()]
@@ -132,9 +132,9 @@ def _decisions(overall: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]
 
     head = ["iteration", "wrong", "right", "AUC here", "there", "blame here", "there", "praise here", "there"]
     return [
-        "decisions that the environment calls wrong and right, in tokens",
+        "decisions that the environment marks as wrong and right, in tokens",
         *_table(head, [cells(row) for row in rows]),
-        "AUC: chance that the divergence on a wrong one is above that on a right one. blame, praise: share of a",
+        "AUC: probability that the divergence on a wrong one is above that on a right one. blame, praise: share of a",
         "rollout's negative, positive advantage that falls on its first wrong decision",
     ]
 
@@ -150,19 +150,19 @@ def _legend(overall: dict[str, Any]) -> list[str]:
 
 
 def _check(data: dict[str, Any]) -> str:
-    """How the run's own rule, computed anew, compares with what was recorded."""
+    """Return a line that compares the recomputed credit of the run's own rule with the recorded credit."""
     own, check = data["own"], data["check"]
     if own is None:
-        return f"check: none, the run's own rule is not known ({data['unknown']})"
-    what = f"check: the run's own rule, {own['told']}, computed anew, gives"
+        return f"check: not possible, the run's own rule is not known ({data['unknown']})"
+    what = f"check: the run's own rule, {own['told']}, recomputed, gives"
     if not check["differ"]:
         return f"{what} the recorded weights (largest difference {_number(check['largest'], '.1g')})"
     share = check["differ"] / check["tokens"]
     largest = _number(check["largest"], ".2g")
     return (
         f"{what} other weights than recorded on {share:.1%} of the tokens (largest difference {largest}). Rounding on "
-        "another device moves single segments; more of it means that config.yaml, which the run's last start wrote, is "
-        "not of these iterations"
+        "another device changes single segments; larger differences mean that config.yaml, which the run's last start "
+        "wrote, does not belong to these iterations"
     )
 
 
@@ -187,7 +187,7 @@ def _line(text: str) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Columns aligned to the right; short rows are filled up."""
+    """Return lines with columns aligned to the right; short rows are padded."""
     every = [[*row, *[""] * (len(head) - len(row))] for row in [head, *rows]]
     widths = [max(map(len, column)) for column in zip(*every, strict=True)]
     return ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in every]

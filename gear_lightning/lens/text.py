@@ -1,4 +1,4 @@
-"""One recorded rollout as text for a terminal, its tokens marked by the credit they got."""
+"""One recorded rollout as text for a terminal; its tokens are marked by their credit."""
 
 import json
 from io import StringIO
@@ -9,17 +9,17 @@ from rich.text import Text
 from ..runs.records import Record
 from .trace import Decode, Trace, trace, visible
 
-LIMIT = 0.25  # steps from weight 1 below this are shown quietly, or in plain text not at all, to keep it readable
+LIMIT = 0.25  # smaller distances from weight 1 are shown in a light style, and not at all in plain text
 
 
 def render_credit_text(record: Record, index: int, decode: Decode, *, colour: bool = True, width: int = 100) -> str:
-    """One rollout for a terminal: summary, legend, and its tokens by section.
+    """Return one rollout as text for a terminal: summary, legend, and its tokens by section.
 
     Args:
-        record: the record that holds it.
+        record: the record that contains it.
         index: its position in ``record.rollouts``.
-        decode: text of a token id.
-        colour: weights as background colours (24 bit); else plain text with the weights written out.
+        decode: returns the text of a token id.
+        colour: show weights as background colors (24 bit); if False, plain text with the weights written out.
         width: columns; plain text is not wrapped.
     """
     one = trace(record, index)
@@ -79,11 +79,11 @@ def _summary(record: Record, one: Trace) -> Text:
         ]
     place = f"iteration {record.iteration} · rank {record.rank} · rollout {rollout.get('rollout')}"
     lines = [f"{visible(str(rollout.get('task_id')))} · {place}", " · ".join(facts)]
-    for name, label in (("error", "error"), ("side_error", "beside the outcome")):
+    for name, label in (("error", "error"), ("side_error", "side error")):
         if rollout.get(name):
             lines.append(f"{label}: " + " ".join(visible(line) for line in str(rollout[name]).splitlines()))
     if not one.tokens:
-        lines.append("left out of learning: no tokens and no credit, only the transcript")
+        lines.append("excluded from training: no tokens and no credit, only the transcript")
     text = Text(lines[0], style="bold")
     return text.append("\n" + "\n".join(lines[1:]), style="not bold")
 
@@ -102,8 +102,11 @@ def _legend(colour: bool) -> Text:
 
 
 def _style(weight: float) -> str:
-    """Blue below weight 1, orange above, none near it. A small step colours the letters, in a tone that light and dark
-    terminals can show; a larger one the background, with its own ink."""
+    """Return a style: blue below weight 1, orange above, none near it.
+
+    A small distance from 1 colors the letters, in a tone that is visible on light and dark terminals; a larger one
+    colors the background, with its own text color.
+    """
     away = abs(weight - 1)
     if not away >= 0.05:  # also true of nan
         return ""
@@ -116,7 +119,7 @@ def _style(weight: float) -> str:
 
 
 def _turn(pieces: list[str], weights: list[float], start: int, one: Trace, colour: bool) -> Text:
-    """The tokens of one turn, of which the first is token ``start`` of the rollout."""
+    """Return the tokens of one turn as text; ``start`` is the index of its first token in the rollout."""
     opens = {begin - start: (anchor - start, end - start) for anchor, begin, end in one.segments}
     text, close, anchor, n = Text(), 0, -1, 0
     while n < len(pieces):
@@ -128,7 +131,7 @@ def _turn(pieces: list[str], weights: list[float], start: int, one: Trace, colou
             text.append(pieces[n], style=f"{_style(weights[n])} {'underline' if inside else ''}".strip())
             n += 1
             continue
-        # A segment shares one weight, so that it is written once; a rule that gives it several falls apart into tokens.
+        # A segment with one weight is written once; if a rule gives it several, its tokens are written separately.
         end = close if inside and len({round(w, 2) for w in weights[n:close]}) == 1 else n + 1
         shown = "".join(pieces[n:end])
         if inside:

@@ -1,4 +1,4 @@
-"""One recorded rollout, cut out of its record for showing: runs, columns, and the text of its tokens."""
+"""One recorded rollout, extracted from its record for display: runs, columns, and the text of its tokens."""
 
 import math
 import os
@@ -16,25 +16,25 @@ from ..runs.records import Record
 
 Decode = Callable[[int], str]
 Run = tuple[int, int, int]
-CREDIT_COLUMNS = ("weights", "token_advantages", "divergence")  # what a credit rule decides; the rest is evidence
+CREDIT_COLUMNS = ("weights", "token_advantages", "divergence")  # output of a credit rule; the rest is evidence
 COLUMNS = ("entropy", "teacher_entropy", "policy_logprobs", "teacher_logprobs", "sampler_logprobs", *CREDIT_COLUMNS)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One rollout with its row cut out of the record's tensors: T tokens, N of them sampled by the policy.
+    """One rollout with its row of the record's tensors: T tokens, N of them sampled by the policy.
 
     Attributes:
         rollout: its JSON object (see `gear_lightning.runs.records.ROLLOUT_KEYS`).
-        advantage: group advantage; None without a row, or where it is not finite.
+        advantage: group advantage; None without a row, or if it is not finite.
         tokens: T ids; empty without a row.
         sections: runs (turn, start, end) that cover all T tokens in order; turn -1 is prompt or observation.
         segments: runs (anchor, start, end) of the tokens that share an anchor, in order.
-        columns: N values each, under the names of `gear_lightning.runs.records.TENSOR_KEYS`; those of the teacher
-            are left out where they are zeros (no teacher ran).
-        decisions: runs (1 for right or -1 for wrong, start, end) of the tokens that the environment judged, none
-            across turns.
-        solved: solved rollouts of the group; None without a row.
+        columns: N values each, under the names of `gear_lightning.runs.records.TENSOR_KEYS`; those of the teacher are
+            missing if they are zeros (no teacher ran).
+        decisions: runs (1 for right or -1 for wrong, start, end) of the tokens that the environment judged; a run does
+            not extend over several turns.
+        solved: number of solved rollouts of the group; None without a row.
     """
 
     rollout: dict[str, Any]
@@ -72,7 +72,7 @@ def _runs(values: Tensor) -> list[Run]:
 
 
 def trace(record: Record, index: int) -> Trace:
-    """The rollout at position ``index`` of a record.
+    """Return the rollout at position ``index`` of a record.
 
     Raises:
         UserError: the rollout names a row that the record's tensors do not have.
@@ -83,7 +83,7 @@ def trace(record: Record, index: int) -> Trace:
         return Trace(rollout, None, [], [], [], {}, [], None)
     if not 0 <= row < len(tensors["tokens"]):
         raise UserError(
-            f"iteration {record.iteration}, rank {record.rank}: rollout {index} names row {row}, and the tensors have "
+            f"iteration {record.iteration}, rank {record.rank}: rollout {index} names row {row}, but the tensors have "
             f"{len(tensors['tokens'])} rows"
         )
     length = int(tensors["valid"][row].sum())
@@ -109,7 +109,7 @@ def trace(record: Record, index: int) -> Trace:
 
 
 def visible(piece: str) -> str:
-    """A token's text with its whitespace and control characters shown; a line break is shown and kept."""
+    """Return a token's text with visible whitespace and control characters; a line break is shown and kept."""
     if piece.isspace():
         piece = piece.replace(" ", "·")
     for character, shown in (("\n", "⏎\n"), ("\t", "⇥"), ("\r", "␍")):
@@ -118,13 +118,13 @@ def visible(piece: str) -> str:
 
 
 def load_decoder(run: Path) -> Decode:
-    """The text of single token ids, by the tokenizer saved in ``run/tokenizer``.
+    """Return a function that decodes single token ids with the tokenizer saved in ``run/tokenizer``.
 
-    A token is shown as it reads in the middle of a text, with the space that its tokenizer puts before it; bytes that
-    are no whole character are shown as ``\\xf0``.
+    A token is shown as in the middle of a text, with the space that its tokenizer puts before it; bytes that do not
+    form a whole character are shown as ``\\xf0``.
 
     Raises:
-        UserError: no tokenizer there, or it cannot be loaded.
+        UserError: there is no tokenizer, or it cannot be loaded.
     """
     folder = Path(run) / "tokenizer"
     if not folder.is_dir():

@@ -320,7 +320,7 @@ def test_a_weight_that_is_no_number_is_not_a_weight_of_one(lens, tmp_path):
     lens.open((tmp_path / "page.html").as_uri() + "#r=i2.r0.0")
     assert lens.js("[...document.querySelectorAll('#tokens .nan')].map((e) => e.token)") == [t]
     assert lens.js("document.querySelectorAll('#chart .nan-bar').length") == 1
-    assert "weight is no finite number" in lens.text("#legend")
+    assert "weight is not finite" in lens.text("#legend")
     assert "every sampled token has weight 1" not in lens.text("#legend")
 
 
@@ -477,7 +477,7 @@ def test_charts_follow_the_filter(lens):
     assert lens.text("#charts-filter h3") == f"{solved} rollouts of the filter"
     assert table(lens, "filter", "position", 0)[0] == ["part", *(f"solved {name}" for name in FIVE)]
     lens.type("#f-q", "no such word")
-    assert lens.text("#charts-filter .figures") == "No rollout with credit."
+    assert lens.text("#charts-filter .figures") == "No rollout has credit."
 
 
 # -- looks, speed, safety ---------------------------------------------------------------------------------------------

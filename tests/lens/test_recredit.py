@@ -121,7 +121,7 @@ def test_the_command_says_that_the_runs_own_rule_gives_the_recorded_credit(train
         out = tmp_path / f"{name}.json"
         assert recredit_command([str(trained(name)), *arguments(RULES[name]), "--json", str(out)]) == 0
         text = capsys.readouterr().out
-        assert "computed anew, gives the recorded weights" in text
+        assert "recomputed, gives the recorded weights" in text
         assert "no token's advantage differs" in text
         found = json.loads(out.read_text())
         assert found["check"]["tokens"] == found["overall"]["tokens"] > 0
@@ -165,7 +165,7 @@ def test_a_run_of_the_command_line_is_recomputed_by_its_config_file(command, tmp
     assert command(*FIT, *options, "--trainer.default_root_dir", folder)[0] == 0
     status, out, _ = command("recredit", folder, "--credit", folder / "config.yaml", "--html")
     assert status == 0
-    assert "divergence='reverse_kl', sign_rule='symmetric'), computed anew, gives the recorded weights" in out
+    assert "divergence='reverse_kl', sign_rule='symmetric'), recomputed, gives the recorded weights" in out
     assert page_data((folder / "recredit.html").read_text())["rollouts"]
     status, out, _ = command("recredit", folder, "--credit", "configs/credit/rlsd.yaml", "--credit.clip", "0.1")
     assert status == 0
@@ -179,7 +179,7 @@ def test_a_run_of_the_command_line_is_recomputed_by_its_config_file(command, tmp
     ("name", "rule", "message"),
     [
         ("gear", "SCGRPO", "compares full distributions (forward_kl on 100 tokens), and the records have only log-"),
-        ("gear", SYMMETRIC | {"divergence": "jsd"}, "Train with it, or take a rule of the sampled tokens: GEAR with"),
+        ("gear", SYMMETRIC | {"divergence": "jsd"}, "Train with it, or use a rule on sampled tokens: GEAR with"),
         ("sc-grpo", SYMMETRIC | {"divergence": "jsd"}, "only the forward_kl on 100 tokens (the run's rule is SCGRPO)"),
         ("token-jsd", SYMMETRIC | {"divergence": "jsd"}, "(jsd on 100 tokens), and the records have only the jsd on 7"),
         ("gear-reverse-kl", SYMMETRIC | {"divergence": "reverse_kl"}, "no divergence on the last 2 action tokens"),
@@ -233,10 +233,10 @@ def test_a_run_whose_rule_is_not_known_has_no_divergence_to_stand_in(trained, tm
     folder = tmp_path / "run"
     shutil.copytree(trained("sc-grpo"), folder)
     (folder / "config.yaml").unlink()
-    with pytest.raises(UserError, match=r"of a rule that is not known \(.*config\.yaml: No such file"):
+    with pytest.raises(UserError, match=r"of an unknown rule \(.*config\.yaml: No such file"):
         recredit_command([str(folder), "--credit", "SCGRPO"])
     assert recredit_command([str(folder), "--credit", "RLSD"]) == 0
-    assert "check: none, the run's own rule is not known" in capsys.readouterr().out
+    assert "check: not possible, the run's own rule is not known" in capsys.readouterr().out
 
 
 def test_another_rule_than_the_one_in_config_yaml_is_told(trained, tmp_path, capsys):
@@ -244,7 +244,7 @@ def test_another_rule_than_the_one_in_config_yaml_is_told(trained, tmp_path, cap
     shutil.copytree(trained("turn"), folder)
     (folder / "config.yaml").write_text("model: {credit: {class_path: gear_lightning.credit.RLSD, init_args: {}}}")
     assert recredit_command([str(folder), "--credit", "Uniform"]) == 0
-    assert "RLSD, computed anew, gives other weights than recorded on" in capsys.readouterr().out
+    assert "RLSD, recomputed, gives other weights than recorded on" in capsys.readouterr().out
 
 
 class Decided(CreditAssigner):
@@ -269,7 +269,7 @@ def test_an_own_rule_by_import_path_and_decisions(trained, run, tmp_path, capsys
     assert found["right"] > 0
     assert found["auc"] == {"here": None, "there": None}  # neither measures a divergence
     assert found["blame"]["here"] == 0 < found["blame"]["there"]
-    assert "decisions that the environment calls wrong and right" in capsys.readouterr().out
+    assert "decisions that the environment marks as wrong and right" in capsys.readouterr().out
     add(run, fake_rollout())
     with pytest.raises(UserError, match=r"Decided needs to know which decisions were right, and .* has recorded none"):
         recredit_command([str(run), "--credit", own])
@@ -610,7 +610,7 @@ def test_a_runs_config_has_nothing_imported(run, tmp_path, monkeypatch, capsys):
     ):
         config.write_text(text)
         assert recredit_command([str(run), "--credit", "RLSD"]) == 0
-        assert "check: none, the run's own rule is not known" in capsys.readouterr().out
+        assert "check: not possible, the run's own rule is not known" in capsys.readouterr().out
         with pytest.raises(UserError, match=r"lies in the run and names|config\.yaml|kappa"):
             recredit_command([str(run), "--credit", str(config)])
     assert not mark.exists()

@@ -287,7 +287,7 @@ def test_the_interval_covers_a_known_truth(statistic):
         (lambda: probability_of_improvement(np.ones((2, 3)), np.ones((1, 3))), "strata"),
         (lambda: holm(np.array([0.2, 1.2])), "between 0 and 1"),
         (lambda: collapse_rate(np.ones((1, 3)), 2.0), "fraction"),
-        (lambda: on_grid(np.array([0.0, 0]), np.array([1.0, 2]), np.array([0.0])), "rising"),
+        (lambda: on_grid(np.array([0.0, 0]), np.array([1.0, 2]), np.array([0.0])), "increasing"),
     ],
 )
 def test_what_cannot_be_computed_is_said(wrong, match):

@@ -1,5 +1,5 @@
 "use strict";
-// Whatever a model wrote reaches the page as text nodes only: never build markup from data.
+// Model output is only added to the page as text nodes: never build markup from data.
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
@@ -27,7 +27,7 @@ function extent(values) {
   return low > high ? [1, 1] : [low, high];
 }
 
-// ---- colour: blue below weight 1, orange above; the underline says the same without colour -------------------------
+// ---- color: blue below weight 1, orange above; the underline shows the same without color --------------------------
 function paint(node, weight, spread = 1) {
   if (weight !== weight) node.classList.add("nan");
   const away = Math.abs(weight - 1);
@@ -43,7 +43,7 @@ function flag(text, label) {
 }
 const GLYPHS = { solved: "✓", failed: "✗", unscored: "–" };
 
-// ---- what is shown; the address holds all of it --------------------------------------------------------------------
+// ---- view state, stored in the address ----------------------------------------------------------------------------
 const state = { rollout: null, left: 0, right: 0, view: "both", tab: "tokens", stretched: false };
 // The sets of credit on the page, left first.
 const shownSets = () => (data.sets.length < 2 || state.view === "left" || state.left === state.right

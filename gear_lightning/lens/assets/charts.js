@@ -5,20 +5,20 @@ const axisY = (share) => H - AREA.bottom - share * (H - AREA.top - AREA.bottom);
 
 function drawCharts() {
   const all = found.filter((r) => r.traced && r.sampled.length), sets = shownSets();
-  const scopes = [["filter", `${count(found.length, "rollout")} of the filter`, all]];
+  const scopes = [["filter", `${count(found.length, "rollout")} that match the filter`, all]];
   if (current?.traced && current.sampled.length) scopes.push(["one", `Selected: ${current.task_id}, rollout ${current.rollout}`, [current]]);
   $("charts").replaceChildren(...scopes.map(([id, title, list]) => el("section", { class: "card scope", id: `charts-${id}` },
     el("h3", {}, title),
     el("div", { class: sets.length > 1 ? "figures paired" : "figures" }, ...figures(list, sets, id === "one")))));
 }
 function figures(list, sets, one) {
-  if (!list.length) return [el("p", { class: "muted" }, "No rollout with credit.")];
+  if (!list.length) return [el("p", { class: "muted" }, "No rollout has credit.")];
   const kinds = [positionFigure, entropyFigure];
   if (list.some((r) => r.decisions.length)) kinds.push(decisionFigure);
   const name = (set) => (data.sets.length > 1 ? `${data.sets[set]}: ` : "");
   return kinds.flatMap((draw) => sets.map((set) => draw(list, set, name(set), one)));
 }
-// A figure with its numbers in a table below, which is made when it is opened.
+// A figure with its numbers in a table below, which is built when it is opened.
 function figure(kind, title, label, picture, caption, head, rows) {
   const box = el("details", {}, el("summary", {}, "Numbers"));
   box.addEventListener("toggle", () => {
@@ -63,8 +63,8 @@ function positionFigure(list, set, name, one) {
   return figure("position", `${name}weight over the rollout`,
     groups.map((g) => `${g.word}: mean weight ${number(g.bins[0].mean, 2)} at the start, ${number(g.bins.at(-1).mean, 2)} at the end`)
       .join("; "),
-    picture, [...key, one || list.length === 1 ? "Line: mean of the tokens in a twentieth; band: their quartiles."
-      : "Line: mean over rollouts of their means in a twentieth; band: quartiles."],
+    picture, [...key, one || list.length === 1 ? "Line: mean over the tokens of each twentieth; band: their quartiles."
+      : "Line: mean over rollouts of their means in each twentieth; band: quartiles."],
     ["part", ...groups.flatMap((g) => ["n", "mean", "q1", "median", "q3"].map((k) => `${g.word} ${k}`))],
     () => groups[0].bins.map((_, b) => [b + 1, ...groups.flatMap((g) => {
       const { n, mean, q1, median, q3 } = g.bins[b];
@@ -98,7 +98,7 @@ function entropyFigure(list, set, name) {
   picture.append(rule(AREA.left, zero, W - AREA.right, zero), rule(AREA.left, axisY(0), AREA.left, axisY(1)),
     words(axisX(0.5), H - 4, "entropy →  (up: divergence; nats, √ scales)"));
   const caption = map.anchors ? [el("strong", {}, percent(map.share)), ` of ${count(map.anchors, "anchor")} (rings) are in the `
-    + "fifth of their rollout's tokens that has the most entropy; chance is 20 %."] : ["No anchors."];
+    + "fifth of their rollout's tokens with the highest entropy; the expected share by chance is 20 %."] : ["No anchors."];
   if (!map.measured) caption.push(" This rule measured no divergence.");
   return figure("entropy", `${name}anchors against entropy`,
     `${count(map.anchors, "anchor")}, ${percent(map.share)} of them in the top fifth by entropy`, picture, caption,
@@ -106,7 +106,7 @@ function entropyFigure(list, set, name) {
       ["share", map.share]]);
 }
 
-// (c) where anchors are, seen from the first wrong decision
+// (c) position of anchors relative to the first wrong decision
 function decisionFigure(list, set, name) {
   const map = decisionMap(list, set), picture = canvas(), most = Math.max(1, ...map.bars), n = map.bars.length;
   const wide = (axisX(1) - axisX(0)) / n;
@@ -118,9 +118,9 @@ function decisionFigure(list, set, name) {
     if (OFFSET_LABELS.includes(b)) picture.append(words(axisX((b + 0.5) / n), H - 19, OFFSET_NAMES[b]));
   });
   picture.append(words(axisX(0.5), H - 4, "sampled tokens from its first token to the anchor"));
-  const caption = map.heavy ? [el("strong", {}, percent(map.mass)), " of the credit (sum of |token advantage|) is on the first wrong "
-    + `decision, which is ${number(100 * map.tokens, 1)} % of the tokens (means of ${count(map.heavy, "rollout")}).`]
-    : [`${count(map.judged, "rollout")} with judged decisions, ${map.wrong} with a wrong one that carries credit.`];
+  const caption = map.heavy ? [el("strong", {}, percent(map.mass)), " of the credit (sum of |token advantage|) falls on the first wrong "
+    + `decision, which has ${number(100 * map.tokens, 1)} % of the tokens (means of ${count(map.heavy, "rollout")}).`]
+    : [`${count(map.judged, "rollout")} with judged decisions, ${map.wrong} with credit on a wrong decision.`];
   return figure("decisions", `${name}anchors from the first wrong decision`,
     `${count(map.anchors, "anchor")}; ${percent(map.mass)} of the credit on the first wrong decision`, picture, caption,
     ["", "value"], () => [["rollouts judged", map.judged], ["with a wrong decision", map.wrong], ["anchors there", map.anchors],

@@ -1,8 +1,8 @@
-// ---- data: columns are in thousandths and hold the sampled tokens only ----------------------------------------------
+// ---- data: columns are in thousandths and contain only the sampled tokens --------------------------------------------
 const rollouts = data.rollouts;
 const SEPARATOR = "\u0000";
 
-// A letter and base64 of little-endian integers; the smallest one stands for what is not finite.
+// A letter and base64 of little-endian integers; the smallest one marks values that are not finite.
 function unpack(packed) {
   const raw = atob(packed.slice(1)), bytes = new Uint8Array(raw.length);
   for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
@@ -34,12 +34,12 @@ function cached(r, key, make) {
   return r.cache.get(key);
 }
 const ids = (r) => cached(r, "ids", () => unpack(r.ids));
-// A column of the evidence (h entropy, e teacher's entropy, p t s log-probs); null where there is none.
+// A column of the evidence (h entropy, e teacher's entropy, p t s log-probs); null if missing.
 const evidence = (r, key) => cached(r, key, () => (r.columns[key] === undefined ? null
   : floats(r.columns[key], r.sampled.length)));
 // A column of a set of credit (w weight, a token advantage, d divergence).
 const credit = (r, key, set) => cached(r, key + set, () => floats(r.credits[set][key], r.sampled.length));
-// token -> place among the sampled tokens, -1 elsewhere
+// token -> index among the sampled tokens, -1 elsewhere
 const places = (r) => cached(r, "places", () => {
   const out = new Int32Array(r.length).fill(-1);
   r.sampled.forEach((t, i) => { out[t] = i; });
@@ -69,7 +69,7 @@ const decided = (r) => cached(r, "decided", () => {
 });
 const tokenText = (r, t) => data.vocabulary[ids(r)[t]][1];
 
-// ---- text to search in: made while the browser is idle, at the latest when it is asked for ---------------------------
+// ---- search text: built while the browser is idle, or at the first search ---------------------------------------------
 let lower = null;
 const plain = (text) => text.toLowerCase().replaceAll("⏎", "").replace(/^·+$/, " ").replace(/\s+/g, " ");
 function said(r) {

@@ -46,7 +46,7 @@ function matching() {
       && (on.credit !== "none" || !r.traced)
       && words.every((word) => searchText(r).includes(word)));
 }
-// After a change of a filter: the list, and another rollout where the one shown is not in it.
+// After a change of a filter: update the list, and show another rollout if the shown one does not match.
 function filtered(typing, redraw = state.tab === "charts" || dimmed !== $("f-turn").value) {
   apply();
   if (found.length && !found.includes(current)) show(found[0]);
@@ -61,7 +61,7 @@ function apply() {
   $("clear").disabled = !changed;
 }
 
-// ---- list: only the rows in sight are in the document -----------------------------------------------------------------
+// ---- list: only the visible rows are in the document -----------------------------------------------------------------
 const spacer = el("div", { class: "spacer", role: "presentation" });
 const empty = el("p", { class: "empty" }, "No rollout matches.");
 function strip(r) {
@@ -107,7 +107,7 @@ function drawList() {
 function mark() {
   const at = found.indexOf(current), list = $("list");
   if (at >= 0) {
-    spacer.style.height = `${found.length * ROW}px`;  // before scrolling, or there is no room to scroll
+    spacer.style.height = `${found.length * ROW}px`;  // before scrolling, which needs the full height
     if (spacer.parentNode !== list) list.replaceChildren(spacer);
     if (at * ROW < list.scrollTop) list.scrollTop = at * ROW;
     else if ((at + 1) * ROW > list.scrollTop + list.clientHeight) list.scrollTop = (at + 1) * ROW - list.clientHeight;

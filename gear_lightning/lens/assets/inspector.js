@@ -78,7 +78,7 @@ function inspect() {
   moveCursor(t);
 }
 
-// ---- moving among tokens ----------------------------------------------------------------------------------------------
+// ---- keyboard and pointer navigation between tokens --------------------------------------------------------------------
 $("tokens").addEventListener("pointerover", (event) => {
   const node = event.target.closest(".tok");
   if (node && node.token !== hovered) { hovered = node.token; inspect(); }

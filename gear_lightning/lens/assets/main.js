@@ -19,7 +19,7 @@ function restore() {
   const hash = location.hash.slice(1), parts = new URLSearchParams(hash.includes("=") ? hash : `r=${hash}`);
   for (const name of CONTROLS) {
     $(`f-${name}`).value = parts.get(name) ?? "";
-    if ($(`f-${name}`).value === "" && $(`f-${name}`).options) $(`f-${name}`).selectedIndex = 0;  // of no such choice
+    if ($(`f-${name}`).value === "" && $(`f-${name}`).options) $(`f-${name}`).selectedIndex = 0;  // the choice does not exist
   }
   for (const side of ["left", "right"]) {
     const set = Number(parts.get(side) ?? DEFAULTS[side]);
@@ -77,7 +77,7 @@ document.addEventListener("keydown", (event) => {
 });
 $("prev").addEventListener("click", () => step(-1));
 $("next").addEventListener("click", () => step(1));
-function fold(folded) {  // the panel of a token, on a narrow screen alone
+function fold(folded) {  // the panel of a token, only on a narrow screen
   document.body.classList.toggle("folded", folded);
   $("fold").setAttribute("aria-expanded", String(!folded));
   $("fold").textContent = folded ? "More" : "Less";
@@ -95,7 +95,7 @@ const themes = ["auto", "light", "dark"];
 function theme(name) {
   document.documentElement.dataset.theme = name;
   $("theme").textContent = `Theme: ${name}`;
-  try { localStorage.setItem("credit-map-theme", name); } catch { /* some browsers give files no storage */ }
+  try { localStorage.setItem("credit-map-theme", name); } catch { /* some browsers have no storage for local files */ }
 }
 $("theme").addEventListener("click", () =>
   theme(themes[(themes.indexOf(document.documentElement.dataset.theme) + 1) % themes.length]));
@@ -117,7 +117,7 @@ const iterations = rollouts.map((r) => r.iteration);
 $("scope").textContent = rollouts.length === 0 ? "No rollouts"
   : `${count(rollouts.length, "rollout")} of ${iterations[0] === iterations.at(-1) ? `iteration ${iterations[0]}`
     : `iterations ${iterations.at(-1)} to ${iterations[0]}`}, newest first`;
-if (data.left_out) $("scope").textContent += `; ${count(data.left_out, "older rollout")} left out`;
+if (data.left_out) $("scope").textContent += `; ${count(data.left_out, "older rollout")} omitted`;
 fold(true);
 drawFilters();
 restore();

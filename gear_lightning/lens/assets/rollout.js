@@ -1,5 +1,5 @@
 // ---- one rollout ----------------------------------------------------------------------------------------------------
-// nodes[t]: the places where token t stands in the document, one for each column of credit
+// nodes[t]: the elements of token t in the document, one for each column of credit
 let nodes = [], lane = 0, dimmed = "", selected = null, hovered = null, moveCursor = () => {};
 
 function show(r, t = null) {
@@ -12,10 +12,10 @@ function show(r, t = null) {
   $("error").hidden = !r.error && r.traced;
   $("error").replaceChildren(...(r.error ? [el("strong", {}, "Error: "), String(r.error)] : []),
     ...(r.traced ? []
-      : [el("div", {}, "Left out of learning: no tokens and no credit were recorded, only the transcript.")]));
+      : [el("div", {}, "Excluded from training: no tokens and no credit were recorded, only the transcript.")]));
   refresh(t ?? (r.traced ? marks(r)[0] ?? r.sampled[0] ?? 0 : null), reading);
 }
-// All that depends on filters and on which sets are shown.
+// Redraws everything that depends on filters and on the shown sets.
 function refresh(t = selected, reading = false) {
   const r = current, charts = state.tab === "charts";
   $("tab-tokens").setAttribute("aria-pressed", String(!charts));
@@ -36,7 +36,7 @@ function refresh(t = selected, reading = false) {
   $("tokens").replaceChildren(...(charts ? [] : r.traced ? sections(r) : transcript(r)));
   select(t, reading && !charts);
 }
-// Anchors of all sets in sight.
+// Anchors of all shown sets.
 const marks = (r) => [...new Set(shownSets().flatMap((set) => anchors(r, set)))].sort((a, b) => a - b);
 
 function drawFacts(r) {
@@ -62,13 +62,13 @@ function drawFacts(r) {
     ["Policy version", short(r.policy_version)]);
   $("facts").replaceChildren(...facts.map(([name, fact]) => el("div", {}, el("dt", {}, name), el("dd", {}, fact))));
 }
-// Full colour is at this distance from weight 1 (or, of a difference, from 0).
+// Distance from weight 1 (for a difference: from 0) at which the color is full.
 function reach(r) {
   if (!state.stretched) return 1;
   if (!difference()) return Math.max(...shownSets().map((set) => spread(r, set)));
   return Math.max(0.001, ...extent(weightAt(r)).map(Math.abs));
 }
-// Weight of each sampled token: of a set, or what the right set gives more than the left.
+// Weight of each sampled token: of a set, or the difference right minus left.
 function weightAt(r, set = null) {
   if (set !== null) return credit(r, "w", set);
   const [left, right] = shownSets().map((s) => credit(r, "w", s));
@@ -84,11 +84,11 @@ function drawLegend(r) {
     : steps.map((x) => [number(Math.max(0, 1 + x * spreading), digits), Math.max(0, 1 + x * spreading)]);
   const sides = shownSets().map((set) => data.sets[set]);
   const missing = shownSets().some((set) => credit(r, "w", set).some((w) => !known(w)));
-  const reading = difference() ? `Weight of ${sides[1]} minus weight of ${sides[0]}: orange where ${sides[1]} gives more.`
+  const reading = difference() ? `Weight of ${sides[1]} minus weight of ${sides[0]}: orange where ${sides[1]} is higher.`
     : !missing && shownSets().every((set) => spread(r, set) < 0.005) ? "Credit is uniform in this rollout: every sampled token has weight 1."
-    : r.advantage > 0 ? "The advantage is positive: orange tokens get more of the praise, blue ones less."
-    : r.advantage < 0 ? "The advantage is negative: orange tokens take more of the blame, blue ones are spared."
-    : "The advantage is zero or unknown: the weights move nothing.";
+    : r.advantage > 0 ? "The advantage is positive: orange tokens are reinforced more, blue ones less."
+    : r.advantage < 0 ? "The advantage is negative: orange tokens are penalized more, blue ones less."
+    : "The advantage is zero or unknown: the weights have no effect.";
   $("legend").replaceChildren(
     el("span", {}, difference() ? "Difference" : "Weight", ...samples.map(([text, w], i) =>
       paint(el("span", { class: "tok num" }, text + (i === 6 ? more : "")), w, spreading))),
@@ -96,8 +96,8 @@ function drawLegend(r) {
       : el("span", {}, el("span", { class: "seg tok" }, flag("1.90", "anchor"), "anchor and its segment")),
     ...(r.decisions.length ? [el("span", {}, el("span", { class: "tok wrong" }, "✗ wrong"),
       el("span", { class: "tok right" }, "✓ right"), "decision")] : []),
-    ...(missing ? [el("span", {}, el("span", { class: "tok nan" }, "token"), "weight is no finite number")] : []),
-    el("span", { class: "muted" }, "grey: prompt and observations"),
+    ...(missing ? [el("span", {}, el("span", { class: "tok nan" }, "token"), "weight is not finite")] : []),
+    el("span", { class: "muted" }, "gray: prompt and observations"),
     el("span", { class: "muted" }, "⏎ line break, · space, ⇥ tab"),
     el("span", { id: "reading" }, reading));
 }

@@ -1,12 +1,12 @@
-// ---- numbers behind the charts: a summary of each rollout, made once, and sums of summaries -------------------------
+// ---- numbers of the charts: a summary of each rollout, computed once, and sums of summaries -------------------------
 const BINS = 20;
-const GRID = 24;  // cells along each side of entropy against divergence
-const OFFSETS = [-50, -20, -10, -5, -2, -1, 0, 1, 2, 3, 6, 11, 21, 51];  // least offset of each bar but the first
+const GRID = 24;  // cells along each axis of entropy against divergence
+const OFFSETS = [-50, -20, -10, -5, -2, -1, 0, 1, 2, 3, 6, 11, 21, 51];  // smallest offset of each bar except the first
 const OFFSET_NAMES = ["<−50", "−50…", "−20…", "−10…", "−5…−3", "−2", "−1", "0", "1", "2", "3…5", "…10", "…20", "…50", ">50"];
 
-const OFFSET_LABELS = [0, 3, 5, 7, 9, 11, 14];  // the bars whose names have room
+const OFFSET_LABELS = [0, 3, 5, 7, 9, 11, 14];  // the bars whose names fit
 
-// As numpy's default: linear between the two nearest. The values are sorted.
+// As numpy's default: linear interpolation between the two nearest. The values must be sorted.
 function quantile(sorted, q) {
   const at = (sorted.length - 1) * q, low = Math.floor(at);
   return sorted[low] + (at - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);
@@ -21,13 +21,13 @@ function summary(values) {
 }
 const binOf = (i, n) => Math.floor(BINS * i / n);
 
-// Mean weight in each of 20 equal parts of a rollout's sampled tokens; NaN where a part has no token.
+// Mean weight in each of 20 equal parts of a rollout's sampled tokens; NaN if a part has no token.
 const profile = (r, set) => cached(r, "profile" + set, () => {
   const w = credit(r, "w", set), sums = new Float64Array(BINS), counts = new Float64Array(BINS);
   for (let i = 0; i < w.length; i++) if (w[i] === w[i]) { sums[binOf(i, w.length)] += w[i]; counts[binOf(i, w.length)]++; }
   return sums.map((sum, b) => sum / counts[b]);
 });
-// Over rollouts, each of which counts once; or over the tokens of one.
+// Over rollouts with equal weight, or over the tokens of a single rollout.
 function weightProfile(list, set) {
   const bins = Array.from({ length: BINS }, () => []);
   if (list.length === 1) {
@@ -39,7 +39,7 @@ function weightProfile(list, set) {
   return bins.map(summary);
 }
 
-// Square roots keep both the crowd near zero and the few far out in sight.
+// Square roots show both the many values near zero and the few large ones.
 const root = (v) => Math.sign(v) * Math.sqrt(Math.abs(v));
 const ranges = data.sets.map(() => null);
 function range(set) {
@@ -61,16 +61,16 @@ function cells(r, set) {
   }
   return out;
 }
-// Anchors among the fifth of their rollout's sampled tokens that has the most entropy; of equal ones the earlier first.
+// Number of anchors among the fifth of the sampled tokens with the highest entropy; earlier tokens first among equal ones.
 const topAnchors = (r, set) => cached(r, "top" + set, () => {
   const h = evidence(r, "h"), most = Math.ceil(0.2 * h.length), own = new Set(anchors(r, set).map((t) => places(r)[t]));
   const least = cached(r, "least", () => Float32Array.from(h, (v) => (v === v ? v : -Infinity)).sort()[h.length - most]);
-  let room = most, top = 0;  // room for tokens of just that entropy
+  let room = most, top = 0;  // number of tokens with exactly that entropy that still fit
   for (const v of h) if (v > least) room--;
   for (let i = 0; i < h.length; i++) if (h[i] > least || (h[i] === least && room-- > 0)) top += own.has(i) ? 1 : 0;
   return top;
 });
-// The cells of a rollout that are not empty: (cell, tokens, anchors) one after the other.
+// The non-empty cells of a rollout: a flat list of (cell, tokens, anchors).
 const crowd = (r, set) => cached(r, "crowd" + set, () => {
   const cell = cells(r, set), own = new Set(anchors(r, set).map((t) => places(r)[t])), sums = new Map();
   for (let i = 0; i < cell.length; i++) if (cell[i] >= 0) {

@@ -30,7 +30,7 @@ function drawTrace(r) {
     picture.append(svg("rect", { class: mark < 0 ? "wrong-bar" : "right-bar", x: from, y: mark < 0 ? bottom - 1 : bottom + 1,
       width: Math.max(2, to - from), height: mark < 0 ? 4 : 2 }));
   }
-  let free = 0;  // where the next label of a turn has room
+  let free = 0;  // x from which the next turn label fits
   for (const [turn, start] of r.sections) if (turn >= 0) {
     const at = x(place[start]) - half;
     picture.append(svg("line", { x1: at, x2: at, y1: top, y2: bottom, style: "stroke: var(--line)",
@@ -52,7 +52,7 @@ function drawTrace(r) {
   axis(apart ? [wLow, 0, wHigh] : wHigh > 2.5 ? [0, 1, wHigh] : [0, 1, 2], yw);
   const both = sides.length > 1, names = sides.map((set) => data.sets[set]);
   const equal = both && divergences[0].every((v, i) => Object.is(v, divergences[1][i])) ? " (equal)" : "";
-  const room = Math.floor((width - left - right - 70) / 6.2) - `, dashed: ${equal}`.length;  // letters
+  const room = Math.floor((width - left - right - 70) / 6.2) - `, dashed: ${equal}`.length;  // characters
   const [first, second] = names.map((name, k) => {
     const most = Math.max(8, room / 2, room - names[1 - k]?.length);
     return name.length > most ? `${name.slice(0, most - 1)}…` : name;
@@ -69,7 +69,7 @@ function drawTrace(r) {
     svg("path", { d: area, "clip-path": "url(#below)", style: "fill: var(--lo)" }),
     ...divergences.map((d, k) => svg("path", { d: line(d, yd), class: k ? "curve second" : both ? "curve under" : "curve" })));
   if (heights[1]) picture.append(svg("path", { d: "M" + steps(heights[1], yw).slice(1), class: "curve second" }));
-  for (const column of heights) column.forEach((v, i) => {  // no weight is none, and not a weight of 1
+  for (const column of heights) column.forEach((v, i) => {  // a missing weight is not a weight of 1
     if (v === v) return;
     picture.append(svg("rect", { class: "nan-bar", x: x(i) - half, y: panels.w[0], width: 2 * half, height: panels.w[1] }));
   });
