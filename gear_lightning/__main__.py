@@ -1,4 +1,4 @@
-"""The command line. Heavy imports wait until the command that needs them is known."""
+"""The command line. Heavy imports happen only in the commands that need them."""
 
 import logging
 import os
@@ -16,21 +16,21 @@ train and evaluate (options: gear-lightning COMMAND --help)
   test       the same, logged as test/...
   predict    write rollouts of the validation tasks
 
-look at a model and a run
+inspect models and runs
   template   check a model's chat template:  gear-lightning template MODEL
-  teacher-check  does the teacher's divergence tell anything:  gear-lightning teacher-check --config RECIPE
-  status     where a run is, and what has failed:  gear-lightning status RUN
-  credit     print where the credit went, or write the HTML page:  gear-lightning credit RUN
+  teacher-check  check that the teacher's divergence is informative:  gear-lightning teacher-check --config RECIPE
+  status     show the phase of a run and its failures:  gear-lightning status RUN
+  credit     print credit per token, or write the HTML page:  gear-lightning credit RUN
   study      compare arms of a recipe over seeds:  gear-lightning study --config configs/study/reading.yaml
   compare    learning curves and numbers of runs, with intervals:  gear-lightning compare RUN RUN ...
-  recredit   what another credit rule would have made of it:  gear-lightning recredit RUN --credit RLSD
-  export     make a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR [--adapter]
+  recredit   compute credit of recorded rollouts under another rule:  gear-lightning recredit RUN --credit RLSD
+  export     write a Hugging Face model directory:  gear-lightning export CHECKPOINT DIR [--adapter]
 
 scale
-  doctor     what a recipe needs per GPU, and what will not work:  gear-lightning doctor --config RECIPE --gpus 8
+  doctor     memory per GPU, and options that will not work:  gear-lightning doctor --config RECIPE --gpus 8
   parity     compare strategies on a recipe:  gear-lightning parity --config RECIPE --strategies ddp,fsdp,zero3
-  noise-floor  what rounding does to credit:  gear-lightning noise-floor --config RECIPE
-  slurm      write or send a batch script:  gear-lightning slurm --config RECIPE --nodes 4 --gpus-per-node 8 --time 2-0
+  noise-floor  measure how rounding changes credit:  gear-lightning noise-floor --config RECIPE
+  slurm      write or submit a job:  gear-lightning slurm --config RECIPE --nodes 4 --gpus-per-node 8 --time 2-0
 """
 LIGHTNING = ("fit", "validate", "test", "predict")
 COMMANDS = {  # module of `gear_lightning.commands`; its `NAME_command` takes the arguments and returns the exit status
@@ -62,15 +62,15 @@ def main() -> None:
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a busy CPU tens of times slower
-    for name in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it, with a noise
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which logs warnings
         logging.getLogger(name).setLevel(logging.ERROR)
-    # DeepSpeed sets its logger's level itself, and tells on every process that there is no GPU
+    # DeepSpeed sets its logger's level itself, and logs on every process that there is no GPU
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
-    sys.path.append(os.getcwd())  # where a user's own environments and rewards are, as with `python -m`
+    sys.path.append(os.getcwd())  # to import a user's own environments and rewards, as with `python -m`
     from .errors import UserError, one_line, printable
 
     command, rest = args[0], args[1:]
-    if command == "fit":  # asked to stop before there is anything to stop: noted, and heard when the training begins
+    if command == "fit":  # record stop signals that arrive before training starts; training acts on them
         from .runs.signals import NOTES
 
         NOTES.watch(signal.SIGUSR1, signal.SIGUSR2)
@@ -88,7 +88,7 @@ def main() -> None:
     except UserError as error:
         print(f"gear-lightning: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # whoever read the output has seen enough: `gear-lightning ... | head`
+    except BrokenPipeError:  # the reader closed the pipe: `gear-lightning ... | head`
         if command in LIGHTNING:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

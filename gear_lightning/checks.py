@@ -1,6 +1,6 @@
-"""Checks of values: numeric options, and JSON from outside.
+"""Checks of values: numeric options and untrusted JSON.
 
-A comparison with NaN is false, so that each check asks for what is right and not for what is wrong.
+Comparisons with NaN are false, so each check tests for valid values, not for invalid ones.
 """
 
 import math
@@ -10,16 +10,16 @@ from .errors import UserError
 
 
 def check_range(options: object, low: float, high: float, *names: str) -> None:
-    """Check options that lie between two bounds, which are allowed themselves. None is not looked at.
+    """Check that options are between two bounds (inclusive). None is accepted.
 
     Args:
-        options: what has them as attributes.
-        low: least value.
-        high: greatest value; infinity: any finite one.
-        names: of the attributes.
+        options: object with the options as attributes.
+        low: minimum.
+        high: maximum; infinity accepts any finite value.
+        names: names of the attributes.
 
     Raises:
-        UserError: one is outside, not a number, or not finite.
+        UserError: a value is out of range, NaN, or not finite.
     """
     for name in names:
         value = getattr(options, name)
@@ -29,14 +29,14 @@ def check_range(options: object, low: float, high: float, *names: str) -> None:
 
 
 def check_positive(options: object, *names: str) -> None:
-    """Check options that divide or bound something. None is not looked at.
+    """Check that options are positive and finite, for example divisors and limits. None is accepted.
 
     Args:
-        options: what has them as attributes.
-        names: of the attributes.
+        options: object with the options as attributes.
+        names: names of the attributes.
 
     Raises:
-        UserError: one is not above 0, not a number, or not finite.
+        UserError: a value is not above 0, NaN, or not finite.
     """
     for name in names:
         value = getattr(options, name)
@@ -45,7 +45,7 @@ def check_positive(options: object, *names: str) -> None:
 
 
 def deeper_than(depth: int, value: Any) -> bool:
-    """Whether lists and objects in a JSON value lie more than ``depth`` deep in each other."""
+    """Return whether lists and objects in a JSON value are nested more than ``depth`` levels deep."""
     level = [value]
     for _ in range(depth + 1):
         level = [x for v in level for x in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]

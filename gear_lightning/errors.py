@@ -1,10 +1,10 @@
-"""The one exception type that the command line turns into a single readable line."""
+"""Errors that users can fix, which the command line prints in one line, and hooks into jsonargparse."""
 
 from typing import Any
 
 
 class UserError(ValueError):
-    """Something the user can mend: a bad file, key, path or combination of settings.
+    """An error that the user can fix: an invalid file, key, path or combination of options.
 
     The message says what was given, what is allowed and what to do. ``gear-lightning`` prints it without a traceback
     and exits with status 2.
@@ -12,10 +12,10 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and all processes have agreed on where. Not a failure.
+    """Ends a run that was asked to stop, at a place that all processes agreed on. Not a failure.
 
     Attributes:
-        status: exit status of the process: 75 where the same command goes on with the run, 143 where nothing was saved.
+        status: exit status of the process: 75 if the same command can resume the run, 143 if nothing was saved.
     """
 
     def __init__(self, status: int = 128 + 15):
@@ -24,7 +24,7 @@ class Stopped(Exception):
 
 
 def printable(text: str) -> str:
-    """Text for a terminal, its control characters shown: what a file or a policy wrote must not steer the terminal."""
+    """Return text with visible control characters, so that text from files or policies cannot control the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else f"⟨U+{ord(c):04X}⟩" for c in text)
 
 
@@ -41,7 +41,7 @@ EXTRAS = {  # importable module -> the extra of this package that installs it
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
-    """What to install where a third party's import of an optional dependency failed; None for any other module."""
+    """Return an install command if the import of an optional dependency failed; None for any other module."""
     for module, extra in EXTRAS.items():
         if module in (error.name or str(error)):
             return f"'{module}' is not installed: pip install 'gear_lightning[{extra}]'"
@@ -49,7 +49,7 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
 
 
 def one_line(error: BaseException | None) -> str | None:
-    """What a user can mend in a library's error, or in the one that it came from; None where that is unknown."""
+    """Return a one-line message for a library error that users can fix, or for its cause; None for other errors."""
     seen: set[int] = set()  # a chain of errors can lead back to its start
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -80,10 +80,11 @@ def require_extra(module: str) -> None:
 
 
 def let_through_unions() -> None:
-    """Make jsonargparse raise the `UserError` of a class that stands where several kinds of values may (a strategy: its
-    name or an object). It would tell of every kind in turn, and keep only the text of the error.
+    """Make jsonargparse raise the `UserError` of a class for an option with a union type, for example a strategy.
 
-    Where the only other kind is None, what it says of None is left out: nobody meant that.
+    A strategy is a name or an object. By default jsonargparse reports the error of every type of the union, and keeps
+    only the text of the errors. If the only other type is None, the message about None is left out, because it does not
+    help.
     """
     import jsonargparse._typehints as typehints
 
@@ -103,7 +104,7 @@ def let_through_unions() -> None:
 
 
 def list_classes() -> None:
-    """Make jsonargparse list the classes that it knows by their bare name where a bare name is none of them."""
+    """Make jsonargparse list the class names that it accepts without an import path if a name is not one of them."""
     import jsonargparse._typehints as typehints
 
     resolve = typehints.resolve_class_path_by_name

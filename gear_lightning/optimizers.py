@@ -1,4 +1,4 @@
-"""Optimizers beyond torch's own, for ``model.optimizer``."""
+"""Optimizers for ``model.optimizer`` in addition to torch's own."""
 
 import logging
 from functools import partial
@@ -18,24 +18,24 @@ def adamw_8bit(
     weight_decay: float = 0.0,
     bf16_stochastic_round: bool = False,
 ) -> OptimizerCallable:
-    """AdamW whose two averages are kept in 8 bits: 2 bytes a parameter in place of 8 (torchao; extra: torchao).
+    """AdamW with its two moving averages in 8 bits: 2 bytes per parameter instead of 8 (torchao; extra: torchao).
 
-    Each 256 values share a scale; a tensor of fewer than 4096 values, or whose size 256 does not divide, stays in its
-    own precision. Its kernels are compiled in the first step, which needs a C compiler and takes some seconds.
+    Every 256 values share a scale. A tensor of fewer than 4096 values, or whose size is not divisible by 256, keeps its
+    own precision. The kernels are compiled in the first step, which needs a C compiler and takes some seconds.
 
     Args:
         lr: learning rate.
-        betas: decay of the averages of the gradient and of its square.
+        betas: decay rates of the averages of the gradient and of its square.
         eps: added to the square root of the second average.
-        weight_decay: decoupled, times the learning rate.
-        bf16_stochastic_round: round the new weights up or down at random, for bfloat16 weights
-            (``trainer.precision=bf16-true``), where a small step would be rounded away.
+        weight_decay: decoupled weight decay, multiplied by the learning rate.
+        bf16_stochastic_round: round the new weights stochastically. For bfloat16 weights
+            (``trainer.precision=bf16-true``), where nearest rounding would discard small steps.
 
     Raises:
         UserError: torchao is not installed.
     """
     require_extra("torchao")
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it tells of kernels for GPUs that are not here
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it reports kernels for GPUs that are not present
     from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
     return partial(
@@ -43,14 +43,14 @@ def adamw_8bit(
     )
 
 
-MARK = "8-bit average"  # key of the dict that stands for one in a checkpoint
+MARK = "8-bit average"  # key of the dict that represents one in a checkpoint
 
 
 def plain_states(states: Any) -> Any:
-    """Optimizer states with their 8-bit averages as dicts of plain tensors.
+    """Return optimizer states with 8-bit averages converted to dicts of plain tensors.
 
-    A checkpoint is then loaded with ``weights_only=True`` where torchao is not installed, and by Lightning, whose
-    ``map_location`` is a function: torch cannot load a wrapper of tensors so.
+    Such a checkpoint can be loaded with ``weights_only=True`` if torchao is not installed, and by Lightning, whose
+    ``map_location`` is a function, with which torch cannot load tensor subclasses.
     """
     if isinstance(states, dict):
         return {key: plain_states(value) for key, value in states.items()}
@@ -63,10 +63,10 @@ def plain_states(states: Any) -> Any:
 
 
 def states_from_plain(states: Any) -> Any:
-    """Inverse of `plain_states`.
+    """Return the optimizer states that `plain_states` converted.
 
     Raises:
-        UserError: there are 8-bit averages, and torchao is not installed.
+        UserError: there are 8-bit averages, but torchao is not installed.
     """
     if isinstance(states, dict) and MARK in states:
         require_extra("torchao")
@@ -81,20 +81,23 @@ def states_from_plain(states: Any) -> Any:
 
 
 def in_floats(state: Any) -> Any:
-    """A state with its 8-bit average as floats; quantised again, a value moves by less than one of its 256 levels."""
+    """Return a state with its 8-bit average as floats.
+
+    Quantizing it again moves a value by less than one of its 256 levels.
+    """
     return state.dequantize() if type(state).__name__ == "OptimState8bit" else state
 
 
 def as_kept(optimizer: Any, parameter: Any, name: str, value: Tensor) -> Tensor:
-    """Floats as the optimizer keeps the state of that name: in 8 bits where it does.
+    """Return floats in the format in which the optimizer stores the state of that name, for example 8 bits.
 
     Args:
         optimizer: a torch optimizer.
-        parameter: of this state; whole, this rank's part, or a ``DTensor``.
-        name: of the state.
-        value: laid out as the parameter.
+        parameter: the parameter of this state: unsharded, this rank's part, or a ``DTensor``.
+        name: name of the state.
+        value: the floats, laid out as the parameter.
     """
-    if not hasattr(optimizer, "_new_buffer"):  # torchao's
+    if not hasattr(optimizer, "_new_buffer"):  # only torchao's optimizers have it
         return value
     kept = optimizer._new_buffer(parameter, name == "exp_avg")
     if isinstance(kept, DTensor):

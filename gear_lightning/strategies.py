@@ -1,6 +1,6 @@
 """FSDP2 and DeepSpeed ZeRO for `GearModule`: on GPUs with NCCL, and on CPUs with gloo for tests and debugging.
 
-Both write the same one-file checkpoints of whole tensors as DDP does, so that a run goes on under any strategy and any
+Both write the same one-file checkpoints of full tensors as DDP, so that a run can resume under any strategy and any
 number of processes.
 """
 
@@ -31,17 +31,17 @@ from .errors import UserError
 from .optimizers import as_kept, in_floats
 from .runs.checkpoints import read_checkpoint, remove_checkpoint, resolve, save_checkpoint
 
-TIMEOUT = timedelta(minutes=30)  # Lightning's own
+TIMEOUT = timedelta(minutes=30)  # Lightning's default
 
 
 class WholeCheckpoints(Strategy):
-    """Checkpoints of whole tensors in one file, written by rank 0, one tensor gathered at a time."""
+    """A strategy whose rank 0 writes checkpoints of full tensors to one file, gathering one tensor at a time."""
 
-    shards = True  # whether weights are spread over the ranks
+    shards = True  # whether weights are sharded over the ranks
 
     @property
     def computes_in(self) -> torch.dtype | None:
-        """What weights are gathered in; None: in what they are kept in."""
+        """Dtype in which weights are gathered; None: the dtype in which they are stored."""
         return None
 
     @property
@@ -62,7 +62,7 @@ class WholeCheckpoints(Strategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        done: dict[int, Tensor | None] = {}  # tied weights: once
+        done: dict[int, Tensor | None] = {}  # gathers tied weights once
         left_out = set(getattr(self.lightning_module, "left_out", list)())
         states = self.lightning_module.state_dict(keep_vars=True)
         states = {name: value for name, value in states.items() if name not in left_out}
@@ -76,7 +76,10 @@ class WholeCheckpoints(Strategy):
         mine, saved = self.lightning_module.state_dict(keep_vars=True), checkpoint["state_dict"]
         if strict and mine.keys() != saved.keys():
             odd = sorted(mine.keys() ^ saved.keys())
-            raise UserError(f"the checkpoint's weights are not this model's: {', '.join(odd[:3])} ({len(odd)} in all)")
+            raise UserError(
+                f"the checkpoint does not match the model; {len(odd)} weights are in only one of them: "
+                f"{', '.join(odd[:3])}"
+            )
         with torch.no_grad():
             for name, value in mine.items():
                 if name in saved:
@@ -85,11 +88,11 @@ class WholeCheckpoints(Strategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if storage_options is not None:
             raise TypeError("storage_options are not supported: checkpoints are files")
-        if self.is_global_zero:  # whose whole tensors are copies already
+        if self.is_global_zero:  # the gathered tensors are copies already
             save_checkpoint(checkpoint, Path(filepath), owned=("state_dict", "optimizer_states", "teacher_shadow"))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return read_checkpoint(resolve(Path(checkpoint_path)))  # mapped, not read: every rank takes its part only
+        return read_checkpoint(resolve(Path(checkpoint_path)))  # memory-mapped: every rank reads only its part
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.is_global_zero:
@@ -98,11 +101,11 @@ class WholeCheckpoints(Strategy):
     # -- models -------------------------------------------------------------------------------------------------------
 
     def load(self, whole: Callable[[], Any], bare: Callable[[], Any]) -> Any:
-        """The model to shard: read by rank 0 alone, without values elsewhere.
+        """Return the model to shard: with values on rank 0, with parameters on the meta device on other ranks.
 
         Args:
             whole: loads the model.
-            bare: makes it with its parameters on the meta device.
+            bare: creates it with its parameters on the meta device.
         """
         model = run_on_all_ranks(whole if self.is_global_zero else bare)
         for part in model.modules():
@@ -115,25 +118,25 @@ class WholeCheckpoints(Strategy):
         return model
 
     def shard(self, model: Any, like: Any = None) -> Any:
-        """Spread a model's parameters over the ranks, in place.
+        """Shard a model's parameters over the ranks, in place.
 
         Args:
-            model: with values on rank 0 (see `load`), or with none where ``like`` is given.
-            like: a sharded model of the same shapes to take the values from.
+            model: a model with values on rank 0 (see `load`), or without values if ``like`` is given.
+            like: a sharded model of the same shapes from which to copy the values.
         """
         raise NotImplementedError
 
 
 def place(strategy: Any, whole: Callable[[], Any], bare: Callable[[], Any]) -> tuple[Any, Any]:
-    """A model where the strategy wants it, and its `skeleton` where its parameters are spread over the ranks.
+    """Load a model and shard it if the strategy does. Return it, and its `skeleton` if it is sharded (else None).
 
     Args:
-        strategy: any of Lightning's, or of these.
+        strategy: one of Lightning's strategies or of this module.
         whole: loads the model.
-        bare: makes it with its parameters on the meta device.
+        bare: creates it with its parameters on the meta device.
 
     Raises:
-        UserError: on all ranks, where one cannot make it.
+        UserError: on all ranks, if one of them cannot create the model.
     """
     if not getattr(strategy, "shards", False):
         return run_on_all_ranks(whole), None
@@ -144,15 +147,16 @@ def place(strategy: Any, whole: Callable[[], Any], bare: Callable[[], Any]) -> t
 
 class FSDP2(WholeCheckpoints, ModelParallelStrategy):
     """Fully sharded data parallelism (PyTorch's ``fully_shard``): weights, gradients, optimizer state and teacher are
-    spread over the processes, and gathered layer by layer.
+    sharded over the processes, and gathered layer by layer.
 
     Args:
-        replicas: copies of the sharded model (hybrid sharding): each is spread over world size / replicas processes.
-            With one per node, weights are gathered inside nodes only. As many as processes shard nothing.
+        replicas: number of copies of the sharded model (hybrid sharding); each is sharded over world size / replicas
+            processes. With one per node, weights are gathered only within nodes. With as many as processes, nothing is
+            sharded.
         reshard_after_forward: free a layer's gathered weights after its forward and gather them again in backward.
-            False trades memory for communication.
-        process_group_backend: ``nccl``, ``gloo``, ... Null: what fits the device.
-        timeout: longest time that a process waits for the others in a collective, as 0:30:00.
+            False uses more memory and less communication.
+        process_group_backend: ``nccl``, ``gloo``, ... Null: chosen by the device.
+        timeout: maximum time that a process waits for the others in a collective, for example 0:30:00.
     """
 
     def __init__(
@@ -187,8 +191,8 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):
 
     @property
     def computes_in(self) -> torch.dtype | None:
-        # gathered in bfloat16, reduced in float32. Under autocast alone the backward pass would keep a bfloat16 copy of
-        # all weights on every device
+        # weights are gathered in bfloat16, gradients reduced in float32. With autocast alone, the backward pass would
+        # keep a bfloat16 copy of all weights on every device
         return torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
 
     def shard(self, model: Any, like: Any = None) -> Any:
@@ -200,7 +204,7 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):
         values = [p.detach() for p in model.parameters()]
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         replace_parameters(model, lambda p: nn.Parameter(p.detach().to("meta"), p.requires_grad))
-        # a teacher has no backward that would let go of what its forward has gathered
+        # a teacher has no backward, which would free the weights that its forward gathered
         teacher = like is not None
         for block in blocks:
             fully_shard(block, reshard_after_forward=teacher or self.reshard_after_forward, **options)
@@ -240,7 +244,7 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):
 
 
 def _whole_state(value: Tensor) -> Tensor:
-    """A whole optimizer state, in floats. All ranks must call it."""
+    """Return a full optimizer state in floats. All ranks must call it."""
     if isinstance(value, DTensor) and (floats := in_floats(value.to_local())) is not value.to_local():
         return whole_of(value, floats)
     return full(value)
@@ -248,30 +252,32 @@ def _whole_state(value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _copy(source: nn.Module, target: nn.Module) -> None:
-    """Values of a model that is spread in the same way: each rank copies its own parts."""
+    """Copy the values of a model that is sharded in the same way: each rank copies its own parts."""
     for theirs, mine in zip(source.parameters(), target.parameters(), strict=True):
         local(mine).copy_(local(theirs))
 
 
 def layers_of(model: Any) -> list[nn.Module]:
-    """The decoder layers that the model's class names as units.
+    """Return the decoder layers that the model's class lists in ``_no_split_modules``.
 
     Raises:
-        UserError: it names none.
+        UserError: the model has no such layers.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [part for part in model.modules() if type(part).__name__ in names]
     if not blocks:
         raise UserError(
-            f"{type(model).__name__} does not say which of its layers belong together (_no_split_modules: "
+            f"{type(model).__name__} does not list its decoder layers (_no_split_modules: "
             f"{sorted(names) or 'none'}), which FSDP2 needs; use configs/strategy/ddp.yaml or a ZeRO strategy"
         )
     return blocks
 
 
 class ZeROPrecision(DeepSpeedPrecision):
-    """DeepSpeed's precision, but ``bf16-mixed`` means what it means elsewhere: float32 weights and autocast.
-    DeepSpeed's own would cast all weights, and a bfloat16 teacher stands still."""
+    """DeepSpeed's precision, but with the usual ``bf16-mixed``: float32 weights and autocast.
+
+    DeepSpeed's own ``bf16-mixed`` would cast all weights, and the updates of a bfloat16 teacher would round to nothing.
+    """
 
     @contextmanager
     def forward_context(self):
@@ -281,21 +287,21 @@ class ZeROPrecision(DeepSpeedPrecision):
             yield
 
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        # Lightning has divided the loss by the micro-batches of a step already; DeepSpeed would do it again
+        # Lightning has already divided the loss by the number of micro-batches; DeepSpeed would do it again
         model.trainer.model.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
 
 
 class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
-    """DeepSpeed ZeRO. Stage 1 spreads the optimizer's state over the processes, stage 2 the gradients too, stage 3 the
-    weights and the teacher as well.
+    """DeepSpeed ZeRO. Stage 1 shards the optimizer state over the processes, stage 2 also the gradients, stage 3 also
+    the weights and the teacher.
 
     Args:
         stage: 1, 2 or 3.
-        offload_optimizer: keep the optimizer's state, and take its steps, in CPU memory.
-        offload_parameters: keep the weights in CPU memory between uses. Stage 3.
-        bucket_size: elements that are reduced or gathered in one go; buffers of this size take memory.
-        process_group_backend: ``nccl``, ``gloo``, ... Null: what fits the device.
-        timeout: longest time that a process waits for the others in a collective, as 0:30:00.
+        offload_optimizer: keep the optimizer state, and compute its steps, in CPU memory.
+        offload_parameters: keep the weights in CPU memory between uses. Only stage 3.
+        bucket_size: number of elements that are reduced or gathered at once; determines the size of buffers.
+        process_group_backend: ``nccl``, ``gloo``, ... Null: chosen by the device.
+        timeout: maximum time that a process waits for the others in a collective, for example 0:30:00.
     """
 
     def __init__(
@@ -318,25 +324,25 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
             offload_parameters=offload_parameters,
             reduce_bucket_size=bucket_size,
             allgather_bucket_size=bucket_size,
-            logging_batch_size_per_gpu=1,  # DeepSpeed wants one for its throughput log, which is off
+            logging_batch_size_per_gpu=1,  # required for DeepSpeed's throughput log, which is off
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False  # offload works with the configured optimizer, uncompiled
-        # a parameter that DeepSpeed keeps gathered beside its parts would not follow the teacher's average
+        # the teacher's average would not update a parameter that DeepSpeed keeps gathered in addition to its parts
         self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         self.stage, self.shards = stage, stage == 3
         self._parameters: list[Any] = []  # in the optimizer's order
 
-    # -- on a CPU, where Lightning refuses DeepSpeed -----------------------------------------------------------------
+    # -- on a CPU, where Lightning rejects DeepSpeed -----------------------------------------------------------------
 
     def setup_environment(self) -> None:
         if isinstance(self.accelerator, CUDAAccelerator):
             return super().setup_environment()
         import deepspeed.ops
 
-        # DeepSpeed would compile an operator for shared memory; plain gloo does
+        # DeepSpeed would compile an operator for shared memory; plain gloo is enough
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         DDPStrategy.setup_environment(self)
 
@@ -366,8 +372,9 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
     def _format_config(self) -> None:
         super()._format_config()
         assert isinstance(self.config, dict)
-        # else DeepSpeed casts every trained weight to bfloat16, and sums and sends gradients in it. Without it each
-        # weight stays in its own precision: bfloat16 under bf16-true, where Lightning casts them, but float32 adapters
+        # with "bf16", DeepSpeed would cast every trained weight to bfloat16, and sum and send gradients in bfloat16.
+        # Without it each weight keeps its own precision: bfloat16 under bf16-true, where Lightning casts the weights,
+        # but float32 for adapters
         self.config.pop("bf16", None)
         self.config["communication_data_type"] = "fp32"
         self.config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -375,10 +382,10 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
     def setup(self, trainer: Any) -> None:
         self._init_config_if_needed()
         assert isinstance(self.config, dict)
-        # an evaluation before the fit has set it for itself
+        # an evaluation before the fit has set its own value
         self.config["gradient_accumulation_steps"] = trainer.accumulate_grad_batches
         super().setup(trainer)
-        # stage 3 leaves them behind: https://github.com/Lightning-AI/pytorch-lightning/issues/20258
+        # stage 3 does not move metrics to the device: https://github.com/Lightning-AI/pytorch-lightning/issues/20258
         for part in trainer.lightning_module.modules():
             if isinstance(part, Metric):
                 part.to(self.root_device)
@@ -387,7 +394,7 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self):
-        yield  # `shard` spreads finished models; parameters that are spread as they are made could not be loaded
+        yield  # `shard` shards loaded models; values could not be loaded into parameters sharded at their creation
 
     def shard(self, model: Any, like: Any = None) -> Any:
         import deepspeed
@@ -395,12 +402,12 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
         self._init_config_if_needed()
         kind = self.precision_plugin._desired_dtype if "true" in self.precision_plugin.precision else None
 
-        def cast(tensor: Tensor) -> Tensor:  # not buffers
+        def cast(tensor: Tensor) -> Tensor:  # does not cast buffers
             weight = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
             return tensor.to(kind) if weight else tensor
 
         if kind is not None:
-            model._apply(cast)  # as Lightning would: adapters stay float32
+            model._apply(cast)  # like Lightning: adapters stay float32
 
         def spread(p: nn.Parameter) -> nn.Parameter:
             value = torch.empty(p.shape, dtype=p.dtype) if p.is_meta else p.detach()
@@ -429,16 +436,16 @@ class ZeRO(WholeCheckpoints, DeepSpeedStrategy):
             dist_init_required=False,
         )
         if self.stage < 3 and wrapped.dtype == torch.bfloat16:
-            wrapped.check_grad_overflow = True  # DeepSpeed's own default, which it does not take without its "bf16"
+            wrapped.check_grad_overflow = True  # DeepSpeed's default, but only with its "bf16" option
         zero_state.keep_idle_steps_idle(wrapped)
         return engine, wrapped
 
     @property
     def streams(self) -> bool:
-        return self.model is not self.lightning_module  # else DeepSpeed has not put its hooks in: see below
+        return self.model is not self.lightning_module  # in evaluation DeepSpeed has no hooks: see below
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
-        """Nothing: evaluation samples with a whole copy of the weights, and runs no forward of the sharded policy."""
+        """Skip DeepSpeed's setup: evaluation samples from a full copy and runs no forward of the sharded policy."""
         model.to(self.root_device)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""How weights are spread over ranks, and what all ranks must agree on."""
+"""Sharded weights, collectives, and errors that all ranks raise together."""

@@ -1,4 +1,7 @@
-"""Errors that every rank must hear of: one rank's failure would leave the others waiting for it."""
+"""Collectives of Python objects, and errors that all ranks raise together.
+
+If only one rank raised, the others would wait for it in their next collective.
+"""
 
 import weakref
 from collections.abc import Callable
@@ -12,7 +15,7 @@ T = TypeVar("T")
 
 
 def gather(state: T) -> list[T]:
-    """Every rank's state, in order of rank. All ranks must call it."""
+    """Return every rank's state, in order of rank. All ranks must call it."""
     if not (dist.is_available() and dist.is_initialized()):
         return [state]
     gathered: list = [None] * dist.get_world_size()
@@ -21,8 +24,11 @@ def gather(state: T) -> list[T]:
 
 
 def gather_on_first(state: T) -> list[T] | None:
-    """Every rank's state, in order of rank, on rank 0, which reads one after the other; None elsewhere. All ranks must
-    call it. Tensors should lie in CPU memory: they come back on the device that they were on."""
+    """Return every rank's state in order of rank on rank 0, and None on the other ranks. All ranks must call it.
+
+    Rank 0 receives the states one after another. Tensors should be in CPU memory, because they are received on the
+    device from which they were sent.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return [state]
     group = _on_cpu()
@@ -41,7 +47,7 @@ _cpu_groups: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
 
 
 def _on_cpu() -> Any:
-    """A group of all processes that needs no device memory. All ranks must call it."""
+    """Return a group of all processes that uses no device memory; None for the default. All ranks must call it."""
     if dist.get_backend() == "gloo":
         return None
     if dist.group.WORLD not in _cpu_groups:
@@ -50,26 +56,26 @@ def _on_cpu() -> Any:
 
 
 def place() -> tuple[int, int]:
-    """This process's rank, and how many ranks there are; (0, 1) before they have found each other."""
+    """Return this process's rank and the number of ranks; (0, 1) before the process group is initialized."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def run_on_all_ranks(function: Callable[[], T]) -> T:
-    """Call a function on all ranks, and fail on all of them where it fails on one.
+    """Call a function on all ranks, and raise on all of them if it raises on any.
 
     Raises:
-        UserError: what the function raised on the first rank where it failed, if it did not raise on this one.
-        Exception: what the function raised on this rank.
+        UserError: the function raised on another rank; has the message of the first such rank.
+        Exception: the function raised it on this rank.
     """
     result, mine = None, None
     try:
         result = function()
     except Exception as error:
         mine = error
-    told = None if mine is None else str(mine) if isinstance(mine, UserError) else f"{type(mine).__name__}: {mine}"
-    failed = [(rank, text) for rank, text in enumerate(gather(told)) if text is not None]
+    message = None if mine is None else str(mine) if isinstance(mine, UserError) else f"{type(mine).__name__}: {mine}"
+    failed = [(rank, text) for rank, text in enumerate(gather(message)) if text is not None]
     if mine is not None:
         raise mine
     if failed:
@@ -83,15 +89,15 @@ def check_same(
     kind: str = "another config",
     advice: str = "start all processes with the same files and options",
 ) -> None:
-    """Fail on all ranks where one has other values than rank 0. All ranks must call it.
+    """Raise on all ranks if a rank has other values than rank 0. All ranks must call it.
 
     Args:
         what: this rank's values.
-        kind: what a rank that differs has.
-        advice: what to do then.
+        kind: what differs, for the message.
+        advice: what to do if values differ, for the message.
 
     Raises:
-        UserError: names the first rank and key that differ.
+        UserError: the values differ; names the first rank and key.
     """
     first, *others = gather(what)
     for rank, theirs in enumerate(others, 1):

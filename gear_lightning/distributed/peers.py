@@ -1,6 +1,6 @@
-"""What the processes of a job tell one another outside of collectives: short texts under names, kept by rank 0.
+"""A key-value store on rank 0, through which the processes of a job exchange short texts outside of collectives.
 
-Works while a process waits in a collective, and after another has died.
+It works while a process waits in a collective, and after another process has ended.
 """
 
 import weakref
@@ -14,9 +14,9 @@ WAIT = timedelta(seconds=60)
 
 
 class Peers:
-    """The store. All ranks must make it at the same place; afterwards any thread may use it.
+    """The store. All ranks must create it together; afterwards any thread may use it.
 
-    A process that cannot reach rank 0 any more hears nothing; it never raises.
+    It never raises: if rank 0 is no longer reachable, `hear` returns nothing.
     """
 
     def __init__(self, trainer: L.Trainer):
@@ -32,24 +32,24 @@ class Peers:
 
     @property
     def reachable(self) -> bool:
-        """Whether rank 0 has answered so far."""
+        """Whether rank 0 has answered every request so far."""
         return self._store is not None
 
     def tell(self, name: str, text: str) -> None:
-        """Say something under a name, in place of what was said before."""
+        """Set the text under a name. It replaces the earlier text."""
         if self._store is not None:
             try:
                 self._store.set(name, text)
-            except Exception:  # the process that keeps the store is gone
+            except Exception:  # the process that holds the store has ended
                 self._store = None
 
     def hear(self, *names: str) -> dict[str, str]:
-        """What has been said under these names; what nobody has said yet is left out."""
+        """Return the texts under these names, without names that are not set yet."""
         if self._store is None:
             return {}
         try:
-            said = [name for name in names if self._store.check([name])]
-            return {name: text.decode() for name, text in zip(said, self._store.multi_get(said), strict=True)}
+            found = [name for name in names if self._store.check([name])]
+            return {name: text.decode() for name, text in zip(found, self._store.multi_get(found), strict=True)}
         except Exception:
             self._store = None
             return {}
@@ -59,7 +59,10 @@ _made: "weakref.WeakKeyDictionary[Any, Peers]" = weakref.WeakKeyDictionary()
 
 
 def peers_of(trainer: L.Trainer) -> Peers | None:
-    """The store of a Trainer's processes, made at the first call; None for a single process. All ranks must call it."""
+    """Return the store of a Trainer's processes, or None for a single process. All ranks must call it.
+
+    The first call creates the store.
+    """
     if trainer.world_size == 1:
         return None
     if trainer.strategy not in _made:

@@ -1,7 +1,7 @@
-"""Parameters that are spread over the ranks: this rank's part, the whole, and the way between.
+"""Sharded parameters: this rank's part, the full tensor, and conversions between them.
 
-A parameter is whole (one process, DDP, ZeRO-1 and -2), a ``DTensor`` (FSDP2), or DeepSpeed's (ZeRO-3: ``ds_tensor``
-holds this rank's part, flattened and padded). Everything that must not care asks here.
+A parameter is unsharded (one process, DDP, ZeRO-1 and -2), a ``DTensor`` (FSDP2), or DeepSpeed's (ZeRO-3: ``ds_tensor``
+holds this rank's part, flattened and padded). Code that must work in all these cases uses these functions.
 """
 
 import copy
@@ -20,43 +20,43 @@ F = TypeVar("F", bound=Callable)
 
 
 def is_zero3(parameter: Any) -> bool:
-    """Whether DeepSpeed has partitioned the parameter."""
+    """Return whether DeepSpeed has partitioned the parameter."""
     return hasattr(parameter, "ds_tensor")
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether any parameter of the model is spread over the ranks."""
+    """Return whether any parameter of the model is sharded."""
     return any(isinstance(p, DTensor) or is_zero3(p) for p in model.parameters())
 
 
 def shape(parameter: Any) -> torch.Size:
-    """Shape of the whole parameter."""
+    """Return the shape of the full parameter."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def local(parameter: Any) -> Tensor:
-    """This rank's part, sharing memory with the parameter; under ZeRO-3 flattened, with what pads it."""
+    """Return this rank's part, which shares memory with the parameter; under ZeRO-3 flattened, including padding."""
     if isinstance(parameter, DTensor):
         return parameter.to_local()
     return parameter.ds_tensor.data if is_zero3(parameter) else parameter.data
 
 
 def stored(parameter: Any) -> Any:
-    """The tensor whose memory holds this rank's part of a whole or a ZeRO-3 parameter."""
+    """Return the tensor whose memory holds this rank's part of an unsharded or a ZeRO-3 parameter."""
     return parameter.ds_tensor if is_zero3(parameter) else parameter
 
 
 def _zero3_length(parameter: Any) -> int:
-    """Elements of this rank's part that are not padding."""
+    """Return the number of elements of this rank's part that are not padding."""
     size = parameter.ds_tensor.numel()
     return max(0, min(size, shape(parameter).numel() - dist.get_rank(parameter.ds_process_group) * size))
 
 
 def whole_of(parameter: Any, part: Tensor) -> Tensor:
-    """The whole tensor of which every rank holds a part, laid out as `local` of the parameter. Collective."""
+    """Return the full tensor of which every rank holds a part, laid out as `local` of the parameter. Collective."""
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
-        part = part.to(mesh.device_type)  # a parked one
+        part = part.to(mesh.device_type)  # it may be in CPU memory
         size = {"shape": parameter.shape, "stride": parameter.stride()}
         return DTensor.from_local(part, mesh, parameter.placements, run_check=False, **size).full_tensor()
     if not is_zero3(parameter):
@@ -69,7 +69,7 @@ def whole_of(parameter: Any, part: Tensor) -> Tensor:
 
 
 def part_of(parameter: Any, whole: Tensor) -> Tensor:
-    """What of a whole tensor, known to every rank, lies where `local` of the parameter does."""
+    """Return the part of a full tensor, known to every rank, that corresponds to `local` of the parameter."""
     if isinstance(parameter, DTensor):
         return shard_like(parameter, whole).to_local()
     if not is_zero3(parameter):
@@ -80,23 +80,23 @@ def part_of(parameter: Any, whole: Tensor) -> Tensor:
 
 
 def full(parameter: Any) -> Tensor:
-    """The whole tensor. All ranks must call it."""
+    """Return the full tensor. All ranks must call it."""
     return whole_of(parameter, local(parameter))
 
 
 def fill(parameter: Any, whole: Tensor) -> None:
-    """Write a whole tensor, known to every rank, into the parameter."""
+    """Write a full tensor, known to every rank, into the parameter."""
     local(parameter).copy_(part_of(parameter, whole))
 
 
 def shard_like(parameter: DTensor, whole: Tensor) -> DTensor:
-    """A whole tensor, known to every rank, spread as the parameter is."""
+    """Return a full tensor, known to every rank, sharded like the parameter."""
     mesh = parameter.device_mesh
     return distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
 
 
 def rest(model: nn.Module) -> None:
-    """Let go of weights that FSDP2 keeps gathered after a forward, so that `local` sees the parts."""
+    """Free weights that FSDP2 keeps gathered after a forward, so that `local` returns the parts."""
     from torch.distributed.fsdp import FSDPModule
 
     for part in model.modules():
@@ -105,12 +105,12 @@ def rest(model: nn.Module) -> None:
 
 
 def state_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters that this rank holds."""
+    """Return the bytes of the parameters that this rank holds."""
     return sum(local(p).numel() * local(p).element_size() for p in model.parameters())
 
 
 def most(number: int, device: torch.device) -> int:
-    """The largest of the ranks' numbers. All ranks must call it."""
+    """Return the maximum of the ranks' numbers. All ranks must call it."""
     value = torch.tensor(number, device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return int(value)
@@ -120,13 +120,16 @@ def most(number: int, device: torch.device) -> int:
 
 
 def skeleton(model: nn.Module) -> Any:
-    """The same modules with parameters on the meta device: no memory. Buffers are copied, ties kept."""
+    """Return the same modules with parameters on the meta device, which use no memory.
+
+    Buffers are copied, and tied parameters stay tied.
+    """
     memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, memo)  # pyright: ignore[reportArgumentType]
 
 
 def replace_parameters(model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]) -> None:
-    """Put ``make(parameter)`` in the place of every parameter, once for those that are tied."""
+    """Replace every parameter by ``make(parameter)``, which is called once for tied parameters."""
     made: dict[int, nn.Parameter] = {}
     for part in list(model.modules()):
         for name, parameter in list(part._parameters.items()):
@@ -139,13 +142,13 @@ def replace_parameters(model: nn.Module, make: Callable[[nn.Parameter], nn.Param
 
 @torch.no_grad()
 def whole_copy(model: Any, blank: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
-    """A whole model with the weights of one that may be sharded, gathered one after another. Collective.
+    """Return an unsharded copy of a model that may be sharded; weights are gathered one after another. Collective.
 
     Args:
-        model: holds the weights.
-        blank: its `skeleton`, made before it was sharded; None for a whole one.
-        device: of the copy.
-        dtype: of the copy's weights. None: as they are.
+        model: the model with the weights.
+        blank: its `skeleton`, created before it was sharded; None for an unsharded model.
+        device: device of the copy.
+        dtype: dtype of the copy's weights. None: unchanged.
     """
     rest(model)
     copied = skeleton(blank or model)
@@ -160,11 +163,11 @@ def whole_copy(model: Any, blank: Any, device: torch.device | str, dtype: torch.
 
 
 def fingerprint(model: nn.Module | Iterable[Any], dtype: torch.dtype | None = None) -> str:
-    """Tells whether two models hold the same weights to the last bit, however they are spread. All ranks must call it.
+    """Return a hash of a model's weights, equal for bitwise equal weights under any sharding. All ranks must call it.
 
     Args:
-        model: whole or sharded; or some of a model's parameters.
-        dtype: compare the weights as rounded to this type.
+        model: a model, sharded or not, or some of a model's parameters.
+        dtype: hash the weights as rounded to this dtype.
     """
     sums, groups = [], []
     for parameter in model.parameters() if isinstance(model, nn.Module) else model:
@@ -173,8 +176,8 @@ def fingerprint(model: nn.Module | Iterable[Any], dtype: torch.dtype | None = No
             values = values[: _zero3_length(parameter)]
         values = values.to(dtype or values.dtype).contiguous()
         integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-        total = values.view(integer).sum(dtype=torch.int64)  # of integers: the order does not matter
-        sums.append(total.to(parameter.device))  # from CPU memory, where the parts are offloaded
+        total = values.view(integer).sum(dtype=torch.int64)  # for integers the order does not matter
+        sums.append(total.to(parameter.device))  # offloaded parts are in CPU memory
         groups.append(_groups(parameter))
     total = torch.stack(sums)
     for group in dict.fromkeys(group for mine in groups for group in mine):  # in the same order on all ranks
@@ -186,7 +189,7 @@ def fingerprint(model: nn.Module | Iterable[Any], dtype: torch.dtype | None = No
 
 
 def _groups(parameter: Any) -> tuple[Any, ...]:
-    """Process groups over which the parameter's parts add up."""
+    """Return the process groups over which the parameter is sharded."""
     if is_zero3(parameter):
         return (parameter.ds_process_group,)
     if not isinstance(parameter, DTensor):
@@ -200,8 +203,11 @@ def _groups(parameter: Any) -> tuple[Any, ...]:
 
 
 def forward_of_model(function: F) -> F:
-    """Make ``function(model, ...)`` a forward of its model: FSDP2 gathers weights only around methods that it knows as
-    forwards, and finds the outputs whose gradients it waits for only in tuples, lists and dicts of tensors."""
+    """Register ``function(model, ...)`` as a forward method of its model.
+
+    FSDP2 gathers weights only around methods that are registered as forwards. It finds the outputs whose gradients it
+    waits for only in tuples, lists and dicts of tensors.
+    """
     name = f"_gear_{function.__name__}"
 
     @wraps(function)

@@ -1,8 +1,8 @@
-"""The optimizer state that DeepSpeed ZeRO keeps in flat pieces, as the whole tensors of a plain optimizer, and back.
+"""Convert DeepSpeed ZeRO's optimizer state, kept in flat pieces, to the full tensors of a plain optimizer, and back.
 
-Stages 1 and 2 hold, per parameter group, one flat float32 piece per rank; ``_hp_mapping`` of a parameter tells where
-its part lies in it. Stage 3 holds every parameter's part at an offset of a flat sub-group. Neither has a public
-interface for writing state before the first step.
+Stages 1 and 2 hold one flat float32 piece per parameter group and rank; ``_hp_mapping`` of a parameter gives the
+position of its part in the piece. Stage 3 holds every parameter's part at an offset of a flat sub-group. Neither has a
+public interface for writing state before the first step.
 """
 
 import copy
@@ -19,14 +19,14 @@ from .sharding import is_zero3, shape
 
 
 def _pieces(optimizer: Any) -> list[Tensor]:
-    """The flat tensors that the wrapped optimizer knows as its parameters."""
+    """Return the flat tensors that are the parameters of the wrapped optimizer."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return list(optimizer.fp32_partitioned_groups_flat)
     return list(optimizer.single_partition_of_fp32_groups)
 
 
 def _place(optimizer: Any, parameter: Any) -> tuple[Tensor, slice, slice] | None:
-    """(flat piece, where in it, which elements of the parameter) of this rank's part; None where it holds none."""
+    """Return (flat piece, slice of it, slice of the flat parameter) of this rank's part; None if it has no part."""
     if is_zero3(parameter):
         piece, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = dist.get_rank(parameter.ds_process_group) * size
@@ -43,7 +43,7 @@ def _place(optimizer: Any, parameter: Any) -> tuple[Tensor, slice, slice] | None
 
 
 def _split(optimizer: Any) -> tuple[list[str], dict[str, Any]]:
-    """Names of the states that are tensors like the parameter, and the others with their values."""
+    """Return the names of the states that are shaped like the parameter, and the other states with their values."""
     for flat in _pieces(optimizer):
         state = optimizer.optimizer.state.get(flat)
         if state:
@@ -53,15 +53,15 @@ def _split(optimizer: Any) -> tuple[list[str], dict[str, Any]]:
 
 
 def whole_state(optimizer: Any, parameters: list[Any], keep: Callable[[Tensor], Any]) -> dict[str, Any]:
-    """What ``state_dict`` of the plain optimizer would give. All ranks must call it.
+    """Return what ``state_dict`` of the plain optimizer would return. All ranks must call it.
 
     Args:
-        optimizer: DeepSpeed's.
-        parameters: in the order of the plain optimizer.
-        keep: what to do with each whole tensor, as soon as it is there.
+        optimizer: DeepSpeed's optimizer.
+        parameters: the parameters, in the order of the plain optimizer.
+        keep: called on each full tensor as soon as it is gathered; its result is stored.
     """
     names, others = _split(optimizer)
-    floats = {  # (flat piece, name) -> its state
+    floats = {  # (flat piece, name) -> state
         (id(flat), name): in_floats(mine[name])
         for flat in _pieces(optimizer)
         if (mine := optimizer.optimizer.state.get(flat))
@@ -79,7 +79,7 @@ def whole_state(optimizer: Any, parameters: list[Any], keep: Callable[[Tensor], 
 
 
 def _members(optimizer: Any, parameters: list[Any]) -> Iterator[list[int]]:
-    """Positions of each group's parameters."""
+    """Yield the positions of each group's parameters."""
     number = {id(p): i for i, p in enumerate(parameters)}
     if not hasattr(optimizer, "sub_group_to_group_id"):
         for group in optimizer.bit16_groups:
@@ -102,12 +102,12 @@ def _whole(optimizer: Any, parameter: Any, name: str, floats: dict[tuple[int, st
 
 
 def load_whole_state(optimizer: Any, parameters: list[Any], saved: Mapping[str, Any]) -> None:
-    """Take up what ``state_dict`` of a plain optimizer, or `whole_state`, has given.
+    """Load the state that ``state_dict`` of a plain optimizer, or `whole_state`, has returned.
 
     Args:
-        optimizer: DeepSpeed's.
-        parameters: in the order of the plain optimizer.
-        saved: whole tensors, known to every rank.
+        optimizer: DeepSpeed's optimizer.
+        parameters: the parameters, in the order of the plain optimizer.
+        saved: the state with full tensors, known to every rank.
     """
     for group, values in zip(optimizer.optimizer.param_groups, saved["param_groups"], strict=True):
         group.update({k: v for k, v in values.items() if k != "params"})
@@ -131,10 +131,10 @@ def load_whole_state(optimizer: Any, parameters: list[Any], saved: Mapping[str, 
 
 
 def keep_idle_steps_idle(optimizer: Any) -> None:
-    """Make a ZeRO optimizer leave weights and states as they are where the whole gradient is 0.
+    """Make a ZeRO optimizer keep weights and states unchanged if the full gradient is 0.
 
-    It leaves them itself where the gradient is not finite. It has no hook between its norm and its step, so the step of
-    each flat group is wrapped.
+    For a non-finite gradient it does so itself. It has no hook between computing the norm and the step, so this wraps
+    the step of each flat group.
     """
     step = optimizer._optimizer_step
 
@@ -146,11 +146,12 @@ def keep_idle_steps_idle(optimizer: Any) -> None:
 
 
 def whole_gradient(parameter: Any) -> Tensor | None:
-    """The whole gradient of a parameter under any strategy, between the backward pass and the optimizer's step: the
-    sum over all ranks and micro-batches, before clipping. All ranks must call it.
+    """Return the full gradient of a parameter under any strategy, before clipping. All ranks must call it.
+
+    Call it between the backward pass and the optimizer's step.
 
     Returns:
-        None where the parameter has no gradient.
+        The sum over all ranks and micro-batches; None if the parameter has no gradient.
     """
     if is_zero3(parameter) or hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_get_full_grad
@@ -161,7 +162,7 @@ def whole_gradient(parameter: Any) -> Tensor | None:
 
 
 def piece_bytes(optimizer: Any) -> int:
-    """Bytes of the flat pieces that a ZeRO optimizer holds on this rank; 0 for any other optimizer."""
+    """Return the bytes of the flat pieces that a ZeRO optimizer holds on this rank; 0 for any other optimizer."""
     optimizer = getattr(optimizer, "_optimizer", optimizer)
     if not hasattr(optimizer, "refresh_fp32_params"):
         return 0

@@ -272,7 +272,7 @@ CPU_ONLY = Machine({**GOOD, "CUDA": None})
         (GPU, 4, [*FSDP, "--trainer.precision=16-mixed"], "precision=16-mixed does not go with trainer.strategy"),
         (GPU, 2, [*ZERO2, "--trainer.strategy.stage=4"], "stage=4: ZeRO has stages 1, 2 and 3"),
         (GPU, 2, [*ZERO2, "--trainer.strategy.offload_parameters=true"], "offload_parameters needs stage 3, not 2"),
-        (GPU, 2, [*ZERO2, "--trainer.gradient_clip_algorithm=value"], "ZeRO clips gradients by their norm alone"),
+        (GPU, 2, [*ZERO2, "--trainer.gradient_clip_algorithm=value"], "ZeRO clips gradients only by norm"),
         (GPU, 2, ["--trainer.accumulate_grad_batches=3"], "accumulate_grad_batches follows from data.micro_batch_size"),
         (GPU, 2, [*LORA, "--model.lora.targets=[nothing_proj]"], "nothing_proj matches no linear layer"),
     ],
