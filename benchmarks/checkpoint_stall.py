@@ -1,12 +1,12 @@
-"""How long training waits for a checkpoint: written at once, against from a copy while training goes on.
+"""Time that training waits for a checkpoint: written synchronously, or from a copy in the background.
 
     python benchmarks/checkpoint_stall.py                    # all in turn; writes results/checkpoint_stall.json
     python benchmarks/checkpoint_stall.py --side background  # one side, in this process
 
 A 135M-parameter Llama (the shape of SmolLM2-135M, random weights) in float32 with Adam, one process: a checkpoint of
-1.6 GB, written after every iteration. Its disk is the one of the temporary folder (TMPDIR). A side without checkpoints
-tells what an iteration takes by itself. Sides run as separate processes in turn, so that a machine whose speed drifts
-hits all of them alike.
+1.6 GB, written after every iteration to the disk of the temporary folder (TMPDIR). A side without checkpoints measures
+the iteration itself. Sides run in turn as separate processes, so that changes of the machine's speed affect all of them
+equally.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Shaped(PolicySource):
 
 
 class Paid(Talk):
-    """Pays at random, so that every optimizer step is taken."""
+    """Gives random rewards, so that no optimizer step is skipped."""
 
     def reset(self, task: Any, *, seed: int) -> list[dict]:
         self.reward = random.Random(seed).random()
@@ -78,7 +78,7 @@ class Paid(Talk):
 
 
 class Timed(IterationCheckpoint):
-    """Notes for how long training waits at the end of each iteration."""
+    """Records the time that training waits at the end of each iteration."""
 
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -91,8 +91,11 @@ class Timed(IterationCheckpoint):
 
 
 def one_side(side: str, iterations: int) -> dict[str, Any]:
-    """Train, and return seconds by iteration. The first one, which sets everything up, and the last, after which the
-    run waits for the file, are left out."""
+    """Train, and return seconds per iteration.
+
+    The first iteration, which includes the setup, and the last one, after which the run waits for the file, are
+    excluded.
+    """
     import lightning as L
     import torch
 

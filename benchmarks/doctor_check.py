@@ -1,12 +1,12 @@
-"""Peak memory of real training beside the estimate of ``gear-lightning doctor``.
+"""Peak memory of real training compared with the estimate of ``gear-lightning doctor``.
 
     python benchmarks/doctor_check.py               # all cases in turn; writes benchmarks/results/doctor_check.json
     python benchmarks/doctor_check.py --case gear   # one case, in this process
 
-A 50M-parameter Llama is trained for two iterations, with rollouts that fill the context that the recipe allows, for
-that is what doctor assumes. Each case runs in its own process, or in two (gloo) under a sharding strategy. On a
-GPU the peak is torch.cuda.max_memory_allocated; on a CPU it is the peak of the process's resident memory less what was
-resident before training, imports included; of two processes, that of rank 0.
+A 50M-parameter Llama is trained for two iterations. Rollouts fill the context that the recipe allows, as doctor
+assumes. Each case runs in its own process, or in two (gloo) with a sharding strategy. On a GPU the peak is
+torch.cuda.max_memory_allocated; on a CPU it is the peak of the process's resident memory minus the resident memory
+before training, including imports; with two processes, that of rank 0.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from gear_lightning.environments.base import Environment, Step, Task, TaskSource
 RESULTS = Path(__file__).parent / "results"
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",
-    # freed memory goes back to the system at once, so that the peak is of what is in use
+    # freed memory is returned to the system at once, so that the peak is that of used memory
     "MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_TRIM_THRESHOLD_": str(1 << 18), "MALLOC_ARENA_MAX": "1",
 }  # fmt: skip
 BASE = [
@@ -93,20 +93,20 @@ class Talks(TaskSource):
 
 
 class Talk(Environment):
-    """Keeps the policy talking until a budget ends it."""
+    """Answers every turn of the policy until a budget ends the rollout."""
 
     def step(self, message) -> Step:
         return Step([{"role": "user", "content": "e1"}], reward=0.01 * len(message.get("content", "")))
 
 
 def memory(name: str) -> int:
-    """A figure of this process in /proc/self/status, in bytes."""
+    """Return a value of this process from /proc/self/status, in bytes."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name + ":"))
     return int(line.split()[1]) * 1024
 
 
 def one_case(case: str) -> dict:
-    """Train, and return measured and estimated peak in bytes."""
+    """Train, and return the measured and the estimated peak in bytes."""
     import lightning as L
     import torch
 
@@ -118,12 +118,12 @@ def one_case(case: str) -> dict:
     shape, estimated = estimate_of(recipe, world, on_gpu)
     strategy = recipe.trainer["strategy"]
     if world > 1:
-        import deepspeed  # noqa: F401  (its import is no part of training)
+        import deepspeed  # noqa: F401  (its import does not count as training)
 
         from gear_lightning import strategies
 
         strategy = getattr(strategies, strategy["class_path"].rpartition(".")[2])(**strategy.get("init_args") or {})
-    # what the first use of a library loads belongs to the start, not to training
+    # load now what libraries load at their first use: it does not count as training
     small = recipe.module.source.__class__(recipe.module.source.words, hidden_size=32, layers=1, heads=1)
     loss = small.model()(input_ids=torch.zeros(1, 8, dtype=torch.long)).logits.sum()
     loss.backward()
@@ -133,12 +133,12 @@ def one_case(case: str) -> dict:
         precision=recipe.trainer["precision"],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0, gradient_clip_val=1.0,
-        check_val_every_n_epoch=1000,  # before it Lightning drops the gradients, which the next forward else finds
+        check_val_every_n_epoch=1000,  # before validation Lightning drops the gradients
         callbacks=[recipe.generation],
     )  # fmt: skip
     gc.collect()
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     trainer.fit(recipe.module, datamodule=recipe.data)
     measured = torch.cuda.max_memory_allocated() if on_gpu else memory("VmHWM") - before
     lengths = [len(r.tokens) for g in recipe.data.groups for r in g.rollouts]
@@ -154,7 +154,7 @@ def one_case(case: str) -> dict:
 
 
 def machine() -> dict:
-    """What it ran on."""
+    """Return a description of the machine."""
     import torch
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None

@@ -1,11 +1,11 @@
-"""Whole RL iterations of real model shapes with random weights on a GPU: seconds, tokens/s, peaks beside `doctor`'s.
+"""Whole RL iterations of real model shapes with random weights on a GPU: seconds, tokens/s, peaks, estimates.
 
     python benchmarks/iteration.py                        # all cases that fit; writes benchmarks/results/iteration.json
     python benchmarks/iteration.py --case "0.6B, full"    # one
-    python benchmarks/iteration.py --case "tiny, full" --accelerator cpu   # a look at the script itself, without a GPU
+    python benchmarks/iteration.py --case "tiny, full" --accelerator cpu   # test of the script itself, without a GPU
 
-Each case is `gear-lightning fit` in a process of its own for three iterations; the figures are those of the last one.
-Rollouts fill the context that the recipe allows, for that is what `doctor` assumes.
+Each case runs `gear-lightning fit` in its own process for three iterations; the results are those of the last one.
+Rollouts fill the context that the recipe allows, as `doctor` assumes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from doctor_check import ENVIRONMENT, RESULTS, machine
 from gear_lightning.models import FromScratch, PolicySource
 
 WORDS = "gear_lightning.environments.lookup_chain.WORDS"
-SHAPES = {  # of Qwen3-0.6B and Qwen3-4B, as their config.json has them
+SHAPES = {  # of Qwen3-0.6B and Qwen3-4B, from their config.json
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
     "0.6B": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 3072},
     "4B": {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 9728},
@@ -45,7 +45,7 @@ LORA = ["--model.lora.rank=16"]
 
 
 def strategy(name: str, **options: Any) -> list[str]:
-    """Options of fit that choose a strategy."""
+    """Return the options of fit that select a strategy."""
     return [
         "--trainer.strategy=" + json.dumps({"class_path": f"gear_lightning.strategies.{name}", "init_args": options})
     ]
@@ -107,7 +107,7 @@ class Shaped(PolicySource):
 
 
 def one_case(case: str, accelerator: str) -> dict[str, Any]:
-    """Train and return the last iteration's figures, with doctor's estimate of the peaks in GiB."""
+    """Train, and return the last iteration's metrics and doctor's estimate of the peaks in GiB."""
     from gear_lightning.commands.doctor import estimate_of, read_recipe
 
     options = [*BASE, *CASES[case], f"--trainer.accelerator={accelerator}"]

@@ -1,15 +1,15 @@
-"""Peak memory of scoring tokens, over vocabulary x tokens: in pieces, as here, against a plain version with all logits.
+"""Peak memory of scoring tokens, over vocabulary x tokens: in chunks, as here, compared with all logits at once.
 
     python benchmarks/memory.py                                      # all cases; writes benchmarks/results/memory.json
     python benchmarks/memory.py --case pieces --vocabulary 32768 --tokens 1024   # one case, in this process
 
 Sides: ``pieces`` (`gear_lightning.learning.token_stats`) and ``whole`` (below) score every token of the policy, with
-entropy and top-k, and go backward; ``teacher`` is ``pieces`` without gradients. The model is one small layer, so that
-the logits are what is seen; float32, temperature 0.7, 4 rows. Every case is a process of its own.
+entropy and top-k, and run backward; ``teacher`` is ``pieces`` without gradients. The model has one small layer, so that
+the logits dominate; float32, temperature 0.7, 4 rows. Every case runs in its own process.
 
-The peak is that of live tensor bytes above the model's weights; gradients of the weights are part of it. With CUDA it
-is what the allocator counts. On a CPU every tensor that an operator makes is counted until it is freed: exact, unlike
-the process's resident memory, which also holds what the C library has not given back.
+The peak is that of live tensor bytes above the model's weights, including gradients of the weights. With CUDA it is the
+allocator's peak. On a CPU every tensor that an operator creates is counted until it is freed: this is exact, unlike the
+process's resident memory, which also contains memory that the C library has not returned.
 """
 
 import argparse
@@ -33,11 +33,11 @@ RESULTS = Path(__file__).parent / "results"
 VOCABULARIES = (8192, 32768, 131072)
 TOKENS = (256, 1024, 4096)  # of a micro-batch
 ROWS, WIDTH, TOP_K, TEMPERATURE = 4, 64, 20, 0.7
-MOST_LOGITS = 1 << 28  # of the plain version: it takes over 4 GiB then
+MOST_LOGITS = 1 << 28  # limit of the plain version, which takes over 4 GiB above it
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors made since it was entered that are still alive, and the most that there ever were."""
+    """Bytes of all live tensors created inside the context, and their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ class LiveBytes(TorchDispatchMode):
         given = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:  # a view is no new memory
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:  # a view takes no new memory
                 self._note(x)
         return out
 
 
 def whole(model: Any, tokens: Tensor) -> Tensor:
-    """Log-probs of all tokens but the first, as one writes them without thinking of memory."""
+    """Return log-probs of all tokens except the first, in a simple implementation without chunks."""
     logits = model(input_ids=tokens).logits[:, :-1].float() / TEMPERATURE
     logprobs = logits.log_softmax(-1)
     with torch.no_grad():
@@ -78,7 +78,7 @@ def whole(model: Any, tokens: Tensor) -> Tensor:
 
 
 def pieces(model: Any, tokens: Tensor) -> Tensor:
-    """The same with this package."""
+    """Return the same with this package."""
     from gear_lightning.learning.token_stats import token_stats
 
     wanted = torch.ones_like(tokens, dtype=torch.bool)
@@ -88,7 +88,7 @@ def pieces(model: Any, tokens: Tensor) -> Tensor:
 
 
 def one_case(side: str, vocabulary: int, tokens: int) -> dict[str, float]:
-    """Peak bytes and seconds of one side."""
+    """Return peak bytes and seconds of one side."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_num_threads(1)

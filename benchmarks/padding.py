@@ -1,12 +1,12 @@
-"""Padding of micro-batches of GSM8K rollouts, by how they are put together.
+"""Padding of micro-batches of GSM8K rollouts, for several ways to form them.
 
     python benchmarks/padding.py                          # from the committed lengths; writes results/padding.json
-    python benchmarks/padding.py --run RUN --tasks FILE   # takes the lengths anew from a run's records
+    python benchmarks/padding.py --run RUN --tasks FILE   # reads the lengths from a run's records first
 
 The committed lengths are those of all 384 rollouts of a run of `configs/smollm2_gsm8k.yaml` over 12 iterations, with
 the whole training file of GSM8K (the run of docs/log.md): SmolLM2-135M-Instruct after its warm start, 4 tasks x 8
-rollouts an iteration. ``policy`` is a rollout's number of tokens in the policy's view, ``teacher`` in the teacher's,
-which also holds the worked solution.
+rollouts per iteration. ``policy`` is a rollout's number of tokens in the policy's view, ``teacher`` in the teacher's
+view, which also contains the worked solution.
 """
 
 import argparse
@@ -26,13 +26,13 @@ Parts = list[list[Row]]
 
 
 def in_slices(rows: list[Row], parts: int) -> Parts:
-    """Equally many rows in each part."""
+    """Split into parts with equal numbers of rows."""
     size = -(-len(rows) // parts)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def balanced(rows: list[Row], parts: int) -> Parts:
-    """As the data module does."""
+    """Split as the data module does."""
     rows = sorted(rows, key=lambda row: (sum(row), row))
     return [[rows[i] for i in part] for part in balanced_split(rows, parts)]
 
@@ -45,12 +45,12 @@ WAYS: dict[str, Callable[[list[Row], int], Parts]] = {
 
 
 def size(part: list[Row]) -> int:
-    """Padded tokens of both views."""
+    """Return the number of padded tokens of both views."""
     return len(part) * sum(map(max, zip(*part, strict=True))) if part else 0
 
 
 def read_lengths() -> list[list[Row]]:
-    """Lengths of each iteration's rollouts."""
+    """Return the lengths of each iteration's rollouts."""
     with LENGTHS.open() as file:
         rows = list(csv.DictReader(file))
     by_iteration = itertools.groupby(rows, key=lambda row: row["iteration"])
@@ -85,7 +85,7 @@ def take_lengths(run: Path, tasks: Path) -> None:
 
 
 def main() -> None:
-    """Compare the ways and write the results."""
+    """Compare the ways to form micro-batches and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, help="a run directory with GSM8K rollouts")
     parser.add_argument("--tasks", type=Path, help="the GSM8K file that it trained on")

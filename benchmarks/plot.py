@@ -12,7 +12,7 @@ COLOURS = {"trl": "#8a8d94", "grpo": "#1f66b3", "gear": "#d97706"}
 
 
 def draw_step() -> None:
-    """Seconds of one optimizer step, by side."""
+    """Draw the seconds of one optimizer step, by side."""
     result = json.loads((HERE / "results" / "step.json").read_text())
     median = result["median_seconds"]
     names = {"trl": f"TRL {result['versions']['trl']} GRPO", "grpo": "GRPO here", "gear": "GEAR here"}
@@ -35,7 +35,7 @@ def draw_step() -> None:
 
 
 def draw_memory() -> None:
-    """Peak memory of scoring over vocabulary x tokens, in pieces and with all logits at once."""
+    """Draw the peak memory of scoring over vocabulary x tokens, in chunks and with all logits at once."""
     result = json.loads((HERE / "results" / "memory.json").read_text())
     sides = {
         "whole": ("all logits at once, forward and backward", "#8a8d94", "s"),
@@ -48,7 +48,7 @@ def draw_memory() -> None:
         points = sorted((c["vocabulary"] * c["tokens"], c["peak_bytes"] / 2**20) for c in cases)
         axes.plot(*zip(*points, strict=True), marker, color=colour, label=name, markersize=5, fillstyle="none")
     axes.axvline(result["setting"]["logits_in_a_piece"], color="#c9ccd1", linewidth=1, linestyle="--")
-    axes.text(result["setting"]["logits_in_a_piece"], 2500, " one piece", fontsize=8, color="#8a8d94")
+    axes.text(result["setting"]["logits_in_a_piece"], 2500, " one chunk", fontsize=8, color="#8a8d94")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:.0f}")
@@ -60,7 +60,7 @@ def draw_memory() -> None:
 
 
 def draw_curves() -> None:
-    """Success over iterations of the runs in docs/runs."""
+    """Draw the success over iterations of the runs in docs/runs."""
     files = sorted((DOCS / "runs").glob("*.csv"))
     figure, axes = plt.subplots(1, len(files), figsize=(3.4 * len(files), 2.8), layout="constrained", squeeze=False)
     for ax, path in zip(axes[0], files, strict=True):

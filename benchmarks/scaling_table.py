@@ -1,9 +1,9 @@
-"""The memory table of docs/scaling.md: what ``gear-lightning doctor`` says of models of four sizes.
+"""The memory table of docs/scaling.md: estimates of ``gear-lightning doctor`` for models of four sizes.
 
     python benchmarks/scaling_table.py           # prints the table
-    python benchmarks/scaling_table.py --write   # puts it into docs/scaling.md
+    python benchmarks/scaling_table.py --write   # writes it to docs/scaling.md
 
-The models have the shapes of Qwen2.5-0.5B and -1.5B, Llama-3-8B and Qwen3-32B; nothing is allocated.
+The models have the shapes of Qwen2.5-0.5B and -1.5B, Llama-3-8B and Qwen3-32B; no memory is allocated.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "scaling.md"
-GPUS, ROOM = 8, 80.0  # GPUs and GiB of each
+GPUS, ROOM = 8, 80.0  # number of GPUs, and GiB of each
 SIZES = {  # hidden, intermediate, layers, heads, key-value heads, head width, vocabulary, tied embeddings
     "0.5B": ("qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
     "1.5B": ("qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True),
@@ -37,7 +37,7 @@ WAYS = {
 
 
 def _directory(size: str, where: Path) -> Path:
-    """A model directory without weights."""
+    """Write a model directory without weights, and return its path."""
     kind, hidden, inner, layers, heads, keys, width, vocabulary, tied = SIZES[size]
     folder = where / size
     folder.mkdir(parents=True)
@@ -51,7 +51,7 @@ def _directory(size: str, where: Path) -> Path:
 
 
 def table() -> str:
-    """The table as Markdown: GiB of the larger phase on each GPU."""
+    """Return the table as Markdown: GiB of the larger phase on each GPU."""
     from gear_lightning.commands.doctor import columns, configured_strategy, load_of, read_recipe, setup_of, skeleton_of
     from gear_lightning.recipes.memory import STRATEGIES, model_shape
 

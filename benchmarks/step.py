@@ -1,12 +1,12 @@
-"""Time of one optimizer step: GRPO and GEAR here, side by side with TRL's GRPOTrainer.
+"""Time of one optimizer step: GRPO and GEAR here, compared with TRL's GRPOTrainer.
 
     python benchmarks/step.py              # all sides in turn, several rounds; writes benchmarks/results/step.json
     python benchmarks/step.py --side gear  # one side, in this process
 
-Same task on all sides: a 0.8M-parameter Llama (fp32, one thread), 4 prompts x 8 rollouts x 64 tokens, no end token in
-the model's vocabulary, so that all lengths are equal; clip by norm 1, AdamW; one optimizer step per batch of rollouts.
-Sides run as separate processes in turn, so that a machine whose speed drifts hits all of them alike; the ratio is the
-median over rounds.
+All sides have the same task: a 0.8M-parameter Llama (fp32, one thread), 4 prompts x 8 rollouts x 64 tokens, no end
+token in the model's vocabulary, so that all lengths are equal; clip by norm 1, AdamW; one optimizer step per batch of
+rollouts. Sides run in turn as separate processes, so that changes of the machine's speed affect all of them equally;
+the ratio is the median over rounds.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PROMPTS = ["3+4=", "5+6=", "7+8=", "9+2="]
 GROUP, LENGTH, STEPS, WARMUP = 8, 64, 14, 4
 CHARS = "0123456789+-*/= abcdefghijklmnopqrstuvwxyzABCDEFGH"  # 50 characters
 SIDES = ("trl", "grpo", "gear")
-# for all sides alike. MALLOC_*: freed memory stays in the process, as `gear-lightning` sees to on a CPU
+# equal for all sides. MALLOC_*: freed memory stays in the process, as `gear-lightning` configures on a CPU
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 31), "MALLOC_MMAP_THRESHOLD_": str(1 << 27),
@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def build_model():
-    """The policy, and a tokenizer of single characters whose end token lies outside the model's vocabulary."""
+    """Return the policy, and a tokenizer of single characters whose end token lies outside the model's vocabulary."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -60,12 +60,12 @@ def build_model():
 
 
 def reward(text: str) -> float:
-    """Share of the character 1: cheap, and different for each rollout."""
+    """Return the share of the character 1: cheap, and different for each rollout."""
     return text.count("1") / max(len(text), 1)
 
 
 def timed(owner: type, method: str, seconds: list[float]) -> None:
-    """Note how long each call of a method takes."""
+    """Record the seconds of each call of a method."""
     original = getattr(owner, method)
 
     def call(*args, **kwargs):
@@ -78,7 +78,7 @@ def timed(owner: type, method: str, seconds: list[float]) -> None:
 
 
 def run_trl() -> dict[str, list[float]]:
-    """Seconds per optimizer step of TRL, and of its rollouts."""
+    """Return seconds per optimizer step of TRL, and of its rollouts."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -114,7 +114,7 @@ def run_trl() -> dict[str, list[float]]:
 
 
 def run_ours(credit: str) -> dict[str, list[float]]:
-    """Seconds per optimizer step (rollout, reward, teacher, update), of its rollouts, and of the teacher's pass."""
+    """Return seconds per optimizer step (rollout, reward, teacher, update), of its rollouts and its teacher passes."""
     import lightning as L
     import torch
 
@@ -177,7 +177,7 @@ def run_ours(credit: str) -> dict[str, list[float]]:
 
 
 def one_side(side: str) -> dict[str, float]:
-    """Medians of one process, after the warm-up steps."""
+    """Return the medians of one process, after the warm-up steps."""
     import torch
 
     torch.set_num_threads(1)

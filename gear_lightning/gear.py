@@ -128,7 +128,8 @@ def size_shares(
 ) -> Float[Tensor, "batch seq"] | None:
     """Return the weight of each token of one part from `one_sign` in a mean that must preserve the part's total credit.
 
-    The weight is |A| divided by the largest |A| of the row, and exactly 1 if all |A| are equal (also if all are 0).
+    The weight is the size of the advantage divided by the largest one of the row, and exactly 1 if all sizes are equal
+    (also if all are 0).
     """
     if advantages is None:
         return None
@@ -317,7 +318,7 @@ def signal_weights(
 
     With c the signal (large = departure) and A the advantage before credit, of the rollout or of each token:
     ``sign_aware``: exp(-sign(A) kappa c); ``symmetric``: 1 + kappa (c - mean c), the mean over the rollout's tokens of
-    the same sign of A, each weighted by its |A|; ``negatives_only``: exp(kappa c) where A < 0, else 1;
+    the same sign of A, each weighted by the size of A; ``negatives_only``: exp(kappa c) where A < 0, else 1;
     ``reversed_on_correct``: exp(kappa c) for both signs. ``direction_gate`` (from CREST) raises weights below 1 to 1.
     """
     sign = advantages.sign()
@@ -345,7 +346,7 @@ def normalise_weights(
     how: Normalise,
     advantages: Float[Tensor, "batch #seq"] | None = None,
 ) -> Float[Tensor, "batch seq"]:
-    """Divide by the arithmetic or geometric mean weight of the rollout's tokens of one sign, weighted by their |A|.
+    """Divide by the arithmetic or geometric mean weight of the rollout's tokens of one sign, weighted by their ``|A|``.
 
     With ``mean``, the positive and the negative advantages each keep their sum: credit moves between tokens, and the
     total does not change. If the mean is 0 (the weights underflowed), the sum cannot be restored, and the weights are

@@ -149,7 +149,7 @@ def test_a_rate_given_at_a_resume_is_used_and_told(tmp_path, capsys):
     state = still.optimizers[0].state_dict()["state"]
     assert all(float(state[k]["step"]) == 3 and not torch.equal(state[k]["exp_avg"], v) for k, v in moments.items())
     fit(tmp_path, resume=folder_of(tmp_path), model=module(optimizer=idle), max_epochs=4)
-    assert "given now" not in capsys.readouterr().err
+    assert "changed hyperparameters" not in capsys.readouterr().err
 
 
 # -- ReduceLROnPlateau --------------------------------------------------------------------------------------------

@@ -471,10 +471,10 @@ def test_decisions_are_marked_in_the_text_and_their_chart_hides_where_none_are_k
 
 def test_charts_follow_the_filter(lens):
     lens.key("c")
-    assert lens.text("#charts-filter h3") == "24 rollouts of the filter"
+    assert lens.text("#charts-filter h3") == "Filter: 24 rollouts"
     lens.choose("#f-result", "solved")
     solved = sum(r["success"] for one in RECORDS for r in one.rollouts)
-    assert lens.text("#charts-filter h3") == f"{solved} rollouts of the filter"
+    assert lens.text("#charts-filter h3") == f"Filter: {solved} rollouts"
     assert table(lens, "filter", "position", 0)[0] == ["part", *(f"solved {name}" for name in FIVE)]
     lens.type("#f-q", "no such word")
     assert lens.text("#charts-filter .figures") == "No rollout has credit."

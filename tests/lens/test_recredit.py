@@ -644,7 +644,7 @@ def test_any_config_is_a_config_that_is_not_known(run, text, capsys):
     (run / "config.yaml").write_text(text)
     assert recredit_command([str(run), "--credit", "RLSD"]) == 0
     shown = capsys.readouterr()
-    assert "check: none" in shown.out
+    assert "check: not possible" in shown.out
     assert shown.err.startswith("gear-lightning: warning: the run's own rule is not known, so nothing checks that ")
     assert f"({run}/config.yaml: " in shown.err
     assert shown.err.count("\n") == 1

@@ -275,7 +275,7 @@ def test_a_last_line_that_was_cut_short_is_left_out(tmp_path, cut):
         ("", "metrics.csv: empty"),
         ("step,val/succ", "metrics.csv: empty|no column"),
         ("step,val/success\n", "no row"),
-        ("step,val/success\n0,0.1\n1,0.", "no curve"),
+        ("step,val/success\n0,0.1\n1,0.", "is not a curve"),
         ("step,val/success\n0,0.1\n1\n2,0.3\n", r"metrics.csv:3: 1 cells, but the table has 2"),
         ("step,val/success\n0,0.1\n1,0.\x00\n2,0.3\n", r"metrics.csv:3: .*torn"),
         ("step,val/success\n0,0.1\n0.5,0.2\n", r"metrics.csv:3: step is not a non-negative integer"),

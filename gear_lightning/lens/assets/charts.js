@@ -5,7 +5,7 @@ const axisY = (share) => H - AREA.bottom - share * (H - AREA.top - AREA.bottom);
 
 function drawCharts() {
   const all = found.filter((r) => r.traced && r.sampled.length), sets = shownSets();
-  const scopes = [["filter", `${count(found.length, "rollout")} that match the filter`, all]];
+  const scopes = [["filter", `Filter: ${count(found.length, "rollout")}`, all]];
   if (current?.traced && current.sampled.length) scopes.push(["one", `Selected: ${current.task_id}, rollout ${current.rollout}`, [current]]);
   $("charts").replaceChildren(...scopes.map(([id, title, list]) => el("section", { class: "card scope", id: `charts-${id}` },
     el("h3", {}, title),
