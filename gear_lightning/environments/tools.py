@@ -1,4 +1,5 @@
-"""The shape of a tool-use episode: calls are answered, a message without calls is the final answer and is scored."""
+"""Base class of tool-use environments. Tool calls are answered; a message without calls is the final answer and is
+scored."""
 
 from abc import abstractmethod
 from typing import Any
@@ -9,21 +10,22 @@ from .base import Environment, Message, Step, Task, calls, tool_result
 
 
 class ToolError(ValueError):
-    """A call that the agent can mend. Its text goes back to the agent as the tool's result, after ``error: ``."""
+    """A tool call has a mistake that the agent can correct. The text becomes the tool's result, after "error: "."""
 
 
 class ToolEnvironment(Environment):
     """Answers tool calls until an assistant message makes none; that message is the final answer.
 
     Args:
-        reward: scores the transcript; the name of a built-in reward, an import path, or a function. The ``reward`` of
-            a task's meta goes before it.
-        max_calls: tool calls in an episode. A message that asks for more ends the episode as truncated, unscored.
+        reward: scores the transcript; the name of a built-in reward, an import path, or a function. The ``reward`` in
+            a task's meta takes precedence.
+        max_calls: maximum number of tool calls in an episode. A message that exceeds it ends the episode as truncated,
+            without a score.
     """
 
     def __init__(self, reward: str | Reward | None = None, max_calls: int = 16):
         if max_calls < 1:
-            raise UserError(f"max_calls={max_calls} must be at least 1")
+            raise UserError(f"max_calls={max_calls}: must be at least 1")
         self.default_reward = reward
         self.max_calls = max_calls
 
@@ -39,10 +41,10 @@ class ToolEnvironment(Environment):
 
     @abstractmethod
     def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """Carry out one call.
+        """Execute one call and return its result.
 
         Raises:
-            ToolError: the agent's mistake. Whatever else is raised ends the rollout.
+            ToolError: the agent made a mistake. Any other exception ends the rollout.
         """
 
     def step(self, message: Message) -> Step:
@@ -62,17 +64,17 @@ class ToolEnvironment(Environment):
         try:
             answer = self.call(name, arguments)
             if not isinstance(answer, str):
-                raise TypeError(f"the tool {str(name)[:40]!r} gave {type(answer).__name__} in place of text")
+                raise TypeError(f"the tool {str(name)[:40]!r} returned {type(answer).__name__}, expected text")
             return encodable(answer)
         except ToolError as error:
             return encodable(f"error: {error}")
 
 
 def encodable(text: str) -> str:
-    """Text without lone surrogates, which a tool can give and no tokenizer takes."""
+    """Return text without lone surrogates, which a tool may return but tokenizers reject."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def unknown_tool(name: str, known: list[str]) -> ToolError:
-    """The error for a tool that does not exist."""
+    """Return the error for a tool that does not exist."""
     return ToolError(f"there is no tool {str(name)[:40]!r}; the tools are: {', '.join(known)}")
