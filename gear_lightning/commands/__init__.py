@@ -1,1 +1,1 @@
-"""The verbs of the command line: one file each, with a function that gets the arguments."""
+"""The commands of the command line: one file each, with a function ``NAME_command`` that takes the arguments."""

@@ -1,4 +1,4 @@
-"""`gear-lightning compare RUN RUN ...`: learning curves and numbers of runs, side by side."""
+"""`gear-lightning compare RUN RUN ...`: compare learning curves and numbers of runs."""
 
 import argparse
 import csv
@@ -21,7 +21,7 @@ KINDS = (".html", ".png", ".svg", ".csv")
 
 
 def compare_command(argv: list[str]) -> int:
-    """``gear-lightning compare``: print the tables, and write the page, the figure or the numbers.
+    """Run ``gear-lightning compare``: print the tables, and write the page, the figure or the numbers.
 
     Args:
         argv: the arguments after ``compare``.
@@ -30,7 +30,7 @@ def compare_command(argv: list[str]) -> int:
         The exit status.
 
     Raises:
-        UserError: runs that cannot be read or compared, or options that do not go together.
+        UserError: runs cannot be read or compared, or options contradict each other.
     """
     options = _parser().parse_args(argv)
     for out in options.out or []:
@@ -39,12 +39,12 @@ def compare_command(argv: list[str]) -> int:
         if not out.parent.is_dir():
             raise UserError(f"{out}: the folder {out.parent} does not exist")
     if options.threshold is not None and not math.isfinite(options.threshold):
-        raise UserError(f"--threshold {options.threshold} is no finite number")
+        raise UserError(f"--threshold {options.threshold}: must be a finite number")
     require_extra("scipy")
     require_extra("matplotlib")
-    astray = [path for path in options.runs if options.names and not path.is_dir()]
-    if astray:
-        raise UserError(f"{astray[0]}: no such directory; --names takes its names with commas between: --names A,B")
+    missing = [path for path in options.runs if options.names and not path.is_dir()]
+    if missing:
+        raise UserError(f"{missing[0]}: no such directory; --names takes comma-separated names: --names A,B")
     paths, groups = _paths(options.runs, options.group or [])
     runs = [read_run(path) for path in paths]
     check_metric(runs, options.metric)
@@ -67,36 +67,39 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gear-lightning compare",
         description="Compare runs: learning curves over iterations, rollouts, sampled tokens and seconds; mean over "
-        "the curve and final value by arm; paired differences by seed. Runs whose configs differ in nothing but seeds "
-        "form one arm. Every arm is compared with the first run's.",
+        "the curve and final value by arm; paired differences by seed. Runs whose configs differ only in seeds "
+        "form one arm. Every arm is compared with the arm of the first run.",
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories")
     parser.add_argument("--metric", default="val/success", help="column of metrics.csv (default val/success)")
     parser.add_argument(
-        "--over", choices=list(AXES), default="iterations", help="what the tables count in (default iterations)"
+        "--over", choices=list(AXES), default="iterations", help="unit of the horizontal axis (default iterations)"
     )
     parser.add_argument(
-        "--threshold", type=float, metavar="VALUE", help="when was it reached? (default 0.8 for .../success)"
+        "--threshold",
+        type=float,
+        metavar="VALUE",
+        help="report when the metric reaches this value (default 0.8 for .../success)",
     )
     parser.add_argument(
         "--group",
         action="append",
         metavar="LABEL=GLOB",
-        help="put the run directories of a pattern into one arm, whatever their configs; may be given again",
+        help="put the run directories that match a pattern into one arm, even if their configs differ; can be repeated",
     )
     parser.add_argument(
         "--names",
         type=lambda text: [name.strip() for name in text.split(",")],
         metavar="NAME,NAME",
-        help="names of the arms, in their order, with commas between",
+        help="comma-separated names of the arms, in their order",
     )
     parser.add_argument(
         "--out",
         action="append",
         type=Path,
         metavar="FILE",
-        help="where to: .html (page with figure and tables), .png or .svg (figure), .csv (a row for each run); may be "
-        "given again (default: compare.html beside the first run)",
+        help="output file: .html (page with figure and tables), .png or .svg (figure), .csv (one row per run); can be "
+        "repeated (default: compare.html next to the first run)",
     )
     parser.add_argument(
         "--allow-different-tasks", action="store_true", help="also compare runs of different tasks or environments"
@@ -105,12 +108,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _paths(given: list[Path], groups: list[str]) -> tuple[list[Path], dict[Path, str]]:
-    """Run directories in order, groups first, and the label of those that are in a group."""
+    """Return the run directories in order, groups first, and the labels of those in a group."""
     labels: dict[Path, str] = {}
     for group in groups:
         label, equals, pattern = group.partition("=")
         if not (label and equals and pattern):
-            raise UserError(f"--group {group}: give it as LABEL=GLOB, in quotes: 'GRPO=runs/grpo_*'")
+            raise UserError(f"--group {group}: must be LABEL=GLOB, in quotes: 'GRPO=runs/grpo_*'")
         found = sorted(Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True))
         found = [path for path in found if path.is_dir()]
         if not found:
@@ -135,7 +138,7 @@ def _named(arms: list[Arm], names: list[str] | None) -> list[Arm]:
         return arms
     if len(names) != len(arms) or len(set(names)) < len(names) or "" in names:
         there = "; ".join(f"{arm.name} ({', '.join(str(run.path) for run in arm.runs)})" for arm in arms)
-        raise UserError(f"--names: give {len(arms)} different names with commas between, for the arms {there}")
+        raise UserError(f"--names: give {len(arms)} different comma-separated names, for the arms {there}")
     return [replace(arm, name=name) for arm, name in zip(arms, names, strict=True)]
 
 
@@ -148,13 +151,13 @@ def _tables(arms: list[Arm], what: Measure) -> list[Table]:
 
 
 def _short_runs(runs: list[Run], what: Measure) -> list[str]:
-    """A warning where some run is far shorter than another: all are compared over what the shortest has."""
+    """Return a warning if a run is much shorter than another: all are compared over the range of the shortest."""
     ends = [curve[0][-1] for run in runs if (curve := run.curve(what.metric, what.over)) is not None]
     if what.over != "iterations" or max(ends) <= 1.05 * what.high:
         return []
     short = runs[ends.index(min(ends))]
-    told = f"{short.path} ends at iteration {what.high:g}, others go on to {max(ends):g}"
-    return [f"Warning: {told}; the tables end where it ends."]
+    text = f"{short.path} ends at iteration {what.high:g}, others continue to {max(ends):g}"
+    return [f"Warning: {text}; the tables only use iterations up to {what.high:g}."]
 
 
 def _render(tables: list[Table], warnings: list[str]) -> str:
@@ -198,7 +201,7 @@ def _write(out: Path, arms: list[Arm], what: Measure, tables: list[Table]) -> No
 
 
 def _rows(arms: list[Arm], what: Measure) -> str:
-    """A row for each run, for a study of one's own."""
+    """Return the numbers as CSV with one row per run, for further analysis."""
     text = StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["arm", "run", "seed", "mean_over_curve", "final", f"{what.over}_to_threshold"])

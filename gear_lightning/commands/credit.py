@@ -1,4 +1,4 @@
-"""``gear-lightning credit``: the credit of one rollout in the terminal, a table of rollouts, or the page of a run."""
+"""``gear-lightning credit``: print the credit of one rollout or a table of rollouts, or write the page of a run."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ from ..runs.records import Record, read_records
 
 
 def credit_command(argv: list[str]) -> int:
-    """``gear-lightning credit``: print one rollout, list rollouts, or write the page.
+    """Run ``gear-lightning credit``: print one rollout, list rollouts, or write the page.
 
     Args:
         argv: the arguments after ``credit``.
@@ -29,10 +29,10 @@ def credit_command(argv: list[str]) -> int:
         The exit status.
 
     Raises:
-        UserError: no records, or an iteration, task or rollout that they do not hold; a page that cannot be written.
+        UserError: there are no records, or none of the given iteration, task or rollout; the page cannot be written.
     """
     parser = argparse.ArgumentParser(
-        prog="gear-lightning credit", description="Show the credit that each token of a recorded rollout got."
+        prog="gear-lightning credit", description="Show the credit of each token of a recorded rollout."
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory (holds rollouts/ and tokenizer/)")
     parser.add_argument("--iteration", type=int, metavar="N", help="default: the last one that has the rollout")
@@ -53,7 +53,7 @@ def credit_command(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.html is not None:
         if args.task is not None or args.rollout is not None or args.list:
-            raise UserError("--html goes with --iteration only; the page has its own picker of tasks and rollouts")
+            raise UserError("--html can be combined only with --iteration; tasks and rollouts are selected on the page")
         if args.iteration is not None:
             _find(args.run, args.iteration, None, None)
         out = page_path(args.run, None if args.html == Path() else args.html)
@@ -72,7 +72,7 @@ def credit_command(argv: list[str]) -> int:
 
 
 def _find(run: Path, iteration: int | None, task: str | None, number: int | None) -> list[tuple[Record, int]]:
-    """Record and position of the rollouts asked for, all of one iteration: the last one that has any."""
+    """Return the record and position of each requested rollout, all of one iteration: the last one that has any."""
     there = iterations_of(run)
     if iteration is not None and iteration not in there:
         raise UserError(f"{run}: no records of iteration {iteration}; there are {_some(there)}")

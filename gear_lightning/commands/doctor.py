@@ -1,6 +1,7 @@
-"""``gear-lightning doctor``: what a recipe needs per GPU under each strategy, and what will not work, before it is run.
+"""``gear-lightning doctor``: estimate a recipe's memory per GPU under each strategy, and report its problems.
 
-Nothing is allocated: the model is built on the meta device, and the numbers are those of `memory.py`.
+It does not run the recipe and allocates nothing: the model is built on the meta device, and `memory.py` computes the
+estimates.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from ..recipes.recipe import Recipe, configured_gpus, read_recipe
 from ..recipes.refusals import configured_strategy
 
 GIB, MIB = 1 << 30, 1 << 20
-ROWS = {  # component -> what the table calls it
+ROWS = {  # component -> row name in the table
     "weights": "weights",
     "fp32_partition": "DeepSpeed's float32 weights",
     "optimizer": "optimizer state",
@@ -57,11 +58,11 @@ ROWS = {  # component -> what the table calls it
     "loading": "CPU memory: loading",
     "saving": "CPU memory: saving",
 }
-TIGHT = 0.9  # share of the memory above which the CUDA context and fragmentation decide
+TIGHT = 0.9  # share of the memory above which the CUDA context and fragmentation may exceed it
 
 
 def skeleton_of(recipe: Recipe) -> Any:
-    """The policy as it is trained, with its adapters, on the meta device."""
+    """Return the policy as it is trained, with its adapters, on the meta device."""
     return _adapted(recipe, recipe.module.source.skeleton())
 
 
@@ -73,17 +74,17 @@ def _adapted(recipe: Recipe, model: Any) -> Any:
 
 @dataclass(frozen=True)
 class OptimizerNeeds:
-    """State in bytes per parameter, and whether a step works on all parameters at once."""
+    """Bytes of state per parameter, and whether a step processes all parameters at once (``foreach``)."""
 
     state_bytes: float
     foreach: bool
 
 
 def optimizer_needs(module: GearModule, dtype: torch.dtype, on_gpu: bool) -> OptimizerNeeds:
-    """Try the recipe's optimizer on a small parameter.
+    """Measure the needs of the recipe's optimizer with a step on a small parameter.
 
     Raises:
-        UserError: it cannot be made, or cannot take a step on the CPU.
+        UserError: the optimizer cannot be created, or cannot take a step on the CPU.
     """
     parameter = torch.nn.Parameter(torch.zeros(64, 128, dtype=dtype))  # large enough for 8-bit states
     try:
@@ -100,7 +101,7 @@ def optimizer_needs(module: GearModule, dtype: torch.dtype, on_gpu: bool) -> Opt
 
 
 def load_of(recipe: Recipe, gpus: int) -> Load:
-    """What one of so many GPUs works on, at the longest rollouts that the budgets allow."""
+    """Return the load of one of ``gpus`` GPUs, with the longest rollouts that the budgets allow."""
     data, budgets = recipe.data, recipe.generation.budgets
     mine = math.ceil(data.tasks_per_iteration / gpus) * data.group_size
     rows = min(data.micro_batch_size, mine)
@@ -114,7 +115,7 @@ def load_of(recipe: Recipe, gpus: int) -> Load:
         rows=rows,
         length=budgets.context,
         sampled=min(budgets.tokens, budgets.context),
-        # the privileged text is at most as long as the rest, and seldom that
+        # assume that the privileged text is as long as the rest; it is usually shorter
         teacher_length=2 * budgets.context if recipe.module.needs_teacher else 0,
         micro_batches=math.ceil(mine / rows) * data.inner_epochs,
         rollouts=together,
@@ -123,20 +124,20 @@ def load_of(recipe: Recipe, gpus: int) -> Load:
 
 
 def setup_of(recipe: Recipe, trainable: int, options: dict[str, Any], on_gpu: bool) -> Setup:
-    """How the recipe trains.
+    """Return how the recipe trains.
 
     Args:
         recipe: the recipe.
-        trainable: parameters that the optimizer sees.
-        options: of the strategy, see `configured_strategy`.
-        on_gpu: whether training is on a GPU.
+        trainable: number of parameters that the optimizer updates.
+        options: options of the strategy, see `configured_strategy`.
+        on_gpu: whether training runs on a GPU.
     """
     module, precision, generation = recipe.module, recipe.trainer["precision"], recipe.generation
     low = module.lora is None and element_bytes(precision)[0] < 4  # adapters are float32
     stored = torch.bfloat16 if low else torch.float32
     needs = optimizer_needs(module, stored, on_gpu)
     teacher = module.teacher_options
-    # of adapters the frozen teacher is the base without them
+    # with adapters, a frozen teacher is the base model without the adapters
     shared = teacher.weights == "live" or (module.lora is not None and teacher.weights == "frozen")
     return Setup(
         precision=precision_name(precision),
@@ -162,18 +163,17 @@ def setup_of(recipe: Recipe, trainable: int, options: dict[str, Any], on_gpu: bo
 
 
 def columns(
-    shape: ModelShape, gpus: int, load: Load, setup: Setup, chosen: str | None, room: float | None
+    shape: ModelShape, gpus: int, load: Load, setup: Setup, chosen: str | None, available: float | None
 ) -> dict[Strategy, dict[str, int]]:
-    """Every strategy's estimate: the recipe's own with the options given to it, the others as configs/strategy has
-    them.
+    """Return the estimates of all strategies: the recipe's with its options, the others as in configs/strategy.
 
     Args:
-        shape: the model.
-        gpus: processes.
-        load: what each works on.
-        setup: how training is done.
+        shape: sizes of the model.
+        gpus: number of processes.
+        load: load of each process.
+        setup: how the recipe trains.
         chosen: the recipe's strategy.
-        room: GiB of a GPU; where a gathered copy of the weights does not fit, they are streamed. None: they fit.
+        available: GiB of a GPU; if a gathered copy of the weights does not fit, weights are streamed. None: it fits.
     """
     plain = Setup()
     theirs = {"replicas": plain.replicas, "reshard": plain.reshard, "bucket": plain.bucket}
@@ -182,13 +182,13 @@ def columns(
     for strategy in STRATEGIES:
         mine = setup if strategy == chosen else replace(setup, **theirs)
         found[strategy] = estimate(shape, strategy, gpus, load, mine)
-        if room is not None and found[strategy]["rollout"] > TIGHT * room * GIB:
+        if available is not None and found[strategy]["rollout"] > TIGHT * available * GIB:
             found[strategy] = estimate(shape, strategy, gpus, load, replace(mine, generation="stream"))
     return found
 
 
 def estimate_of(recipe: Recipe, gpus: int, on_gpu: bool) -> tuple[ModelShape, dict[str, int]]:
-    """Sizes of the recipe's model, and what it needs under its own strategy.
+    """Return the sizes of the recipe's model, and its memory estimate under the recipe's strategy.
 
     Raises:
         UserError: its strategy is unknown.
@@ -221,24 +221,24 @@ def table(
     shape: ModelShape, gpus: int, load: Load, setup: Setup, memory: float | None, chosen: str | None, place: str,
     auto: bool,
 ) -> Any:  # fmt: skip
-    """Strategies side by side, GiB (MiB where all is small) in each place (GPU or process).
+    """Return a table of all strategies, in GiB (MiB if all values are small) per GPU or process.
 
     Args:
-        shape: the model.
-        gpus: processes.
-        load: what each works on.
-        setup: how training is done.
-        memory: GiB of a GPU, where it is known.
+        shape: sizes of the model.
+        gpus: number of processes.
+        load: load of each process.
+        setup: how the recipe trains.
+        memory: GiB of a GPU; None if it is not known.
         chosen: the recipe's strategy.
         place: GPU or process.
-        auto: weights that do not fit are streamed (``generation.weights=auto``).
+        auto: whether weights are streamed if a copy does not fit (``generation.weights=auto``).
     """
     from rich.table import Table
 
-    room = memory if auto else None
-    found = columns(shape, gpus, load, setup, chosen, room)
+    available = memory if auto else None
+    found = columns(shape, gpus, load, setup, chosen, available)
     other = replace(setup, activation_checkpointing=not setup.activation_checkpointing)
-    switched = {s: n["total"] for s, n in columns(shape, gpus, load, other, chosen, room).items()}
+    switched = {s: n["total"] for s, n in columns(shape, gpus, load, other, chosen, available).items()}
     out = Table(box=None, pad_edge=False, header_style="bold")
     largest = max(*(max(numbers.values()) for numbers in found.values()), *switched.values())
     unit, name = (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
@@ -259,26 +259,26 @@ def table(
 
 
 def doctor_command(argv: list[str]) -> int:
-    """``gear-lightning doctor --config RECIPE``.
+    """Run ``gear-lightning doctor --config RECIPE`` and return the exit status.
 
     Raises:
-        UserError: an option or the recipe is wrong.
+        UserError: an option or the recipe is invalid.
     """
     parser = argparse.ArgumentParser(
         "gear-lightning doctor",
         usage="gear-lightning doctor --config RECIPE [--config MORE ...] [--gpus N] [--gpu-memory GIB] [fit's options]",
-        description="What a recipe needs per GPU under each strategy, and what will not work, without running it.",
+        description="Estimate a recipe's memory per GPU under each strategy and report problems, without running it.",
         allow_abbrev=False,
     )
-    parser.add_argument("--gpus", type=int, help="over all nodes; default: what the recipe asks for")
-    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU; default: of the GPU here")
+    parser.add_argument("--gpus", type=int, help="number of GPUs on all nodes; default: that of the recipe")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of one GPU; default: of this machine's")
     options, rest = parser.parse_known_args(argv)
     if options.gpus is not None and options.gpus < 1:
         raise UserError(f"--gpus={options.gpus}: must be at least 1")
     if options.gpu_memory is not None and not options.gpu_memory > 0:
         raise UserError(f"--gpu-memory={options.gpu_memory:g}: must be above 0 GiB")
     if not any(a.split("=")[0] in ("--config", "-c") for a in rest):
-        raise UserError("which recipe? gear-lightning doctor --config configs/quickstart.yaml")
+        raise UserError("--config is missing: gear-lightning doctor --config configs/quickstart.yaml")
     machine = look_at_machine()
     recipe = read_recipe(rest)
     gpus = options.gpus or configured_gpus(recipe.trainer)
@@ -294,8 +294,8 @@ def doctor_command(argv: list[str]) -> int:
     except UserError as error:
         if str(error) not in found:
             raise
-        _tell(console, found)
-        console.print("\nThere are no estimates of a recipe like that.")
+        _print_problems(console, found)
+        console.print("\nThere are no estimates for this recipe.")
         return 2
     memory = options.gpu_memory or (min(machine.memory_gib) if machine.memory_gib and on_gpu else None)
     _show(console, recipe, machine, model, shape, load_of(recipe, gpus), setup, gpus, memory, chosen, found)
@@ -307,11 +307,11 @@ def _console() -> Any:
 
     plain = not sys.stdout.isatty()
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=plain, width=200 if plain else None)
-    console.width = max(console.width, 100)  # what the table takes; a narrower terminal wraps it
+    console.width = max(console.width, 100)  # width of the table; a narrower terminal wraps it
     return console
 
 
-def _tell(console: Any, found: list[str]) -> None:
+def _print_problems(console: Any, found: list[str]) -> None:
     console.print("\nProblems and advice:" if found else "\nNo problems found.")
     for problem in found:
         console.print(f"- {problem}")
@@ -329,7 +329,7 @@ def _show(
     console.print(
         f"model      {type(model).__name__}, {shape.parameters / 1e6:,.1f}M parameters{some}, {shape.layers} layers, "
         f"width {shape.hidden}, vocabulary {shape.vocab}\n"
-        f"training   {gpus} {place}{plural}, {setup.precision}, optimizer state {setup.state_bytes:g} bytes a "
+        f"training   {gpus} {place}{plural}, {setup.precision}, optimizer state {setup.state_bytes:g} bytes per "
         f"parameter, teacher {teacher}, activation checkpointing {'on' if setup.activation_checkpointing else 'off'}\n"
         f"on each    {load.micro_batches} micro-batch{'es' * (load.micro_batches > 1)} of {load.rows} x "
         f"{load.length} tokens, {load.rollouts} rollouts generated together"
@@ -339,19 +339,19 @@ def _show(
     console.print(table(shape, gpus, load, setup, memory, chosen, place, auto))
     streamed = memory is not None and auto
     console.print(
-        "\nRollout and update take turns. Lengths are the longest that generation.budgets allows."
-        + ("" if place == "process" else " The CUDA context (about 0.5 GiB)\nand fragmentation come on top.")
+        "\nRollout and update alternate. Lengths are the longest that generation.budgets allows."
+        + ("" if place == "process" else " The CUDA context (about 0.5 GiB)\nand fragmentation are not included.")
         + (
             f" *: the recipe's strategy, {chosen}, with its options; the others as in configs/strategy."
             if chosen
             else ""
         )
-        + "\nCPU memory: what is offloaded or parked, for each GPU; loading the model, on rank 0 (ddp, zero1, zero2: on"
+        + "\nCPU memory: offloaded or parked, for each GPU; loading the model, on rank 0 (ddp, zero1, zero2: on"
         "\nevery process); saving a checkpoint, on rank 0."
-        + (" Where a whole copy of sharded weights does not fit, rollouts stream them." if streamed else "")
-        + ("" if memory or place == "process" else " Whether it fits: give --gpu-memory GIB.")
+        + (" If a full copy of sharded weights does not fit, rollouts stream them." if streamed else "")
+        + ("" if memory or place == "process" else " To see whether it fits, give --gpu-memory GIB.")
     )
     own = None if chosen is None else columns(shape, gpus, load, setup, chosen, memory if auto else None)[chosen]
     if memory is not None and own is not None and own["total"] > memory * GIB:
         found.append(f"the recipe's strategy, {chosen}, needs more than {memory:g} GiB per {place}")
-    _tell(console, found)
+    _print_problems(console, found)

@@ -1,4 +1,4 @@
-"""``gear-lightning noise-floor``: what rounding does to credit, from a ``fit`` that stops before its first step."""
+"""``gear-lightning noise-floor``: measure how rounding changes credit. A ``fit`` that stops before its first step."""
 
 import sys
 from pathlib import Path
@@ -22,9 +22,9 @@ class NoiseFloorCLI(ProbeCLI):
             "--rollouts",
             type=str | None,
             default=None,
-            help="Run directory with recorded rollouts. Null: make new ones.",
+            help="Run directory with recorded rollouts. Null: generate new ones.",
         )
-        parser.add_argument("--micro_batches", type=int, default=2, help="Micro-batches to measure, at most.")
+        parser.add_argument("--micro_batches", type=int, default=2, help="Maximum number of micro-batches to measure.")
         parser.add_argument(
             "--out", type=str | None, default=None, help=f"File for the result. Null: {FILE} in the run directory."
         )
@@ -38,8 +38,8 @@ class NoiseFloorCLI(ProbeCLI):
         strategy = self.config["fit"]["trainer"]["strategy"]
         if not isinstance(strategy, str) and self.config["fit"]["trainer"]["precision"] not in (None, "32-true"):
             print(
-                "This measures in one process without the recipe's strategy. A run under FSDP2 with bf16-mixed rounds "
-                "more, and measures its own floor (callback noise_floor).",
+                "This measures in one process, without the recipe's strategy. A run under FSDP2 with bf16-mixed has "
+                "larger rounding errors, and measures its own floor (callback noise_floor).",
                 file=sys.stderr,
             )
         super().before_instantiate_classes()
@@ -61,11 +61,11 @@ class NoiseFloorCLI(ProbeCLI):
         out = Path(self.config["fit"]["out"] or self.run_dir / FILE)
         source = self.config["fit"]["rollouts"]
         write_result(out, {**self.probe.result, "rollouts_from": source or "generated for this measurement"})
-        print(f"\n{table(self.probe.result, self.model.credit)}\n\n{out}: the same, for programs and for the run")
+        print(f"\n{table(self.probe.result, self.model.credit)}\n\n{out}: the result as JSON, which a run also reads")
 
 
 def noise_floor_command(argv: list[str]) -> int:
-    """``gear-lightning noise-floor``.
+    """Run ``gear-lightning noise-floor``.
 
     Args:
         argv: the arguments after ``noise-floor``: those of ``fit``, and its own.
@@ -78,15 +78,15 @@ def noise_floor_command(argv: list[str]) -> int:
 
 
 def table(result: dict[str, Any], rule: CreditAssigner) -> str:
-    """A measurement as text, and what it means for the rule."""
+    """Return a measurement as text, with its consequence for the rule."""
     kind = f" ({result['divergence_kind']})" if result["divergence_kind"] else ""
     shapes = sorted({tuple(shape.values()) for shape in result["shapes"]})
-    told = ", ".join(f"{rows} x {policy} (teacher: {teacher})" for rows, policy, teacher in shapes)
+    sizes = ", ".join(f"{rows} x {policy} (teacher: {teacher})" for rows, policy, teacher in shapes)
     off, least_weight = result["share_of_weights_off_one"], result["weight"]["min"]
     lines = [
         f"Noise floor of {result['rule']}{kind} in {result['precision']} on {result['device']},",
-        "with equal weights and nothing privileged:",
-        f"{result['tokens']} tokens of {result['rollouts']} rollouts, rows x columns {told}",
+        "with equal weights and no privileged text:",
+        f"{result['tokens']} tokens of {result['rollouts']} rollouts, rows x columns {sizes}",
         "",
         " " * 20 + "".join(f"{name:>10}" for name in QUANTILES),
     ]
@@ -97,16 +97,16 @@ def table(result: dict[str, Any], rule: CreditAssigner) -> str:
     p99 = result["divergence"]["p99"]
     lines += [
         "",
-        f"weights further than {NEAR_ONE} from 1: {off:.1%} of the tokens (the least weight is {least_weight:.3g})",
+        f"weights further than {NEAR_ONE} from 1: {off:.1%} of the tokens (the smallest weight is {least_weight:.3g})",
         f"anchors: {result['anchors_per_rollout']:.3g} per rollout",
     ]
     least = getattr(rule, "floor", None)
     if least is not None and getattr(rule, "segment_end", "none") != "none" and not rule.fixed_segments:
         if least <= p99:
             lines.append(
-                f"The least divergence of an anchor, {least:g} nats, lies INSIDE this floor: rounding opens segments. "
-                f"Use a wider trainer.precision, or a model.credit.anchor_floor above {p99:.2g}."
+                f"The minimum divergence of an anchor, {least:g} nats, is INSIDE this floor: rounding opens segments. "
+                f"Use a higher trainer.precision, or a model.credit.anchor_floor above {p99:.2g}."
             )
         else:
-            lines.append(f"The least divergence of an anchor, {least:g} nats, lies above the floor's p99 ({p99:.2g}).")
+            lines.append(f"The minimum divergence of an anchor, {least:g} nats, is above the floor's p99 ({p99:.2g}).")
     return "\n".join(lines)

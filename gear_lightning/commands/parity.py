@@ -1,4 +1,4 @@
-"""`gear-lightning parity`: train a recipe for a few iterations under several strategies and compare what came out."""
+"""`gear-lightning parity`: train a recipe for a few iterations under several strategies and compare the results."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from ..parity.steps import LOW_TOLERANCE, TOLERANCE, Tolerance
 from ..runs.step_records import RECORDER
 
 ZERO = "gear_lightning.strategies.ZeRO"
-STRATEGIES = {  # name -> value of trainer.strategy; configs/strategy holds the same as files, which no wheel has
+STRATEGIES = {  # name -> value of trainer.strategy; the same as in configs/strategy, which is not in the wheel
     "ddp": {
         "class_path": "lightning.pytorch.strategies.DDPStrategy",
         "init_args": {"gradient_as_bucket_view": True},
@@ -32,7 +32,7 @@ STRATEGIES = {  # name -> value of trainer.strategy; configs/strategy holds the 
     },
 }
 EQUAL, DIFFERENT, UNCOMPARED = 0, 1, 3  # exit statuses; 2 is an error
-OWN = {  # options of fit that parity sets itself -> what to do
+OWN = {  # options of fit that parity sets itself -> what to do instead
     "trainer.default_root_dir": "give --out DIR, which keeps the runs there",
     "trainer.max_epochs": "give --iterations",
     "trainer.devices": "give --devices",
@@ -41,12 +41,12 @@ OWN = {  # options of fit that parity sets itself -> what to do
 
 
 def idle_iterations(run: Path) -> list[int]:
-    """Iterations of a run, from 0, whose gradient was 0: where no group has any spread of rewards, say."""
+    """Return the iterations of a run, from 0, whose gradient was 0, for example because all rewards were equal."""
     return [i for i, norm in enumerate(metric(run, "train/grad_norm")) if norm == 0]
 
 
 def train(options: list[str], run: Path, deadline: float) -> str | None:
-    """Run ``fit`` in a process of its own. Returns None, or the line that tells why it failed."""
+    """Run ``fit`` in a new process. Return None, or the error message if it failed."""
     command = [sys.executable, "-m", "gear_lightning", "fit", *options, f"--trainer.default_root_dir={run}"]
     run.mkdir(parents=True, exist_ok=True)
     with (run / "log.txt").open("a") as log:
@@ -55,7 +55,7 @@ def train(options: list[str], run: Path, deadline: float) -> str | None:
             status = process.wait(timeout=deadline)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
-            return f"not done within {deadline:g} s"
+            return f"did not finish within {deadline:g} s"
         except BaseException:
             os.killpg(process.pid, 9)
             raise
@@ -64,21 +64,21 @@ def train(options: list[str], run: Path, deadline: float) -> str | None:
 
 
 def parity_command(argv: list[str]) -> int:
-    """``gear-lightning parity``."""
+    """Run ``gear-lightning parity`` and return the exit status."""
     parser = argparse.ArgumentParser(
         "gear-lightning parity",
         description="Train a recipe for a few iterations in one process and under several strategies, from the same "
-        "weights and seeds, and compare rollouts, credit, losses, gradients and updates. What rounding explains is "
-        "equal. All other options are those of fit.",
-        epilog=f"Exit status: {EQUAL} all are equal, {DIFFERENT} they differ or one failed, {UNCOMPARED} nothing was "
-        "trained, or no iteration could be compared for one of them.",
+        "weights and seeds, and compare rollouts, credit, losses, gradients and updates. Differences that rounding "
+        "explains count as equal. All other options are those of fit.",
+        epilog=f"Exit status: {EQUAL} if all are equal, {DIFFERENT} if some differ or failed, {UNCOMPARED} if nothing "
+        "was trained, or if no iteration could be compared for one of them.",
         allow_abbrev=False,
     )
     parser.add_argument("--strategies", default="ddp,fsdp,zero1,zero2,zero3", help="comma-separated: %(default)s")
     parser.add_argument("--iterations", type=int, default=3, help="RL iterations (default %(default)s)")
-    parser.add_argument("--devices", type=int, help="processes of each strategy (default: all GPUs, else 2)")
+    parser.add_argument("--devices", type=int, help="number of processes per strategy (default: all GPUs, else 2)")
     parser.add_argument("--reference", default="one", help="one (a single process, the default), or a strategy")
-    parser.add_argument("--resume", action="store_true", help="stop every strategy's run half way and go on")
+    parser.add_argument("--resume", action="store_true", help="stop every strategy's run halfway and resume it")
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -86,7 +86,7 @@ def parity_command(argv: list[str]) -> int:
         f"{TOLERANCE.share:g} in float32, {LOW_TOLERANCE.share:g} in bfloat16)",
     )
     parser.add_argument(
-        "--out", type=Path, help="directory for the runs, kept (default: a temporary one, removed where all are equal)"
+        "--out", type=Path, help="directory for the runs (default: a temporary one, removed if all are equal)"
     )
     parser.add_argument("--deadline", type=float, default=3600, help="seconds for each run (default %(default)s)")
     options, rest = parser.parse_known_args(argv)
@@ -96,13 +96,13 @@ def parity_command(argv: list[str]) -> int:
         if name not in known:
             raise UserError(f"no strategy {name!r}; there are {', '.join(STRATEGIES)}")
     if options.iterations < 1 or (options.resume and options.iterations < 2):
-        raise UserError(f"--iterations {options.iterations} must be at least {2 if options.resume else 1}")
+        raise UserError(f"--iterations {options.iterations}: must be at least {2 if options.resume else 1}")
     if not any(arg.startswith("--config") for arg in rest):
         raise UserError("--config RECIPE is missing")
     for argument in rest:
         if advice := OWN.get(argument.partition("=")[0].removeprefix("--")):
             raise UserError(f"{argument.partition('=')[0]} does nothing in parity: {advice}")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # `train` then ends its process, too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # `train` then also ends its process
     return _run(options, names, known, rest)
 
 
@@ -122,7 +122,7 @@ def _run(options: argparse.Namespace, names: list[str], known: dict[str, list[st
     common += ["--checkpoint.every_n_epochs=1", "--checkpoint.save_top_k=1", "--recorder.every_n_iterations=1"]
     common += [f"--trainer.callbacks+={RECORDER}"]
 
-    def play(name: str) -> str | None:
+    def run(name: str) -> str | None:
         mine = [*common, *known[name], f"--trainer.devices={1 if name == 'one' else devices}"]
         whole = [*mine, f"--trainer.max_epochs={options.iterations}"]
         if options.resume and name != options.reference:
@@ -132,10 +132,10 @@ def _run(options: argparse.Namespace, names: list[str], known: dict[str, list[st
         return train(whole, out / name, options.deadline)
 
     print(f"{options.reference}: the reference; logs and runs are in {out}", flush=True)
-    if failed := play(options.reference):
+    if failed := run(options.reference):
         raise UserError(f"the reference run failed: {failed} (see {out / options.reference / 'log.txt'})")
     idle = idle_iterations(out / options.reference)
-    if not any(metric(out / options.reference, "train/grad_norm")):  # none, too, where no step had any
+    if not any(metric(out / options.reference, "train/grad_norm")):  # also if there was no step
         print(f"\n{_untrained(options.iterations)}\n\n{_kept(out)}")
         return UNCOMPARED
     precision = precision_of(out / options.reference)
@@ -145,13 +145,13 @@ def _run(options: argparse.Namespace, names: list[str], known: dict[str, list[st
     results: dict[str, Comparison | str] = {}
     for name in [n for n in names if n != options.reference]:
         print(f"{name}: {devices} processes", flush=True)
-        results[name] = play(name) or compare(out / options.reference, out / name, tolerance)
+        results[name] = run(name) or compare(out / options.reference, out / name, tolerance)
     print(table(results))
     if idle:
-        told = ", ".join(str(i + 1) for i in idle)
+        numbers = ", ".join(str(i + 1) for i in idle)
         print(
-            f"\nThe gradient was 0 in {len(idle)} of {options.iterations} iterations ({told}), as where rewards have "
-            "no spread: there, rollouts and credit were compared, and no update."
+            f"\nThe gradient was 0 in {len(idle)} of {options.iterations} iterations ({numbers}), for example because "
+            "all rewards were equal: for these, rollouts and credit were compared, but no update."
         )
     status = _report(results, options.reference, tolerance, precision)
     if status == EQUAL and options.out is None:
@@ -162,14 +162,14 @@ def _run(options: argparse.Namespace, names: list[str], known: dict[str, list[st
 
 
 def _report(results: dict[str, Comparison | str], reference: str, tolerance: Tolerance, precision: str) -> int:
-    """Print what was found. Returns the exit status."""
+    """Print the results, and return the exit status."""
     done = {name: result for name, result in results.items() if isinstance(result, Comparison)}
     for name, result in done.items():
         if result.faults:
             print(f"\n{name}: {result.faults[0]}. Rounding does not explain this.")
         elif result.parted:
-            told = f"compared for {result.iterations} iterations; then {result.parted}"
-            print(f"\n{name}: {told}. Rounding explains this.")
+            text = f"compared for {result.iterations} iterations; then {result.parted}"
+            print(f"\n{name}: {text}. Rounding explains this.")
     if any(result.verdict == "NOT COMPARED" for result in done.values()):
         print(f"\n{_uncompared(precision)}")
     if len(done) < len(results) or any(result.faults for result in done.values()):
@@ -179,31 +179,31 @@ def _report(results: dict[str, Comparison | str], reference: str, tolerance: Tol
     else:
         status, verdict = EQUAL, "All equal"
     print(
-        f"\n{verdict} to {reference} but for rounding ({precision}: gradients, log-probs and credit within "
-        f"{tolerance.share:g}, gradient norms within {tolerance.norm:g}, updates as far as gradients explain)."
+        f"\n{verdict} to {reference} except for rounding ({precision}: gradients, log-probs and credit within "
+        f"{tolerance.share:g}, gradient norms within {tolerance.norm:g}, updates as far as gradients explain them)."
     )
     return status
 
 
 def _uncompared(precision: str) -> str:
-    told = (
-        "NOTHING WAS COMPARED where rounding decided a token in the first iteration: every rollout after it differs, "
-        "and with it the gradient. Compare with another --data.seed"
+    text = (
+        "NOTHING WAS COMPARED for strategies where rounding changed a token in the first iteration: all later rollouts "
+        "differ, and so does the gradient. Compare with another --data.seed"
     )
     low = (
         ", or with --trainer.precision=32-true: in low precision, log-probs of strategies that gather or reduce in "
-        "other types differ by some 0.01 nats, and most rollouts part"
+        "other dtypes differ by about 0.01 nats, and most rollouts diverge"
     )
-    return told + ("." if tolerance_of(precision) is TOLERANCE else low + ".")
+    return text + ("." if tolerance_of(precision) is TOLERANCE else low + ".")
 
 
 def _untrained(iterations: int) -> str:
     what = "the 1 iteration" if iterations == 1 else f"all {iterations} iterations"
     return (
-        f"NOTHING WAS TRAINED: in {what} of the reference the gradient was 0, as where the rewards within every group "
-        "are equal. Any strategy would come out equal, so none was compared. Take a policy that solves some of its "
-        "tasks and not all: more warm start (warm_start.steps), easier tasks, a larger data.group_size or "
-        "data.tasks_per_iteration, more --iterations, or data.zero_spread=resample."
+        f"NOTHING WAS TRAINED: in {what} of the reference the gradient was 0, for example because the rewards within "
+        "every group are equal. All strategies would give equal results, so none was compared. Use a policy that "
+        "solves some but not all of its tasks: more warm start (warm_start.steps), easier tasks, a larger "
+        "data.group_size or data.tasks_per_iteration, more --iterations, or data.zero_spread=resample."
     )
 
 
@@ -212,7 +212,7 @@ def _kept(out: Path) -> str:
 
 
 def table(results: dict[str, Comparison | str]) -> str:
-    """Strategies by quantities, as text."""
+    """Return a table of strategies and compared quantities as text."""
     quantities = [*COMPARED, "train/loss", "gradient", "norm", "update", "teacher"]
     rows = [["strategy", "iterations", *quantities, ""]]
     for name, result in results.items():

@@ -1,4 +1,4 @@
-"""A ``fit`` that stops before its first step, to measure something: what such commands share."""
+"""Base class of commands that measure something in a ``fit`` that stops before its first step."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..callbacks.startup import StartupCheck
 from ..errors import UserError
 from ..recipes.cli import GearCLI
 
-MEASURING = {  # one device, nothing written, and no limit of the recipe that ends the fit before it has begun
+MEASURING = {  # one device, no files, and no limit that could end the fit before it starts
     **{"strategy": "auto", "devices": 1, "num_nodes": 1, "logger": False, "callbacks": None},
     **{"enable_checkpointing": False, "fast_dev_run": False, "limit_train_batches": None, "overfit_batches": 0.0},
     **{"max_epochs": -1, "max_steps": -1, "min_epochs": None, "min_steps": None, "max_time": None},
@@ -19,7 +19,7 @@ MEASURING = {  # one device, nothing written, and no limit of the recipe that en
 
 
 class ProbeCLI(GearCLI):
-    """Measures with a callback before the first step, and leaves the run as it was."""
+    """Measures with a callback before the first step, and does not change the run directory."""
 
     tells_idle = False
 
@@ -27,7 +27,11 @@ class ProbeCLI(GearCLI):
         return {"fit": LightningCLI.subcommands()["fit"]}
 
     def make_probe(self, options: Any) -> L.Callback:
-        """The callback that measures, with the command line's options of ``fit``."""
+        """Return the callback that measures.
+
+        Args:
+            options: the command line's options of ``fit``.
+        """
         raise NotImplementedError
 
     def before_instantiate_classes(self) -> None:
@@ -36,10 +40,10 @@ class ProbeCLI(GearCLI):
             self.config["fit"]["trainer"][key] = value
 
     def _lock(self) -> None:
-        """A run may go on meanwhile: nothing of it is written."""
+        """Do not lock the run directory: nothing is written there, and a run may be active."""
 
     def _set_aside_earlier_run(self) -> None:
-        """It stays where it is."""
+        """Leave an earlier run in place."""
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         kept = [c for c in callbacks if isinstance(c, GenerationCallback | PhaseProgress)]
@@ -47,16 +51,16 @@ class ProbeCLI(GearCLI):
         return super()._instantiate_trainer(config, [*kept, self.probe])
 
     def _unasked(self) -> list[L.Callback]:
-        return [StartupCheck()]  # the run's status is not this one's to write
+        return [StartupCheck()]  # without RunStatus, which would overwrite the run's status
 
     def before_fit(self) -> None:
         rule, data = self.model.credit, self.datamodule
         if not rule.needs_teacher:
-            other = "" if self.model.distillation is None else " (that of model.distillation gives no credit)"
+            other = "" if self.model.distillation is None else " (the teacher of model.distillation gives no credit)"
             raise UserError(
                 f"model.credit={type(rule).__name__} has no teacher{other}, so there is no divergence to measure; "
                 "add --config configs/credit/gear.yaml"
             )
-        data.zero_spread = "keep"  # what is measured needs no spread of rewards
+        data.zero_spread = "keep"  # the measurement needs no spread of rewards
         data.val_tasks = None  # nothing is evaluated
         super().before_fit()

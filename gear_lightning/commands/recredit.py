@@ -1,4 +1,4 @@
-"""``gear-lightning recredit``: what another credit rule would have made of a run's rollouts."""
+"""``gear-lightning recredit``: compute the credit of a run's recorded rollouts under another credit rule."""
 
 import argparse
 import heapq
@@ -23,38 +23,38 @@ from ..runs.files import check_place, write_asked
 from ..runs.records import Record, read_records, record_files
 
 PAGE = "recredit.html"
-UNCHECKED = "the run's own rule is not known, so nothing checks that recomputing gives what was recorded"
+UNCHECKED = "the run's own rule is not known, so the recomputation cannot be checked against the recorded credit"
 ON_PAGE = 1000  # rollouts
 SHOWN = 10  # tokens
 
 
 def parser() -> argparse.ArgumentParser:
-    """Options of the command. Those of the rules are here for the help alone."""
+    """Return the parser of the command. The options of the rules are only listed for the help."""
     out = argparse.ArgumentParser(
         "gear-lightning recredit",
         usage="gear-lightning recredit RUN --credit RULE [--credit.OPTION VALUE ...] [--against RULE "
         "[--against.OPTION VALUE ...]] [--iterations A-B] [--html [PATH]] [--json PATH]",
-        description="Compute the credit of a run's recorded rollouts anew, without its model, and show what differs "
-        "from the credit that was recorded, or from that of a second rule. RULE is a class of gear_lightning.credit "
-        "(GEAR, RLSD, ...), the import path of your own, or a YAML file with model.credit; --credit.help RULE tells "
-        "its options.",
+        description="Recompute the credit of a run's recorded rollouts, without its model, and show the differences "
+        "from the recorded credit, or from that of a second rule. RULE is a class of gear_lightning.credit "
+        "(GEAR, RLSD, ...), the import path of your own class, or a YAML file with model.credit; --credit.help RULE "
+        "lists its options.",
         allow_abbrev=False,
     )
     out.add_argument("run", type=Path, metavar="RUN", help="run directory (holds rollouts/ and tokenizer/)")
     out.add_argument("--credit", metavar="RULE", help="rule to compute")
     out.add_argument("--against", metavar="RULE", help="rule to compare with (default: the recorded credit)")
-    out.add_argument("--iterations", metavar="A-B", help="only these, both ends included; or one number (default: all)")
+    out.add_argument("--iterations", metavar="A-B", help="only these, inclusive; or one number (default: all)")
     out.add_argument(
         "--html", nargs="?", type=Path, const=Path(), metavar="PATH",
-        help=f"write the credit page with the computed credit beside the recorded one (default RUN/{PAGE}; the newest "
+        help=f"write the credit page with the computed and the recorded credit (default RUN/{PAGE}; the newest "
         f"{ON_PAGE:,} rollouts)",
     )  # fmt: skip
-    out.add_argument("--json", type=Path, metavar="PATH", help="write all figures, of every iteration, as JSON")
+    out.add_argument("--json", type=Path, metavar="PATH", help="write all values, of every iteration, as JSON")
     return out
 
 
 def recredit_command(argv: list[str]) -> int:
-    """``gear-lightning recredit``.
+    """Run ``gear-lightning recredit``.
 
     Args:
         argv: the arguments after ``recredit``.
@@ -63,10 +63,10 @@ def recredit_command(argv: list[str]) -> int:
         The exit status.
 
     Raises:
-        UserError: a rule that cannot be made, or that needs what was not recorded; no records, or none of the
-            iterations asked for; a file that cannot be read or written, or a folder that is not there; a rule that
-            fails, or gives no finite credit.
-        SystemExit: help was asked for, or an option is unknown; the parser has said so.
+        UserError: a rule cannot be created, fails, returns non-finite credit, or needs data that was not recorded;
+            there are no records, or none of the given iterations; a file cannot be read or written, or a folder does
+            not exist.
+        SystemExit: help was requested, or an option is unknown; the parser has reported it.
     """
     rest, typed = split(argv)
     options = parser().parse_args(rest)
@@ -84,42 +84,42 @@ def recredit_command(argv: list[str]) -> int:
     for record in read_records(run, iterations):
         found.take(record, decode)
     if not found.pairs:
-        raise UserError(f"{run}: no rollout of these iterations has credit; none was learned from")
+        raise UserError(f"{run}: no rollout of these iterations has credit, because none was used for learning")
     if found.own is None:
         print(printable(f"gear-lightning: warning: {UNCHECKED} ({found.unknown})"), file=sys.stderr)
     data = found.data(run)
     print(printable(report(data)), end="")
     if page is not None:
         shown = told(rules[0].rule) if found.there is None else f"{told(rules[0].rule)} against {told(rules[1].rule)}"
-        # Of two rules those two are compared, as in all figures; the recorded credit is there to be chosen.
+        # with two rules, the page opens with their comparison; the recorded credit can be selected
         kept: dict[str, Any] = {"max_rollouts": ON_PAGE, "left_out": found.left_out, "others": found.others}
         kept |= {"title": f"Credit of {run.resolve().name} by {shown}", "opens": (0, 1) if len(rules) == 1 else (2, 1)}
         write_asked(page, render_credit_page([record for record, _ in found.kept], decode, **kept))
-        opens = f"; {data['changes'][0]['page']} after a # opens the first of these" if data["changes"] else ""
-        print(f"{page}: the credit page of it{opens}")
+        opens = f"; append #{data['changes'][0]['page']} to open the first change" if data["changes"] else ""
+        print(f"{page}: the credit page{opens}")
     if options.json is not None:
         write_asked(options.json, json.dumps(data, indent=1, allow_nan=False) + "\n")
-        print(f"{options.json}: all figures, of every iteration")
+        print(f"{options.json}: all values, of every iteration")
     return 0
 
 
 def _iterations(run: Path, asked: str | None) -> list[int]:
-    """The recorded iterations that were asked for.
+    """Return the recorded iterations among the requested ones.
 
     Raises:
         UserError: none of them is recorded.
     """
-    next(read_records(run, []), None)  # has the error message for a run without records
+    next(read_records(run, []), None)  # raises the error for a run without records
     there = sorted({iteration for iteration, _, _ in record_files(run)})
     if asked is None:
         return there
     if not (match := re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", asked)):
-        raise UserError(f"--iterations {asked}: give one number, or two as 3-7")
+        raise UserError(f"--iterations {asked}: must be one number, or a range such as 3-7")
     first, last = int(match[1]), int(match[2] or match[1])
     wanted = [i for i in there if first <= i <= last]
     if not wanted:
         raise UserError(
-            f"--iterations {asked}: {run} has no records of them; it has {len(there)}, of {there[0]} to {there[-1]}"
+            f"--iterations {asked}: {run} has no records of them; it has {len(there)}, from {there[0]} to {there[-1]}"
         )
     return wanted
 
@@ -132,10 +132,10 @@ class _Rule:
     divergence: bool
 
     def credit(self, record: Record) -> Credit:
-        """What it gives to a record's rollouts.
+        """Return the rule's credit for a record's rollouts.
 
         Raises:
-            UserError: it fails, gives no credit, or none that is finite; or the record does not hold what it needs.
+            UserError: the rule fails, returns no credit or non-finite credit, or needs data that the record lacks.
         """
         try:
             credit = recredit(record, self.rule, divergence=self.divergence)
@@ -155,15 +155,15 @@ def _text(error: Exception) -> str:
 
 
 def _recordable(run: Path, rule: CreditAssigner, own: CreditAssigner | None, unknown: str) -> _Rule:
-    """A rule, once it is clear that the run's records can hold what it needs.
+    """Check that the run's records hold the data that a rule needs, and return the rule with that information.
 
     Raises:
-        UserError: they do not.
+        UserError: they do not hold it.
     """
     if rule.needs_decisions and not any(_decided(record) for record in read_records(run)):
         raise UserError(
-            f"{told(rule)} needs to know which decisions were right, and {run} has recorded none: the policy made "
-            "none, or the environment does not tell. Those with tells_decisions do "
+            f"{told(rule)} needs to know which decisions were right, but {run} has recorded none: the policy made "
+            "none, or the environment does not report them. Environments with tells_decisions do "
             "(gear_lightning.environments.lookup_chain)"
         )
     return _Rule(rule, stands_in(rule, own, unknown))
@@ -179,19 +179,19 @@ def _decided(record: Record) -> bool:
 
 @dataclass
 class _Findings:
-    """What is kept of the records, taken one by one.
+    """Results, collected record by record.
 
     Attributes:
-        here: the rule that was asked for.
-        there: the rule to compare with; None: what was recorded.
-        own: the run's own rule; None where it is not known.
-        unknown: why it is not.
-        keep: hold records and their credits for the page.
+        here: the requested rule.
+        there: the rule to compare with; None for the recorded credit.
+        own: the run's own rule; None if it is not known.
+        unknown: why it is not known.
+        keep: whether to keep records and their credits for the page.
         pairs: iteration -> both credits of its rollouts.
         changes: iteration -> its most changed tokens, as plain data.
-        kept: the newest records, and what the rules make of each; nothing for one without tokens.
-        left_out: rollouts of older ones.
-        check: how the recomputed credit of ``own`` compares with the recorded one.
+        kept: the newest records, each with the credits of the rules; no credits for a record without tokens.
+        left_out: number of rollouts in older records, which are not kept.
+        check: how the recomputed credit of ``own`` differs from the recorded one.
     """
 
     here: _Rule
@@ -206,10 +206,10 @@ class _Findings:
     check: dict[str, Any] = field(default_factory=lambda: {"tokens": 0, "differ": 0, "largest": 0.0})
 
     def take(self, record: Record, decode: Decode) -> None:
-        """Recompute a record of the last iteration taken, or of a later one.
+        """Recompute the credit of a record. Records must come in the order of their iterations.
 
         Raises:
-            UserError: it does not hold what a rule needs.
+            UserError: the record lacks data that a rule needs.
         """
         credits: list[Credit] = []
         if _learned(record):
@@ -219,8 +219,8 @@ class _Findings:
             self.pairs.setdefault(record.iteration, []).extend(compare(record, here, there))
             places = {rollout["row"]: index for index, rollout in enumerate(record.rollouts)}
             found = largest_changes(record, here, there, SHOWN)
-            told_ones = [change_data(c, record.rollouts, places[c.row], decode) for c in found if c.row in places]
-            self.changes[record.iteration] = _largest([*self.changes.get(record.iteration, []), *told_ones])
+            changed = [change_data(c, record.rollouts, places[c.row], decode) for c in found if c.row in places]
+            self.changes[record.iteration] = _largest([*self.changes.get(record.iteration, []), *changed])
             credits = [here] if self.there is None else [here, there]
         if self.keep:
             self.kept.append((record, credits))
@@ -229,19 +229,19 @@ class _Findings:
 
     @property
     def others(self) -> dict[str, list[Credit | None]]:
-        """What the rules make of the kept records, by their names."""
+        """The credits of the kept records by the name of their rule."""
         names = [told(rule.rule) for rule in (self.here, self.there) if rule is not None]
-        if len(set(names)) < len(names):  # classes of one name, or one rule twice
+        if len(set(names)) < len(names):  # two classes with the same name, or the same rule twice
             names[1] += " (against)"
         return {name: [credits[i] if credits else None for _, credits in self.kept] for i, name in enumerate(names)}
 
     def _check(self, record: Record, recorded: Credit) -> None:
-        """Recompute the run's own rule, too: whether that gives what was recorded tells what the figures are worth."""
+        """Recompute the credit of the run's own rule and compare it with the recorded one, to validate the results."""
         if self.own is None:
             return
         try:
             again = recredit(record, self.own, divergence=stands_in(self.own, self.own))
-        except Exception as error:  # its options are what a file says, which may be anybody's
+        except Exception as error:  # its options come from a file, which may be untrusted
             self.own, self.unknown = None, f"{told(self.own)} cannot be recomputed: {error}"
             return
         gap = (again.weights - recorded.weights).abs()[record.tensors["action_mask"]]
@@ -250,7 +250,7 @@ class _Findings:
         self.check["largest"] = max(self.check["largest"], *gap.tolist(), 0.0)
 
     def data(self, run: Path) -> dict[str, Any]:
-        """Everything that is shown, as plain data that JSON has words for."""
+        """Return all results as plain data for JSON."""
         return finite(
             {
                 "run": str(run),

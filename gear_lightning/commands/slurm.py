@@ -1,6 +1,6 @@
-"""``gear-lightning slurm``: write a batch script that trains a recipe on a cluster, after a look at the recipe.
+"""``gear-lightning slurm``: check a recipe and write a batch script that trains it on a cluster.
 
-What is wrong with a recipe is told here, on the login node, and not after hours in the queue.
+The check runs on the login node, so that errors in a recipe are reported before the job waits in the queue.
 """
 
 import argparse
@@ -18,77 +18,77 @@ from typing import Any
 from ..errors import UserError
 from ..recipes.slurm_script import SEEDS, Job, check_job
 
-OURS = {  # options of fit that a job sets by itself -> what to give instead
+OURS = {  # options of fit that the job sets -> options of this command to use instead
     "--trainer.num_nodes": "--nodes",
     "--trainer.devices": "--gpus-per-node, or --tasks-per-node on CPUs",
     "--trainer.accelerator": "--gpus-per-node, 0 for CPUs",
     "--watchdog.seconds": "--timeout",
 }
-LISTS = ("setup", "sbatch", "container-mounts")  # may be given several times
+LISTS = ("setup", "sbatch", "container-mounts")  # can be repeated
 
 
 def parser() -> argparse.ArgumentParser:
-    """Options of the command."""
+    """Return the parser of the command."""
     out = argparse.ArgumentParser(
         "gear-lightning slurm",
         usage="gear-lightning slurm --config RECIPE [--config MORE ...] --nodes N --gpus-per-node N --time LIMIT "
         "[OPTIONS] [fit's options]",
-        description="Write a batch script that trains a recipe under Slurm: RUN/slurm/job.sh, RUN being the recipe's "
-        "trainer.default_root_dir. The recipe is checked first. All other options are those of fit.",
+        description="Write a batch script that trains a recipe under Slurm: RUN/slurm/job.sh (RUN is the recipe's "
+        "trainer.default_root_dir). The recipe is checked first. All other options are those of fit.",
         allow_abbrev=False,
     )
     size = out.add_argument_group("size")
-    size.add_argument("--nodes", type=int, default=1, help="machines (default %(default)s)")
-    size.add_argument("--gpus-per-node", type=int, metavar="N", help="one process each; 0: a job on CPUs")
-    size.add_argument("--tasks-per-node", type=int, metavar="N", help="processes of a job on CPUs")
+    size.add_argument("--nodes", type=int, default=1, help="number of nodes (default %(default)s)")
+    size.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs, with one process each; 0: a job on CPUs")
+    size.add_argument("--tasks-per-node", type=int, metavar="N", help="number of processes of a job on CPUs")
     size.add_argument(
-        "--cpus-per-task", type=int, default=4, metavar="N", help="cores and threads of a process (default %(default)s)"
+        "--cpus-per-task", type=int, default=4, metavar="N", help="cores and threads per process (default %(default)s)"
     )
     size.add_argument("--time", help="time limit: 24:00:00, or 2-12 for 2 days and 12 hours, or minutes")
     size.add_argument("--seeds", metavar="LIST", help="one run for each seed, as a job array: 0-9, or 0-9%%4")
-    place = out.add_argument_group("place")
+    place = out.add_argument_group("placement")
     for option in ("partition", "account", "qos", "constraint", "mem"):
-        place.add_argument(f"--{option}", help=f"as sbatch's --{option}")
-    place.add_argument("--sbatch", action="append", metavar="OPTION", help="any other of sbatch: --sbatch=--exclusive")
-    place.add_argument("--name", help="of the job (default: the run directory's name)")
-    place.add_argument("--cluster", metavar="FILE", help="YAML file of these options; the command line goes before it")
-    world = out.add_argument_group("surroundings")
-    world.add_argument("--setup", action="append", metavar="LINE", help="shell line before the training, in order")
+        place.add_argument(f"--{option}", help=f"sbatch's --{option}")
+    place.add_argument("--sbatch", action="append", metavar="OPTION", help="other sbatch options: --sbatch=--exclusive")
+    place.add_argument("--name", help="job name (default: the run directory's name)")
+    place.add_argument("--cluster", metavar="FILE", help="YAML file with these options; the command line overrides it")
+    world = out.add_argument_group("environment")
+    world.add_argument("--setup", action="append", metavar="LINE", help="shell line to run before training, in order")
     world.add_argument("--python", help="interpreter on the nodes (default: this one; python in a container)")
     world.add_argument("--container", metavar="IMAGE", help="image for pyxis/enroot")
-    world.add_argument("--container-mounts", action="append", metavar="FROM:TO", help="more directories to see in it")
-    ends = out.add_argument_group("ends")
+    world.add_argument("--container-mounts", action="append", metavar="FROM:TO", help="more directories to mount in it")
+    ends = out.add_argument_group("end of the job")
     ends.add_argument(
         "--signal", type=int, default=300, metavar="SECONDS",
-        help="before the limit: save, and go back into the queue (default %(default)s)",
+        help="save and requeue the job this long before the time limit (default %(default)s)",
     )  # fmt: skip
     ends.add_argument(
         "--timeout", type=int, default=1800, metavar="SECONDS",
-        help="without any progress: the job ends (default %(default)s)",
+        help="end the job after this long without any progress (default %(default)s)",
     )  # fmt: skip
-    what = out.add_argument_group("what to do").add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="print the script and write nothing")
-    what.add_argument("--submit", action="store_true", help="write it and send it")
+    what = out.add_argument_group("action").add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="only print the script")
+    what.add_argument("--submit", action="store_true", help="write and submit the script")
     return out
 
 
 def from_file(path: Path, known: argparse.ArgumentParser) -> list[str]:
-    """A YAML file of this command's options, as a command line.
+    """Return the options in a YAML file as command-line arguments.
 
     Raises:
-        UserError: names the file and the key.
+        UserError: the file is invalid; names the file and the key.
     """
     import yaml
 
     try:
-        # BaseLoader: everything is text. YAML would read 24:00:00 as 86400.
+        # BaseLoader keeps all values as text: YAML would parse 24:00:00 as 86400
         found = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
     except OSError as error:
         raise UserError(f"--cluster {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--cluster {path}: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
-        raise UserError(f"--cluster {path}: options are given as `nodes: 2`, one a line")
+        raise UserError(f"--cluster {path}: must hold one option per line, such as `nodes: 2`")
     names = {o[2:] for a in known._actions for o in a.option_strings} - {"cluster", "dry-run", "submit", "help"}
     out = []
     for key, value in found.items():
@@ -102,7 +102,7 @@ def from_file(path: Path, known: argparse.ArgumentParser) -> list[str]:
 
 
 def read_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """This command's options, those of its ``--cluster`` file among them, and those of ``fit``."""
+    """Return this command's options, including those of its ``--cluster`` file, and the options of ``fit``."""
     known = parser()
     options, rest = known.parse_known_args(argv)
     if options.cluster is not None:
@@ -111,16 +111,16 @@ def read_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def job_of(options: argparse.Namespace, rest: list[str], command: str) -> Job:
-    """The job that was asked for, its recipe read as ``fit`` would read it.
+    """Return the requested job. It reads the recipe as ``fit`` would.
 
     Raises:
-        UserError: an option does not fit the others, or the recipe is wrong.
-        SystemExit: an option of fit is unknown or malformed; the parser has said so.
+        UserError: an option contradicts the others, or the recipe is invalid.
+        SystemExit: an option of fit is unknown or malformed; the parser has reported it.
     """
     configs = [b for a, b in pairwise([*rest, ""]) if a in ("--config", "-c")]
     configs += [arg.partition("=")[2] for arg in rest if arg.startswith("--config=")]
     if not configs:
-        raise UserError("which recipe? gear-lightning slurm --config configs/quickstart.yaml ...")
+        raise UserError("--config is missing: gear-lightning slurm --config configs/quickstart.yaml ...")
     for file in configs:
         if not Path(file).is_file():
             raise UserError(f"--config {file}: no such file")
@@ -129,19 +129,19 @@ def job_of(options: argparse.Namespace, rest: list[str], command: str) -> Job:
             raise UserError(f"{name} is set by the job: give {OURS[name]}")
         if name == "--ckpt_path":
             raise UserError(
-                "--ckpt_path: a job that comes back from the queue goes on from the newest checkpoint of its run "
-                "directory; to begin with another one, copy it and its .json to RUN/checkpoints"
+                "--ckpt_path: a requeued job resumes from the newest checkpoint of its run directory; to start from "
+                "another one, copy it and its .json to RUN/checkpoints"
             )
         if name.removeprefix("--") in SEEDS and options.seeds is not None:
-            raise UserError(f"{name} is what --seeds sets in each run: give one of them")
+            raise UserError(f"--seeds sets {name} in each run: give only one of them")
     if options.time is None:
-        raise UserError("--time is missing: the job's limit, as --time 24:00:00")
+        raise UserError("--time is missing: give the job's time limit, e.g. --time 24:00:00")
     tasks = _tasks(options)
     trainer, share = _read(rest, options.nodes, tasks)
     if share % (options.nodes * tasks):
         raise UserError(
-            f"data.tasks_per_iteration={share} does not divide over {options.nodes} x {tasks} processes: all rollouts "
-            f"of a task stay on one; add --data.tasks_per_iteration {options.nodes * tasks}"
+            f"data.tasks_per_iteration={share} is not divisible by {options.nodes} x {tasks} processes, but all "
+            f"rollouts of a task are on one process; add --data.tasks_per_iteration {options.nodes * tasks}"
         )
     run = Path(trainer["default_root_dir"]).absolute()
     asked = [f"--{name}={getattr(options, name)}" for name in ("partition", "account", "qos", "constraint", "mem")]
@@ -171,7 +171,7 @@ def job_of(options: argparse.Namespace, rest: list[str], command: str) -> Job:
 
 
 def _without_run(rest: list[str]) -> list[str]:
-    """Options of fit without the run directory, which the job names by itself, and absolute."""
+    """Return the options of fit without the run directory, which the job sets to an absolute path."""
     name, out, skip = "--trainer.default_root_dir", [], False
     for arg in rest:
         if not skip and not arg.startswith(f"{name}=") and arg != name:
@@ -183,24 +183,24 @@ def _without_run(rest: list[str]) -> list[str]:
 def _tasks(options: argparse.Namespace) -> int:
     gpus, tasks = options.gpus_per_node, options.tasks_per_node
     if options.nodes < 1:
-        raise UserError(f"--nodes {options.nodes} must be at least 1")
+        raise UserError(f"--nodes {options.nodes}: must be at least 1")
     if gpus is None:
-        raise UserError("--gpus-per-node is missing; 0 for a job on CPUs")
+        raise UserError("--gpus-per-node is missing; give 0 for a job on CPUs")
     if gpus < 0:
-        raise UserError(f"--gpus-per-node {gpus} must be at least 1, or 0 for a job on CPUs")
+        raise UserError(f"--gpus-per-node {gpus}: must be at least 1, or 0 for a job on CPUs")
     if gpus and tasks not in (None, gpus):
-        raise UserError(f"--tasks-per-node {tasks}: on GPUs there is one process for each, --gpus-per-node {gpus}")
+        raise UserError(f"--tasks-per-node {tasks}: must equal --gpus-per-node {gpus}, with one process per GPU")
     if gpus:
         return gpus
     if tasks is None:
-        raise UserError("--gpus-per-node 0: how many processes? add --tasks-per-node 2")
+        raise UserError("--gpus-per-node 0: the number of processes is missing; add e.g. --tasks-per-node 2")
     if tasks < 1:
-        raise UserError(f"--tasks-per-node {tasks} must be at least 1")
+        raise UserError(f"--tasks-per-node {tasks}: must be at least 1")
     return tasks
 
 
 def _read(rest: list[str], nodes: int, tasks: int) -> tuple[Any, int]:
-    """The recipe's trainer section, and its tasks per iteration. A GPU of this machine is not looked at."""
+    """Return the recipe's trainer section and its tasks per iteration. GPUs of this machine do not matter."""
     from ..recipes.recipe import read_recipe
 
     recipe = read_recipe([*rest, f"--trainer.num_nodes={nodes}", f"--trainer.devices={tasks}"])
@@ -208,7 +208,10 @@ def _read(rest: list[str], nodes: int, tasks: int) -> tuple[Any, int]:
 
 
 def _collective(strategy: Any, timeout: int) -> str | None:
-    """Twice the watchdog's time for collectives, where the strategy can be told: the watchdog says who is stuck."""
+    """Return an option that sets the timeout of collectives to twice the watchdog's time; None if not supported.
+
+    The watchdog then ends the job first, and reports which process is stuck.
+    """
     if isinstance(strategy, str):
         return None
     module, _, name = strategy["class_path"].rpartition(".")
@@ -218,16 +221,16 @@ def _collective(strategy: Any, timeout: int) -> str | None:
 
 
 def slurm_command(argv: list[str]) -> int:
-    """``gear-lightning slurm``.
+    """Run ``gear-lightning slurm`` and return the exit status.
 
     Raises:
-        UserError: an option or the recipe is wrong, or Slurm did not take the job.
+        UserError: an option or the recipe is invalid, or Slurm did not accept the job.
     """
     options, rest = read_options(argv)
     if options.submit and shutil.which("sbatch") is None:
-        raise UserError("--submit: there is no sbatch on PATH; run this on a login node, or use --dry-run")
-    said = [arg for arg in argv if arg not in ("--dry-run", "--submit")]
-    job = job_of(options, rest, shlex.join(["gear-lightning", "slurm", *said]))
+        raise UserError("--submit: sbatch is not on PATH; run this on a login node, or use --dry-run")
+    given = [arg for arg in argv if arg not in ("--dry-run", "--submit")]
+    job = job_of(options, rest, shlex.join(["gear-lightning", "slurm", *given]))
     if options.dry_run:
         print(job.script(), end="")
         return 0
@@ -239,10 +242,10 @@ def slurm_command(argv: list[str]) -> int:
         raise UserError(f"trainer.default_root_dir={job.run} cannot be written to ({error.strerror})") from None
     print(path)
     if not options.submit:
-        print(f"to send it: sbatch {shlex.quote(str(path))}", file=sys.stderr)
+        print(f"to submit it: sbatch {shlex.quote(str(path))}", file=sys.stderr)
         return 0
     sent = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)
     if sent.returncode:
-        raise UserError(f"sbatch did not take {path}: {' '.join((sent.stderr or sent.stdout).split())}")
+        raise UserError(f"sbatch did not accept {path}: {' '.join((sent.stderr or sent.stdout).split())}")
     print(sent.stdout.strip())
     return 0

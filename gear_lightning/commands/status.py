@@ -1,4 +1,4 @@
-"""`gear-lightning status RUN`: where a run is, what it has saved and what has failed."""
+"""`gear-lightning status RUN`: show the phase of a run, its newest checkpoint and its failures."""
 
 import argparse
 import json
@@ -10,18 +10,20 @@ from typing import Any
 
 from ..errors import UserError
 
-SILENT = 120.0  # seconds without a word from a run that has not ended
+SILENT = 120.0  # seconds without an update of the status file after which a running run counts as silent
 
 
 def status_command(args: list[str]) -> int:
-    """Print the status of a run directory. The exit status is 0 while it runs or when it has finished, else 1.
+    """Print the status of a run directory. The exit status is 0 if the run is running or has finished, else 1.
 
     Raises:
-        UserError: not a run directory.
+        UserError: the path is not a run directory.
     """
-    parser = argparse.ArgumentParser("gear-lightning status", description="Tell where a run is.")
+    parser = argparse.ArgumentParser(
+        "gear-lightning status", description="Show the phase of a run, its newest checkpoint and its failures."
+    )
     parser.add_argument("run", type=Path, help="the run directory (trainer.default_root_dir)")
-    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(args)
     found = status_of(options.run)
     print(json.dumps(found, indent=1) if options.json else "\n".join(_lines(options.run, found)))
@@ -29,15 +31,15 @@ def status_command(args: list[str]) -> int:
 
 
 def status_of(run: Path) -> dict[str, Any]:
-    """The status of a run: what `callbacks.run_status.RunStatus` has written, and what lies beside it.
+    """Return the status of a run, from the files of `callbacks.run_status.RunStatus`, checkpoints and crash reports.
 
     Returns:
         ``state``: running, silent, killed, finished, stopped or failed; ``status``: the newest status file; ``starts``:
-        how often it was started; ``ends``: how the attempts ended; ``checkpoint``: the newest file and its age in
-        seconds; ``crashes``: report -> its first line.
+        number of starts; ``ends``: how each start ended; ``checkpoint``: the newest file and its age in seconds;
+        ``crashes``: report -> its first line.
 
     Raises:
-        UserError: not a run directory.
+        UserError: the path is not a run directory.
     """
     path = run / "status.json"
     if not path.exists():
@@ -66,7 +68,7 @@ def status_of(run: Path) -> dict[str, Any]:
 
 
 def _gone(status: dict[str, Any]) -> bool:
-    """Whether rank 0 has been a process of this machine and is none any more."""
+    """Return whether rank 0 was a process of this machine and no longer exists."""
     if status.get("host") != socket.gethostname():
         return False
     try:
@@ -99,15 +101,15 @@ def _lines(run: Path, found: dict[str, Any]) -> list[str]:
     kept = found["checkpoint"]
     lines.append(f"  checkpoint   {kept['file']} ({_ago(kept['age'])} ago)" if kept else "  checkpoint   none yet")
     failures, rollouts = status.get("failures", {}), status.get("rollouts", 0)
-    told = ", ".join(f"{kind} {count}" for kind, count in sorted(failures.items()) if count) or "none"
-    lines.append(f"  rollouts     {rollouts}, not learned from: {told}")
+    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(failures.items()) if count) or "none"
+    lines.append(f"  rollouts     {rollouts}, left out of learning: {kinds}")
     ends = ", ".join(found["ends"][-3:])
     lines.append(f"  starts       {found['starts']}" + (f", ended by: {ends}" if ends else ""))
     lines += [f"  crash report {path}: {why}" for path, why in list(found["crashes"].items())[-8:]]
     if found["state"] == "killed":
-        lines.append("  rank 0 is gone without a word; to resume: run the same command with --ckpt_path last")
+        lines.append("  rank 0 ended without a report; to resume: run the same command with --ckpt_path last")
     if found["state"] == "silent":
-        lines.append("  no word for long: it was killed, its node is gone, or one step takes very long")
+        lines.append("  no update for a long time: the run was killed, its node failed, or one step takes very long")
     return lines
 
 

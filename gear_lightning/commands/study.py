@@ -1,4 +1,4 @@
-"""``gear-lightning study``: plan, carry out, compare."""
+"""``gear-lightning study``: plan and run a study, and compare its arms."""
 
 import json
 import os
@@ -14,25 +14,25 @@ PLAN = "study.json"
 
 
 def study_command(argv: list[str]) -> int:
-    """Carry out a study, or go on with it, and compare its arms.
+    """Run a study, or continue it, and compare its arms.
 
     Args:
         argv: the arguments after ``study``.
 
     Returns:
-        0; 1 where runs failed; 130 where it was asked to stop.
+        The exit status: 0; 1 if runs failed; 130 if it was asked to stop.
 
     Raises:
-        UserError: a plan that cannot be carried out, a folder of another study, or nothing to compare yet.
+        UserError: the plan is invalid, the folder belongs to another study, or there is nothing to compare yet.
     """
     from jsonargparse import ActionYesNo, ArgumentParser
 
     parser = ArgumentParser(prog="gear-lightning study", description="Compare arms of a recipe over seeds.")
-    parser.add_argument("--config", action="config", help="The study as a file; options after it replace its own.")
+    parser.add_argument("--config", action="config", help="Config file of the study; later options override it.")
     parser.add_class_arguments(Study, None)
     for name, what in (
-        ("--report_only", "Compare the runs that are done; start none. Of another --metric: in a folder of its name."),
-        ("--plan", "Print the command of every run and start none."),
+        ("--report_only", "Only compare the finished runs. With another --metric, write to a folder of its name."),
+        ("--plan", "Only print the command of every run."),
     ):
         parser.add_argument(name, action=ActionYesNo, nargs="?", default=False, help=what)
     given = parser.parse_args(argv)
@@ -45,7 +45,7 @@ def study_command(argv: list[str]) -> int:
         for run in study.runs:
             print("gear-lightning " + " ".join(_quoted(argument) for argument in run.arguments))
         return 0
-    from ..study.runner import is_done  # not above: the plan alone needs none of these imports
+    from ..study.runner import is_done  # not above: --plan does not need these imports
 
     failed = [] if only else _carry_out(study)
     if failed is None:
@@ -57,7 +57,7 @@ def study_command(argv: list[str]) -> int:
 
 
 def _carry_out(study: Study) -> list[Run] | None:
-    """Do what is not done. Returns the runs that failed; None where it was asked to stop."""
+    """Run the unfinished runs. Return those that failed; None if the study was asked to stop."""
     from ..study.results import check_run
     from ..study.runner import carry_out, is_done
 
@@ -67,7 +67,7 @@ def _carry_out(study: Study) -> list[Run] | None:
         check_run(study, run)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        busy = f"out={study.out}: another study is at work there; wait for it, or give another --out"
+        busy = f"out={study.out}: another study is running there; wait for it, or give another --out"
         lock = hold(out / ".lock", busy)
         replace_text(out / PLAN, json.dumps(asdict(study), indent=1) + "\n")
     except OSError as error:
@@ -78,14 +78,14 @@ def _carry_out(study: Study) -> list[Run] | None:
         return carry_out(study.runs, jobs, partial(check_run, study), partial(print, flush=True))
     except KeyboardInterrupt:
         kept = sum(is_done(run) for run in study.runs)
-        print(f"\nstopped; {kept} of {len(study.runs)} runs are done, and the same command goes on with the others")
+        print(f"\nstopped; {kept} of {len(study.runs)} runs are done; the same command continues with the others")
         return None
     finally:
         lock.close()
 
 
 def _place(study: Study) -> Path:
-    """Where a report goes: the study's folder; one in it for another metric than the study was carried out for."""
+    """Return the folder of the report: the study's folder, or a subfolder if the metric is not that of the plan."""
     out = Path(study.out)
     try:
         own = json.loads((out / PLAN).read_text())["metric"]
@@ -95,7 +95,7 @@ def _place(study: Study) -> Path:
 
 
 def _report(study: Study, done: list[Run], out: Path) -> None:
-    """Compare what is done: files in a folder, and a table here."""
+    """Compare the finished runs: write files to a folder, and print a table."""
     from ..recipes.rule_options import caveat_of_run
     from ..study.onset import onset_of
     from ..study.report import draw, markdown, print_results
@@ -106,10 +106,10 @@ def _report(study: Study, done: list[Run], out: Path) -> None:
     best = {arm: study.points[place] for arm, place in results["best_point"].items()}
     try:
         results["onset"] = onset_of(run for run in done if best.get(run.arm) == run.point)
-    except UserError as error:  # records alone tell it, and the comparison needs none
+    except UserError as error:  # this needs rollout records, the comparison does not
         results["onset"] = {}
-        print(f"Where credit finds the first wrong decision is left out: {error}")
-    results["caveats"] = [*dict.fromkeys(told for run in done if (told := caveat_of_run(run.folder)))]
+        print(f"The analysis of the first wrong decision is left out: {error}")
+    results["caveats"] = [*dict.fromkeys(text for run in done if (text := caveat_of_run(run.folder)))]
     out.mkdir(exist_ok=True)
     write_results(study, curves, results, out)
     replace_text(out / "report.md", markdown(results))
@@ -118,11 +118,12 @@ def _report(study: Study, done: list[Run], out: Path) -> None:
     if len(curves.seeds) < study.seeds:
         print(f"{study.seeds - len(curves.seeds)} of {study.seeds} seeds are not complete and are left out.")
     if results["left_out"]:
-        print(f"Arms that no seed has completed, left out: {', '.join(results['left_out'])}.")
+        print(f"Left out, because no seed has completed: {', '.join(results['left_out'])}.")
     if results["begin_elsewhere"]:
         print(
-            f"{', '.join(results['begin_elsewhere'])}: the first value is not that of {study.baseline}; more than the "
-            "arm differs (another warm start: the policy, the demonstrations or what the teacher is shown)."
+            f"{', '.join(results['begin_elsewhere'])}: the first value differs from that of {study.baseline}, so the "
+            "arms differ in more than their options (another warm start: the policy, the demonstrations or the text "
+            "shown to the teacher)."
         )
     print("  ".join(str(path) for path in [out / "results.json", out / "curves.csv", out / "report.md", *files]))
 

@@ -1,4 +1,4 @@
-"""``gear-lightning teacher-check``: whether a recipe's teacher tells anything, before a run is trained on it."""
+"""``gear-lightning teacher-check``: check before training that a recipe's teacher is informative."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ class TeacherCheckCLI(ProbeCLI):
             "--tasks",
             type=int | None,
             default=None,
-            help="Tasks to make rollouts of, data.group_size each. Null: data.tasks_per_iteration.",
+            help="Number of tasks, with data.group_size rollouts each. Null: data.tasks_per_iteration.",
         )
         parser.add_argument(
             "--out", type=str | None, default=None, help=f"File for the result. Null: {FILE} in the run directory."
@@ -36,7 +36,7 @@ class TeacherCheckCLI(ProbeCLI):
         if config["tasks"] is not None:
             config["data"]["tasks_per_iteration"] = config["tasks"]
         if (tasks := config["data"]["tasks_per_iteration"]) < 2:
-            raise UserError(f"tasks={tasks}: there is no other task whose reference could be shown; take 2 at least")
+            raise UserError(f"tasks={tasks}: must be at least 2, so that another task's reference can be shown")
         if config["out"] is not None and Path(config["out"]).is_dir():
             raise UserError(f"out={config['out']} is a directory; give a file")
         super().before_instantiate_classes()
@@ -44,19 +44,19 @@ class TeacherCheckCLI(ProbeCLI):
     def before_fit(self) -> None:
         if (shows := self.model.teacher_options.shows) not in SHOWN:
             raise UserError(
-                f"model.teacher.shows={shows} shows no text of the task; this compares a task's own with another's: "
-                "use --model.teacher.shows reference or answer"
+                f"model.teacher.shows={shows} shows no text of the task, but this check compares a task's text with "
+                "that of another task: use --model.teacher.shows reference or answer"
             )
         super().before_fit()
 
     def after_fit(self) -> None:
         out = Path(self.config["fit"]["out"] or self.run_dir / FILE)
         write_result(out, self.probe.result)
-        print(f"\n{table(self.probe.result)}\n\n{out}: the same, for programs")
+        print(f"\n{table(self.probe.result)}\n\n{out}: the result as JSON")
 
 
 def teacher_check_command(argv: list[str]) -> int:
-    """``gear-lightning teacher-check``.
+    """Run ``gear-lightning teacher-check``.
 
     Args:
         argv: the arguments after ``teacher-check``: those of ``fit``, and its own.

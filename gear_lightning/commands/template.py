@@ -1,4 +1,4 @@
-"""``gear-lightning template MODEL``: how a model's chat template is used here, span by span."""
+"""``gear-lightning template MODEL``: check a model's chat template and show which spans are trained on."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ STYLES = {"prompt": "dim", "sampled": "bold", "observation": "dim italic"}
 
 
 def spans(chat: Chat) -> list[tuple[str, list[int]]]:
-    """A sample conversation with a tool call, as (who wrote it, ids): what training sees of it."""
+    """Return a sample conversation with a tool call as training sees it: (kind of span, token ids)."""
     opening: list[Message] = [{"role": "user", "content": "What is 12 * 3?"}]
     call = tool_call("calculator", {"expression": "12 * 3"}, "I will calculate it.")
     return [
@@ -30,20 +30,21 @@ def spans(chat: Chat) -> list[tuple[str, list[int]]]:
 
 
 def template_command(argv: list[str]) -> int:
-    """``gear-lightning template MODEL``: check the chat template and print a sample conversation.
+    """Run ``gear-lightning template MODEL``: check the chat template and print a sample conversation.
 
     Raises:
-        UserError: the model cannot be loaded, or its template does not work here; says what is missing.
+        UserError: the model cannot be loaded, or its template is not supported; says what is missing.
     """
     parser = argparse.ArgumentParser(
-        "gear-lightning template", description="Check a model's chat template: what is trained on, and what is context."
+        "gear-lightning template",
+        description="Check a model's chat template: show what is trained on and what is context.",
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="as model.policy.path: a directory, hub id, .gguf or package:..."
+        "model", metavar="MODEL", help="like model.policy.path: a directory, hub id, .gguf or package:..."
     )
     parser.add_argument("--tool_syntax", default="auto", choices=["auto", "json", "json_list", "words"])
     parser.add_argument(
-        "--template_arguments", type=json.loads, metavar="JSON", help="as model.chat.template_arguments"
+        "--template_arguments", type=json.loads, metavar="JSON", help="like model.chat.template_arguments"
     )
     options = parser.parse_args(argv)
     source = Pretrained(options.model)

@@ -318,7 +318,7 @@ def test_this_machine_is_looked_at():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "which recipe"),
+        ([], "--config is missing"),
         (["--config", RECIPE, "--gpus", "0"], "--gpus=0: must be at least 1"),
         (["--config", RECIPE, "--gpu-memory", "-1"], "--gpu-memory=-1: must be above 0"),
         (["--config", RECIPE, "--trainer.precision", "64-true"], "trainer.precision=64-true"),

@@ -134,10 +134,10 @@ def test_a_dry_run_writes_nothing(tmp_path, script):
 
 
 WRONG = {
-    ("--nodes", "0"): "--nodes 0 must be at least 1",
-    ("--gpus-per-node", "-1"): "--gpus-per-node -1 must be at least 1, or 0",
-    ("--gpus-per-node", "0"): "add --tasks-per-node",
-    ("--tasks-per-node", "2"): "on GPUs there is one process for each",
+    ("--nodes", "0"): "--nodes 0: must be at least 1",
+    ("--gpus-per-node", "-1"): "--gpus-per-node -1: must be at least 1, or 0",
+    ("--gpus-per-node", "0"): "add e.g. --tasks-per-node",
+    ("--tasks-per-node", "2"): "--tasks-per-node 2: must equal --gpus-per-node 4",
     ("--cpus-per-task", "0"): "--cpus-per-task 0",
     ("--time", "a day"): "--time a day: give hours:minutes:seconds",
     ("--time", "5"): "--signal 300: the job would be told to save 300 s before its limit, and --time 5 is 300 s",
@@ -146,13 +146,13 @@ WRONG = {
     ("--name", "bash"): "Lightning takes a job of that name for a shell",
     ("--trainer.default_root_dir", "runs/interactive"): "--name interactive",
     ("--trainer.default_root_dir", "runs/50%"): "'%' and ',' in a path",
-    ("--seeds", "0-3", "--data.seed", "1"): "--data.seed is what --seeds sets",
+    ("--seeds", "0-3", "--data.seed", "1"): "--seeds sets --data.seed in each run",
     ("--seeds", "one"): "--seeds one: give seeds as 0-9",
     ("--sbatch", "exclusive"): "--sbatch exclusive: give a whole option",
     ("--config", "configs/none.yaml"): "--config configs/none.yaml: no such file",
     ("--trainer.devices", "3"): "--trainer.devices is set by the job: give --gpus-per-node",
     ("--ckpt_path", "a.ckpt"): "copy it and its .json to RUN/checkpoints",
-    ("--data.tasks_per_iteration", "12"): "data.tasks_per_iteration=12 does not divide over 2 x 4 processes",
+    ("--data.tasks_per_iteration", "12"): "data.tasks_per_iteration=12 is not divisible by 2 x 4 processes",
     ("--cluster", "none.yaml"): "--cluster none.yaml: No such file",
 }
 
@@ -167,7 +167,7 @@ def test_what_would_fail_in_the_queue_is_refused_here(options):
 
 @pytest.mark.parametrize(
     ("missing", "told"),
-    [("--time", "--time is missing"), ("--gpus-per-node", "--gpus-per-node is missing"), ("--config", "which recipe?")],
+    [(option, f"{option} is missing") for option in ("--time", "--gpus-per-node", "--config")],
 )
 def test_what_is_missing_is_named(missing, told):
     words = ["--config", RECIPE, *SIZE]
@@ -188,7 +188,7 @@ def test_an_option_that_fit_does_not_know_fails_at_once(capsys):
     [
         ("nodez: 2", "no option 'nodez'; there are account, "),
         ("nodes: [2, 3]", "nodes takes one value"),
-        ("- nodes", "options are given as `nodes: 2`"),
+        ("- nodes", "one option per line, such as `nodes: 2`"),
         ("nodes: {", "while parsing"),
         ("submit: yes", "no option 'submit'"),
     ],
@@ -203,7 +203,7 @@ def test_a_wrong_file_of_a_cluster_is_named(tmp_path, text, told):
 
 def test_a_submission_without_slurm_says_so(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UserError, match="there is no sbatch on PATH"):
+    with pytest.raises(UserError, match="sbatch is not on PATH"):
         slurm_command(["--config", RECIPE, *SIZE, "--submit"])
 
 
@@ -215,7 +215,7 @@ def test_a_submission_hands_on_what_sbatch_says(tmp_path, monkeypatch, capsys, c
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     words = ["--config", RECIPE, *SIZE, "--submit", f"--trainer.default_root_dir={tmp_path / 'run'}"]
     if code:
-        with pytest.raises(UserError, match=f"sbatch did not take .*job.sh: {said}"):
+        with pytest.raises(UserError, match=f"sbatch did not accept .*job.sh: {said}"):
             slurm_command(words)
     else:
         assert slurm_command(words) == 0

@@ -295,7 +295,7 @@ def test_command_lists_and_writes_the_page(run, capsys, monkeypatch):
         (["--iteration", "7", "--html"], r"no records of iteration 7; there are 0, 2"),
         (["--task", "doors/9"], r"no task doors/9; the tasks are doors/1"),
         (["--task", "doors/1", "--rollout", "5", "--iteration", "2"], r"'doors/1' has no rollout 5 .*; it has 0, 1"),
-        (["--task", "doors/1", "--html"], r"--html goes with --iteration only"),
+        (["--task", "doors/1", "--html"], r"--html can be combined only with --iteration"),
     ],
 )
 def test_command_says_what_there_is(run, arguments, message):

@@ -517,8 +517,8 @@ def test_the_page_keeps_the_newest_rollouts(run):
         (["--credit", "no_such.Rule"], "No module named 'no_such'"),
         (["--credit", "no_such.yaml"], "no_such.yaml: No such file"),
         (["--credit", "configs/strategy/ddp.yaml"], "holds no model.credit.class_path"),
-        (["--credit", "RLSD", "--iterations", "5"], "has no records of them; it has 1, of 0 to 0"),
-        (["--credit", "RLSD", "--iterations", "7-"], "give one number, or two as 3-7"),
+        (["--credit", "RLSD", "--iterations", "5"], "has no records of them; it has 1, from 0 to 0"),
+        (["--credit", "RLSD", "--iterations", "7-"], "must be one number, or a range"),
         (["--credit", "RLSD", "--html", "nowhere/x.html"], "the folder nowhere does not exist"),
         (["--credit", "RLSD", "--json", "nowhere/x.json"], "the folder nowhere does not exist"),
         (["--credit", "RLSD", "--html", "configs"], "configs is a folder; give a file in it"),
@@ -645,7 +645,7 @@ def test_any_config_is_a_config_that_is_not_known(run, text, capsys):
     assert recredit_command([str(run), "--credit", "RLSD"]) == 0
     shown = capsys.readouterr()
     assert "check: not possible" in shown.out
-    assert shown.err.startswith("gear-lightning: warning: the run's own rule is not known, so nothing checks that ")
+    assert shown.err.startswith("gear-lightning: warning: the run's own rule is not known, so the recomputation ")
     assert f"({run}/config.yaml: " in shown.err
     assert shown.err.count("\n") == 1
 

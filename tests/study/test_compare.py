@@ -176,7 +176,7 @@ def test_all_runs_are_measured_over_what_the_shortest_has(tmp_path, capsys):
     assert [summarise(arm, what).mean for arm in arms] == pytest.approx([0.2, 0.2])
     assert [summarise(arm, what).reached for arm in arms] == [20, np.inf], "the whole run tells where it got to"
     compare_command([*map(str, paths), "--out", str(tmp_path / "x.csv")])
-    assert "ends at iteration 10, others go on to 20" in " ".join(capsys.readouterr().out.split())
+    assert "ends at iteration 10, others continue to 20" in " ".join(capsys.readouterr().out.split())
 
 
 def test_other_axes_are_other_stretches(tmp_path):
@@ -244,7 +244,7 @@ def test_groups_and_names(tmp_path, capsys, monkeypatch):
     for names in ("S,F", "S,F,F", "S,F,"):
         with pytest.raises(UserError, match=r"give 3 different names .*for the arms lr=0.01 \(slow_0, slow_1\)"):
             compare_command([*given, "--names", names])
-    with pytest.raises(UserError, match="F0: no such directory; --names takes its names with commas between"):
+    with pytest.raises(UserError, match="F0: no such directory; --names takes comma-separated names"):
         compare_command(["--names", "S", "F0", "F1", *given])
 
 

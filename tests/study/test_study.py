@@ -377,7 +377,7 @@ def test_one_study_at_a_time_and_no_run_under_anothers_feet(carried, monkeypatch
     study, *_ = carried
     monkeypatch.chdir(ROOT)
     file = Path(study.out).parent / "study.json"
-    with hold(Path(study.out) / ".lock", ""), pytest.raises(UserError, match="another study is at work there"):
+    with hold(Path(study.out) / ".lock", ""), pytest.raises(UserError, match="another study is running there"):
         study_command(["--config", str(file)])
     run = study.runs[0]
     (run.folder / "status.json").rename(run.folder / "aside")
@@ -519,7 +519,7 @@ def test_records_that_cannot_be_read_cost_their_table_alone(copied, monkeypatch,
     for record in Path(study.out).glob("runs/GEAR/*/*/rollouts/*.jsonl"):
         record.write_text('{"format": 1}\n')
     assert study_command(["--config", str(file), "--report_only", "true"]) == 0
-    assert "Where credit finds the first wrong decision is left out: " in capsys.readouterr().out
+    assert "The analysis of the first wrong decision is left out: " in capsys.readouterr().out
     assert json.loads((Path(study.out) / "results.json").read_text())["onset"] == {}
 
 
