@@ -103,7 +103,7 @@ def test_a_flood_keeps_the_reward_so_far_that_of_its_step_included():
     steps = iter([Step([tool_result("look", "e2")], reward=0.5), Step([tool_result("look", FLOOD)], reward=-1.0)])
     rollout = play(doing(lambda: next(steps)), CALL)
     assert (rollout.status, rollout.reward, rollout.turn_rewards) == ("environment_flood", -0.5, [0.5, -1.0])
-    assert "bytes of text, all that is left to it" in rollout.error
+    assert "bytes of text, the remaining limit" in rollout.error
     assert [m["role"] for m in rollout.messages] == ["user", "assistant", "tool", "assistant"]
 
 
@@ -303,7 +303,7 @@ def test_a_close_that_fails_does_not_void_the_score():
     assert rollout.side_error == "close: RuntimeError: connection lost"
     rollout = play(doing(close=lambda: time.sleep(1000)), "12", budgets=Budgets(tokens=99, step_seconds=seconds(0.2)))
     assert (rollout.status, rollout.reward, rollout.learnable) == ("done", 1.0, True)
-    assert rollout.side_error == f"close: no answer within {seconds(0.2):g} s"
+    assert rollout.side_error == f"close: no result within {seconds(0.2):g} s"
     failed = play(doing(raising(KeyError("lost")), close=raising(ValueError("too"))), "12")
     assert (failed.status, failed.error) == ("environment_error", "KeyError: 'lost'")
     assert failed.side_error == "close: ValueError: too"
@@ -331,9 +331,9 @@ def test_a_close_that_fails_before_another_try_is_still_told():
     ("step", "told"),
     [
         (Step([tool_result("look", FLOOD)], 1.0, True), "bytes of text"),
-        (Step([{"role": "tool", "content": b"x"}], 1.0, True), "in place of a message"),
-        (Step(5, 1.0, True), "in place of a list of messages"),
-        (Step([], 1.0, True, info={"state": 5}), "state 5 in place of text"),
+        (Step([{"role": "tool", "content": b"x"}], 1.0, True), "expected a message"),
+        (Step(5, 1.0, True), "expected a list of messages"),
+        (Step([], 1.0, True, info={"state": 5}), "state 5, expected text"),
         (Step([], 1.0, True, info={"feedback": FLOOD}), "feedback of more than"),
         (Step([], 1.0, True, info={"decisions": [{"text": "r7", "right": True}]}), "does not contain"),
     ],

@@ -102,10 +102,10 @@ def giving(value):
         (Raises, "environment_error", "RuntimeError: tool broke"),
         (Exits, "environment_error", "SystemExit: 3"),
         (RaisesOnReset, "environment_error", "OSError: no room"),
-        (Hangs, "environment_timeout", f"no answer within {seconds(0.5):g} s"),
+        (Hangs, "environment_timeout", f"no result within {seconds(0.5):g} s"),
         (giving(float("nan")), "invalid_reward", "reward nan"),
         (giving("high"), "invalid_reward", "reward 'high'"),
-        (giving(None), "invalid_reward", "NoneType in place of a Step"),
+        (giving(None), "invalid_reward", "NoneType, expected a Step"),
     ],
 )
 def test_a_misbehaving_environment_costs_one_rollout(environment, status, error):
@@ -272,7 +272,7 @@ def test_an_exception_without_a_text_costs_its_rollout_alone():
             raise Unsayable
 
     rollout = play(Scripted("done"), Bad)
-    assert (rollout.status, rollout.error) == ("environment_error", "Unsayable: (its text cannot be made)")
+    assert (rollout.status, rollout.error) == ("environment_error", "Unsayable: (its text cannot be read)")
 
 
 def test_a_task_that_an_environment_changes_stays_what_it_was():

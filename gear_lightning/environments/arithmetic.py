@@ -1,15 +1,16 @@
-"""Arithmetic on text: a parser of bounded cost over exact rationals. Nothing is ever handed to Python's parser."""
+"""Evaluates arithmetic expressions in text: a parser over exact rationals with bounded cost. It never calls Python's
+parser."""
 
 import re
 from fractions import Fraction
 
 MAX_LENGTH = 500  # characters of an expression
 MAX_DEPTH = 32  # nested parentheses and stacked exponents
-MAX_DIGITS = 40  # digits of a number before its point, and after it; in and out
+MAX_DIGITS = 40  # digits of a number before its point, and after it; for input and result
 MAX_EXPONENT = 256
 MAX_BITS = 4096  # numerator and denominator of every intermediate value
 EXACT_PLACES = 12  # decimal places up to which a terminating decimal is written in full
-SHOWN_PLACES = 6  # significant decimals of any other
+SHOWN_PLACES = 6  # significant decimals of all other numbers
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
@@ -19,24 +20,24 @@ _SPELLINGS = {"×": "*", "·": "*", "x": "*", "X": "*", "÷": "/", "−": "-", "
 
 
 class CalculatorError(ValueError):
-    """An expression that has no value here; the message is short enough to show to the agent."""
+    """An expression cannot be evaluated. The message is short enough to show to the agent."""
 
 
 def calculate(expression: str) -> str:
-    """Value of an arithmetic expression.
+    """Return the value of an arithmetic expression.
 
-    Knows ``+ - * / // % **`` with Python's precedence, parentheses, signs, decimals, thousands commas, ``x × · ÷ ^``,
-    and percent: a ``%`` that no number or parenthesis follows divides by 100, so ``20% * 50`` is 10 and ``7 % 4`` is 3.
-    Arithmetic is exact; only the result is rounded (see `format_number`).
+    Supports ``+ - * / // % **`` with Python's precedence, parentheses, signs, decimals, thousands commas,
+    ``x × · ÷ ^``, and percent: a ``%`` that no number or parenthesis follows divides by 100, so ``20% * 50`` is 10 and
+    ``7 % 4`` is 3. Arithmetic is exact; only the result is rounded (see `format_number`).
 
     Args:
         expression: at most 500 characters.
 
     Returns:
-        The value in decimal notation, which is itself an expression.
+        The value in decimal notation, which is itself a valid expression.
 
     Raises:
-        CalculatorError: not an expression, no value (division by zero), or beyond a bound of this module.
+        CalculatorError: the text is not an expression, divides by zero, or exceeds a limit of this module.
     """
     if not isinstance(expression, str):
         raise CalculatorError("the expression must be text")
@@ -46,13 +47,13 @@ def calculate(expression: str) -> str:
 
 
 def format_number(value: Fraction) -> str:
-    """A rational number in decimal notation.
+    """Return a rational number in decimal notation.
 
     Integers have no decimal point, decimals of up to 12 places are exact, all others are rounded to 6 places (to 6
     significant decimals below 1).
 
     Raises:
-        CalculatorError: 10^40 and above, or nearer to zero than 10^-12 without being zero.
+        CalculatorError: the absolute value is at least 10^40, or below 10^-12 and not zero.
     """
     if abs(value) >= 10**MAX_DIGITS:
         raise CalculatorError(f"the result has more than {MAX_DIGITS} digits")
@@ -65,7 +66,7 @@ def format_number(value: Fraction) -> str:
         while abs(value) * 10 ** (places - SHOWN_PLACES + 1) < 1:
             places += 1
     whole, rest = divmod(abs(round(value * 10**places)), 10**places)
-    if whole >= 10**MAX_DIGITS:  # rounded up to it
+    if whole >= 10**MAX_DIGITS:  # rounding can reach the limit
         raise CalculatorError(f"the result has more than {MAX_DIGITS} digits")
     decimals = f"{rest:0{places}d}".rstrip("0")
     return "-" * (value < 0) + str(whole) + ("." + decimals if decimals else "")
@@ -83,13 +84,13 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
     if not base and exponent < 0:
         raise CalculatorError("division by zero")
     bits = max(base.numerator.bit_length(), base.denominator.bit_length()) - 1
-    if bits * abs(exponent.numerator) > MAX_BITS:  # looked at beforehand: the power itself is what would be slow
+    if bits * abs(exponent.numerator) > MAX_BITS:  # checked first, because computing the power would be slow
         raise CalculatorError("the numbers become too large")
     return base**exponent.numerator
 
 
 class _Parser:
-    """Recursive descent, one method per level of precedence. Depth and size are bounded before any work is done."""
+    """Recursive-descent parser, one method per precedence level. Depth and size are checked before any computation."""
 
     def __init__(self, text: str):
         self.tokens = self._split(text)

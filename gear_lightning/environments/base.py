@@ -1,4 +1,4 @@
-"""The contract between tasks, environments and the agent loop. It deals in messages, never in token ids."""
+"""Base classes of tasks and environments, as the agent loop uses them. They handle messages, never token ids."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,19 +9,19 @@ Message = dict[str, Any]
 
 
 class RewardError(RuntimeError):
-    """A rollout that cannot be scored. It is left out of learning; the message is recorded."""
+    """A rollout cannot be scored. It is excluded from learning, and the message is recorded."""
 
 
 class EnvironmentFailure(RuntimeError):
-    """A failure of an environment, told in full by its text."""
+    """An environment failed. The text describes the failure completely."""
 
 
 class TransientError(EnvironmentFailure):
-    """A failure that may pass: an `OSError`, such as a refused connection."""
+    """A failure that a retry may fix: an `OSError`, such as a refused connection."""
 
 
 class FloodError(EnvironmentFailure):
-    """An environment said more than the rollout's budget of ``output_bytes`` holds."""
+    """An environment returned more text than the rollout's budget ``output_bytes`` allows."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Task:
     Attributes:
         id: unique within its source; appears in records, metrics and error messages.
         messages: what the policy sees, as chat messages (``role``, ``content``).
-        tools: JSON schemas of the tools, as chat templates take them.
+        tools: JSON schemas of the tools, in the format of chat templates.
         reference: the privileged ground truth (an answer, a worked solution, or reference messages). Only the teacher's
             prompt builder reads it; it never reaches the policy.
-        meta: whatever the environment needs to play and score the task.
+        meta: further data that the environment needs to run and score the task.
     """
 
     id: str
@@ -45,44 +45,45 @@ class Task:
 
 
 class TaskSource(ABC):
-    """Tasks by index: the same index always gives the same task, on every rank and after every resume."""
+    """Tasks by index. The same index always returns the same task, on every rank and after every resume."""
 
     @property
     @abstractmethod
     def size(self) -> int | None:
-        """Number of distinct tasks; None where the source generates tasks without end."""
+        """Number of distinct tasks; None if the source generates tasks endlessly."""
 
     @abstractmethod
     def __getitem__(self, index: int) -> Task:
-        """The task at ``index`` (0-based; below ``size`` where there is one)."""
+        """Return the task at ``index`` (0-based; below ``size`` if that is not None)."""
 
     @property
     def fingerprint(self) -> str | None:
-        """A text that differs where any of the tasks does, so that a check of them can be remembered; None: unknown."""
+        """A text that changes whenever any of the tasks changes. It is the key under which a passed check of the tasks
+        is cached. None: unknown."""
         return None
 
     def longest(self, count: int) -> Sequence[int]:
-        """Indices of the tasks whose prompts are likely to be the longest, at most ``count``; empty: unknown."""
+        """Return the indices of at most ``count`` tasks that probably have the longest prompts; empty if unknown."""
         return ()
 
 
 @dataclass
 class Step:
-    """What an environment answers to one assistant message.
+    """An environment's answer to one assistant message.
 
     Attributes:
-        messages: what the policy sees next (tool results, a user turn). May be empty when ``done``; what the policy
-            will not see, because this was its last turn, costs nothing where it cannot be used.
+        messages: what the policy sees next (tool results, a user turn). May be empty when ``done``. If this was the
+            policy's last turn, invalid messages do not fail the rollout, because the policy does not see them.
         reward: added to the rollout's reward. Must be a finite number.
         done: the episode is over.
-        truncated: the episode was cut short by the environment's own budget.
-        info: ``success`` (bool) overrides the success rule of the evaluation; ``reward_parts`` (name -> float) is
-            recorded; ``state`` (str) names the state that the episode is in now (default: what the messages say), for
-            advantages that compare what was done in equal states; ``feedback`` (str) is what a teacher may be shown of
-            how the rollout went (an error message, say), the last one counts; ``decisions`` is a list of
-            ``{"text": str, "right": bool, "occurrence": int}``: what was decided in the assistant message, for credit
-            that knows the truth, by the text of it and which of its occurrences there is meant (0 the first, -1 the
-            last and the default). Anything else is ignored.
+        truncated: the environment's own budget cut the episode short.
+        info: ``success`` (bool) overrides the success rule of the evaluation. ``reward_parts`` (name -> float) is
+            recorded. ``state`` (str) names the current state of the episode (default: the text of the messages), for
+            advantages that compare turns that began in equal states. ``feedback`` (str) describes how the rollout went
+            (for example an error message) and may be shown to a teacher; the last one counts. ``decisions`` is a list
+            of ``{"text": str, "right": bool, "occurrence": int}``: the decisions in the assistant message, for credit
+            rules that use the ground truth. ``text`` is the text of the decision, and ``occurrence`` is the index of
+            the occurrence that is meant (0 is the first, -1 the last and the default). Other keys are ignored.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -93,25 +94,25 @@ class Step:
 
 
 class Environment(ABC):
-    """One episode of one task. Single use: the agent loop makes one instance per rollout.
+    """One episode of one task. Single use: the agent loop creates one instance per rollout.
 
-    ``step`` receives the parsed assistant message: ``content`` (str) and, where the policy called tools, ``tool_calls``
-    as a list of ``{"type": "function", "function": {"name": str, "arguments": dict}}``. ``content`` is empty where the
-    policy said nothing: score that as any other answer. Whatever ``reset`` or ``step`` raises ends that rollout alone;
-    it is counted, recorded and left out of the group's advantages. What ``close`` raises is counted and recorded.
-    Methods are plain functions: ``async`` ones are refused before training.
+    ``step`` receives the parsed assistant message: ``content`` (str) and, if the policy called tools, ``tool_calls`` as
+    a list of ``{"type": "function", "function": {"name": str, "arguments": dict}}``. ``content`` is empty if the policy
+    wrote nothing; score that like any other answer. An exception in ``reset`` or ``step`` ends only that rollout; it is
+    counted, recorded and excluded from the group's advantages. An exception in ``close`` is counted and recorded.
+    Methods must be plain functions: ``async`` ones are rejected before training.
 
     Attributes:
-        tells_decisions: whether its steps say which decisions were right (``Step.info``).
+        tells_decisions: whether its steps report which decisions were right (``Step.info``).
     """
 
     tells_decisions: bool = False
 
     def check(self, task: Task) -> None:
-        """Look at a task before any training, on an instance that plays none.
+        """Check a task before training, on an instance that runs no episode.
 
         Raises:
-            UserError: the task cannot be played or scored; names it.
+            UserError: the task cannot be run or scored; names the task.
         """
         return None
 
@@ -119,21 +120,21 @@ class Environment(ABC):
         """Start the episode.
 
         Args:
-            task: the task to play.
+            task: the task to run.
             seed: for the environment's own randomness.
 
         Returns:
-            Extra opening messages, appended to ``task.messages``.
+            Extra opening messages, which the agent loop appends to ``task.messages``.
         """
         self.task = task
         return []
 
     @abstractmethod
     def step(self, message: Message) -> Step:
-        """Answer one assistant message."""
+        """Return the environment's answer to one assistant message."""
 
     def close(self) -> None:
-        """Release what the episode holds. Called once, also after failures."""
+        """Release the resources of the episode. Called once, also after failures."""
         return None
 
 
@@ -143,9 +144,9 @@ class Demonstration:
 
     Attributes:
         task: its opening messages are the prompt.
-        messages: what follows the prompt: assistant messages, tool results, ...
-        privileged: show the prompt with the task's reference in it, as the teacher will see it.
-        unlearned: indices into ``messages`` of assistant messages that are context only (a staged error, say).
+        messages: the messages after the prompt: assistant messages, tool results, ...
+        privileged: use the prompt with the task's reference in it, as the teacher sees it.
+        unlearned: indices into ``messages`` of assistant messages that are only context (for example a staged error).
     """
 
     task: Task
@@ -159,20 +160,20 @@ class Demonstrations(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Demonstration:
-        """The demonstration at ``index``; the same index always gives the same one."""
+        """Return the demonstration at ``index``; the same index always returns the same one."""
 
 
 def tool_call(name: str, arguments: dict[str, Any], content: str = "") -> Message:
-    """An assistant message that calls one tool."""
+    """Return an assistant message that calls one tool."""
     call = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return {"role": "assistant", "content": content, "tool_calls": [call]}
 
 
 def calls(message: Message) -> list[tuple[str, dict[str, Any]]]:
-    """The tool calls of an assistant message as (name, arguments) pairs; empty where there are none."""
+    """Return the tool calls of an assistant message as (name, arguments) pairs; empty if there are none."""
     return [(c["function"]["name"], c["function"]["arguments"]) for c in message.get("tool_calls") or []]
 
 
 def tool_result(name: str, content: str) -> Message:
-    """The message that answers a call of the tool ``name``."""
+    """Return the message that answers a call of the tool ``name``."""
     return {"role": "tool", "name": name, "content": content}

@@ -1,4 +1,4 @@
-"""A calculator as a tool. Expressions are parsed here and never reach Python's own evaluation."""
+"""A calculator tool. Expressions are parsed by `arithmetic` and never reach Python's ``eval``."""
 
 from typing import Any
 
@@ -20,9 +20,9 @@ CALCULATOR = {
 
 
 class Calculator(ToolEnvironment):
-    """Answers calls of ``calculator(expression)``; the first message without a call is the final answer.
+    """Answers calls of ``calculator(expression)``. The first message without a call is the final answer.
 
-    Takes the arguments of `ToolEnvironment`. A task uses it by listing `CALCULATOR` among its tools.
+    Takes the arguments of `ToolEnvironment`. A task enables the calculator by listing `CALCULATOR` in its tools.
     """
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Looks at what environments answer, so that nonsense costs one rollout and is told where it arose."""
+"""Checks of environments' return values. An invalid value fails only its rollout, and the error names its source."""
 
 import functools
 import inspect
@@ -12,80 +12,84 @@ from ..errors import UserError
 from .base import EnvironmentFailure, FloodError, Message, RewardError, Step
 
 MAX_REWARD = 1e15  # its square, in a variance, must fit into float32
-MAX_PARTS = 10_000  # bytes of the names of a reward's parts
-MAX_ERROR = 2000  # characters of an error's text that are kept
+MAX_PARTS = 10_000  # bytes of the names of all parts of a reward
+MAX_ERROR = 2000  # characters of an error message that are kept
 
 
 def refuse_async(function: Any, what: str) -> None:
-    """Refuse a function whose result is not what it returns: nothing here awaits or iterates over it.
+    """Reject an ``async`` function or a generator function: the caller neither awaits nor iterates over the result.
 
     Args:
         function: a function, a method, a partial of one, or an object with ``__call__``.
-        what: what it is for, for the error.
+        what: a description of the function, for the error message.
 
     Raises:
-        UserError: it is ``async``, or yields.
+        UserError: the function is ``async``, or yields.
     """
     while isinstance(function, functools.partial):
         function = function.func
     call = function if inspect.isroutine(function) else type(function).__call__
     if inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call):
         raise UserError(
-            f"{what} is async, and nothing awaits it: make it a plain function (asyncio.run in it runs async code)"
+            f"{what} is async, which is not supported; make it a plain function, which can run async code with "
+            "asyncio.run"
         )
     if inspect.isgeneratorfunction(call):
-        raise UserError(f"{what} yields, and nothing iterates over it: make it return its result")
+        raise UserError(f"{what} is a generator function, which is not supported; make it return its result")
 
 
 def refuse_async_methods(environment: Any) -> None:
-    """Refuse an environment with a method that is ``async`` or yields.
+    """Reject an environment with a method that is ``async`` or yields.
 
     Raises:
         UserError: names the method.
     """
     if inspect.iscoroutine(environment):
         environment.close()
-        raise UserError("generation.environment is an async function; give a class, or a plain function that makes one")
+        raise UserError(
+            "generation.environment is an async function; use a class, or a plain function that returns an environment"
+        )
     for name in ("check", "reset", "step", "close", "call"):
         if (method := getattr(environment, name, None)) is not None:
             refuse_async(method, f"{type(environment).__name__}.{name}")
 
 
 def checked_messages(messages: Any, what: str, room: int) -> list[Message]:
-    """Messages of an environment as plain data that can be shown, recorded and kept.
+    """Return an environment's messages as plain JSON data, which can be shown, recorded and checkpointed.
 
     Args:
-        messages: what the environment gave.
-        what: the method that gave it.
-        room: bytes that they may have (`text_bytes`).
+        messages: what the environment returned.
+        what: the method that returned them.
+        room: largest allowed size in bytes (`text_bytes`).
 
     Raises:
         TypeError: not a list of messages with a role and text.
-        ValueError: holds what JSON has no word for.
-        FloodError: more than ``room``.
+        ValueError: a value that JSON cannot represent.
+        FloodError: larger than ``room``.
     """
     if not isinstance(messages, list):
-        raise TypeError(f"{what} gave {type(messages).__name__} in place of a list of messages")
-    if text_bytes(messages, room) > room:  # before anything is made of it
-        raise FloodError(f"{what} gave more than {room:,} bytes of text, all that is left to it")
+        raise TypeError(f"{what} returned {type(messages).__name__}, expected a list of messages")
+    if text_bytes(messages, room) > room:  # before anything is copied
+        raise FloodError(f"{what} returned more than {room:,} bytes of text, the remaining limit")
     for message in messages:
         plain = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not plain or not isinstance(message.get("content") or "", str):
-            raise TypeError(f"{what} gave {as_text(message)} in place of a message with role and content")
+            raise TypeError(f"{what} returned {as_text(message)}, expected a message with role and content")
     return json.loads(json.dumps(messages, allow_nan=False))
 
 
 def text_bytes(value: Any, room: int) -> int:
-    """Bytes of all text in messages, as UTF-8, and one for anything else; stops counting above ``room``.
+    """Return the size of messages in bytes: all text as UTF-8, and one byte for every other value. Stop counting above
+    ``room``.
 
-    Nothing large is copied. What holds itself is counted once, and left to whoever writes it as JSON.
+    Nothing large is copied. A value that contains itself is counted once; writing it as JSON raises later.
     """
-    total, inside = -1, set()  # the list of messages itself is none of them
+    total, inside = -1, set()  # the outer list itself is not counted
 
     def count(value: Any) -> None:
         nonlocal total
         if isinstance(value, str):
-            # text without other characters has as many bytes; longer text than fits need not be encoded
+            # ASCII text has one byte per character; text longer than the limit need not be encoded
             plain = value.isascii() or len(value) > room
             total += len(value) if plain else len(value.encode("utf-8", "surrogatepass"))
         elif isinstance(value, dict | list | tuple) and id(value) not in inside:
@@ -104,11 +108,11 @@ def text_bytes(value: Any, room: int) -> int:
 
 @dataclass
 class CheckedStep(Step):
-    """A step as plain data; ``info`` holds ``reward_parts``, ``decisions`` and what else of `Step` was given.
+    """A step as plain data. ``info`` holds ``reward_parts``, ``decisions``, and the other keys of `Step` if given.
 
     Attributes:
-        problem: why something that the step gave beside its score was left out; None: nothing was.
-        broken: how a rollout ends that needs the messages, where it is they that were left out; else None.
+        problem: why a part of the step other than its score was dropped; None if nothing was.
+        broken: status of a rollout that needs the messages, if the messages were dropped; else None.
     """
 
     problem: str | None = None
@@ -116,21 +120,21 @@ class CheckedStep(Step):
 
 
 def checked_step(step: Any, room: int) -> CheckedStep:
-    """A step of an environment as plain data. What it gives beside its score is left out where it cannot be used.
+    """Return an environment's step as plain data. Invalid parts other than the score are dropped.
 
     Args:
-        step: what the environment gave.
-        room: bytes that its messages may have (`text_bytes`).
+        step: what the environment returned.
+        room: largest allowed size of its messages in bytes (`text_bytes`).
 
     Raises:
-        RewardError: not a Step; the reward or a part of it is not a finite number below `MAX_REWARD`.
-        TypeError: ``success`` is not a truth value.
+        RewardError: not a Step, or the reward or a part of it is not a finite number below `MAX_REWARD`.
+        TypeError: ``success`` is not a bool.
         ValueError: ``done`` or ``truncated`` is an array.
     """
     if inspect.isawaitable(step):
-        raise RewardError(f"step gave a {type(step).__name__}: it is async, and nothing awaits it")
+        raise RewardError(f"step returned a {type(step).__name__}: it is async, which is not supported")
     if not isinstance(step, Step):
-        raise RewardError(f"step gave {type(step).__name__} in place of a Step")
+        raise RewardError(f"step returned {type(step).__name__}, expected a Step")
     info = step.info if isinstance(step.info, dict) else {}
     parts = info.get("reward_parts") or {}
     try:
@@ -138,13 +142,15 @@ def checked_step(step: Any, room: int) -> CheckedStep:
             raise ValueError("too many parts")
         reward, parts = _number(step.reward), {str(name): _number(value) for name, value in parts.items()}
     except Exception as error:
-        raise RewardError(f"the environment gave reward {as_text(step.reward)}, parts {as_text(parts)}") from error
+        raise RewardError(
+            f"step returned an invalid reward: reward {as_text(step.reward)}, parts {as_text(parts)}"
+        ) from error
     if not isinstance(found := info.get("success", False), bool | np.bool_):
-        raise TypeError(f"step gave success {as_text(found)} in place of true or false")
+        raise TypeError(f"step returned success {as_text(found)}, expected true or false")
     told: dict[str, Any] = {"success": bool(found)} if "success" in info else {}
     told |= {"reward_parts": parts, "decisions": []}
     out = CheckedStep([], reward, bool(step.done), bool(step.truncated), told)
-    if isinstance(step, CheckedStep):  # of another process
+    if isinstance(step, CheckedStep):  # already checked in another process
         out.problem, out.broken = step.problem, step.broken
     try:
         out.messages = checked_messages(step.messages, "step", room)
@@ -162,37 +168,37 @@ def checked_step(step: Any, room: int) -> CheckedStep:
 
 def _text(value: Any, name: str, room: int) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"step gave {name} {as_text(value)} in place of text")
+        raise TypeError(f"step returned {name} {as_text(value)}, expected text")
     if text_bytes([value], room) > room:
-        raise FloodError(f"step gave a {name} of more than {room:,} bytes, all that is left to it")
+        raise FloodError(f"step returned a {name} of more than {room:,} bytes, the remaining limit")
     return value
 
 
 def _decisions(value: Any, name: str, room: int) -> list[dict[str, Any]]:
     if not isinstance(value, list) or text_bytes(value, room) > room:
-        raise TypeError(f"step gave {name} {as_text(value)} in place of a list that fits into the budget")
+        raise TypeError(f"step returned {name} {as_text(value)}, expected a list of at most {room:,} bytes")
     for one in value:
         right = isinstance(one, dict) and isinstance(one.get("text"), str) and isinstance(one.get("right"), bool)
         if not right or not one["text"] or type(one.get("occurrence", -1)) is not int:
-            raise TypeError(f"step gave the decision {as_text(one)} in place of a text and whether it is right")
+            raise TypeError(f"step returned the decision {as_text(one)}, expected text (str) and right (bool)")
     return [{"text": one["text"], "right": one["right"], "occurrence": one.get("occurrence", -1)} for one in value]
 
 
 def _number(value: Any) -> float:
     if isinstance(value, str | bytes) or not abs(number := float(value)) < MAX_REWARD:
-        raise ValueError(f"{value!r} is no finite number")
+        raise ValueError(f"{value!r} is not a finite number")
     return number
 
 
 def as_text(value: Any) -> str:
-    """An error's message or a value as written, short; whatever it does when asked."""
+    """Return an error's message or a value's ``repr``, shortened. Never raises."""
     try:
         return str(value)[:MAX_ERROR] if isinstance(value, BaseException) else repr(value)[:80]
     except BaseException:
-        return "(its text cannot be made)"
+        return "(its text cannot be read)"
 
 
 def as_failure(error: BaseException) -> str:
-    """An error's text with its kind before it, where the text does not say all."""
+    """Return an error's text, prefixed with its type unless it is one of this package's errors."""
     text = as_text(error)
     return text if isinstance(error, EnvironmentFailure | RewardError) else f"{type(error).__name__}: {text}"

@@ -1,7 +1,7 @@
-"""Starts a process that is cut off and held to limits. Run as a script, by its path: standard library only, Linux.
+"""Starts an isolated process with resource limits. Runs as a script, by its path: standard library only, Linux only.
 
-Three processes: the trainer, a keeper that runs no foreign code, and the confined one. The keeper ends the confined
-one, and all that descends from it, when the trainer lets go of the line to it or is no more, however it ended.
+There are three processes: the trainer, a keeper that runs no external code, and the confined process. The keeper kills
+the confined process and all its descendants when the trainer closes its socket to the keeper, or exits for any reason.
 """
 
 import ctypes
@@ -15,11 +15,11 @@ import signal
 import sys
 from typing import Any
 
-REFUSED = 97  # exit status: the kernel gives no namespaces
+REFUSED = 97  # exit status: the kernel refuses to create namespaces
 _USER, _PID, _NET = 0x10000000, 0x20000000, 0x40000000  # CLONE_NEW...
 _DEATH_SIGNAL, _NO_NEW_PRIVS, _SECUREBITS = 1, 38, 28  # PR_SET_...
-_NO_ROOT = 0b1111  # securebits: being root gives no capability, and so it stays
-_OTHERS, _MANY = 1_000_000_000, 5000  # user ids that nobody has, each for one process of root's
+_NO_ROOT = 0b1111  # securebits, locked: root gets no capabilities
+_OTHERS, _MANY = 1_000_000_000, 5000  # range of unused user ids, one for each confined process that root starts
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -40,7 +40,7 @@ def _is_real_root() -> bool:
 
 
 def _unshare_user(others: int) -> None:
-    """Move into new namespaces, the user's among them, where this user is the one it was."""
+    """Move into new namespaces, including a user namespace in which the user keeps its id."""
     user, group = os.getuid(), os.getgid()
     if not _is_real_root():
         _system("unshare", _USER | others)
@@ -48,8 +48,8 @@ def _unshare_user(others: int) -> None:
         _write("/proc/self/uid_map", f"{user} {user} 1")
         _write("/proc/self/gid_map", f"{group} {group} 1")
         return
-    # the kernel counts no processes of root's: the confined ones get real user ids of their own, and only a process
-    # that stays outside can allow that
+    # the kernel does not limit the number of root's processes, so each confined process gets a real user id of its own.
+    # Only a process outside the namespace can write the id map that allows this.
     reader, writer = os.pipe()
     outside, me = os.fork(), os.getpid()
     if outside == 0:
@@ -73,13 +73,13 @@ def _unshare_user(others: int) -> None:
 
 
 class Namespaces:
-    """Namespaces of user, processes and network for the children of this process.
+    """User, process and network namespaces for the children of this process.
 
     Args:
-        network: leave the network as it is, and go on without any of this where the kernel refuses.
+        network: keep network access, and continue without namespaces if the kernel refuses them.
 
     Raises:
-        OSError: the kernel refuses, and the network was to be cut off.
+        OSError: the kernel refuses namespaces, and ``network`` is False.
     """
 
     def __init__(self, network: bool):
@@ -94,7 +94,7 @@ class Namespaces:
         self.made = 0
 
     def fork_apart(self) -> int:
-        """Fork a child that is alone in a process namespace within this one: with it, all that descend from it end."""
+        """Fork a child in a nested process namespace of its own: when the child exits, all its descendants exit."""
         self.made += 1
         if not self.given:
             return os.fork()
@@ -103,13 +103,13 @@ class Namespaces:
             _system("unshare", _PID)
             child = os.fork()
         finally:
-            if child:  # the parent's next children are to live in its own again
+            if child:  # the parent's next children must start in the parent's own namespace
                 _system("setns", mine, _PID)
             os.close(mine)
         return child
 
     def confine(self, limits: dict[str, float]) -> None:
-        """Hold this process to limits, for good.
+        """Apply resource limits to this process, permanently.
 
         Args:
             limits: see `gear_lightning.environments.sandbox.Limits`.
@@ -132,7 +132,7 @@ class Namespaces:
             if self.root:
                 os.setresuid(_OTHERS + self.made % _MANY, 0, 0)
             else:
-                _unshare_user(0)  # so that its processes are counted apart from the user's others
+                _unshare_user(0)  # so that its processes are counted separately from the user's other processes
         for limit, value in wanted.items():
             hard = resource.getrlimit(limit)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -142,16 +142,17 @@ class Namespaces:
             _system("prctl", _SECUREBITS, _NO_ROOT, 0, 0, 0)
             header = (ctypes.c_uint32 * 2)(0x20080522, 0)
             _system("capset", header, (ctypes.c_uint32 * 6)())
-        _system("prctl", _DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # last: a change of user takes it back
+        _system("prctl", _DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # last: a change of user id resets it
 
 
 def keep(child: int, line: int, trainer: int) -> int:
-    """Wait for a child, and end it when the trainer hangs up or is no more. Returns its exit status, as a shell's."""
+    """Wait for a child, and kill it when the trainer closes its socket or exits. Return its exit status as a shell
+    does."""
     for notice in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(notice, signal.SIG_IGN)  # the job's signals are the trainer's to answer
+        signal.signal(notice, signal.SIG_IGN)  # the trainer handles the job's signals
     ended, poll = os.pidfd_open(child), select.poll()
     poll.register(ended, select.POLLIN)
-    poll.register(line, 0)  # hang-up alone
+    poll.register(line, 0)  # reports only hang-up
     while not poll.poll(1000) and os.getppid() == trainer:
         pass
     end(child)
@@ -160,39 +161,39 @@ def keep(child: int, line: int, trainer: int) -> int:
 
 
 def end(child: int) -> None:
-    """End a process and its session, as long as it has not been waited for."""
+    """Kill a process and its session. Call it only before the process has been waited for."""
     for kill in (os.killpg, os.kill):
         try:
             kill(child, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # not a leader yet
+        except (ProcessLookupError, PermissionError):  # not a group leader yet
             continue
 
 
 def main() -> None:
     """Run a command, or a Python function with a given ``sys.path``.
 
-    The one argument is JSON: ``trainer`` (its process), ``line`` (a file descriptor), ``network`` (bool), ``limits``,
-    and either ``command``, or ``call`` (a module and a function of the line, the namespaces and the limits) and
-    ``path``.
+    The only argument is JSON: ``trainer`` (process id), ``line`` (file descriptor of the socket), ``network`` (bool),
+    ``limits``, and either ``command``, or ``call`` and ``path``. ``call`` is a module and the name of a function that
+    takes the file descriptor, the namespaces and the limits.
     """
-    told = json.loads(sys.argv[1])
+    options = json.loads(sys.argv[1])
     try:
-        namespaces = Namespaces(told["network"])
+        namespaces = Namespaces(options["network"])
     except OSError as error:
         print(error, file=sys.stderr)
         raise SystemExit(REFUSED) from None
     child = os.fork()
     if child:
-        os._exit(keep(child, told["line"], told["trainer"]))
-    if "command" in told:
-        os.close(told["line"])
-        namespaces.confine(told["limits"])
-        os.execv(told["command"][0], told["command"])
+        os._exit(keep(child, options["line"], options["trainer"]))
+    if "command" in options:
+        os.close(options["line"])
+        namespaces.confine(options["limits"])
+        os.execv(options["command"][0], options["command"])
     _system("prctl", _DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     os.setsid()
-    sys.path[:] = told["path"]
-    module, function = told["call"]
-    getattr(importlib.import_module(module), function)(told["line"], namespaces, told["limits"])
+    sys.path[:] = options["path"]
+    module, function = options["call"]
+    getattr(importlib.import_module(module), function)(options["line"], namespaces, options["limits"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Calls of foreign code with a deadline, on a thread that is given up where the call does not come back."""
+"""Calls of external code with a deadline, on a thread that is abandoned if the call does not return."""
 
 import os
 import queue
@@ -10,20 +10,20 @@ from typing import Any
 from .base import EnvironmentFailure, FloodError, RewardError, TransientError
 from .checks import as_text
 
-FORKED = 70  # exit status of a fork of this process that came back out of a call
-MANY = 64  # calls left behind at which the user hears of it
+FORKED = 70  # exit status of a fork of this process that returned from a call
+MANY = 64  # abandoned calls from which on the user is warned
 
-_left_behind: list[threading.Thread] = []  # threads whose call had not come back when last looked at
-_told = False
+_abandoned: list[threading.Thread] = []  # threads whose call had not returned at the last check
+_warned = False
 
 
 class _Worker:
-    """A thread that runs calls one after another; given up for good when one hangs."""
+    """A thread that runs calls one after another. It is abandoned when a call hangs."""
 
     def __init__(self, folder: str | None) -> None:
         self._calls: queue.SimpleQueue = queue.SimpleQueue()
         self._folder = folder
-        # threads that a call starts inherit the daemon flag: none of them keeps the process from ending
+        # threads that a call starts inherit the daemon flag, so none of them keeps the process from exiting
         self.thread = threading.Thread(target=self._serve, daemon=True, name="environment")
         self.thread.start()
 
@@ -33,16 +33,16 @@ class _Worker:
             function, answer = call
             try:
                 found = function(), None
-            except BaseException as error:  # even SystemExit of a tool is that tool's failure
-                found = None, _told_of(error)
+            except BaseException as error:  # even SystemExit in a tool counts as a failure of the tool
+                found = None, _plain_error(error)
             if os.getpid() != process:
-                os._exit(FORKED)  # the call forked, and this is the child: it must not go on as a second trainer
+                os._exit(FORKED)  # the call forked, and this is the child: it must not continue as a second trainer
             _return_to(self._folder)
             answer.put(found)
-            del call, function, answer, found  # nothing of a call is kept until the next one
+            del call, function, answer, found  # free the call's objects before waiting for the next call
 
     def stop(self) -> None:
-        """End the thread after the calls that it has."""
+        """End the thread after its queued calls."""
         self._calls.put(None)
 
     def start(self, function: Callable[[], Any]) -> "queue.SimpleQueue":
@@ -52,46 +52,47 @@ class _Worker:
 
 
 class DeadlineRunner:
-    """Runs functions with a deadline, on a thread that is replaced when a function does not come back in time."""
+    """Runs functions with a deadline, on a thread that is replaced when a function does not return in time."""
 
     def __init__(self) -> None:
         self._folder = _here()
         self._worker = _Worker(self._folder)
 
     def close(self) -> None:
-        """Let the thread go, and bury the forks of calls."""
+        """Stop the thread, and wait for the exited processes that calls forked."""
         self._worker.stop()
         _reap_forks()
 
     def __call__(self, function: Callable[[], Any], seconds: float) -> Any:
-        """The function's result.
+        """Call the function and return its result.
 
         Raises:
-            TimeoutError: no result in time; the call is left behind on a daemon thread, which ends when it comes back.
+            TimeoutError: no result in time. The call stays on a daemon thread, which ends when the call returns.
             RewardError: the function raised one.
-            EnvironmentFailure: it raised something else, which the text names; a `FloodError` or `TransientError`
-                where it was one, or an `OSError`.
+            EnvironmentFailure: the function raised another exception, which the text names. A `FloodError` or
+                `TransientError` keeps its type, and an `OSError` becomes a `TransientError`.
         """
         answer = self._worker.start(function)
         try:
             result, error = answer.get(timeout=seconds)
         except queue.Empty:
-            _leave(self._worker)
+            _abandon(self._worker)
             _return_to(self._folder)
             self._worker = _Worker(self._folder)
-            raise TimeoutError(f"no answer within {seconds:g} s") from None
+            raise TimeoutError(f"no result within {seconds:g} s") from None
         if error is not None:
             raise error
         return result
 
 
-def _told_of(error: BaseException) -> Exception:
-    """An error without its traceback, whose frames hold what the call held, and with a text that is short and made."""
+def _plain_error(error: BaseException) -> Exception:
+    """Return an error with the same meaning and a short text, without the traceback, whose frames keep the call's
+    objects alive."""
     text, kind = as_text(error), type(error).__name__
     for known in (FloodError, TransientError, EnvironmentFailure, RewardError):
         if isinstance(error, known):
             return known(text)
-    if isinstance(error, OSError):  # its kind decides whether another try helps
+    if isinstance(error, OSError):  # its type decides whether the call is retried
         return TimeoutError(text) if isinstance(error, TimeoutError) else TransientError(f"{kind}: {text}")
     return EnvironmentFailure(f"{kind}: {text}")
 
@@ -99,39 +100,39 @@ def _told_of(error: BaseException) -> Exception:
 def _here() -> str | None:
     try:
         return os.getcwd()
-    except OSError:  # it was removed
+    except OSError:  # the directory was removed
         return None
 
 
 def _return_to(folder: str | None) -> None:
-    """Undo a change of the working directory, for the run's paths may be relative."""
+    """Undo a change of the working directory, because the run's paths may be relative."""
     if folder is not None and _here() != folder and os.path.isdir(folder):
         os.chdir(folder)
 
 
-def _leave(worker: _Worker) -> None:
-    """Give a worker up; tell the user, once, where there are many such."""
-    global _told
+def _abandon(worker: _Worker) -> None:
+    """Abandon a worker. Warn once when there are many abandoned workers."""
+    global _warned
     worker.stop()
-    _left_behind[:] = [thread for thread in _left_behind if thread.is_alive()]
-    _left_behind.append(worker.thread)
-    if len(_left_behind) >= MANY and not _told:
-        _told = True
+    _abandoned[:] = [thread for thread in _abandoned if thread.is_alive()]
+    _abandoned.append(worker.thread)
+    if len(_abandoned) >= MANY and not _warned:
+        _warned = True
         warnings.warn(
-            f"{len(_left_behind)} calls of environments, tools or rewards have not come back, and each keeps a thread: "
-            "play the environment in a process of its own, which can be ended "
+            f"{len(_abandoned)} calls of environments, tools or rewards have not returned, and each keeps a thread: "
+            "run the environment in a separate process, which can be killed "
             "(generation.environment: gear_lightning.environments.sandbox.Isolated)",
             stacklevel=2,
         )
 
 
 def _reap_forks() -> None:
-    """Take the exit status of dead children with `FORKED`; no other's, for whoever started those waits for them."""
+    """Wait for exited children with status `FORKED`. Other children are waited for by the code that started them."""
     threads = f"/proc/{os.getpid()}/task"
     try:
         children = [pid for thread in os.listdir(threads) for pid in _read(f"{threads}/{thread}/children").split()]
     except OSError:
-        return  # not Linux: they are buried with this process
+        return  # not Linux: the children stay zombies until this process exits
     for pid in map(int, children):
         try:
             dead = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -145,5 +146,5 @@ def _read(path: str) -> str:
     try:
         with open(path) as file:
             return file.read()
-    except OSError:  # the thread has ended, or the kernel does not tell
+    except OSError:  # the thread has ended, or the kernel does not provide this file
         return ""

@@ -1,4 +1,4 @@
-"""Which tokens of a turn hold the decisions that an environment judged."""
+"""Finds the tokens of a turn that belong to the decisions an environment judged."""
 
 import itertools
 import re
@@ -6,27 +6,30 @@ from typing import Any
 
 
 def decision_marks(pieces: list[str], decisions: list[dict[str, Any]]) -> list[int]:
-    """1 on the tokens of right decisions, -1 on those of wrong ones, 0 elsewhere.
+    """Return a mark for each token: 1 in right decisions, -1 in wrong ones, 0 elsewhere.
 
     Args:
         pieces: text of each token of the turn.
-        decisions: as `base.Step` says.
+        decisions: as described in `base.Step`.
 
     Raises:
-        ValueError: the turn does not contain one of them, so that the others are in doubt too.
+        ValueError: the turn does not contain one of the decisions, so the others may be wrong too.
     """
     marks = [0] * len(pieces)
     for decision in decisions:
         where = find(pieces, decision["text"], decision["occurrence"])
         if not where:
-            raise ValueError(f"step gave the decision {decision['text']!r}, which the turn does not contain")
+            raise ValueError(f"step returned the decision {decision['text']!r}, which the turn does not contain")
         for place in where:
             marks[place] = 1 if decision["right"] else -1
     return marks
 
 
 def find(pieces: list[str], text: str, occurrence: int) -> list[int]:
-    """Places of the pieces that hold one occurrence of a text: whole pieces, or a part of all of them; none without."""
+    """Return the indices of the pieces that contain one occurrence of a text; empty if there is no such occurrence.
+
+    Pieces that equal the text are preferred. Only if there are none, the concatenated pieces are searched.
+    """
     spans = [[place] for place, piece in enumerate(pieces) if piece.strip() == text]
     if not spans:
         starts = [0, *itertools.accumulate(map(len, pieces))]

@@ -10,14 +10,14 @@ from .base import Task
 from .checks import refuse_async
 from .tools import ToolEnvironment, ToolError, unknown_tool
 
-MAX_RESULT = 10_000  # characters of a tool's answer that the policy sees
+MAX_RESULT = 10_000  # characters of a tool's result that the policy sees
 
 
 def tool_schemas(tools: Sequence[str]) -> list[dict[str, Any]]:
-    """JSON schemas of functions given by import path, made from their signatures and Google-style docstrings.
+    """Return JSON schemas of functions given by import path, from their signatures and Google-style docstrings.
 
     Raises:
-        UserError: a function that cannot be imported, or whose docstring or type hints do not describe its arguments.
+        UserError: a function cannot be imported, or its docstring or type hints do not describe its arguments.
     """
     from transformers.utils.chat_template_utils import get_json_schema
 
@@ -35,11 +35,11 @@ def tool_schemas(tools: Sequence[str]) -> list[dict[str, Any]]:
 
 
 class FunctionTools(ToolEnvironment):
-    """Answers calls with Python functions of your own; the first message without a call is the final answer.
+    """Answers calls with user-defined Python functions. The first message without a call is the final answer.
 
-    A function gets the call's arguments by name and returns text, or anything that ``str`` makes text of. It raises
-    `gear_lightning.environments.tools.ToolError` for a mistake that the agent can mend; any other exception ends the
-    rollout. List the functions in the tasks' ``tools`` too (`JsonlTasks`), so that the policy knows them.
+    A function receives the call's arguments by name and returns text, or a value that ``str`` converts to text. It
+    raises `gear_lightning.environments.tools.ToolError` for a mistake that the agent can correct; any other exception
+    ends the rollout. List the functions also in the tasks' ``tools`` (`JsonlTasks`), so that the prompt describes them.
 
     Args:
         tools: import paths of the functions.
@@ -63,7 +63,7 @@ class FunctionTools(ToolEnvironment):
         for tool in task.tools:
             if (name := tool["function"]["name"]) not in self.functions:
                 known = ", ".join(self.functions) or "none"
-                raise UserError(f"task {task.id} lists the tool {name!r}, and FunctionTools has {known}")
+                raise UserError(f"task {task.id} lists the tool {name!r}, but FunctionTools provides only: {known}")
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
         function = self.functions.get(name)
@@ -75,5 +75,5 @@ class FunctionTools(ToolEnvironment):
             raise ToolError(f"{name}: {error}") from None
         result = function(**arguments)
         if isinstance(result, Awaitable | AsyncIterable | Iterator):
-            raise TypeError(f"the tool {name!r} gave a {type(result).__name__}, and nothing awaits or iterates over it")
+            raise TypeError(f"the tool {name!r} returned a {type(result).__name__}, which is not supported")
         return str(result)[:MAX_RESULT]

@@ -1,6 +1,6 @@
 """GSM8K (Cobbe et al. 2021, arXiv 2110.14168) as a tool task: word problems with a calculator.
 
-The package holds a sample of the data set under its MIT licence; ``path`` takes the full files.
+The package contains a sample of the data set under its MIT license; use ``path`` for the full files.
 """
 
 import random
@@ -29,10 +29,10 @@ Problem = tuple[str, str, str]  # id, question, worked solution
 
 
 def load(path: str | None, split: str, min_marks: int, max_marks: int | None) -> IndexedLines:
-    """The problems of a GSM8K file with so many calculator marks each; `problem` reads one.
+    """Return the problems of a GSM8K file whose number of calculator marks is within the limits. `problem` reads one.
 
     Raises:
-        UserError: a file or line that cannot be read, or none that fits.
+        UserError: the file or a line cannot be read, or no problem is within the limits.
     """
     source = path or str(files("gear_lightning").joinpath(f"environments/assets/gsm8k/{split}.jsonl"))
 
@@ -52,15 +52,15 @@ def _problem(split: str, number: int, line: dict[str, Any], where: str) -> Probl
     question, answer = line.get("question"), line.get("answer")
     solution, _, final = answer.rpartition("####") if isinstance(answer, str) else ("", "", "")
     if not (isinstance(question, str) and isinstance(answer, str) and solution and last_number(final) is not None):
-        raise UserError(f"{where}: expected question and answer, with #### before the final number")
+        raise UserError(f"{where}: expected the keys question and answer, with #### before the final number")
     return f"gsm8k-{split}-{line.get('number', number)}", question, answer
 
 
 def problem(found: IndexedLines, index: int, split: str) -> Problem:
-    """One problem of a file.
+    """Return one problem of a file.
 
     Raises:
-        UserError: the file was changed since it was indexed.
+        UserError: the file was changed after it was indexed.
     """
     number, line = found[index]
     return _problem(split, number, line, f"{found.path}:{number}")
@@ -74,15 +74,15 @@ def _task(name: str, question: str, answer: str, instruction: str, calculator: b
 
 @dataclass(frozen=True)
 class GSM8KTasks(TaskSource):
-    """Problems of GSM8K; the worked solution is the reference.
+    """Problems of GSM8K. The worked solution is the reference.
 
     Args:
         path: a .jsonl or .jsonl.gz file in the data set's own format. Null: the sample in the package (64 training and
-            16 test problems of one or two calculator marks).
-        split: which sample, where there is no path; part of the tasks' ids.
-        min_marks: fewest calculator marks in the worked solution.
-        max_marks: most calculator marks. Null: any number.
-        calculator: list the calculator among the task's tools; use `Calculator` as the environment.
+            16 test problems with one or two calculator marks).
+        split: which sample to use if ``path`` is null; also part of the tasks' ids.
+        min_marks: minimum number of calculator marks in the worked solution.
+        max_marks: maximum number of calculator marks. Null: no maximum.
+        calculator: list the calculator in the task's tools; requires `Calculator` as the environment.
         instruction: the system message.
     """
 
@@ -116,10 +116,10 @@ class GSM8KTasks(TaskSource):
 
 
 def transcript(answer: str) -> list[Message] | None:
-    """A worked solution as the conversation of an agent that calls the calculator at every mark.
+    """Return a worked solution as the conversation of an agent that calls the calculator at every mark.
 
     Returns:
-        None where the calculator does not give what a mark says.
+        The messages; None if the calculator's result differs from the value in a mark.
     """
     messages: list[Message] = []
     place = 0
@@ -140,15 +140,15 @@ def transcript(answer: str) -> list[Message] | None:
 
 @dataclass(frozen=True)
 class GSM8KDemonstrations(Demonstrations):
-    """Worked solutions with their calculator marks played out as tool calls, in a seeded endless order.
+    """Worked solutions with their calculator marks as tool calls, in a seeded endless order.
 
     Args:
         path: as in `GSM8KTasks`; training problems.
-        min_marks: fewest calculator marks.
-        max_marks: most calculator marks. Null: any number.
-        privileged_fraction: share of demonstrations that see the reference, as the teacher will.
-        instruction: the system message; the tasks' own.
-        seed: of the order.
+        min_marks: minimum number of calculator marks.
+        max_marks: maximum number of calculator marks. Null: no maximum.
+        privileged_fraction: fraction of demonstrations with the reference in the prompt, as the teacher sees it.
+        instruction: the system message; use the same as for the tasks.
+        seed: seed of the order.
     """
 
     path: str | None = None
@@ -160,11 +160,11 @@ class GSM8KDemonstrations(Demonstrations):
 
     def __post_init__(self):
         if not 0 <= self.privileged_fraction <= 1:
-            raise UserError(f"privileged_fraction={self.privileged_fraction} must lie in [0, 1]")
+            raise UserError(f"privileged_fraction={self.privileged_fraction}: must be in [0, 1]")
         problems = load(self.path, "train", self.min_marks, self.max_marks)
         usable = [i for i in range(len(problems)) if transcript(problem(problems, i, "train")[2]) is not None]
         if not usable:
-            raise UserError("none of these problems has calculator marks that the calculator agrees with")
+            raise UserError("no problem has calculator marks whose values the calculator reproduces")
         object.__setattr__(self, "_problems", problems)
         object.__setattr__(self, "_usable", usable)
 

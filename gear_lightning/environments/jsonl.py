@@ -1,4 +1,4 @@
-"""Tasks from a file of JSON lines."""
+"""Tasks from a JSON Lines file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,7 +18,7 @@ _OWN = {"prompt", "messages", "id", "tools", "reference"}  # keys that become fi
 
 
 def _expect(right: Any, where: str, found: str | tuple[str, Any], expected: str) -> None:
-    """Raise unless ``right``. ``found``: what there is instead, or a name and its value."""
+    """Raise `UserError` unless ``right`` is true. ``found``: a description of the input, or a name and its value."""
     if not right:
         text = found if isinstance(found, str) else f"{found[0]} = {kind_of(found[1])}"
         raise UserError(f"{where}: found {text}, expected {expected}")
@@ -32,7 +32,7 @@ def _check_messages(messages: Any, where: str, name: str) -> list[Message]:
         role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
         _expect(role in ROLES, where, (f"{at}.role", role), f"one of {', '.join(ROLES)}")
         if calls is not None:
-            _expect(role == "assistant", where, f"{at}.tool_calls in a {role} message", "them in an assistant message")
+            _expect(role == "assistant", where, f"{at}.tool_calls in a {role} message", "an assistant message")
             _check_calls(calls, where, f"{at}.tool_calls")
         text = isinstance(content, str) or (content is None and bool(calls))
         _expect(text, where, (f"{at}.content", content), "text")
@@ -56,24 +56,24 @@ def _check_tools(tools: Any, where: str) -> list[dict[str, Any]]:
         right = isinstance(function, dict) and isinstance(function.get("name"), str)
         right = right and isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict)
         shape = '{"type": "function", "function": {"name": text, "parameters": {"properties": object}}}'
-        _expect(right, where, f"a tool that is {kind_of(tool)}", shape)
+        _expect(right, where, f"{kind_of(tool)} as a tool", shape)
     return tools
 
 
-_resolved = cache(resolve_reward)  # a file has many lines and few rewards
+_resolved = cache(resolve_reward)  # a file has many lines but few different rewards
 
 
 def parse_task(line: dict[str, Any], where: str, default_id: str, rewards: Sequence[str] = ()) -> Task:
-    """One line as a task.
+    """Return one line as a task.
 
     Args:
         line: see `JsonlTasks`.
         where: ``file:line``, for errors.
-        default_id: the id of a task that names none.
+        default_id: id of the task if the line has no ``id``.
         rewards: import paths that the line may name as its reward.
 
     Raises:
-        UserError: says what was found and what was expected.
+        UserError: the line is invalid; the message states what was found and what was expected.
     """
     both = [key for key in ("prompt", "messages") if key in line]
     found = "both prompt and messages" if both else f"keys {', '.join(line) or 'none'}"
@@ -102,7 +102,7 @@ def parse_task(line: dict[str, Any], where: str, default_id: str, rewards: Seque
         reward = line["reward"]
         _expect(isinstance(reward, str) and reward, where, ("reward", reward), "a name or an import path")
         known = reward in BUILT_IN or reward in rewards or "." not in reward
-        _expect(known, where, ("reward", reward), "a built-in one or one that the recipe lists under rewards")
+        _expect(known, where, ("reward", reward), "a built-in reward or one that the config lists under rewards")
         try:
             _resolved(reward)
         except UserError as error:
@@ -114,18 +114,18 @@ def parse_task(line: dict[str, Any], where: str, default_id: str, rewards: Seque
 
 @dataclass(frozen=True)
 class JsonlTasks(TaskSource):
-    """Tasks from a .jsonl or .jsonl.gz file, one JSON object a line.
+    """Tasks from a .jsonl or .jsonl.gz file with one JSON object per line.
 
     A line has ``prompt`` (text) or ``messages`` (chat messages), and may have ``id`` (default: file name and line
     number), ``tools`` (JSON schemas), ``reference`` (text or messages; only the teacher sees it), ``answer`` (for the
     built-in rewards) and ``reward`` (a built-in one, or one of ``rewards``). All other keys go to the task's ``meta``.
-    The whole file is checked before training; a large one once, for its index is kept in the cache. Lines are read when
-    they are used. A file is data: no line of it has anything imported.
+    The whole file is checked before training. The index of a large file is cached, so it is checked only once. Lines
+    are read when they are used. A line cannot import code: it can only name the rewards in ``rewards``.
 
     Args:
         path: the file.
-        limit: use the first so many tasks. Null: all.
-        reward: of the tasks that name none; a built-in reward or an import path. Null: the environment's.
+        limit: number of tasks to use, from the start of the file. Null: all.
+        reward: reward of the tasks that name none; a built-in reward or an import path. Null: the environment's.
         tools: import paths of functions whose schemas are added to every task, for `FunctionTools`.
         rewards: import paths of rewards that tasks of the file may name.
     """
@@ -140,7 +140,7 @@ class JsonlTasks(TaskSource):
         from .functions import tool_schemas
 
         if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit={self.limit} must be at least 1")
+            raise UserError(f"limit={self.limit}: must be at least 1")
         meta = {}
         if self.reward is not None:
             resolve_reward(self.reward)
@@ -163,8 +163,8 @@ class JsonlTasks(TaskSource):
         rules = [stem, sorted(self.rewards), file_digest(__file__), file_digest(lines.__file__)]
         found = index_lines(self.path, repr(rules), look, notes)
         if not len(found):
-            raise UserError(f"{self.path}: found no lines, expected one JSON object a line")
-        for reward, number in notes.items():  # an index from the cache says nothing of what can be imported now
+            raise UserError(f"{self.path}: found no lines, expected one JSON object per line")
+        for reward, number in notes.items():  # a cached index does not guarantee that the reward can be imported now
             try:
                 resolve_reward(reward)
             except UserError as error:

@@ -1,4 +1,4 @@
-"""JSON objects of a large file, one a line, by index: the file is read and checked once, then a line at a time."""
+"""Random access to the lines of a large JSON Lines file. The whole file is read and checked once, then single lines."""
 
 import gzip
 import hashlib
@@ -22,24 +22,24 @@ from ..checks import deeper_than
 from ..errors import UserError
 from ..runs.files import build_once, cache_dir
 
-MAX_DEPTH = 64  # lists and objects within each other in a line
-SMALL = 1 << 22  # bytes of a file that is kept in memory, and whose index is not stored
-LARGE = 1 << 27  # bytes of a file from which on the user is told what takes so long
+MAX_DEPTH = 64  # nesting depth of lists and objects in a line
+SMALL = 1 << 22  # bytes up to which a file is kept in memory and its index is not cached
+LARGE = 1 << 27  # bytes from which on a log line reports that the file is being read
 _PART = 1 << 20
-_MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark
+_MARK = b"\xef\xbb\xbf"  # byte order mark of UTF-8
 KINDS = {"start": "q", "length": "q", "number": "q", "crc": "I"}  # columns of an index, and their types
 
 Look = Callable[[int, dict[str, Any]], str | None]
 
 
 class IndexedLines:
-    """Lines of a .jsonl or .jsonl.gz file by index. It holds where each line is, not what it says.
+    """Lines of a .jsonl or .jsonl.gz file by index. It stores the position of each line, not its content.
 
     Args:
         path: the file, for errors.
         text: the lines: all bytes, or an open file.
         index: ``start``, ``length``, ``number`` (from 1) and ``crc`` of each line.
-        notes: what `index_lines` was given, or found in the cache.
+        notes: the ``notes`` of `index_lines`, or those found in the cache.
         digest: SHA-256 of the file.
     """
 
@@ -56,44 +56,44 @@ class IndexedLines:
         return len(self.index["start"])
 
     def __getitem__(self, place: int) -> tuple[int, dict[str, Any]]:
-        """Number and object of a line.
+        """Return the line number and the JSON object of a line.
 
         Raises:
             IndexError: there is no such line.
-            UserError: the file was changed since it was indexed.
+            UserError: the file was changed after it was indexed.
         """
         start, length, number, crc = (int(self.index[name][place]) for name in ("start", "length", "number", "crc"))
         where = f"{self.path}:{number}"
         if isinstance(self._text, bytes):
             line = self._text[start : start + length]
         else:
-            line = os.pread(self._text.fileno(), length, start)  # no position, so that threads and forks may share it
+            line = os.pread(self._text.fileno(), length, start)  # no file position, so threads and forks can share it
             if zlib.crc32(line) != crc:
                 raise UserError(
-                    f"{where}: the file was changed while the run was using it; put it back, or start again with "
-                    "--ckpt_path last to go on with the new one"
+                    f"{where}: the file was changed while the run was using it; restore it, or restart with "
+                    "--ckpt_path last to continue with the new file"
                 )
         return number, _object(line, where)
 
     def longest(self, count: int, among: int) -> list[int]:
-        """Indices of the longest lines among the first so many, in order."""
+        """Return the sorted indices of the ``count`` longest lines among the first ``among`` lines."""
         lengths = self.index["length"][:among]
         return sorted(np.argsort(-lengths, kind="stable")[:count].tolist())
 
 
 def index_lines(path: str | Path, key: str, look: Look, notes: dict[str, int]) -> IndexedLines:
-    """Read a whole file, or find in the cache that it was read before, and remember where each line is.
+    """Return the indexed lines of a file. Reads and checks the whole file, or uses a cached index of it.
 
     Args:
         path: a .jsonl or .jsonl.gz file. Empty lines are skipped.
-        key: all that ``look`` depends on.
-        look: gets number and object of each line; returns an id that no other line may have, or None to leave the line
-            out; raises `UserError` for a line that cannot be used.
-        notes: where ``look`` puts what is to be kept with the index.
+        key: a text that identifies everything that ``look`` depends on.
+        look: takes the number and the object of each line. Returns the line's id, which must be unique, or None to skip
+            the line. Raises `UserError` for an invalid line.
+        notes: a dict that ``look`` may fill; it is stored with the index.
 
     Raises:
-        UserError: the file cannot be read, a line is not a JSON object, two have the same id, or what ``look`` raised;
-            names file and line.
+        UserError: the file cannot be read, a line is not a JSON object, two lines have the same id, or ``look`` raised
+            it; names file and line.
     """
     path = Path(path)
     try:
@@ -110,7 +110,7 @@ def index_lines(path: str | Path, key: str, look: Look, notes: dict[str, int]) -
         lines = _made(path, file, look, notes, digest)
     after = os.fstat(file.fileno())
     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-        raise UserError(f"{path} was changed while it was read; start again")
+        raise UserError(f"{path}: the file was changed while it was read; start again")
     return lines
 
 
@@ -122,11 +122,11 @@ def _digest(file: IO[bytes]) -> str:
 
 
 def _kept(path: Path, file: IO[bytes], folder: Path, look: Look, notes: dict[str, int], digest: str) -> IndexedLines:
-    """The lines of a large file by the index in the cache, which is made where it is not there."""
+    """Return the lines of a large file with the cached index, and create the index if it is missing."""
 
     def build(partial: Path) -> None:
         if os.fstat(file.fileno()).st_size > LARGE:
-            rank_zero_info(f"{path}: reading and checking all lines, once")
+            rank_zero_info(f"{path}: reading and checking all lines; this happens once per file")
         copy = (partial / "text.jsonl").open("w+b") if path.suffix == ".gz" else None
         found = _made(path, file, look, notes, digest, copy)
         with (partial / "index.npz").open("wb") as index:
@@ -137,7 +137,7 @@ def _kept(path: Path, file: IO[bytes], folder: Path, look: Look, notes: dict[str
         try:
             build_once(folder, build)
         except OSError as error:
-            rank_zero_warn(f"{path}: its index cannot be kept in {folder.parent} ({error}); every start makes it anew")
+            rank_zero_warn(f"{path}: its index cannot be stored in {folder.parent} ({error}); every start recreates it")
             return _made(path, file, look, notes, digest)
         try:
             with np.load(folder / "index.npz", allow_pickle=False) as stored:
@@ -155,7 +155,7 @@ def _kept(path: Path, file: IO[bytes], folder: Path, look: Look, notes: dict[str
 def _made(
     path: Path, file: IO[bytes], look: Look, notes: dict[str, int], digest: str, copy: IO[bytes] | None = None
 ) -> IndexedLines:
-    """The lines of a file by an index that is made now.
+    """Index a file now and return its lines.
 
     Args:
         path: for errors.
@@ -163,12 +163,12 @@ def _made(
         look: as in `index_lines`.
         notes: as in `index_lines`.
         digest: of the file.
-        copy: where the text of a compressed file goes. None: a temporary file.
+        copy: where to write the text of a compressed file. None: a temporary file.
     """
     file.seek(0)
     text: bytes | IO[bytes] = file
     if path.suffix == ".gz":
-        text = copy = copy or tempfile.TemporaryFile()  # noqa: SIM115 - as long as the lines are used
+        text = copy = copy or tempfile.TemporaryFile()  # noqa: SIM115 - stays open as long as the lines are used
     elif os.fstat(file.fileno()).st_size <= SMALL:
         text = file.read()
     columns = {name: array(kind) for name, kind in KINDS.items()}
@@ -191,7 +191,7 @@ def _made(
 
 
 def _scan(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, int, bytes]]:
-    """Number (from 1), place and bytes of each line.
+    """Yield the number (from 1), the start and the bytes of each line.
 
     Raises:
         UserError: the file cannot be read to its end.
@@ -202,19 +202,19 @@ def _scan(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, int, bytes]]:
             yield number, start, line
             start += len(line)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read after line {number} ({error})") from None
+        raise UserError(f"{path}: cannot be read beyond line {number} ({error})") from None
 
 
 def _check_ids(lines: IndexedLines, ids: np.ndarray, look: Look) -> None:
-    """Look for an id that is there twice.
+    """Check that all ids are unique.
 
     Args:
         lines: the lines.
         ids: [lines] 64-bit hashes of their ids.
-        look: gives a line's id.
+        look: returns a line's id.
 
     Raises:
-        UserError: names the line where one is repeated, and the earlier one.
+        UserError: an id is repeated; names that line and the earlier one.
     """
     order = np.argsort(ids, kind="stable")
     same = ids[order][1:] == ids[order][:-1]
@@ -223,14 +223,16 @@ def _check_ids(lines: IndexedLines, ids: np.ndarray, look: Look) -> None:
         number, line = lines[place]
         name = look(number, line)
         if name in seen:
-            raise UserError(f"{lines.path}:{number}: found id {name!r} again (line {seen[name]}), expected a new one")
+            raise UserError(
+                f"{lines.path}:{number}: found id {name!r} again (first in line {seen[name]}), expected a unique id"
+            )
         seen[name] = number
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         found = _DECODER.decode(line.removeprefix(_MARK).decode())
-        if b"\\u" in line:  # an escape can be half a character, which no tokenizer takes
+        if b"\\u" in line:  # an escape can be half of a surrogate pair, which tokenizers reject
             json.dumps(found, ensure_ascii=False).encode()
     except UnicodeDecodeError:
         raise UserError(f"{where}: found bytes that are not UTF-8, expected JSON") from None
@@ -240,10 +242,10 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"{where}: found JSON that is nested too deeply") from None
     except ValueError as error:
-        raise UserError(f"{where}: found broken JSON ({error}), expected one JSON object") from None
+        raise UserError(f"{where}: found invalid JSON ({error}), expected one JSON object") from None
     if not isinstance(found, dict):
         raise UserError(f"{where}: found {kind_of(found)}, expected one JSON object")
-    # whoever copies or renders it later must not run out of stack
+    # code that copies or renders the object later recurses into it and must not exceed the stack
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH and deeper_than(MAX_DEPTH, found):
         raise UserError(f"{where}: found JSON that is nested too deeply")
     return found
@@ -255,7 +257,7 @@ def _no_constant(name: str) -> None:
 
 def _finite(number: str) -> float:
     if math.isinf(float(number)):
-        raise ValueError(f"{number[:40]} is beyond all floating-point numbers")
+        raise ValueError(f"{number[:40]} is too large for a float")
     return float(number)
 
 
@@ -263,7 +265,7 @@ _DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 
 
 def kind_of(value: Any) -> str:
-    """A JSON value in words, short."""
+    """Return a short description of a JSON value."""
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
     if value in ("", [], {}):

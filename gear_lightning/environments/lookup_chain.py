@@ -1,11 +1,12 @@
-"""Lookup chain: an embedded tool-use task that cannot be guessed or memorised.
+"""Lookup chain: a built-in tool-use task that the policy can neither guess nor memorize.
 
-Each episode hides a random table from (relation, entity) to entity. The question is a start entity and k query words;
-each word stands for one relation, the same in every episode, and that the policy must learn. It walks the chain with
-``look relation entity`` and ends with ``submit entity``. Reward 1 for the right entity, else 0.
+Each episode hides a random table from (relation, entity) to entity. The question is a start entity and k query words.
+Each query word stands for one relation, the same in every episode; the policy must learn these meanings. It follows the
+chain with ``look relation entity`` and ends with ``submit entity``. The reward is 1 for the right entity, else 0.
 
-A policy may think before it calls: name the word, decide on its relation, and chatter in phrases that mean nothing. Its
-turns are then long, and only few of their tokens are decisions. The environment tells which of those were right.
+A policy may write a thought before each call: the query word, the relation it chose, and meaningless filler phrases.
+Its turns are then long, and only a few of their tokens are decisions. The environment reports which decisions were
+right.
 """
 
 import random
@@ -30,10 +31,10 @@ RELATIONS = [f"r{i}" for i in range(16)]
 ENTITIES = [f"e{i}" for i in range(32)]
 QUERIES = [f"w{i}" for i in range(64)]
 WORDS = [*RELATIONS, *ENTITIES, *QUERIES, "look", "submit", "error", "<ref>"]
-PHRASES = [[f"t{4 * i + j}" for j in range(4)] for i in range(8)]  # the first word is free, the others follow from it
+PHRASES = [[f"t{4 * i + j}" for j in range(4)] for i in range(8)]  # the first word determines the other three
 THINKING_WORDS = [*WORDS, *(word for phrase in PHRASES for word in phrase)]
 
-# word -> relation, and the relation that a careless demonstrator confuses it with
+# word -> its relation, and the wrong relation that noisy demonstrations use for it
 _facts = random.Random(20260512)
 MEANING = {word: _facts.choice(RELATIONS) for word in QUERIES}
 CONFUSED = {word: _facts.choice([r for r in RELATIONS if r != MEANING[word]]) for word in QUERIES}
@@ -57,13 +58,13 @@ TOOLS = (
 
 
 def look(table_seed: int, relation: str, entity: str) -> str:
-    """What the hidden table of an episode says."""
-    # a table entry depends on its key alone, so that no 512-entry table is built per episode
+    """Return an entry of the hidden table of an episode."""
+    # an entry depends only on its key, so no 512-entry table has to be built per episode
     return random.Random(f"{table_seed}/{relation}/{entity}").choice(ENTITIES)
 
 
 def solution(task: Task, meaning: dict[str, str] = MEANING) -> list[tuple[str, str, str]]:
-    """The right chain as (relation, entity, result) steps; with other meanings of the words, what they give."""
+    """Return the chain as (relation, entity, result) steps: the right one, or the one for another ``meaning``."""
     entity, steps = task.meta["start"], []
     for word in task.meta["query"]:
         result = look(task.meta["table"], meaning[word], entity)
@@ -73,7 +74,7 @@ def solution(task: Task, meaning: dict[str, str] = MEANING) -> list[tuple[str, s
 
 
 def _written(steps: list[tuple[str, str, str]]) -> str:
-    """The calls of a chain."""
+    """Return the calls of a chain as text."""
     return " ".join([*(f"look {relation} {entity}" for relation, entity, _ in steps), f"submit {steps[-1][2]}"])
 
 
@@ -83,10 +84,10 @@ class LookupChainTasks(TaskSource):
 
     Args:
         hops: query words in a question.
-        split: ``train`` and ``val`` never share an episode.
-        seed: of the episodes.
-        reference: the ``calls`` that solve the task, the ``answer`` alone, or the calls of ``another`` task: a control
-            that tells the teacher nothing.
+        split: ``train`` or ``val``; they never share an episode.
+        seed: seed of the episodes.
+        reference: the ``calls`` that solve the task, only the ``answer``, or the calls of ``another`` task, which give
+            the teacher no information (a control).
     """
 
     hops: int = 4
@@ -96,7 +97,7 @@ class LookupChainTasks(TaskSource):
 
     def __post_init__(self):
         if not 1 <= self.hops <= 16:
-            raise UserError(f"hops={self.hops} must lie between 1 and 16")
+            raise UserError(f"hops={self.hops}: must be between 1 and 16")
 
     @property
     def size(self) -> None:
@@ -119,10 +120,10 @@ class LookupChainTasks(TaskSource):
 
 
 class LookupChain(Environment):
-    """Plays one lookup-chain episode.
+    """Runs one lookup-chain episode.
 
     Args:
-        slack: calls allowed beyond the shortest solution.
+        slack: number of calls allowed beyond the shortest solution.
     """
 
     tells_decisions = True
@@ -134,7 +135,7 @@ class LookupChain(Environment):
         super().reset(task, seed=seed)
         self.calls_left = len(task.meta["query"]) + 1 + self.slack
         self.steps = solution(task)
-        self.walked = 0  # steps of the solution that have been taken
+        self.walked = 0  # completed steps of the solution
         return []
 
     def step(self, message: Message) -> Step:
@@ -156,9 +157,9 @@ class LookupChain(Environment):
         return Step([tool_result(name, answer)], done=over, truncated=over, info={"decisions": told})
 
     def _decisions(self, thought: str, name: str, arguments: dict[str, str]) -> list[dict]:
-        """What was decided: the first relation of the thought, the tool, and its arguments.
+        """Return the decisions of a turn: the first relation in the thought, the tool, and its arguments.
 
-        Right is what goes on from the last right step: after a wrong one, that is to go back.
+        A decision is right if it continues from the last right step. After a wrong step, going back is right.
         """
         over = self.walked == len(self.steps)
         relation, entity = (None, self.steps[-1][2]) if over else self.steps[self.walked][:2]
@@ -174,24 +175,25 @@ class LookupChain(Environment):
 
 @dataclass(frozen=True)
 class LookupChainDemonstrations(Demonstrations):
-    """Noisy demonstrations for the policy, clean ones for the teacher's view.
+    """Noisy demonstrations for the policy's view, and error-free ones for the teacher's view.
 
-    Without the reference, half of the query words are demonstrated rightly only ``hard_accuracy`` of the time (else one
-    fixed wrong relation), the others ``easy_accuracy``. With the reference in the prompt the calls are the reference's,
-    and some begin with a staged error that is then walked back from.
+    Without the reference in the prompt, half of the query words use the right relation with probability
+    ``hard_accuracy`` (otherwise one fixed wrong relation), and the other half with probability ``easy_accuracy``. With
+    the reference in the prompt, the calls are those of the reference; some demonstrations contain a staged error and
+    then go back.
 
     Args:
         hops: query words in a question.
-        thought: phrases of four words that are thought before each call, after the query word and its relation. 0: no
-            thoughts. The policy then needs the words `THINKING_WORDS`.
-        privileged_fraction: share of demonstrations that see the reference.
-        recovery_fraction: share of those that begin with an error and recover.
-        hard_accuracy: share of right calls for the hard half of the words.
-        easy_accuracy: share of right calls for the others.
-        reference: what the privileged ones see and follow: the ``right`` calls, or ``made_up`` ones, in which the words
-            mean other relations each time. The right ones also teach what the words mean, and a prompt with any
-            reference in it then brings that out; made-up ones teach to read the reference, and nothing else.
-        seed: of everything random here.
+        thought: number of four-word filler phrases before each call, after the query word and its relation. 0: no
+            thoughts. Above 0, the policy's vocabulary must be `THINKING_WORDS`.
+        privileged_fraction: fraction of demonstrations with the reference in the prompt.
+        recovery_fraction: fraction of those that contain an error and recover from it.
+        hard_accuracy: fraction of right calls for the hard half of the words.
+        easy_accuracy: fraction of right calls for the others.
+        reference: the reference that privileged demonstrations show and follow: the ``right`` calls, or ``made_up``
+            ones, in which the words mean other relations each time. The right calls also teach the meanings of the
+            words, which a prompt with any reference then elicits; made-up calls teach only to read the reference.
+        seed: seed of all randomness in this class.
     """
 
     hops: int = 4

@@ -1,8 +1,8 @@
-"""Compares mathematical answers in a process of its own.
+"""Compares mathematical answers in a separate process.
 
-The policy's text can keep a computer algebra system busy for hours inside one C call (``9^{9^9}``), which holds the
-interpreter's lock: neither a thread's deadline nor a Python signal handler ends it. The worker therefore leaves its
-alarm at the system's default action, which is to die; the next question starts a new one.
+The policy's text can make a computer algebra system compute for hours inside one C call (``9^{9^9}``), which holds the
+interpreter's lock, so neither a thread's deadline nor a Python signal handler can interrupt it. The worker therefore
+keeps the default action of SIGALRM, which kills the process; the next question starts a new worker.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Literal
 
 Verdict = Literal["right", "wrong", "bad gold", "too long"]
 
-MAX_TEXT = 10_000  # characters of an answer, from its end
+MAX_TEXT = 10_000  # characters that are read, from the end of an answer
 START_SECONDS = 120  # for importing the algebra system
 MEMORY = 4 << 30  # bytes of address space of the worker
 
@@ -32,10 +32,10 @@ class _Worker:
         self.owner = os.getpid()
         if self.ask(None) != "ready":
             self.end()
-            raise RuntimeError("the process that runs math-verify does not start")
+            raise RuntimeError("the process that runs math-verify could not be started")
 
     def ask(self, question: object) -> str | None:
-        """The worker's answer, or None where it died of the question."""
+        """Return the worker's answer; None if the worker exited during the question."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -55,21 +55,25 @@ _worker: _Worker | None = None
 
 
 def judge(gold: str, text: str, *, seconds: int = 5) -> Verdict:
-    """Whether a text holds a mathematical equal of ``gold``. Callable from any thread.
+    """Compare a text with the right answer ``gold`` mathematically. Callable from any thread.
 
     Args:
         gold: the right answer, as plain or LaTeX mathematics.
-        text: what the policy wrote; the last 10,000 characters are looked at.
-        seconds: wall clock for the comparison. The first call also starts the worker.
+        text: the policy's text; only the last 10,000 characters are read.
+        seconds: wall-clock limit of the comparison. The first call also starts the worker.
+
+    Returns:
+        ``right`` if the text contains a mathematical expression equal to ``gold``, ``wrong`` if not, ``bad gold`` if
+        ``gold`` cannot be read, ``too long`` if the comparison exceeded its limit.
 
     Raises:
-        RuntimeError: the worker does not start.
+        RuntimeError: the worker could not be started.
     """
     global _worker
     with _lock:
-        # a forked child must not share its parent's pipe; one that was killed meanwhile did not die of this question
+        # a forked child must not share its parent's pipe; a worker that was killed earlier is restarted
         if _worker is None or _worker.owner != os.getpid() or _worker.process.poll() is not None:
-            _worker = None  # also where the new one does not start
+            _worker = None  # stays None if the new worker cannot be started
             _worker = _Worker()
         verdict = _worker.ask([gold, text[-MAX_TEXT:], seconds])
         if verdict in ("right", "wrong", "bad gold"):
@@ -80,19 +84,19 @@ def judge(gold: str, text: str, *, seconds: int = 5) -> Verdict:
 
 
 def serve() -> None:
-    """Answer questions on standard input, one line each, until it ends."""
+    """Answer questions from standard input, one per line, until it is closed."""
     import resource
     import signal
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever else prints
+    os.dup2(2, 1)  # all other output to stdout goes to stderr
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(START_SECONDS)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    memory = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)  # less, in a confined process
+    memory = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)  # a confined process may allow less
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     logging.disable()
-    import math_verify  # noqa: F401  # this is what takes long
+    import math_verify  # noqa: F401  # the slow part of the start
 
     for line in sys.stdin:
         question = json.loads(line)
@@ -107,7 +111,7 @@ def _compare(gold: str, text: str) -> Verdict:
     def read(text: str) -> list:
         return parse(text, parsing_timeout=None)  # type: ignore[arg-type]
 
-    # bare LaTeX is only read between dollar signs; without them a part of it would pass for the answer
+    # math-verify reads bare LaTeX only between dollar signs; without them it would read a part of it as the answer
     wanted = read(gold if "$" in gold or "boxed" in gold else f"${gold}$") or read(gold)
     if not wanted:
         return "bad gold"

@@ -1,4 +1,4 @@
-"""A Python interpreter as a tool, each call in a confined process of its own."""
+"""A Python interpreter as a tool. Each call runs in its own confined process."""
 
 import math
 import os
@@ -31,17 +31,17 @@ def python(code: str) -> str:
 def run_python(
     code: str, *, seconds: float = 10.0, limits: Limits = CALL, network: Network = "none", output_bytes: int = 10_000
 ) -> str:
-    """What a program printed, to both streams; with its exit status, where that is not 0.
+    """Run a program and return its output (stdout and stderr), followed by its exit status if that is not 0.
 
     Args:
         code: the program.
-        seconds: wall clock; what has been printed by then is given with a note.
-        limits: of its processes.
-        network: ``none``, or ``allow`` it.
-        output_bytes: most that it may print. It is ended there.
+        seconds: wall-clock limit. When it is reached, the output so far is returned with a note.
+        limits: limits of its processes.
+        network: ``none`` for no network, ``allow`` for network access.
+        output_bytes: maximum size of the output. The program is killed when it prints more.
 
     Raises:
-        ToolError: the program cannot be written down.
+        ToolError: the program cannot be encoded as UTF-8.
         UserError: this machine cannot confine processes.
     """
     require_confinement(network)
@@ -52,21 +52,22 @@ def run_python(
             raise ToolError("the program holds half a character") from None
         environ = plain_variables() | {"HOME": folder, "TMPDIR": folder}
         command = [sys.executable, "-I", "-B", "-X", "utf8", "main.py"]
-        told = {"network": network == "allow", "limits": limits.told(), "command": command}
-        keeper, line = start(told, environ, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        options = {"network": network == "allow", "limits": limits.told(), "command": command}
+        keeper, line = start(options, environ, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
             printed, note = _read(keeper, seconds, output_bytes)
         finally:
-            hang_up(line)  # the keeper ends whatever is left, and then itself
+            hang_up(line)  # the keeper kills the remaining processes and exits
             keeper.communicate()
-    printed = printed.replace(folder + os.sep, "")  # a traceback must not differ from run to run
+    printed = printed.replace(folder + os.sep, "")  # a traceback must be the same in every run
     if not note and keeper.returncode:
         note = f"[exit status {keeper.returncode}]"
     return "\n".join(part for part in (printed.rstrip("\n"), note) if part)
 
 
 def _read(keeper: subprocess.Popen, seconds: float, output_bytes: int) -> tuple[str, str]:
-    """What a process prints until it ends, prints too much, or takes too long; and a note on the latter two."""
+    """Return what a process prints until it exits, prints too much, or takes too long, and a note in the last two
+    cases."""
     assert keeper.stdout is not None
     data, note, until = bytearray(), "", time.monotonic() + seconds
     with selectors.DefaultSelector() as ready:
@@ -87,24 +88,28 @@ def _read(keeper: subprocess.Popen, seconds: float, output_bytes: int) -> tuple[
 
 
 class PythonTool(ToolEnvironment):
-    """Answers calls of ``python(code)`` by running the program; the first message without a call is the final answer.
+    """Answers calls of ``python(code)`` by running the program. The first message without a call is the final answer.
 
-    Each call is a fresh process with limits, without network, in an empty temporary directory, without the trainer's
-    environment variables, under ``python -I`` of the trainer's own interpreter. This keeps a program's mistakes from
-    the run and the machine: endless loops, forks, memory, large files, calls to the network. It is no wall against an
-    attacker: the program reads every file that the user can read (keys, answers of data sets), writes where the user
-    may write, may fill the disk with many files, reaches local services through sockets in the file system, and meets
-    the same kernel. Run untrusted models in a container or virtual machine that holds nothing but the run. Linux only.
+    Each call is a new process with limits, without network, in an empty temporary directory, without the trainer's
+    environment variables, under ``python -I`` of the trainer's own interpreter. This protects the run and the machine
+    from a program's mistakes: endless loops, forks, memory, large files, network requests. It does not protect against
+    an attacker: the program can read every file that the user can read (keys, answers of data sets), write where the
+    user may write, fill the disk with many files, reach local services through sockets in the file system, and attack
+    the shared kernel. Run untrusted models in a container or virtual machine that contains nothing but the run. Linux
+    only.
 
-    A task uses it by listing the tool (`JsonlTasks`: ``tools: [gear_lightning.environments.python_tool.python]``).
+    A task enables the tool by listing it (`JsonlTasks`: ``tools: [gear_lightning.environments.python_tool.python]``).
 
     Args:
         reward: scores the transcript; the name of a built-in reward, an import path, or a function.
-        max_calls: tool calls in an episode.
-        seconds: wall clock of one call. A message's calls together must stay below ``budgets.step_seconds``.
-        limits: of one call.
-        network: ``none``, or ``allow`` it; see `gear_lightning.environments.sandbox.Isolated`.
-        output_bytes: most that a program may print; it is ended there, and the agent is told.
+        max_calls: maximum number of tool calls in an episode.
+        seconds: wall-clock limit of one call. All calls of a message together must take less than
+            ``budgets.step_seconds``.
+        limits: limits of one call.
+        network: ``none`` for no network, ``allow`` for network access; see
+            `gear_lightning.environments.sandbox.Isolated`.
+        output_bytes: maximum size of a program's output. A program that prints more is killed, and the tool result
+            contains a note.
     """
 
     def __init__(
@@ -119,7 +124,7 @@ class PythonTool(ToolEnvironment):
         super().__init__(reward, max_calls)
         for name, value in (("seconds", seconds), ("output_bytes", output_bytes)):
             if not 0 < value < math.inf:
-                raise UserError(f"{name}={value} must be above 0, and finite")
+                raise UserError(f"{name}={value}: must be above 0 and finite")
         self.seconds = seconds
         self.limits = limits
         self.network: Network = network
@@ -130,7 +135,7 @@ class PythonTool(ToolEnvironment):
         require_confinement(self.network)
         for tool in task.tools:
             if (name := tool["function"]["name"]) != "python":
-                raise UserError(f"task {task.id} lists the tool {name!r}, and PythonTool has python alone")
+                raise UserError(f"task {task.id} lists the tool {name!r}, but PythonTool provides only python")
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
         if name != "python":

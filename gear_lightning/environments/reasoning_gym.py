@@ -1,4 +1,4 @@
-"""Single-turn tasks from reasoning-gym's generators (extra: reasoning-gym)."""
+"""Single-turn tasks from the generators of reasoning-gym (extra: reasoning-gym)."""
 
 import json
 import re
@@ -11,14 +11,14 @@ from ..errors import UserError, require_extra
 from ..rewards import final_answer, last_number
 from .base import Environment, Message, Step, Task, TaskSource
 
-# Scorers that hand the answer to Python (eval, sympy's parser, which is eval too, or a Fraction of 1e999999999). These
-# see an answer of this shape alone, and any other scores 0 ...
+# Scorers that evaluate the answer as Python (eval, sympy's parser, which uses eval, or a Fraction of 1e999999999).
+# They only get answers that match this pattern; all other answers score 0 ...
 _SHAPES = {
     **dict.fromkeys(["countdown", "puzzle24"], re.compile(r"(?!.*\*\s*\*)[0-9\s()+*/.-]{0,500}", re.DOTALL)),
     **dict.fromkeys(["binary_matrix", "n_queens", "spiral_matrix", "string_insertion"], re.compile(r"[\w\s]*")),
     "coin_flip": re.compile(r"[0-9\s./+-]*(?:[eE][+-]?[0-9]{1,2})?\s*"),
 }
-# ... and no shape that their right answers have is harmless to these
+# ... and scorers for which no pattern of right answers is safe
 _UNSAFE = {"intermediate_integration", "polynomial_multiplication", "simple_integration"}
 
 
@@ -29,13 +29,15 @@ def _dataset(name: str, size: int, seed: int, options: dict[str, Any]) -> Any:
 
     if name not in DATASETS:
         close = [n for n in DATASETS if name in n or n in name]
-        raise UserError(f"reasoning-gym has no data set {name!r}; there are {', '.join(close or sorted(DATASETS))}")
+        raise UserError(f"reasoning-gym has no data set {name!r}; use one of {', '.join(close or sorted(DATASETS))}")
     if name == "composite":
-        raise UserError("reasoning-gym: composite takes objects that no configuration can hold; choose one data set")
+        raise UserError(
+            "reasoning-gym: composite needs objects that a config file cannot contain; choose a single data set"
+        )
     try:
         return reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
-    except Exception as error:  # options are checked by whatever first trips over them
-        raise UserError(f"reasoning-gym: {name} does not take {options} ({error})") from None
+    except Exception as error:  # reasoning-gym raises exceptions of various types for invalid options
+        raise UserError(f"reasoning-gym: {name} does not accept {options} ({error})") from None
 
 
 @lru_cache(maxsize=16)
@@ -45,16 +47,16 @@ def _scorer(name: str, size: int, seed: int, options: str) -> Any:
 
 @dataclass(frozen=True)
 class ReasoningGymTasks(TaskSource):
-    """Tasks of one reasoning-gym generator, to be played in `ReasoningGym`.
+    """Tasks of one reasoning-gym generator, for the environment `ReasoningGym`.
 
-    The reference is the worked solution where the generator gives one (``answer_cot``), else ``expression = answer``,
+    The reference is the worked solution if the generator provides one (``answer_cot``), else ``expression = answer``,
     else the answer.
 
     Args:
         dataset: name of the generator, such as ``chain_sum``.
         options: the generator's own settings.
         size: number of tasks.
-        seed: of the generator; two sources with different seeds share tasks only by chance.
+        seed: seed of the generator; two sources with different seeds share tasks only by chance.
         instruction: the system message. Null: none.
     """
 
@@ -66,10 +68,12 @@ class ReasoningGymTasks(TaskSource):
 
     def __post_init__(self):
         if self.size < 1:
-            raise UserError(f"size={self.size} must be at least 1")
+            raise UserError(f"size={self.size}: must be at least 1")
         object.__setattr__(self, "_items", _dataset(self.dataset, self.size, self.seed, self.options))
         if self._items[0]["answer"] is None:  # type: ignore[attr-defined]
-            raise UserError(f"reasoning-gym: {self.dataset} gives no answers, so that no teacher can see one")
+            raise UserError(
+                f"reasoning-gym: {self.dataset} provides no answers, so there is no reference for the teacher"
+            )
 
     def __getitem__(self, index: int) -> Task:
         item = self._items[index]  # type: ignore[attr-defined]
@@ -87,17 +91,18 @@ class ReasoningGymTasks(TaskSource):
 
 
 class ReasoningGym(Environment):
-    """Scores an answer with its generator's own scorer. A scorer that raises on an answer gives it 0.
+    """Scores an answer with its generator's own scorer. An answer on which the scorer raises gets 0.
 
     Some scorers run the answer as Python code. Answers to ``countdown``, ``puzzle24`` and ``coin_flip`` must be plain
-    arithmetic, those to ``binary_matrix``, ``n_queens``, ``spiral_matrix`` and ``string_insertion`` words and numbers;
-    anything else scores 0. The data sets of polynomials and integrals are refused: score those in `SingleTurn`.
+    arithmetic, and answers to ``binary_matrix``, ``n_queens``, ``spiral_matrix`` and ``string_insertion`` must be words
+    and numbers; all other answers score 0. The data sets of polynomials and integrals are rejected: use `SingleTurn`
+    for them.
 
     Args:
-        answer: what of the reply is the answer: ``all`` of it, its ``last_number``, or what stands between the last
-            ``<answer>`` and ``</answer>`` (``tag``).
-        partial_credit: reward the scorer's value as it is. Many scorers give 0.01 to 0.25 for any text, so that by
-            default only a full score counts: 1, else 0.
+        answer: the part of the reply that is the answer: ``all`` of it, its ``last_number``, or the text between the
+            last ``<answer>`` and ``</answer>`` (``tag``).
+        partial_credit: use the scorer's value as the reward. Many scorers give 0.01 to 0.25 for any text, so by default
+            the reward is 1 for a full score, else 0.
     """
 
     def __init__(self, answer: Literal["all", "last_number", "tag"] = "all", partial_credit: bool = False):
@@ -106,7 +111,7 @@ class ReasoningGym(Environment):
 
     def check(self, task: Task) -> None:
         if "dataset" not in task.meta:
-            raise UserError(f"task {task.id} does not come from ReasoningGymTasks, and ReasoningGym cannot score it")
+            raise UserError(f"task {task.id} does not come from ReasoningGymTasks, so ReasoningGym cannot score it")
         if (name := task.meta["dataset"]) in _UNSAFE:
             raise UserError(
                 f"task {task.id}: reasoning-gym's scorer of {name} runs the policy's text as Python code; use the "

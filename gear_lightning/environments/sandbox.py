@@ -1,4 +1,4 @@
-"""Environments in processes of their own, with limits and without network."""
+"""Runs environments in separate processes, with resource limits and without network."""
 
 import atexit
 import functools
@@ -25,18 +25,18 @@ Network = Literal["none", "allow"]
 
 START_SECONDS = 300  # for the import of an environment's modules
 CLOSE_SECONDS = 5  # for an environment's own close
-_PLAIN = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH")  # variables that hold no secrets
+_PLAIN = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH")  # variables without secrets
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a confined process may take. All but ``processes`` are of each process by itself.
+    """Resource limits of a confined process. All except ``processes`` apply to each process separately.
 
     Args:
         cpu_seconds: processor time.
-        memory_mb: address space beyond what the interpreter and the environment's modules take at the start.
-        file_mb: size of a file that it writes. Nothing limits the number of files.
-        processes: processes and threads of one rollout or call together.
+        memory_mb: address space beyond what the interpreter and the environment's modules use at the start.
+        file_mb: size of each file that the process writes. The number of files is not limited.
+        processes: total number of processes and threads of one rollout or call.
     """
 
     cpu_seconds: float = 60.0
@@ -47,10 +47,10 @@ class Limits:
     def __post_init__(self):
         for name, value in self.told().items():
             if not 0 < value < math.inf:
-                raise UserError(f"limits.{name}={value} must be above 0, and finite")
+                raise UserError(f"limits.{name}={value}: must be above 0 and finite")
 
     def told(self) -> dict[str, float]:
-        """As `confine` takes them."""
+        """Return the limits as a dict, in the format of `confine`."""
         return {
             "cpu_seconds": self.cpu_seconds,
             "memory_mb": self.memory_mb,
@@ -60,22 +60,24 @@ class Limits:
 
 
 class Isolated(Environment):
-    """Plays another environment in processes apart from the trainer, one for each rollout.
+    """Runs another environment in separate processes, one for each rollout.
 
-    What it does there, its reward included, ends with its rollout: a process that hangs, floods, forks, crashes or
-    breaks a limit costs that rollout, and every process that it started ends with it, also when the trainer is killed.
-    It sees neither the network nor the trainer's environment variables, and gains no privileges. It does see the files
-    of the user: this is no wall against an attacker. What it prints is thrown away. Linux only.
+    Effects of the environment and of its reward are limited to its rollout: a process that hangs, floods, forks,
+    crashes or exceeds a limit fails only that rollout, and every process that it started is killed at the end of the
+    rollout, also if the trainer is killed. The processes have no access to the network or to the trainer's environment
+    variables, and cannot gain privileges. They can access the user's files: this does not protect against an attacker.
+    Their output is discarded. Linux only.
 
-    The environment's module is imported once, in a process that each rollout's is forked from; nothing that an episode
-    leaves in it reaches the next one. The trainer imports it too, for the check of the tasks before training. Only
-    messages and numbers come back.
+    The environment's module is imported once, in a server process that forks one process for each rollout, so no state
+    carries over from one episode to the next. The trainer imports the module too, to check the tasks before training.
+    Only messages and numbers are sent back.
 
     Args:
-        environment: makes the environment: a class in an importable module, with its options.
-        limits: of each rollout.
-        network: ``none``, or ``allow`` it. Where the kernel permits no namespaces, ``none`` is refused; under
-            ``allow``, the processes are then ended by their session, and ``limits.processes`` does not hold.
+        environment: creates the environment: a class in an importable module, with its options.
+        limits: limits of each rollout.
+        network: ``none`` for no network, ``allow`` for network access. If the kernel permits no namespaces, ``none`` is
+            rejected; with ``allow``, the processes are then killed by their session, and ``limits.processes`` is not
+            enforced.
         variables: names of the trainer's environment variables that the environment sees, besides ``PATH``, the
             language, the time zone, ``TMPDIR`` and ``LD_LIBRARY_PATH``.
     """
@@ -101,7 +103,7 @@ class Isolated(Environment):
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"Isolated's environment cannot be made: {type(error).__name__}: {error}") from error
+            raise UserError(f"Isolated: the environment cannot be created: {type(error).__name__}: {error}") from error
         refuse_async_methods(inner)
         inner.check(task)
         self.tells_decisions = inner.tells_decisions
@@ -128,15 +130,15 @@ class Isolated(Environment):
                 line.settimeout(CLOSE_SECONDS)
                 self._ask_on(line, "close")
         finally:
-            hang_up(line)  # with it ends the process, and a thread that still waits for it
+            hang_up(line)  # ends the process, and wakes a thread that still waits for it
 
     def _server(self) -> "_Server":
         try:
             factory = pickle.dumps(_bare(self.environment))
         except Exception as error:
             raise UserError(
-                f"Isolated cannot send its environment to another process ({error}); give a class of an importable "
-                "module, or functools.partial of one"
+                f"Isolated cannot send its environment to another process ({error}); use a class of an importable "
+                "module, or a functools.partial of one"
             ) from error
         return server(factory, self.limits, self.network, self.variables)
 
@@ -145,15 +147,15 @@ class Isolated(Environment):
         return self._ask_on(self._line, name, *arguments)
 
     def _ask_on(self, line: socket.socket, name: str, *arguments: Any) -> dict[str, Any]:
-        self._asking = True  # until it has answered
-        with suppress(ConnectionError):  # it has died; the cause is there to be read
+        self._asking = True  # until the answer arrives
+        with suppress(ConnectionError):  # the process has exited; the cause can still be read from the socket
             send(line, pickle.dumps((name, *arguments)))
         data = receive(line, LARGEST)
         if data is None:
-            raise EnvironmentFailure("the environment's process is gone")
+            raise EnvironmentFailure("the environment's process has exited")
         answer = json.loads(data)
         if "died" in answer:
-            raise EnvironmentFailure(f"the environment's process is gone: {answer['died']}")
+            raise EnvironmentFailure(f"the environment's process has exited: {answer['died']}")
         self._asking = False
         if "error" in answer:
             raise _ERRORS[answer["error"]](answer["text"])
@@ -161,7 +163,7 @@ class Isolated(Environment):
 
 
 def _bare(factory: Any) -> Any:
-    """A factory as the command line makes it, out of the parser's wrapping, which cannot be pickled."""
+    """Return a factory without the wrapper that the command line's parser adds, which cannot be pickled."""
     wrapped = isinstance(factory, functools.partial) and factory.func.__module__.startswith("jsonargparse")
     if not wrapped or not factory.args or not isinstance(factory.args[-1], type):
         return factory
@@ -178,7 +180,7 @@ _ERRORS = {
 
 
 def hang_up(line: socket.socket) -> None:
-    """Close a socket, also for those who wait for it."""
+    """Close a socket, and wake threads that wait for it."""
     with suppress(OSError):
         line.shutdown(socket.SHUT_RDWR)
     line.close()
@@ -191,12 +193,12 @@ def start(told: dict[str, Any], environ: dict[str, str], **options: Any) -> tupl
     """Start a confined process.
 
     Args:
-        told: see `confine.main`.
+        told: options of the process, see `confine.main`.
         environ: its environment variables.
-        options: of `subprocess.Popen`.
+        options: options of `subprocess.Popen`.
 
     Returns:
-        Its keeper, and the line that it listens to: when that is closed, it ends.
+        Its keeper, and the trainer's end of the socket to it. The process ends when the socket is closed.
     """
     mine, theirs = socket.socketpair()
     with theirs:
@@ -207,46 +209,46 @@ def start(told: dict[str, Any], environ: dict[str, str], **options: Any) -> tupl
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env=environ,
-            start_new_session=True,  # the terminal's interrupts are for the trainer
+            start_new_session=True,  # only the trainer must receive the terminal's interrupts
             **options,
         )
     return keeper, mine
 
 
 def plain_variables(names: Sequence[str] = ()) -> dict[str, str]:
-    """Environment variables for a confined process: the plain ones and those named."""
-    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # each thread counts in limits.processes
+    """Return environment variables for a confined process: those without secrets, and those in ``names``."""
+    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # limits.processes counts threads too
     return one_thread | {name: os.environ[name] for name in (*_PLAIN, *names) if name in os.environ}
 
 
 @functools.cache
 def require_confinement(network: Network) -> None:
-    """Look at whether the kernel lets processes be confined.
+    """Check that this machine can confine processes.
 
     Raises:
-        UserError: it does not, or this is not Linux.
+        UserError: the kernel does not permit it, or this is not Linux.
     """
     if not sys.platform.startswith("linux"):
-        raise UserError("processes with limits need Linux")
-    told = {
+        raise UserError("processes with resource limits need Linux")
+    options = {
         "network": network == "allow",
         "limits": Limits().told(),
         "command": [sys.executable, "-I", "-S", "-c", ""],
     }
-    keeper, line = start(told, plain_variables(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    keeper, line = start(options, plain_variables(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with line:
-        said = keeper.communicate()[0].decode(errors="replace").strip()
+        output = keeper.communicate()[0].decode(errors="replace").strip()
     if keeper.returncode == confine.REFUSED:
         raise UserError(
-            f"this kernel or container permits no namespaces ({said}), so that the network cannot be cut off; permit "
+            f"this kernel or container permits no namespaces ({output}), so network access cannot be blocked; permit "
             "unprivileged user namespaces, or set network: allow"
         )
     if keeper.returncode:
-        raise UserError(f"no process with limits can be started: {said}")
+        raise UserError(f"a process with resource limits cannot be started: {output}")
 
 
 class _Server:
-    """The process that a rollout's processes are forked from."""
+    """The server process, which forks the processes of rollouts."""
 
     def __init__(self, factory: bytes, limits: Limits, network: Network, variables: tuple[str, ...]):
         require_confinement(network)
@@ -263,25 +265,25 @@ class _Server:
             wrong = b"no answer within %d s" % START_SECONDS
         if wrong != b"":
             self.close()
-            said = "it ended at once" if wrong is None else wrong.decode(errors="replace")
-            raise UserError(f"the environment cannot be loaded in a process of its own: {said}")
+            reason = "the process exited immediately" if wrong is None else wrong.decode(errors="replace")
+            raise UserError(f"the environment cannot be loaded in a separate process: {reason}")
         self.line.settimeout(None)
 
     def alive(self) -> bool:
-        """Whether it can be asked; not from a fork of the process that started it."""
+        """Return whether the server can be used; False in a fork of the process that started it."""
         return self.owner == os.getpid() and self.keeper.poll() is None
 
     def open(self) -> socket.socket:
-        """Start a process for one rollout. Returns the line to it; when that is closed, it ends."""
+        """Start a process for one rollout. Return the socket to it; the process ends when the socket is closed."""
         mine, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self.line, [b"+"], [theirs.fileno()])
         return mine
 
     def close(self) -> None:
-        """End it, and with it all that it plays."""
+        """End the server and all its rollouts."""
         if self.owner != os.getpid():
-            self.line.close()  # a fork of the trainer holds a copy of the line, no more
+            self.line.close()  # a fork of the trainer only closes its copy of the socket
             return
         hang_up(self.line)
         try:
@@ -296,7 +298,7 @@ _lock = threading.Lock()
 
 
 def server(factory: bytes, limits: Limits, network: Network, variables: tuple[str, ...]) -> _Server:
-    """The server of an environment; a new one where there is none, or it is gone."""
+    """Return the server of an environment; start a new one if there is none or it has exited."""
     key = factory, limits, network, variables
     with _lock:
         if key not in _servers or not _servers[key].alive():

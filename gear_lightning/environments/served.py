@@ -1,6 +1,6 @@
-"""The side of `sandbox.Isolated` that plays: a server that forks, for each rollout, a process held to limits.
+"""The server side of `sandbox.Isolated`: a server that forks a process with resource limits for each rollout.
 
-The trainer pickles what it asks; what comes back is JSON, of which the trainer reads no more than it wants.
+Requests of the trainer are pickled. Answers are JSON of limited size, because the trainer does not trust them.
 """
 
 import json
@@ -19,7 +19,7 @@ from .base import Environment, EnvironmentFailure, FloodError, RewardError, Tran
 from .checks import as_text, checked_messages, checked_step
 from .confine import Namespaces, end
 
-LARGEST = 1 << 26  # bytes of one answer
+LARGEST = 1 << 26  # maximum size of one answer, bytes
 _LENGTH = struct.Struct("!Q")
 
 
@@ -29,17 +29,17 @@ def send(line: socket.socket, data: bytes) -> None:
 
 
 def receive(line: socket.socket, largest: int | None = None) -> bytes | None:
-    """The next frame; None where the other side has hung up.
+    """Return the next frame; None if the other side has closed the socket.
 
     Raises:
-        FloodError: it has more than ``largest`` bytes; none of them is read.
+        FloodError: the frame has more than ``largest`` bytes; none of them is read.
     """
     header = _exactly(line, _LENGTH.size)
     if header is None:
         return None
     (size,) = _LENGTH.unpack(header)
     if largest is not None and size > largest:
-        raise FloodError(f"the environment's process gave {size:,} bytes at once, expected at most {largest:,}")
+        raise FloodError(f"the environment's process sent {size:,} bytes at once, expected at most {largest:,}")
     return _exactly(line, size)
 
 
@@ -57,22 +57,22 @@ def _exactly(line: socket.socket, size: int) -> bytes | None:
 
 
 def serve(line: int, namespaces: Namespaces, limits: dict[str, float]) -> None:
-    """Play environments until the trainer hangs up.
+    """Run environments until the trainer closes its socket.
 
     Args:
-        line: socket to the trainer. The first frame is the pickled factory of environments; then each byte comes with
-            a socket, over which one rollout is played.
-        namespaces: where the rollouts' processes live.
-        limits: of each, see `sandbox.Limits`.
+        line: file descriptor of the socket to the trainer. The first frame is the pickled environment factory. After
+            that, each byte comes with the socket of one rollout.
+        namespaces: the namespaces of the rollouts' processes.
+        limits: limits of each process, see `sandbox.Limits`.
     """
     control = socket.socket(fileno=line)
-    told = receive(control)
-    if told is None:
+    pickled = receive(control)
+    if pickled is None:
         return
     try:
-        factory = pickle.loads(told)
+        factory = pickle.loads(pickled)
         send(control, b"")
-    except BaseException as error:  # modules may raise anything when they are imported
+    except BaseException as error:  # importing a module can raise any exception
         send(control, f"{type(error).__name__}: {as_text(error)}".encode("utf-8", "replace"))
         return
     _Server(control, factory, namespaces, limits).run()
@@ -87,12 +87,12 @@ class _Server:
         limits: dict[str, float],
     ):
         self.control, self.factory, self.namespaces, self.limits = control, factory, namespaces, limits
-        self.playing: dict[int, tuple[int, socket.socket]] = {}  # file descriptor -> process, line to the trainer
+        self.playing: dict[int, tuple[int, socket.socket]] = {}  # file descriptor -> process, socket to the trainer
         self.poll = select.poll()
 
     def run(self) -> None:
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for each rollout that is played at the time
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each running rollout needs one
         woken, wake = os.pipe()
         os.set_blocking(woken, False)
         os.set_blocking(wake, False)
@@ -107,37 +107,37 @@ class _Server:
                         with suppress(BlockingIOError):
                             os.read(woken, 1 << 10)
                     elif place != self.control.fileno():
-                        self.poll.unregister(place)  # the trainer has let go of this rollout
+                        self.poll.unregister(place)  # the trainer has closed this rollout's socket
                         end(self.playing[place][0])
                     elif not self.take():
                         return
-                self.bury()
+                self.reap()
         finally:
             for process, _ in self.playing.values():
                 end(process)
 
     def take(self) -> bool:
-        """Start a process for the next rollout. Returns False where the trainer has hung up."""
+        """Start a process for the next rollout. Return False if the trainer has closed its socket."""
         data, places, _, _ = socket.recv_fds(self.control, 1, 1)
         if not data:
             return False
-        if not places:  # no room for another descriptor; the trainer finds nobody there
+        if not places:  # the limit of file descriptors is reached; the trainer finds the rollout's socket closed
             return True
         line = socket.socket(fileno=places[0])
         try:
             process = self.namespaces.fork_apart()
         except OSError as error:
-            tell(line, {"died": f"no process can be started for it: {error}"})
+            tell(line, {"died": f"no process could be started for the rollout: {error}"})
             line.close()
             return True
         if process == 0:
             self.play(line)
         self.playing[line.fileno()] = process, line
-        self.poll.register(line, 0)  # hang-up alone: what comes is the process's to read
+        self.poll.register(line, 0)  # reports only hang-up: the rollout's process reads the data
         return True
 
-    def bury(self) -> None:
-        """Tell the trainer of each process that has ended."""
+    def reap(self) -> None:
+        """Wait for each process that has exited, and report it to the trainer."""
         while True:
             try:
                 process, status, used = os.wait4(-1, os.WNOHANG)
@@ -156,13 +156,13 @@ class _Server:
     def cause(self, status: int, seconds: float) -> str:
         code = os.waitstatus_to_exitcode(status)
         if code >= 0:
-            return f"it left with status {code}"
+            return f"exit status {code}"
         if -code == signal.SIGKILL and seconds >= self.limits["cpu_seconds"]:
-            return f"it took more processor time than limits.cpu_seconds={self.limits['cpu_seconds']:g}"
-        return f"it was ended by {signal.Signals(-code).name}"
+            return f"it used more processor time than limits.cpu_seconds={self.limits['cpu_seconds']:g}"
+        return f"killed by {signal.Signals(-code).name}"
 
     def play(self, line: socket.socket) -> NoReturn:
-        """Play one rollout, in this forked process."""
+        """Run one rollout, in this forked process."""
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -181,13 +181,13 @@ class _Server:
 
 
 def tell(line: socket.socket, answer: dict[str, Any]) -> None:
-    """Send an answer as JSON; nobody may be there to hear it."""
+    """Send an answer as JSON. Ignore errors: the trainer may have closed the socket."""
     with suppress(OSError):
         send(line, json.dumps(answer).encode())
 
 
 class _Rollout:
-    """Plays one environment by calls."""
+    """Runs one environment, one call at a time."""
 
     def __init__(self, factory: Callable[[], Environment]):
         self.factory = factory
@@ -196,7 +196,7 @@ class _Rollout:
     def __call__(self, name: str, *arguments: Any) -> dict[str, Any]:
         try:
             return getattr(self, name)(*arguments)
-        except BaseException as error:  # SystemExit too is the environment's failure
+        except BaseException as error:  # SystemExit also counts as a failure of the environment
             return {"error": _kind(error), "text": _text(error)}
 
     def reset(self, task: Any, seed: int) -> dict[str, Any]:
@@ -225,5 +225,5 @@ def _kind(error: BaseException) -> str:
 
 
 def _text(error: BaseException) -> str:
-    told = isinstance(error, RewardError | EnvironmentFailure | TimeoutError)
-    return as_text(error) if told else f"{type(error).__name__}: {as_text(error)}"
+    complete = isinstance(error, RewardError | EnvironmentFailure | TimeoutError)
+    return as_text(error) if complete else f"{type(error).__name__}: {as_text(error)}"

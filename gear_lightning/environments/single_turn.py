@@ -1,15 +1,15 @@
-"""One question, one answer."""
+"""An environment with one question and one answer."""
 
 from ..rewards import Reward, check_reward, evaluate, reward_of
 from .base import Environment, Message, Step, Task
 
 
 class SingleTurn(Environment):
-    """Scores the first assistant message and ends.
+    """Scores the first assistant message and ends the episode.
 
     Args:
-        reward: scores the answer; the name of a built-in reward, an import path, or a function. The ``reward`` of a
-            task's meta goes before it.
+        reward: scores the answer; the name of a built-in reward, an import path, or a function. The ``reward`` in a
+            task's meta takes precedence.
     """
 
     def __init__(self, reward: str | Reward | None = None):

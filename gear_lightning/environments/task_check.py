@@ -1,4 +1,4 @@
-"""The check of tasks before training: a sample of a large source, and nothing that passed it before."""
+"""Checks tasks before training: a sample of a large source, and only tasks that have not passed the check before."""
 
 import hashlib
 import random
@@ -16,31 +16,32 @@ from ..errors import UserError
 from ..runs.files import cache_dir, replace_text, try_to_write
 from .base import Task, TaskSource
 
-ENDLESS = 16  # tasks that are checked of a source without end
-LONGEST = 100  # of a sample, at most, are the tasks with the longest prompts
-VIEWS = 64  # tasks of which one must leave the teacher its text
-REMEMBERED = 1000  # tasks from which on a check is worth remembering
+ENDLESS = 16  # number of tasks of an endless source that are checked
+LONGEST = 100  # maximum number of tasks in a sample that are chosen for their long prompts
+VIEWS = 64  # number of tasks that are searched for one whose privileged prompt fits
+REMEMBERED = 1000  # number of tasks from which on a passed check is cached
 
 
 class TaskChecker(ABC):
-    """Whoever knows what a task is needed for."""
+    """Checks whether single tasks can be used."""
 
     @abstractmethod
     def check_task(self, task: Task) -> None:
-        """Raise `UserError` where the task cannot be trained on."""
+        """Raise `UserError` if the task cannot be used for training."""
 
     def check_key(self) -> str | None:
-        """All that `check_task` depends on beside the task; None: unknown, so that no check is remembered."""
+        """Return a text that identifies everything `check_task` depends on besides the task; None if unknown (a passed
+        check is then not cached)."""
         return None
 
 
 def chosen(source: TaskSource, count: int, limit: int | None) -> Sequence[int]:
-    """Indices of the tasks to check: the same ones at every start.
+    """Return the indices of the tasks to check: the same at every start.
 
     Args:
         source: the tasks.
-        count: how many of them are used, the first ones.
-        limit: check no more. None: all.
+        count: number of tasks that are used, from the first one on.
+        limit: maximum number of tasks to check. None: all.
     """
     if limit is None or count <= limit:
         return range(count)
@@ -50,17 +51,17 @@ def chosen(source: TaskSource, count: int, limit: int | None) -> Sequence[int]:
 
 
 def check_source(name: str, source: TaskSource, used: int | None, limit: int | None, checker: TaskChecker) -> None:
-    """Check a source's tasks. All ranks must call it: each takes a part of them, and all fail where one does.
+    """Check a source's tasks. All ranks must call it: each checks a part, and all ranks fail if one does.
 
     Args:
-        name: the option that the source is given by.
+        name: name of the option that sets the source.
         source: the tasks.
-        used: the first so many are used. None: all.
+        used: number of tasks that are used, from the first one on. None: all.
         limit: see `chosen`.
-        checker: checks one.
+        checker: checks one task.
 
     Raises:
-        UserError: there are no tasks, or one cannot be used; names it.
+        UserError: there are no tasks, or one cannot be used; names the task.
     """
     rank, ranks = place()
 
@@ -73,7 +74,7 @@ def check_source(name: str, source: TaskSource, used: int | None, limit: int | N
         stamp = _stamp(source, indices, checker)
         known = stamp is not None and stamp.exists()
         mine = [] if known else indices[rank::ranks]
-        for index in mine or indices[:1]:  # one at least: this machine may lack what others have
+        for index in mine or indices[:1]:  # at least one: something may be missing on this machine only
             checker.check_task(source[index])
         return len(indices), count, stamp, known
 
@@ -84,24 +85,24 @@ def check_source(name: str, source: TaskSource, used: int | None, limit: int | N
     if checked < count:
         when = " at an earlier start" if known else ""
         rank_zero_info(
-            f"{name}: checked {checked:,} of {count:,} tasks{when}: a sample, and those with the longest lines. A task "
-            "that turns out bad costs its rollouts (data.check_limit)"
+            f"{name}: checked {checked:,} of {count:,} tasks{when}: a sample, and those with the longest lines. If an "
+            "unchecked task turns out invalid, its rollouts fail (data.check_limit)"
         )
 
 
 def check_teacher_views(module: Any, source: TaskSource) -> None:
-    """Look for a task whose privileged prompt leaves the model a position for a response.
+    """Check that at least one task's privileged prompt leaves the model space for a response.
 
     Args:
         module: a `gear_lightning.module.GearModule`.
-        source: the tasks to train on; some of them are looked at until one is found.
+        source: the tasks to train on; a sample is tried until one fits.
 
     Raises:
-        UserError: there is none, so that the teacher would be shown nothing.
+        UserError: none fits, so the teacher would never see privileged text.
     """
     options = replace(module.teacher_options, overlong="error", max_prompt=sys.maxsize)
     if not module.needs_teacher or options.shows not in ("reference", "answer") or module.longest is None:
-        return  # the other texts come from rollouts
+        return  # the other privileged texts come from rollouts
     size, refused = ENDLESS if source.size is None else source.size, []
     for index in dict.fromkeys(i * size // VIEWS for i in range(VIEWS)):
         try:
@@ -111,15 +112,16 @@ def check_teacher_views(module: Any, source: TaskSource) -> None:
         except UserError as error:
             refused.append(str(error))
     raise UserError(
-        f"the privileged prompt leaves room for a response in none of {len(refused)} tasks, so that the teacher would "
-        f"be shown nothing: {refused[0]}. Shorten the {options.shows}s or model.teacher.template, use another "
-        "model.teacher.shows, or a model with more positions"
+        f"the privileged prompt leaves no space for a response in any of {len(refused)} tasks, so the teacher would "
+        f"see no privileged text: {refused[0]}. Shorten the {options.shows}s or model.teacher.template, use another "
+        "model.teacher.shows, or use a model with a longer context"
     )
 
 
 def _stamp(source: TaskSource, indices: Sequence[int], checker: TaskChecker) -> Path | None:
-    """The file that says that these tasks passed; None where that cannot be known, or is checked faster."""
+    """Return the path of the cache file that marks these tasks as checked; None if tasks or check cannot be identified,
+    or if there are too few tasks to cache."""
     if len(indices) < REMEMBERED or (content := source.fingerprint) is None or (key := checker.check_key()) is None:
         return None
-    told = repr([content, key, list(indices)]).encode("utf-8", "surrogatepass")
-    return cache_dir() / "tasks" / f"{hashlib.sha256(told).hexdigest()[:32]}.checked"
+    identity = repr([content, key, list(indices)]).encode("utf-8", "surrogatepass")
+    return cache_dir() / "tasks" / f"{hashlib.sha256(identity).hexdigest()[:32]}.checked"

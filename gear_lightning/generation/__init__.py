@@ -1,4 +1,4 @@
-"""From messages to sampled tokens: chat templates, budgets, and the engines that sample."""
+"""Chat templates, rollout budgets, and the engines that sample tokens."""
 
 from .cached_engine import CachedEngine
 from .engine import GenerationEngine, Sampling

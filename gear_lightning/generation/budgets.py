@@ -11,19 +11,19 @@ class Budgets:
     """Limits of one rollout.
 
     Args:
-        turns: assistant turns.
-        tokens: sampled tokens, over all turns.
-        turn_tokens: sampled tokens in one turn. Null: only ``tokens`` counts.
-        context: prompt and response together, tokens.
-        step_seconds: one call of the environment (reset, step, close), wall clock. A call that takes longer is given
-            up. Environments are called one after another: each call that hangs holds all rollouts up for so long.
-        seconds: the whole rollout, wall clock, looked at between turns: it may go over by one turn and one call. Null:
-            no limit. Wall clock makes runs differ.
-        output_bytes: the environment's messages over all turns (opening, tool results), as UTF-8, their keys included.
-            The call that gives more ends the rollout; none of its messages is kept.
-        retries: further tries of a rollout whose reset raises an ``OSError`` (a connection, say) or takes too long.
-            Each is a new environment, after the other rollouts have been opened. Once a token is sampled nothing is
-            tried again, for that would change what the policy saw.
+        turns: maximum number of assistant turns.
+        tokens: maximum number of sampled tokens over all turns.
+        turn_tokens: maximum number of sampled tokens in one turn. Null: only ``tokens`` applies.
+        context: maximum length of prompt and response together, tokens.
+        step_seconds: wall-clock limit of one call of the environment (reset, step, close). A call that takes longer is
+            abandoned. Environments are called one after another, so a call that hangs delays all rollouts by this time.
+        seconds: wall-clock limit of the whole rollout. It is checked between turns, so a rollout may exceed it by one
+            turn and one call. Null: no limit. A limit makes the results of a run depend on the machine's speed.
+        output_bytes: maximum size of the environment's messages over all turns (opening, tool results), as UTF-8
+            including their keys. The call that exceeds it ends the rollout; none of its messages is kept.
+        retries: number of retries of a rollout whose reset raises an ``OSError`` (for example a failed connection) or
+            takes too long. Each retry creates a new environment, after the other rollouts have been opened. Nothing is
+            retried once a token is sampled, because that would change what the policy saw.
     """
 
     turns: int = 8
@@ -37,8 +37,8 @@ class Budgets:
 
     def __post_init__(self):
         if self.retries < 0:
-            raise UserError(f"budgets.retries={self.retries} must be at least 0")
+            raise UserError(f"budgets.retries={self.retries}: must be at least 0")
         for name in ("turns", "tokens", "turn_tokens", "context", "step_seconds", "seconds", "output_bytes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise UserError(f"budgets.{name}={value} must be above 0, and finite")
+                raise UserError(f"budgets.{name}={value}: must be above 0 and finite")

@@ -1,4 +1,4 @@
-"""An engine that keeps the keys and values of each conversation, and feeds what is new."""
+"""An engine that caches the keys and values of each conversation and feeds only new tokens."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,19 +18,19 @@ OTHER_ENGINE = "set generation.engine to gear_lightning.generation.GenerateEngin
 class _RowCache:
     """Keys and values of conversations at different lengths: row r of every layer holds conversation r.
 
-    Stands in for a transformers cache: attention layers call `update`. Columns past a row's length hold leftovers that
-    no query can see. Stored as [rows, columns, heads, dim]: a token's heads lie side by side, so that writing one token
-    of each row is one contiguous copy, and attention over few columns reads few cache lines.
+    Replaces a transformers cache: attention layers call `update`. Columns beyond a row's length hold stale values that
+    the attention mask hides. Stored as [rows, columns, heads, dim]: the heads of a token are adjacent, so writing one
+    token of each row is one contiguous copy, and attention over few columns reads few cache lines.
     """
 
     def __init__(self) -> None:
         self.layers: list[list[Tensor]] = []
         self.rows: Tensor | None = None  # rows of this forward; None for all of them
-        self.places = torch.empty(0)  # [rows x queries] where this forward writes, counted over rows and columns
+        self.places = torch.empty(0)  # [rows x queries] flat indices (row, column) that this forward writes
         self.height = self.width = self.view = 0
 
     def aim(self, rows: Tensor | None, columns: Tensor, view: int) -> None:
-        """Say where the next forward writes (``columns`` [rows, queries]) and how many columns it looks at."""
+        """Set where the next forward writes (``columns`` [rows, queries]) and how many columns it attends to."""
         self.rows, self.view = rows, view
         start = torch.arange(len(columns), device=columns.device) if rows is None else rows
         self.places = (start[:, None] * self.width + columns).flatten()
@@ -50,7 +50,7 @@ class _RowCache:
         return 0
 
     def resize(self, height: int, width: int) -> None:
-        """Make room for ``height`` rows of ``width`` columns, keeping what is there."""
+        """Grow the cache to at least ``height`` rows and ``width`` columns, keeping its contents."""
         if height <= self.height and width <= self.width:
             return
         height, width = max(height, self.height), max(width, self.width)
@@ -69,7 +69,7 @@ class _RowCache:
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
         for layer in self.layers:
-            for i, store in enumerate(layer):  # one at a time: never two caches side by side
+            for i, store in enumerate(layer):  # one tensor at a time, so that memory never holds two whole caches
                 layer[i] = store[rows]
         self.height = len(rows)
 
@@ -85,16 +85,16 @@ class _Row:
 class CachedEngine(GenerationEngine):
     """Samples with the policy itself, on this process's device.
 
-    Keeps each conversation's keys and values over turns, computes a prompt shared by a group once, and lets each
-    conversation go its own pace: all open turns advance together, one token a step.
+    Keeps each conversation's keys and values across turns, and computes a prompt that a group shares once. All open
+    turns advance together, one token per step; a finished turn does not wait for all others.
 
     Args:
-        prefill_tokens: tokens (rows x longest) in one prefill forward.
+        prefill_tokens: maximum number of tokens (rows x longest) in one prefill forward.
     """
 
     def __init__(self, prefill_tokens: int = 16384):
         if prefill_tokens < 1:
-            raise UserError(f"prefill_tokens={prefill_tokens} must be at least 1")
+            raise UserError(f"prefill_tokens={prefill_tokens}: must be at least 1")
         self.prefill_tokens = prefill_tokens
         self._model: Any = None
         self._tested: type | None = None
@@ -125,10 +125,11 @@ class CachedEngine(GenerationEngine):
 
     @torch.no_grad()
     def _test(self, model: Any) -> None:
-        """Compare two conversations of different lengths, taken up after a first part, with the model's own forward.
+        """Continue two conversations of different lengths from the cache, and compare the logits with the model's own
+        forward.
 
         Raises:
-            UserError: the model does something with its cache that this engine does not know of.
+            UserError: the logits differ, so the model uses its cache in a way that this engine does not support.
         """
         size = shape(model.get_output_embeddings().weight)[0]
         first, then = [[1 % size, 2 % size, 3 % size], [n % size for n in range(4, 11)]], [5 % size]
@@ -152,7 +153,9 @@ class CachedEngine(GenerationEngine):
                 allowed = 0.05 + 4 * float((theirs() - expected).abs().max() / expected.std())
         self._cache = _RowCache()
         if not (ours - expected).abs().max() <= allowed * expected.std():
-            raise UserError(f"{type(model).__name__}: CachedEngine does not give what the model gives; {OTHER_ENGINE}")
+            raise UserError(
+                f"{type(model).__name__}: the logits of CachedEngine differ from those of the model; {OTHER_ENGINE}"
+            )
 
     def submit(self, request: TurnRequest) -> None:
         self._waiting.append(request)
@@ -172,11 +175,12 @@ class CachedEngine(GenerationEngine):
 
     @torch.no_grad()
     def poll(self) -> list[SampledTurn]:
-        if 2 * len(self._rows) < len(self._table):  # most conversations are over: drop their rows
+        if 2 * len(self._rows) < len(self._table):  # most conversations are finished: drop their rows
             self._compact()
         self._admit()
         open_rows = [i for i, row in enumerate(self._table) if row is not None and row.turn is not None]
-        # a conversation that ends its turn soon rejoins the others: waiting for a few more keeps the batches full
+        # a conversation whose turn ended soon continues with the next turn: returning several turns at once keeps the
+        # batches large
         enough = max(1, len(open_rows) // 8)
         while open_rows:
             done = [i for i in open_rows if self._finished(i)]
@@ -214,8 +218,8 @@ class CachedEngine(GenerationEngine):
         self._cache.aim(None if everything else torch.tensor(rows, device=self._device), columns, view)
         mask = torch.arange(view, device=self._device)[None, None, None, :] <= columns[:, None, :, None]
         last = torch.tensor([len(f) - 1 for f in feeds], device=self._device)
-        # padding has the position of its row's last id: near the end of the context there are none left for more, and
-        # rotary frequencies that depend on the length look at the largest position of all rows
+        # padding gets the position of its row's last id: larger positions could exceed the context, and rotary
+        # frequencies that depend on the length use the largest position of all rows
         places = {"attention_mask": mask, "position_ids": torch.minimum(columns, start[:, None] + last[:, None])}
         self.before_forward()
         return next_logits(self._model, last, ids, **places, past_key_values=self._cache, use_cache=True)
@@ -231,8 +235,8 @@ class CachedEngine(GenerationEngine):
             state.turn.stopped = token in self._stop_ids  # pyright: ignore[reportOptionalMemberAccess]
 
     def _decode(self, rows: list[int]) -> None:
-        # every row takes part, so that no keys and values are gathered; a resting row writes a leftover that its next
-        # real token overwrites
+        # all rows take part, so that no keys and values need to be gathered; an idle row writes a stale entry that its
+        # next real token overwrites
         live = set(rows)
         feeds = [[row.turn.ids[-1]] if i in live else [0] for i, row in enumerate(self._table)]  # pyright: ignore
         logits = self._forward(list(range(len(feeds))), feeds)
@@ -248,7 +252,7 @@ class CachedEngine(GenerationEngine):
         self._rows = {key: moved[i] for key, i in self._rows.items()}
 
     def _admit(self) -> None:
-        """Feed what the waiting requests have that the cache has not, and draw their first tokens."""
+        """Feed the ids of the waiting requests that are not in the cache yet, and draw their first tokens."""
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return

@@ -1,10 +1,10 @@
-"""Messages to token ids and back: chat template, tool-call syntax, incremental tokenisation.
+"""Converts messages to token ids and back: chat template, tool-call syntax, incremental tokenization.
 
-Sampled ids are final. A conversation grows by appending ids: the prompt, the ids the policy sampled (its stop token
-included), then the ids of the messages that follow up to the next assistant turn. Nothing is decoded and encoded again.
+Sampled ids are final. A conversation grows by appending ids: the prompt, the ids that the policy sampled (including its
+stop token), then the ids of the messages up to the next assistant turn. Ids are never decoded and encoded again.
 
-Control tokens come from the chat template and from the policy alone. Spelled out in a task or in a tool's answer
-(``<|im_end|>``) they are text: no observation can end its turn and speak for another.
+Only the chat template and the policy produce control tokens. A control token spelled out in a task or a tool result
+(``<|im_end|>``) is encoded as plain text, so an observation cannot end its turn and start a turn of another role.
 """
 
 import json
@@ -20,10 +20,10 @@ from .chat_safety import ControlTokens, TemplateLimit, check_template, rendered
 
 Syntax = Literal["json", "json_list", "words"]
 
-_MARK = "\u2318answer\u2318"  # stands for an assistant turn; no real text contains it
+_MARK = "\u2318answer\u2318"  # placeholder of an assistant turn; assumed not to occur in real text
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
-REMEMBERED = 256  # prompts whose ids are kept
-MAX_DEPTH = 64  # lists and objects within each other in a tool call
+REMEMBERED = 256  # number of prompts whose ids are cached
+MAX_DEPTH = 64  # nesting depth of lists and objects in a tool call
 TOOL_PROMPT = """You can call functions. Here are their signatures:
 <tools>
 {tools}
@@ -33,14 +33,14 @@ To call one, answer with
 
 
 class ToolCallError(ValueError):
-    """The policy's text looks like a tool call and is not one."""
+    """The policy's text contains an invalid tool call."""
 
 
 def _check_call(call: Any) -> dict[str, Any]:
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise ToolCallError('a tool call is an object with "name" and "arguments"')
+        raise ToolCallError('a tool call must be an object with "name" and "arguments"')
     arguments = call.get("arguments", {})
-    if isinstance(arguments, str):  # some models quote the arguments once more
+    if isinstance(arguments, str):  # some models write the arguments as a JSON string
         arguments = _json(arguments)
     if not isinstance(arguments, dict):
         raise ToolCallError('"arguments" must be an object')
@@ -54,11 +54,11 @@ def _reject(constant: str) -> None:
 def _json(text: str) -> Any:
     try:
         value = json.loads(text, parse_constant=_reject)  # NaN and Infinity are not JSON
-        # 1e999 is read as infinity, and half a surrogate pair is no text: no tokenizer takes it
+        # reject 1e999, which is parsed as infinity, and half of a surrogate pair, which tokenizers reject
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise ToolCallError(f"not JSON: {error}") from None
-    if deeper_than(MAX_DEPTH, value):  # else whoever walks through it later might be out of stack
+    if deeper_than(MAX_DEPTH, value):  # code that recurses into the value later must not exceed the stack
         raise ToolCallError(f"nested more than {MAX_DEPTH} deep")
     return value
 
@@ -66,8 +66,8 @@ def _json(text: str) -> Any:
 def parse_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
     """Split assistant text into content and tool calls.
 
-    Understands ``<tool_call>{...}</tool_call>`` (Qwen, Hermes) and ``<tool_call>[{...}, ...]</tool_call>`` (SmolLM2);
-    a missing end tag is allowed at the end of the text.
+    Supports ``<tool_call>{...}</tool_call>`` (Qwen, Hermes) and ``<tool_call>[{...}, ...]</tool_call>`` (SmolLM2). The
+    end tag may be missing at the end of the text.
 
     Raises:
         ToolCallError: a tool call that cannot be read.
@@ -80,10 +80,11 @@ def parse_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def parse_words(text: str, tools: dict[str, list[str]]) -> tuple[str, list[dict[str, Any]]]:
-    """Split compact text: the first word that names a tool starts a call, the words after it are its arguments.
+    """Split text in ``words`` syntax into content and tool calls: the first word that names a tool starts a call, and
+    the words after it are its arguments.
 
     Raises:
-        ToolCallError: a tool's name with the wrong number of arguments.
+        ToolCallError: a tool call with the wrong number of arguments.
     """
     words = text.split()
     for place, word in enumerate(words):
@@ -99,13 +100,13 @@ def parse_words(text: str, tools: dict[str, list[str]]) -> tuple[str, list[dict[
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How messages become text.
+    """Options of the conversion from messages to text.
 
     Args:
-        tool_syntax: how the policy writes tool calls: ``json``: ``<tool_call>{...}</tool_call>``, tools listed by the
-            chat template (Qwen, Hermes); ``json_list``: ``<tool_call>[{...}]</tool_call>``, tools listed in the system
-            message by us (SmolLM2, templates that know no tools); ``words``: ``name argument argument``, for the
-            from-scratch models. ``auto``: read off the chat template.
+        tool_syntax: syntax of the policy's tool calls. ``json``: ``<tool_call>{...}</tool_call>``, the chat template
+            lists the tools (Qwen, Hermes). ``json_list``: ``<tool_call>[{...}]</tool_call>``, this package lists the
+            tools in the system message (SmolLM2, templates without tool support). ``words``:
+            ``name argument argument``, for the from-scratch models. ``auto``: derived from the chat template.
         template_arguments: extra arguments of the chat template, such as ``enable_thinking``.
     """
 
@@ -114,22 +115,23 @@ class ChatOptions:
 
 
 class Chat:
-    """A tokenizer's chat template, made incremental.
+    """Applies a tokenizer's chat template incrementally.
 
     Args:
-        tokenizer: as transformers gives it.
-        options: how messages become text.
-        stop_ids: tokens at which the model's generation configuration stops (`PolicySource.stop_ids`).
+        tokenizer: a transformers tokenizer.
+        options: options of the conversion from messages to text.
+        stop_ids: stop tokens of the model's generation configuration (`PolicySource.stop_ids`).
 
     Attributes:
-        stop_ids: where the policy's turn ends: the template's end token, the tokenizer's end-of-sequence token, and
-            those given. Sampling stops at these, and the exported generation configuration names these.
-        ignored_stops: those given that are ordinary text to the tokenizer, or unknown to it: a configuration that does
-            not fit the tokenizer would end every answer at a letter.
+        stop_ids: tokens that end the policy's turn: the template's end token, the tokenizer's end-of-sequence token,
+            and those of the argument ``stop_ids`` that are not ignored. Sampling stops at these tokens, and the
+            exported generation configuration lists them.
+        ignored_stops: ids in the argument ``stop_ids`` that are ordinary text to the tokenizer, or unknown to it. A
+            generation configuration that does not match the tokenizer could otherwise end answers at ordinary text.
 
     Raises:
-        UserError: the tokenizer has no chat template, or one that cannot be continued turn by turn; says what is
-            missing.
+        UserError: the tokenizer has no chat template, or one that cannot be continued turn by turn; the message states
+            what is missing.
     """
 
     def __init__(self, tokenizer: Any, options: ChatOptions = ChatOptions(), stop_ids: Iterable[int] = ()):
@@ -139,8 +141,8 @@ class Chat:
         template = tokenizer.chat_template
         if not template:
             raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; use an instruct one "
-                "or put a chat_template.jinja into the model directory"
+                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; use an instruct "
+                "model, or put a chat_template.jinja into the model directory"
             )
         for source in template.values() if isinstance(template, dict) else [template]:
             try:
@@ -149,13 +151,13 @@ class Chat:
                 raise UserError(f"the chat template: {error}") from None
         if options.tool_syntax != "auto":
             self.syntax: Syntax = options.tool_syntax
-        elif "<act>" in template:  # the from-scratch models' own
+        elif "<act>" in template:  # the chat template of the from-scratch models
             self.syntax = "words"
         elif "<tool_call>" in template and "tools" in template:
             self.syntax = "json"
         elif "tools" in template:
             raise UserError(
-                "the chat template lists tools in a syntax that is not known here (no <tool_call>); set "
+                "the chat template lists tools in an unknown syntax (without <tool_call>); set "
                 "model.chat.tool_syntax to json, json_list or words"
             )
         else:
@@ -167,19 +169,23 @@ class Chat:
         self.stop_ids = {self._end_mark} | ({self.tokenizer.eos_token_id} - {None}) | (given - self.ignored_stops)
 
     def _probe(self) -> None:
-        """Find the end mark that the template puts after an assistant turn: the first control token, with nothing but
-        white space before it (``\\n<|EOT|>`` of DeepSeek-Coder, ``' </s>'`` of Llama 2).
+        """Find the end token that the template puts after an assistant turn: the first control token, with only white
+        space before it (``\\n<|EOT|>`` of DeepSeek-Coder, ``' </s>'`` of Llama 2).
 
-        Turns are continued behind a stand-in turn: ids of earlier turns are never rendered again, so a template that
-        rewrites them (Qwen3 drops old thinking) changes nothing.
+        Later messages are rendered after a placeholder turn. Earlier turns are never rendered again, so a template that
+        rewrites them (Qwen3 drops old thinking) has no effect on their ids.
         """
         opening: list[Message] = [{"role": "user", "content": "Hello"}]
         if self._render(opening, generate=True) == self._render(opening, generate=False):
-            raise UserError("the chat template ignores add_generation_prompt: it must open the assistant's turn")
+            raise UserError(
+                "the chat template ignores add_generation_prompt; it must start the assistant's turn if that is true"
+            )
         self._closed: list[Message] = [*opening, {"role": "assistant", "content": _MARK}]
         _, found, after = self._render(self._closed, generate=False).partition(_MARK)
         if not found or not after.strip():
-            raise UserError("the chat template puts no end mark after an assistant turn; the policy could not stop")
+            raise UserError(
+                "the chat template puts no end token after an assistant turn, so the policy could not end its turn"
+            )
         ids = self.encode(after)
         self._end_mark = next((i for i in ids if self._control.holds(i)), ids[0])
         self._end_text = self.tokenizer.decode([self._end_mark])
@@ -187,13 +193,13 @@ class Chat:
         one_token = self._control.holds(self._end_mark) or self._end_text.strip() == after.strip()
         if self._before_end.strip() or not one_token:
             raise UserError(
-                f"the chat template ends an assistant turn with the text {after[:40]!r} and no token of its own before "
-                "it, so that the policy could not stop; use a template that puts a special token (the end-of-sequence "
-                "token, say) right after the answer"
+                f"the chat template ends an assistant turn with the text {after[:40]!r} and puts no special token "
+                "before it, so the policy could not end its turn; use a template that puts a special token (for "
+                "example the end-of-sequence token) directly after the answer"
             )
 
     def check_tools(self) -> None:
-        """Check that tool results can be shown to the policy.
+        """Check that the chat template can render tool results.
 
         Raises:
             UserError: the chat template has no tool role.
@@ -215,21 +221,21 @@ class Chat:
             )
         except (TemplateError, TypeError, LookupError, AttributeError, ValueError, ArithmeticError) as error:
             roles = ", ".join(str(m.get("role")) for m in messages)
-            raise UserError(f"the chat template cannot render messages of roles {roles}: {error}") from None
+            raise UserError(f"the chat template cannot render messages with the roles {roles}: {error}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of text that already holds its special tokens.
+        """Return the ids of text that already contains its special tokens.
 
         Raises:
-            UnicodeEncodeError: half a surrogate pair, of which the tokenizer's own error tells nothing.
+            UnicodeEncodeError: half of a surrogate pair; the tokenizer's own error would not mention it.
         """
         text.encode()
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def prompt(self, messages: list[Message], tools: Any = ()) -> list[int]:
-        """Ids of an opening conversation, up to where the assistant's turn begins."""
+        """Return the ids of an opening conversation, up to the start of the assistant's turn."""
         key = json.dumps([messages, list(tools)], default=repr)
-        if key not in self._prompts:  # the rollouts of a group share their prompts
+        if key not in self._prompts:  # the rollouts of a group share their prompt
             if len(self._prompts) >= REMEMBERED:
                 self._prompts.clear()
             self._prompts[key] = self._prompt(messages, tools)
@@ -244,7 +250,7 @@ class Chat:
         return self._encode(self._render(self._plain(messages), generate=True, tools=tools))
 
     def continuation(self, messages: list[Message]) -> list[int]:
-        """Ids between an assistant turn's stop token and the next assistant turn: the messages in between.
+        """Return the ids of the messages between two assistant turns: those after the first turn's stop token.
 
         Raises:
             UserError: the template cannot render these messages after an assistant turn.
@@ -264,7 +270,7 @@ class Chat:
         return [{**m, "content": m.get("content") or ""} for m in messages]
 
     def parse(self, ids: list[int], tools: Any = ()) -> Message:
-        """The assistant message that the sampled ids say.
+        """Return the assistant message that the sampled ids encode.
 
         Raises:
             ToolCallError: a tool call that cannot be read.
@@ -281,11 +287,11 @@ class Chat:
         return {**message, "tool_calls": found} if found else message
 
     def text(self, ids: list[int]) -> str:
-        """Decoded text of sampled ids, without their stop token."""
+        """Return the decoded text of sampled ids, without their stop token."""
         return self.tokenizer.decode([i for i in ids if i not in self.stop_ids], skip_special_tokens=False)
 
     def write(self, message: Message) -> list[int]:
-        """Ids that the policy would have sampled to say ``message`` (for demonstrations), stop token included."""
+        """Return the ids that the policy would sample for ``message``, with the stop token (for demonstrations)."""
         calls = [c["function"] for c in message.get("tool_calls") or []]
         parts = [message.get("content") or ""]
         if self.syntax == "words":
@@ -300,13 +306,13 @@ class Chat:
 
 
 def ignored_stops(chat: Chat) -> str:
-    """What to report about `Chat.ignored_stops`; an empty text where there are none."""
+    """Return a warning about `Chat.ignored_stops`; empty if there are none."""
     if not chat.ignored_stops:
         return ""
     known = range(len(chat.tokenizer))
     texts = [f"{i} ({chat.tokenizer.decode([i])!r})" if i in known else str(i) for i in sorted(chat.ignored_stops)]
     return (
-        f"the model's generation configuration stops at token {', '.join(texts)}, which is no control token of its "
-        "tokenizer: it is not used as a stop token, and the export leaves it out. Correct eos_token_id in its "
+        f"the model's generation configuration stops at token {', '.join(texts)}, which is not a control token of its "
+        "tokenizer: it is not used as a stop token, and the export omits it. Correct eos_token_id in the model's "
         "generation_config.json (or config.json)"
     )

@@ -1,7 +1,7 @@
-"""Generation engines: who samples the policy's turns.
+"""Base class of generation engines, which sample the policy's turns.
 
-An engine is driven turn by turn: `submit` asks for a turn, `poll` gives the finished turns, `release` forgets a
-conversation. The randomness of a turn comes from the request alone, so what is sampled does not depend on the batch.
+An engine works turn by turn: `submit` requests a turn, `poll` returns the finished turns, `release` drops a
+conversation. The randomness of a turn depends only on its request, so the samples do not depend on the batch.
 """
 
 import math
@@ -19,12 +19,12 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Sampling options.
 
     Args:
-        temperature: of the softmax. 0 for the most likely token.
+        temperature: temperature of the softmax. 0: always the most likely token.
         top_p: sample from the smallest set of tokens with at least this probability.
-        top_k: sample from so many most likely tokens. 0 for all.
+        top_k: sample from this number of most likely tokens. 0: from all tokens.
     """
 
     temperature: float = 1.0
@@ -33,23 +33,23 @@ class Sampling:
 
     def __post_init__(self):
         if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.top_k >= 0):
-            raise UserError(f"sampling out of range: {self}; temperature >= 0 and finite, 0 < top_p <= 1, top_k >= 0")
+            raise UserError(f"{self}: out of range; use temperature >= 0 and finite, 0 < top_p <= 1, top_k >= 0")
 
     @property
     def scoring_temperature(self) -> float:
-        """Temperature at which log-probs are taken: the sampling temperature, 1 for greedy sampling."""
+        """Temperature of the log-probs: the sampling temperature, or 1 for greedy sampling."""
         return self.temperature or 1.0
 
 
 @dataclass
 class TurnRequest:
-    """Ask for one turn.
+    """A request for one turn.
 
     Attributes:
-        key: the conversation. A later request of the same key extends the ids of the earlier one.
-        ids: the whole context, ending where the policy's turn begins.
-        max_tokens: longest turn.
-        seed: of this turn's draws.
+        key: the conversation. A later request with the same key extends the ids of the earlier one.
+        ids: the whole context, up to the start of the policy's turn.
+        max_tokens: maximum length of the turn.
+        seed: seed of this turn's draws.
     """
 
     key: int
@@ -64,11 +64,11 @@ class SampledTurn:
 
     Attributes:
         key: the conversation.
-        ids: sampled ids, the stop token included.
+        ids: sampled ids, including the stop token.
         logprobs: nats, of softmax(logits / temperature) before top-p and top-k, and at temperature 0 of
-            softmax(logits). So they are what the trainer computes too, and their difference from it is one of numbers
-            alone: it does not say how much more likely top-p, top-k or greedy sampling made the token.
-        stopped: the policy stopped by itself; False where ``max_tokens`` cut it short.
+            softmax(logits). The trainer computes the same quantity, so the two differ only numerically. The effect of
+            top-p, top-k or greedy sampling on a token's probability is not included.
+        stopped: whether the policy sampled a stop token; False if ``max_tokens`` cut the turn short.
     """
 
     key: int
@@ -79,31 +79,31 @@ class SampledTurn:
 
 @forward_of_model
 def next_logits(model: Any, last: Tensor, ids: Tensor, **cache: Any) -> Tensor:
-    """Logits [rows, vocab] after the id at place ``last`` [rows] of each row of ``ids`` [rows, seq]."""
+    """Return the logits [rows, vocab] after the id at position ``last`` [rows] of each row of ``ids`` [rows, seq]."""
     hidden = model.get_decoder()(input_ids=ids, **cache).last_hidden_state
     return model.get_output_embeddings()(hidden[torch.arange(len(last), device=ids.device), last])
 
 
 def _nothing() -> None:
-    """What engines do before a forward, unless the weights are gathered for it."""
+    """Default of `GenerationEngine.before_forward`: do nothing."""
 
 
 class GenerationEngine(ABC):
     """Samples turns from the policy's current weights.
 
-    ``before_forward`` is to be called before every forward of the model: where weights are gathered layer by layer, all
-    ranks must take part in each.
+    An engine must call ``before_forward`` before every forward of the model: if weights are gathered layer by layer,
+    all ranks must take part in each forward.
     """
 
     before_forward: Callable[[], None] = staticmethod(_nothing)
 
     def fingerprint(self, dtype: torch.dtype | None) -> str | None:
-        """`sharding.fingerprint` of the weights that the engine samples with, as rounded to ``dtype``; None where it
-        cannot tell. All ranks call it."""
+        """Return `sharding.fingerprint` of the weights that the engine samples with, rounded to ``dtype``; None if the
+        engine cannot compute it. All ranks call it."""
         return None
 
     def check(self, model: Any) -> None:  # noqa: B027
-        """Raise `UserError` where the engine cannot sample a model of this class and config, whatever its weights."""
+        """Raise `UserError` if the engine does not support models of this class and config."""
 
     @abstractmethod
     def begin(self, model: Any, sampling: Sampling, stop_ids: set[int]) -> None:
@@ -111,15 +111,15 @@ class GenerationEngine(ABC):
 
     @abstractmethod
     def submit(self, request: TurnRequest) -> None:
-        """Ask for a turn."""
+        """Request a turn."""
 
     @abstractmethod
     def poll(self) -> list[SampledTurn]:
-        """Work until at least one submitted turn is finished, and return the finished ones; empty when none is open."""
+        """Sample until at least one submitted turn is finished. Return the finished turns; empty if none is open."""
 
     @abstractmethod
     def release(self, key: int) -> None:
-        """Forget a conversation."""
+        """Drop a conversation."""
 
     @abstractmethod
     def end(self) -> None:
@@ -131,7 +131,7 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, 
 
     Args:
         logits: [rows, vocab].
-        uniforms: [rows] in [0, 1); the same number always gives the same token of the same distribution.
+        uniforms: [rows] in [0, 1); the same number and distribution always give the same token.
         sampling: temperature, top-p, top-k.
 
     Returns:

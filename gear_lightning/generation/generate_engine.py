@@ -1,4 +1,4 @@
-"""An engine that samples with transformers' `generate`: any model, and slow."""
+"""A slow engine without a key-value cache, for any model."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .engine import GenerationEngine, SampledTurn, Sampling, TurnRequest, draw, 
 
 
 class GenerateEngine(GenerationEngine):
-    """Samples with a forward of the whole context per token: slow, for caches that `CachedEngine` cannot keep."""
+    """Samples with a forward of the whole context per token. Slow; for models that `CachedEngine` does not support."""
 
     def begin(self, model: Any, sampling: Sampling, stop_ids: set[int]) -> None:
         self._model, self._sampling, self._stop_ids = model, sampling, stop_ids

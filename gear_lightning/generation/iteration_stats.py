@@ -1,4 +1,4 @@
-"""What one rank's rollouts of an iteration were like."""
+"""Statistics of one rank's rollouts in an iteration."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -9,16 +9,16 @@ from ..rollout import Rollout, RolloutGroup
 
 @dataclass
 class IterationStats:
-    """Counts for logging. Lists have an entry for each rollout that takes part in its group's advantages.
+    """Counts for logging. Lists have one entry for each rollout that takes part in its group's advantages.
 
     Attributes:
-        zero_spread: groups without anything to learn from.
-        overlong: rollouts whose privileged text was dropped.
+        zero_spread: groups without a learning signal.
+        overlong: rollouts whose privileged text was dropped for its length.
         retried: rollouts whose environment was opened more than once.
-        masked: rollouts that count in their group's baseline and not in the loss.
+        masked: rollouts that count in their group's baseline but not in the loss.
         side_errors: rollouts with a `Rollout.side_error`.
-        statuses: of all rollouts.
-        left_out: of those that are not in the loss.
+        statuses: statuses of all rollouts.
+        left_out: statuses of the rollouts that are not in the loss.
     """
 
     seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""Which rollouts share a micro-batch: a split of sorted rollouts that keeps the largest padded micro-batch small."""
+"""Splits sorted rollouts into micro-batches so that the largest padded micro-batch is as small as possible."""
 
 from collections.abc import Sequence
 
@@ -6,32 +6,32 @@ import numpy as np
 
 
 def balanced_split(lengths: Sequence[Sequence[int]], parts: int) -> list[range]:
-    """Cut rows into contiguous parts whose largest padded size is as small as it can be.
+    """Split rows into contiguous parts so that the largest padded size is minimal.
 
-    A part is padded to its longest row in each view, so that its size is ``rows x sum over views of the longest``.
-    Among the splits with the smallest maximum, one with the smallest sum of sizes (the least padding) is taken; of
-    those, always the same one.
+    A part is padded to its longest row in each view, so its size is ``rows x sum over views of the longest``. Among the
+    splits with the smallest maximum, one with the smallest sum of sizes (the least padding) is chosen. Ties are broken
+    deterministically.
 
     Args:
-        lengths: for each row, its number of tokens in each view (policy, teacher); rows alike stand together.
-        parts: how many parts; at least 1.
+        lengths: number of tokens of each row in each view (policy, teacher); rows of similar length should be adjacent.
+        parts: number of parts; at least 1.
 
     Returns:
-        One range of rows for each part, in order. None is empty, except the last ones where rows are too few.
+        One range of rows for each part, in order. If there are fewer rows than parts, the last ranges are empty.
 
     Raises:
         ValueError: ``parts`` is below 1.
     """
     if parts < 1:
-        raise ValueError(f"parts={parts} must be at least 1")
+        raise ValueError(f"parts={parts}: must be at least 1")
     rows, filled = len(lengths), min(parts, len(lengths))
     blank = [range(rows, rows)] * (parts - filled)
     if filled <= 1:
         return [range(rows)] * filled + blank
     views = np.array(lengths, dtype=np.int64)
     limit = _smallest_limit(views, filled)
-    # least[end]: smallest sum of sizes of the rows before `end` in so many parts. More parts never make it larger: a
-    # part cut in two is padded no further than before. So all parts may be filled.
+    # least[end]: smallest sum of sizes of the rows before `end`, split into the current number of parts. More parts
+    # never increase it, because splitting a part adds no padding. So all parts can be filled.
     sizes = _sizes(views, limit)
     least = np.append(0, np.full(rows, _NEVER))
     choices = []
@@ -56,8 +56,8 @@ _NEVER = np.int64(1) << 60
 
 
 def _smallest_limit(views: np.ndarray, parts: int) -> int:
-    """Smallest size that suffices for every part. A part grows with every row, so filling one part after the other up
-    to a limit uses the fewest parts."""
+    """Return the smallest size limit with which ``parts`` parts suffice. The size of a part grows with every row, so
+    filling parts greedily up to a limit uses the fewest parts."""
     rows = views.tolist()
 
     def fits(limit: int) -> bool:
@@ -76,7 +76,8 @@ def _smallest_limit(views: np.ndarray, parts: int) -> int:
 
 
 def _sizes(views: np.ndarray, limit: int) -> list[np.ndarray]:
-    """Sizes of all parts of 1, 2, ... rows, by their first row; `_NEVER` above the limit. Ends where all are above."""
+    """Return the sizes of all parts of 1, 2, ... rows, by their first row; `_NEVER` if above the limit. Stop at the
+    number of rows from which on all are above."""
     found, longest = [], views
     while True:
         count = len(found) + 1

@@ -1,9 +1,9 @@
-"""How far rounding moves a model's outputs, measured on the model itself.
+"""Measures how much rounding changes a model's outputs, on the model itself.
 
-The embeddings of the input are multiplied by 1 + eps or 1 - eps, eps being one unit in the last place of the precision
-that the model computes in. Every later operation then rounds differently, as it does in any other arrangement of the
-same computation (other batch, kernels or cache), and a router's near ties fall differently too. By as much as that
-changes the outputs, any two right computations may differ.
+The input embeddings are multiplied by 1 + eps or 1 - eps, where eps is one unit in the last place of the model's
+compute precision. Every later operation then rounds differently, as in any other arrangement of the same computation
+(other batch, kernels or cache), and near ties of a router may be resolved differently. The resulting change of the
+outputs is the difference to expect between any two correct computations.
 """
 
 from collections.abc import Iterator
@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MATMUL = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}  # float32 matrix products on a GPU: TF32, bfloat16
+MATMUL = {
+    "highest": 0.0,
+    "high": 2.0**-10,
+    "medium": 2.0**-7,
+}  # eps of float32 products on a GPU: TF32, bfloat16
 
 
 def unit(model: Any) -> float:
-    """One unit in the last place, relative, of the narrowest type that the model computes in, in the context of the
-    caller (autocast, precision of matrix products on a GPU)."""
+    """Return one relative unit in the last place of the narrowest type that the model computes in, in the caller's
+    context (autocast, precision of matrix products on a GPU)."""
     kind = next(model.parameters()).device.type
     eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
     if torch.is_autocast_enabled(kind):
@@ -27,13 +31,13 @@ def unit(model: Any) -> float:
 
 
 def low_precision(model: Any) -> bool:
-    """Whether the model computes below float32, in the context of the caller."""
+    """Return whether the model computes in a lower precision than float32, in the caller's context."""
     return unit(model) > torch.finfo(torch.float32).eps
 
 
 @contextmanager
 def rounded_anew(model: Any) -> Iterator[None]:
-    """Let the model's forwards round differently inside. Weights and random states stay as they are."""
+    """Make the model's forwards round differently inside this context. Weights and random states are unchanged."""
     eps = unit(model)
 
     def shake(_: nn.Module, args: tuple, output: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The weights that rollouts are sampled with: the policy's own, a whole copy gathered for the phase, or streamed."""
+"""Provides the weights that rollouts are sampled with: the policy's own, a gathered full copy, or streamed layers."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,11 +18,11 @@ WeightsMode = Literal["auto", "gather", "stream"]
 
 
 class SamplingWeights:
-    """Gives a model to sample from, with the policy's newest weights.
+    """Provides a model to sample from, with the policy's newest weights.
 
     Args:
-        mode: ``gather`` a whole copy on every process, ``stream`` layers through it at every token, or ``auto``: gather
-            where it fits.
+        mode: ``gather``: gather a full copy of the weights on every process. ``stream``: gather the weights layer by
+            layer at every token. ``auto``: gather a full copy if it fits into memory, else stream.
     """
 
     def __init__(self, mode: WeightsMode):
@@ -30,7 +30,7 @@ class SamplingWeights:
         self.dtype: torch.dtype | None = None
         self._copy: Any = None
         self._version: int | None = None
-        self.streamed = False  # whether the newest rollouts were sampled so
+        self.streamed = False  # whether the newest rollouts were sampled with streamed weights
 
     @contextmanager
     def open(
@@ -43,19 +43,19 @@ class SamplingWeights:
         dtype: torch.dtype | None,
         streams: bool,
     ) -> Iterator[tuple[Any, Callable[[], None]]]:
-        """A model for the engine, and a check that the engine uses it.
+        """Yield a model for the engine, and a function that checks that the engine uses it.
 
         Args:
             policy: the policy, sharded or not.
-            blank: its modules without values (`sharding.skeleton`), where it is sharded.
-            version: optimizer steps it has taken.
-            cache_bytes: what the engine's keys and values will need.
-            engine: what will sample.
-            dtype: of the gathered copy. None: as the policy.
+            blank: its modules without values (`sharding.skeleton`), if it is sharded.
+            version: number of optimizer steps it has taken.
+            cache_bytes: memory that the engine's keys and values need.
+            engine: the engine that will sample.
+            dtype: dtype of the gathered copy. None: that of the policy.
             streams: whether a forward of the sharded policy gathers its layers by itself.
 
         Raises:
-            UserError: ``stream`` was asked for where nothing gathers the layers.
+            UserError: the mode is ``stream``, but forwards do not gather the layers.
         """
         self.dtype = dtype
         sharded = is_sharded(policy)
@@ -89,7 +89,7 @@ class SamplingWeights:
             return "own" if self.dtype in (None, next(policy.parameters()).dtype) else "gather"
         if self.mode == "stream" and not streams:
             raise UserError(
-                "generation.weights=stream works under ZeRO-3 in training alone; evaluate with gather, or under "
+                "generation.weights=stream works under ZeRO-3 only in training; evaluate with gather, or with "
                 "configs/strategy/fsdp.yaml"
             )
         if self.mode != "auto" or not streams:
@@ -97,33 +97,33 @@ class SamplingWeights:
         need = sum(shape(p).numel() * (self.dtype or p.dtype).itemsize for p in policy.parameters()) + cache_bytes
         free = 0 if self._copy is not None else _free_bytes(next(policy.parameters()).device)
         fits = self._copy is not None or need < 0.9 * free
-        if all(gather(fits)):  # one way for all ranks
+        if all(gather(fits)):  # all ranks must use the same mode
             return "gather"
         rank_zero_warn(
-            f"A whole copy of the weights and its cache ({need / 2**30:.1f} GiB) does not fit into what is free "
+            f"A full copy of the weights and the key-value cache ({need / 2**30:.1f} GiB) do not fit into free memory "
             f"({free / 2**30:.1f} GiB): rollouts stream the layers at every token, which is slow. Set "
             "generation.weights_dtype=bfloat16 or model.teacher.park=true, or use more devices."
         )
         return "stream"
 
     def _check(self, policy: Any, engine: GenerationEngine) -> None:
-        """Raise where the engine's weights are not the policy's, or where the ranks' policies differ."""
+        """Raise `UserError` if the engine's weights differ from the policy's, or the policies of the ranks differ."""
         theirs = engine.fingerprint(self.dtype)
         ours = fingerprint(policy, self.dtype)
         prints = gather((ours, theirs))
         if len({mine for mine, _ in prints}) > 1:
-            raise UserError("the processes hold different weights of the policy: " + ", ".join(m for m, _ in prints))
+            raise UserError("the policy's weights differ between processes: " + ", ".join(m for m, _ in prints))
         for rank, (mine, engines) in enumerate(prints):
             if engines not in (None, mine):
                 raise UserError(
-                    f"stale engine: {type(engine).__name__} samples with weights {engines} on rank {rank}, and the "
-                    f"policy has {mine}; an engine must take the model that `begin` gives it"
+                    f"stale engine: {type(engine).__name__} samples with weights {engines} on rank {rank}, but the "
+                    f"policy has {mine}; an engine must use the model that `begin` receives"
                 )
 
 
 class Turns:
-    """Keeps the ranks' forwards in step where each gathers weights from all: a rank that has no work left runs empty
-    forwards until the last one is done."""
+    """Synchronizes the forwards of all ranks if each forward is a collective that gathers weights. A rank that has
+    finished its work runs empty forwards until the last rank has finished."""
 
     def __init__(self, policy: Any):
         self.policy = policy
@@ -135,12 +135,12 @@ class Turns:
         return bool(count)
 
     def take(self) -> None:
-        """Before a forward."""
+        """Announce a forward to the other ranks. Called before each forward."""
         self._any(True)
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Keep the others company until nobody wants a forward."""
+        """Run empty forwards until no rank needs another forward."""
         place = torch.zeros(1, dtype=torch.long, device=self.device)
         while self._any(False):
             next_logits(self.policy, place, place[None], use_cache=False)

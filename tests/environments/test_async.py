@@ -64,11 +64,13 @@ class Judge:
         return 1.0
 
 
-@pytest.mark.parametrize(("name", "what"), [("slow_price", "is async"), ("prices", "yields")])
+@pytest.mark.parametrize(("name", "what"), [("slow_price", "is async"), ("prices", "is a generator function")])
 def test_a_tool_that_is_async_or_yields_is_refused(name, what):
     path = f"{__name__}.{name}"
     for make in (lambda: tool_schemas([path]), lambda: FunctionTools([path])):
-        with pytest.raises(UserError, match=rf"tool '{path}' {what}, and nothing .*(plain function|return)"):
+        with pytest.raises(
+            UserError, match=rf"tool '{path}' {what}, which is not supported; make it .*(plain function|return)"
+        ):
             make()
 
 
@@ -78,13 +80,13 @@ def test_no_policy_reads_what_a_tool_has_not_finished(name):
     task = Task("t1", TASK.messages, tool_schemas([path]))
     rollout = answered(task, functools.partial(FunctionTools, [path], lambda *_: 1.0), CALL % name)
     assert rollout.status == "environment_error"
-    assert f"TypeError: the tool '{name}' gave a " in rollout.error
+    assert f"TypeError: the tool '{name}' returned a " in rollout.error
     assert [m["role"] for m in rollout.messages] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize("reward", [f"{__name__}.judge", judge, Judge(), functools.partial(judge, transcript=[])])
 def test_an_async_reward_is_refused(reward):
-    with pytest.raises(UserError, match=r"reward .*is async, and nothing awaits it"):
+    with pytest.raises(UserError, match=r"reward .*is async, which is not supported"):
         resolve_reward(reward)
     with pytest.raises(UserError, match=r"task t1: .*reward .*is async"):
         SingleTurn(reward).check(TASK)
@@ -142,9 +144,9 @@ METHODS = [(kind, method) for kind in (AsyncStep, AsyncReset, AsyncClose, AsyncC
 
 @pytest.mark.parametrize(("kind", "method"), METHODS)
 def test_an_environment_with_an_async_method_is_refused_at_the_start(kind, method):
-    with pytest.raises(UserError, match=rf"{kind.__name__}\.{method} (is async|yields), and nothing"):
+    with pytest.raises(UserError, match=rf"{kind.__name__}\.{method} is (async|a generator function), which"):
         generation(environment=kind).attach(module(), data())
-    with pytest.raises(UserError, match=rf"{kind.__name__}\.{method} (is async|yields)"):
+    with pytest.raises(UserError, match=rf"{kind.__name__}\.{method} is (async|a generator function)"):
         Isolated(kind, network="allow").check(TASK)
 
 
@@ -160,7 +162,7 @@ def test_an_async_step_that_was_not_seen_costs_its_rollout_and_is_told():
 
     rollout = answered(TASK, Late, "3")
     assert (rollout.status, rollout.learnable) == ("invalid_reward", False)
-    assert "step gave a coroutine: it is async, and nothing awaits it" in rollout.error
+    assert "step returned a coroutine: it is async, which is not supported" in rollout.error
 
 
 def test_plain_functions_pass():

@@ -89,12 +89,12 @@ def test_states_and_rewards_of_turns():
         ({"decisions": [{"text": "r7", "right": True}]}, "the decision 'r7', which the turn does not contain"),
         ({"decisions": [{"text": "r1", "right": True, "occurrence": 5}]}, "the decision 'r1'"),
         ({"decisions": [{"text": "r1", "right": True}, {"text": "r7", "right": True}]}, "the decision 'r7'"),
-        ({"decisions": [{"text": "r1"}]}, "in place of a text and whether it is right"),
-        ({"decisions": [{"text": "", "right": True}]}, "in place of a text"),
-        ({"decisions": {"r1": True}}, "in place of a list"),
-        ({"state": 5}, "state 5 in place of text"),
+        ({"decisions": [{"text": "r1"}]}, r"expected text \(str\) and right \(bool\)"),
+        ({"decisions": [{"text": "", "right": True}]}, r"expected text \(str\)"),
+        ({"decisions": {"r1": True}}, "expected a list"),
+        ({"state": 5}, "state 5, expected text"),
         ({"state": "x" * 2_000_000}, "a state of more than"),
-        ({"feedback": ["no"]}, "feedback .* in place of text"),
+        ({"feedback": ["no"]}, "feedback .*, expected text"),
     ],
 )
 def test_nonsense_costs_itself_alone_and_is_told(told, error):

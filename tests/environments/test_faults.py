@@ -207,7 +207,7 @@ def test_text_is_counted_over_the_whole_rollout_and_what_is_too_much_is_not_kept
     (rollout,) = play(said, CALL, output_bytes=3000)
     assert (rollout.status, rollout.turns, rollout.learnable) == ("environment_flood", 3, True)
     assert sum(len(m["content"]) for m in rollout.messages if m["role"] == "tool") == 2000
-    assert "bytes of text, all that is left to it" in rollout.error
+    assert "bytes of text, the remaining limit" in rollout.error
     (rollout,) = play(said, CALL, output_bytes=500)
     assert (rollout.status, rollout.turns, len(rollout.messages)) == ("environment_flood", 0, 1)
     assert not rollout.learnable, "not the policy's doing"
@@ -410,5 +410,5 @@ def test_after_the_first_token_nothing_is_tried_again():
 def test_budgets_are_checked():
     with pytest.raises(UserError, match=r"budgets\.retries=-1 must be at least 0"):
         Budgets(retries=-1)
-    with pytest.raises(UserError, match=r"budgets\.output_bytes=0 must be above 0"):
+    with pytest.raises(UserError, match=r"budgets\.output_bytes=0: must be above 0"):
         Budgets(output_bytes=0)

@@ -84,7 +84,7 @@ def test_the_limit_shortens_but_the_whole_file_is_checked(write):
     assert JsonlTasks(write({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}), limit=2).size == 2
     with pytest.raises(UserError, match=r"tasks\.jsonl:3: found keys answer, expected either prompt or messages"):
         JsonlTasks(write({"prompt": "a"}, {"prompt": "b"}, {"answer": "c"}), limit=1)
-    with pytest.raises(UserError, match="limit=0 must be at least 1"):
+    with pytest.raises(UserError, match="limit=0: must be at least 1"):
         JsonlTasks(write({"prompt": "a"}), limit=0)
 
 
@@ -122,11 +122,11 @@ def assistant(**keys):
 @pytest.mark.parametrize(
     ("line", "found", "expected"),
     [
-        ("{", "broken JSON", "one JSON object"),
-        ('{"prompt": "a"} x', "broken JSON", "one JSON object"),
-        ('{"prompt": "a", "answer": NaN}', "broken JSON (NaN is not JSON)", "one JSON object"),
-        ('{"prompt": "a", "answer": 1e999}', "1e999 is beyond all floating-point numbers", "one JSON object"),
-        ('{"prompt": "a", "x": ' + "1" * 5000 + "}", "broken JSON", "one JSON object"),
+        ("{", "invalid JSON", "one JSON object"),
+        ('{"prompt": "a"} x', "invalid JSON", "one JSON object"),
+        ('{"prompt": "a", "answer": NaN}', "invalid JSON (NaN is not JSON)", "one JSON object"),
+        ('{"prompt": "a", "answer": 1e999}', "1e999 is too large for a float", "one JSON object"),
+        ('{"prompt": "a", "x": ' + "1" * 5000 + "}", "invalid JSON", "one JSON object"),
         ('{"prompt": "a", "x": ' + "[" * 200_000 + "}", "nested too deeply", ""),
         (b'{"prompt": "\xff"}', "bytes that are not UTF-8", "JSON"),
         (r'{"prompt": "a\ud800"}', r"\ud800, half of a surrogate pair", "whole characters"),
@@ -149,7 +149,7 @@ def assistant(**keys):
         (chat({"role": ["user"], "content": "a"}), "messages[0].role = a list", "one of system, user, assistant, tool"),
         (chat(USER, {"role": "user"}), "messages[1].content = null", "text"),
         (chat({"role": "user", "content": [{"type": "text"}]}), "messages[0].content = a list", "text"),
-        (chat({**USER, "tool_calls": [CALL]}), "messages[0].tool_calls in a user message", "in an assistant"),
+        (chat({**USER, "tool_calls": [CALL]}), "messages[0].tool_calls in a user message", "an assistant message"),
         (assistant(tool_calls=[]), "messages[0].tool_calls = an empty list", "a list of tool calls"),
         (assistant(tool_calls=["add"]), 'messages[0].tool_calls with "add"', '{"function": {"name": text'),
         (assistant(tool_calls=[{"function": {"name": "add", "arguments": "{}"}}]), "with an object", "arguments"),
@@ -166,14 +166,14 @@ def assistant(**keys):
         ({"prompt": "a", "answer": {"x": 1}}, "answer = an object", "text or a number"),
         ({"prompt": "a", "reward": 1}, "reward = 1", "a name or an import path"),
         ({"prompt": "a", "reward": "numbr"}, "", "reward 'numbr' is neither built in"),
-        ({"prompt": "a", "reward": "..x"}, "", "one that the recipe lists under rewards"),
+        ({"prompt": "a", "reward": "..x"}, "", "one that the config lists under rewards"),
         ({"prompt": "a", "tools": 0}, "tools = 0", "a list of JSON schemas"),
         ({"prompt": "a", "tools": {}}, "tools = an empty object", "a list of JSON schemas"),
-        ({"prompt": "a", "tools": ["add"]}, 'a tool that is "add"', '{"type": "function", "function"'),
-        ({"prompt": "a", "tools": [{"function": {"name": "add"}}]}, "a tool that is an object", '"properties": object'),
-        ({"prompt": "a", "tools": [{"function": {"name": "f", "parameters": {}}}]}, "a tool that is an object", "prop"),
+        ({"prompt": "a", "tools": ["add"]}, '"add" as a tool', '{"type": "function", "function"'),
+        ({"prompt": "a", "tools": [{"function": {"name": "add"}}]}, "an object as a tool", '"properties": object'),
+        ({"prompt": "a", "tools": [{"function": {"name": "f", "parameters": {}}}]}, "an object as a tool", "prop"),
         ({"prompt": "x" * 50, "id": {"x" * 50: 1}}, "id = an object", "text or an integer"),
-        ({"prompt": "a", "id": "first"}, "id 'first' again (line 1)", "a new one"),
+        ({"prompt": "a", "id": "first"}, "id 'first' again (first in line 1)", "a unique id"),
     ],
 )
 def test_a_broken_line_names_file_and_line_and_what_was_found_and_expected(write, line, found, expected):
@@ -190,7 +190,7 @@ def test_a_broken_line_names_file_and_line_and_what_was_found_and_expected(write
 
 
 def test_generated_ids_meet_the_files_own(write):
-    with pytest.raises(UserError, match=r":2: found id 'tasks-2' again \(line 1\), expected a new one"):
+    with pytest.raises(UserError, match=r":2: found id 'tasks-2' again \(first in line 1\), expected a unique id"):
         JsonlTasks(write({"prompt": "a", "id": "tasks-2"}, {"prompt": "b"}))
 
 
@@ -199,7 +199,7 @@ def test_files_that_cannot_be_read_are_named(write, tmp_path):
         JsonlTasks(f"{tmp_path}/none.jsonl")
     with pytest.raises(UserError, match=re.escape(f"{tmp_path}: cannot be read")):
         JsonlTasks(str(tmp_path))
-    with pytest.raises(UserError, match="found no lines, expected one JSON object a line"):
+    with pytest.raises(UserError, match="found no lines, expected one JSON object per line"):
         JsonlTasks(write("", "  "))
     whole = gzip.compress(b"\n".join(json.dumps({"prompt": str(i) * 40}).encode() for i in range(2000)))
     for data in (b"not gzip", whole[: len(whole) // 2], whole[:40] + b"\0\0\0\0" + whole[44:], b""):

@@ -106,7 +106,7 @@ def test_rewards_of_an_index_from_the_cache_are_looked_up_again(tmp_path, cache,
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_are_compared_over_the_whole_file(tmp_path, cache, name):
     path = write(tmp_path / name, *tasks(40), "", {"prompt": "x", "id": "t7"}, {"prompt": "y", "id": "t3"})
-    with pytest.raises(UserError, match=r":42: found id 't7' again \(line 8\), expected a new one"):
+    with pytest.raises(UserError, match=r":42: found id 't7' again \(first in line 8\), expected a unique id"):
         JsonlTasks(path)
 
 
@@ -164,7 +164,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, n
     (tmp_path / "file").touch()
     monkeypatch.setenv("GEAR_LIGHTNING_CACHE", str(tmp_path / "file"))
     path = write(tmp_path / name, *tasks(9))
-    with pytest.warns(UserWarning, match=r"its index cannot be kept .* every start makes it anew"):
+    with pytest.warns(UserWarning, match=r"its index cannot be stored .* every start recreates it"):
         source = JsonlTasks(path)
     assert source[8].id == "t8"
 
@@ -195,7 +195,7 @@ def test_gsm8k_is_read_by_index_too(tmp_path, cache):
     assert GSM8KTasks(path).fingerprint == source.fingerprint
     with pytest.raises(UserError, match="no problem has between 2 and 3 calculator marks"):
         GSM8KTasks(path, min_marks=2, max_marks=3)
-    with pytest.raises(UserError, match=r"gsm\.jsonl:2: expected question and answer"):
+    with pytest.raises(UserError, match=r"gsm\.jsonl:2: expected the keys question and answer"):
         GSM8KTasks(write(tmp_path / "gsm.jsonl", problem(1, "2"), {"question": "?"}))
     demonstrations = GSM8KDemonstrations(write(tmp_path / "gsm.jsonl", problem(1, "2"), problem(2, "3")))
     assert {demonstrations[i].task.id for i in range(2)} == {"gsm8k-train-1", "gsm8k-train-2"}

@@ -109,12 +109,16 @@ def test_a_scorer_that_raises_gives_0(monkeypatch):
     [
         ("chain_summ", {}, "no data set 'chain_summ'; there are chain_sum"),
         ("nothing", {}, "no data set 'nothing'; there are "),
-        ("chain_sum", {"terms": 3}, "chain_sum does not take {'terms': 3}"),
-        ("chain_sum", {"min_terms": 5, "max_terms": 2}, "chain_sum does not take {'min_terms': 5, 'max_terms': 2}"),
-        ("chain_sum", {"min_terms": "two"}, "chain_sum does not take {'min_terms': 'two'}"),
-        ("chain_sum", {"seed": 3}, "chain_sum does not take {'seed': 3}"),
-        ("composite", {"datasets": [{"name": "chain_sum"}]}, "composite takes objects that no configuration can hold"),
-        ("rubiks_cube", {}, "rubiks_cube gives no answers, so that no teacher can see one"),
+        ("chain_sum", {"terms": 3}, "chain_sum does not accept {'terms': 3}"),
+        ("chain_sum", {"min_terms": 5, "max_terms": 2}, "chain_sum does not accept {'min_terms': 5, 'max_terms': 2}"),
+        ("chain_sum", {"min_terms": "two"}, "chain_sum does not accept {'min_terms': 'two'}"),
+        ("chain_sum", {"seed": 3}, "chain_sum does not accept {'seed': 3}"),
+        (
+            "composite",
+            {"datasets": [{"name": "chain_sum"}]},
+            "composite needs objects that a config file cannot contain",
+        ),
+        ("rubiks_cube", {}, "rubiks_cube provides no answers, so there is no reference for the teacher"),
     ],
 )
 def test_bad_data_sets_and_options_are_named(name, options, message):
@@ -126,7 +130,7 @@ def test_bad_data_sets_and_options_are_named(name, options, message):
 def test_other_tasks_and_empty_sources_are_refused():
     with pytest.raises(UserError, match="task t1 does not come from ReasoningGymTasks"):
         ReasoningGym().check(Task("t1", []))
-    with pytest.raises(UserError, match="size=0 must be at least 1"):
+    with pytest.raises(UserError, match="size=0: must be at least 1"):
         ReasoningGymTasks("chain_sum", size=0)
 
 

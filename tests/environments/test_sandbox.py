@@ -25,7 +25,9 @@ from gear_lightning.errors import UserError
 from gear_lightning.generation.engine import Sampling
 from gear_lightning.rollout import AgentLoop, Budgets
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes with limits need Linux")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="processes with resource limits need Linux"
+)
 
 LIMITS = Limits(cpu_seconds=1, memory_mb=512, file_mb=8, processes=16)
 BUDGETS = Budgets(tokens=2000, context=16_000, step_seconds=seconds(60), retries=0)
@@ -80,18 +82,18 @@ def at_rest() -> bool:
         ("raise", "environment_error", "ZeroDivisionError: division by zero"),
         ("exit", "environment_error", "SystemExit: 3"),
         ("refused", "environment_error", "ConnectionError: refused"),
-        ("leave", "environment_error", "the environment's process is gone: it left with status 5"),
-        ("crash", "environment_error", "ended by SIGSEGV"),
-        ("burn", "environment_error", "it took more processor time than limits.cpu_seconds=1"),
+        ("leave", "environment_error", "the environment's process has exited: exit status 5"),
+        ("crash", "environment_error", "killed by SIGSEGV"),
+        ("burn", "environment_error", "it used more processor time than limits.cpu_seconds=1"),
         ("bomb", "environment_error", "BlockingIOError"),
         ("memory", "environment_error", "MemoryError"),
         ("file", "environment_error", "OSError: [Errno 27] File too large"),
         ("network", "environment_error", "OSError: [Errno 101] Network is unreachable"),
-        ("flood", "environment_flood", "gave more than 67,108,864 bytes of text"),
-        ("long", "environment_flood", "step gave more than 1,000,000 bytes of text"),
-        ("no step", "invalid_reward", "step gave int in place of a Step"),
-        ("bytes", "environment_error", "in place of a message with role and content"),
-        ("nan", "invalid_reward", "the environment gave reward nan"),
+        ("flood", "environment_flood", "returned more than 67,108,864 bytes of text"),
+        ("long", "environment_flood", "step returned more than 1,000,000 bytes of text"),
+        ("no step", "invalid_reward", "step returned int, expected a Step"),
+        ("bytes", "environment_error", "expected a message with role and content"),
+        ("nan", "invalid_reward", "step returned an invalid reward: reward nan"),
         (None, "done", ""),
         ("fork", "done", ""),
     ],
@@ -152,9 +154,9 @@ def test_an_environment_that_hangs_at_its_close_holds_nobody_up(monkeypatch):
 @pytest.mark.parametrize(
     ("deed", "told"),
     [
-        ("last flood", "gave more than 67,108,864 bytes of text"),
-        ("last long", "step gave more than 1,000,000 bytes of text"),
-        ("last bytes", "in place of a message with role and content"),
+        ("last flood", "returned more than 67,108,864 bytes of text"),
+        ("last long", "step returned more than 1,000,000 bytes of text"),
+        ("last bytes", "expected a message with role and content"),
     ],
 )
 def test_what_an_isolated_environment_says_beside_its_score_costs_itself_alone(deed, told):
@@ -208,9 +210,9 @@ def alive(process: int) -> bool:
 
 
 def test_settings_that_cannot_work_are_told_at_the_start():
-    with pytest.raises(UserError, match=r"limits\.processes=0 must be above 0"):
+    with pytest.raises(UserError, match=r"limits\.processes=0: must be above 0"):
         Limits(processes=0)
-    with pytest.raises(UserError, match="give a class of an importable module"):
+    with pytest.raises(UserError, match="use a class of an importable module"):
         Isolated(lambda: Unruly()).check(task())
     with pytest.raises(UserError, match="task t1 cannot be sent to another process"):
         Isolated(Unruly).check(task(extra=lambda: 0))
@@ -340,5 +342,5 @@ def test_the_python_tool_answers_and_tells_the_agent_of_its_mistakes():
     assert (one, two) == ("42", "error: python takes one argument, code, which is text")
     assert "SyntaxError: '(' was never closed" in three
     other = Task("t1", [], [{"function": {"name": "perl"}}], meta={"answer": "42"})
-    with pytest.raises(UserError, match="task t1 lists the tool 'perl', and PythonTool has python alone"):
+    with pytest.raises(UserError, match="task t1 lists the tool 'perl', but PythonTool provides only python"):
         environment().check(other)

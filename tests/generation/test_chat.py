@@ -97,7 +97,7 @@ def test_no_text_breaks_the_parser(text):
     [
         (None, "no chat template"),
         (NO_GENERATION_PROMPT, "ignores add_generation_prompt"),
-        (NO_END_MARK, "no end mark"),
+        (NO_END_MARK, "no end token"),
         (CHATML + "{# tools #}", "tool_syntax"),
     ],
 )
@@ -149,7 +149,9 @@ def test_a_turn_ends_at_the_end_token_and_not_at_the_white_space_before_it(befor
 
 @pytest.mark.parametrize("end", ["### End", "</turn>", "\\n\\n### End\\n{{ eos_token }}"])
 def test_a_turn_that_ends_in_ordinary_text_is_refused(end):
-    with pytest.raises(UserError, match=r"ends an assistant turn with the text .* could not stop; use a template that"):
+    with pytest.raises(
+        UserError, match=r"ends an assistant turn with the text .* could not end its turn; use a template that"
+    ):
         Chat(byte_tokenizer(ending("", end)))
 
 

@@ -284,10 +284,16 @@ def test_any_gguf_file_is_an_error(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for i in range(10**12) %}x{% endfor %}", "raises to a power"),
+        ("{% for i in range(10**12) %}x{% endfor %}", "uses the power operator"),
         ("{% for i in range(1000000000000) %}x{% endfor %}", "Range too big"),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "not done after 1,000,000"),
-        ("{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "not done after"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "not finished after 1,000,000",
+        ),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+            "not finished after",
+        ),
         ("{{ 'x' * 6000000 }}", "6,000,.* characters"),
         ("{{ 'x' * 1000000000000000 }}", "MemoryError"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
@@ -310,7 +316,7 @@ def test_a_task_file_has_nothing_imported(tmp_path, monkeypatch):
     file = tmp_path / "tasks.jsonl"
     for reward in ("evil_reward.good", "os.system", "builtins.eval", "gear_lightning.rewards.__builtins__"):
         file.write_text(json.dumps({"prompt": "a", "reward": reward}) + "\n")
-        with pytest.raises(UserError, match=r"tasks\.jsonl:1: found reward = .* the recipe lists under rewards"):
+        with pytest.raises(UserError, match=r"tasks\.jsonl:1: found reward = .* the config lists under rewards"):
             JsonlTasks(str(file))
     assert not (tmp_path / "mark").exists()
     assert "evil_reward" not in sys.modules
