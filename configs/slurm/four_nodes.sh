@@ -10,8 +10,8 @@
 #SBATCH --export=ALL
 #SBATCH --partition=gpu
 #SBATCH --exclusive
-# 600 s before the limit every process gets USR1 (no B:, which would signal this shell alone);
-# the job saves one checkpoint, goes back into the queue and writes on into the same files.
+# 600 s before the limit every process gets USR1 (no B:, which would signal only this shell);
+# the job saves one checkpoint, is requeued, and appends to the same files.
 #SBATCH --signal=USR1@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -19,11 +19,11 @@
 
 module load cuda
 export OMP_NUM_THREADS=8 PYTHONUNBUFFERED=1
-# a failed collective ends its process; the heartbeat leaves the watchdog time to say who is stuck
+# a failed collective ends its process; the heartbeat gives the watchdog time to report the stuck rank
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=3600
 
-# exec: a signal for the batch script reaches the processes, too. Where one has ended, the others have
-# 30 s to write their reports; kill-on-bad-exit would leave them none.
+# exec: a signal to the batch script also reaches the processes. If one has ended, the others have
+# 30 s to write their reports; kill-on-bad-exit would end them at once.
 exec srun --kill-on-bad-exit=0 --wait=30 --cpus-per-task=8 --open-mode=append \
   --output=/scratch/me/runs/quickstart/slurm/%j_%t.log \
   /home/me/gear_lightning/.venv/bin/python -m gear_lightning fit \

@@ -1,1 +1,1 @@
-"""From YAML to a run: the command line's options, checks of a recipe, memory."""
+"""Recipes: command-line options and YAML configs, checks of a recipe, and memory estimates."""

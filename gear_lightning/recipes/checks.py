@@ -1,4 +1,4 @@
-"""What ``gear-lightning doctor`` knows of a machine, and what it finds wrong with a recipe on it."""
+"""The checks of ``gear-lightning doctor``: versions and GPUs of a machine, and problems of a recipe on it."""
 
 import platform
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ MALICIOUS = ("2.6.2", "2.6.3")  # of lightning and pytorch-lightning: GHSA-w37p-
 
 @dataclass(frozen=True)
 class Machine:
-    """Versions (None: not installed), and the GPUs that torch sees here."""
+    """Versions of packages (None: not installed), and the GPUs that torch finds."""
 
     versions: dict[str, str | None]
     gpus: tuple[str, ...] = ()
@@ -27,7 +27,7 @@ class Machine:
 
 
 def look_at_machine() -> Machine:
-    """This machine."""
+    """Return a description of this machine."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -42,7 +42,7 @@ def look_at_machine() -> Machine:
 
     versions["NCCL"] = ".".join(map(str, nccl.version()))
     seen = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    # compute capability 8 brought bfloat16; torch itself would call its emulation on older ones support
+    # bfloat16 needs compute capability 8; torch also reports support for its emulation on older GPUs
     return Machine(
         versions,
         tuple(f"{p.name} ({p.total_memory / 2**30:.0f} GiB)" for p in seen),
@@ -52,7 +52,7 @@ def look_at_machine() -> Machine:
 
 
 def package_problems(versions: dict[str, str | None]) -> list[str]:
-    """What is wrong with the installed versions."""
+    """Return the problems of the installed versions."""
     found = []
     one, other, deepspeed = versions["lightning"], versions["pytorch-lightning"], versions["deepspeed"]
     if one != other:
@@ -74,37 +74,37 @@ def package_problems(versions: dict[str, str | None]) -> list[str]:
 
 
 def problems(recipe: Recipe, machine: Machine, model: Any, gpus: int, strategy: Strategy | None) -> list[str]:
-    """What will not work, each with what to do.
+    """Return the problems of a recipe, each with what to do.
 
     Args:
-        recipe: what is to be run.
-        machine: where.
+        recipe: the recipe.
+        machine: the machine on which it would run.
         model: the policy, on the meta device, without adapters.
-        gpus: processes.
-        strategy: the recipe's; None for one that this project does not know.
+        gpus: number of processes.
+        strategy: the recipe's strategy; None for one that this package does not know.
     """
     budgets, trainer = recipe.generation.budgets, recipe.trainer
     found = [*refused(recipe, model, gpus), *package_problems(machine.versions), *idle(recipe)]
     on_gpu = trainer["accelerator"] in ("gpu", "cuda")
     if on_gpu and not machine.gpus:
         why = "no CUDA device is found" if machine.versions["CUDA"] else "this torch is built for CPUs only"
-        found.append(f"trainer.accelerator={trainer['accelerator']}, and {why}")
+        found.append(f"trainer.accelerator={trainer['accelerator']}, but {why}")
     if machine.gpus and trainer["accelerator"] != "cpu" and not machine.bf16 and "bf16" in str(trainer["precision"]):
         found.append(f"trainer.precision={trainer['precision']}: a GPU here has no bfloat16; use 32-true")
     name, options = named(trainer)
     if strategy is None:
-        found.append(f"trainer.strategy={name}: not one that this project is tested with")
+        found.append(f"trainer.strategy={name}: not tested with this package")
     if budgets.tokens >= budgets.context:
         found.append(
-            f"generation.budgets.tokens={budgets.tokens} leaves no room for a prompt in context={budgets.context}"
+            f"generation.budgets.tokens={budgets.tokens} leaves no space for a prompt in context={budgets.context}"
         )
     if strategy != "fsdp" and not getattr(model, "_no_split_modules", None):
-        found.append(f"{type(model).__name__} names no layers (_no_split_modules): fsdp cannot split it")
+        found.append(f"{type(model).__name__} does not list its layers (_no_split_modules): fsdp cannot shard it")
     if strategy == "fsdp" and (message := whole_replicas(int(options.get("replicas") or 1), gpus)):
         found.append(message)
     if strategy == "ddp" and gpus > 1 and not options.get("gradient_as_bucket_view"):
         found.append(f"trainer.strategy={name} keeps gradients twice: use --config configs/strategy/ddp.yaml")
     config = model.config.get_text_config()
     if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
-        found.append(f"{type(model).__name__} is a mixture of experts: its activations above are too low")
+        found.append(f"{type(model).__name__} is a mixture of experts: the estimate of its activations is too low")
     return found

@@ -1,4 +1,4 @@
-"""`gear-lightning fit | validate | test | predict`: LightningCLI with the pieces of this project as options."""
+"""`gear-lightning fit | validate | test | predict`: LightningCLI with the classes of this package as options."""
 
 import inspect
 import logging
@@ -51,14 +51,18 @@ RUN_FILES = (
 
 class _Parser(LightningArgumentParser):
     def print_usage(self, file: Any = None) -> None:
-        """Nothing: hundreds of options would hide the error that comes after them. ``--help`` shows them all."""
+        """Print no usage: its hundreds of options would hide the error printed after them. ``--help`` lists them."""
 
 
 def _forget_other_class(parser_or_action: Any, prev_val: Any, value: Any) -> None:
-    """A class put in place of another starts from its own defaults. jsonargparse carries over every argument of the
-    same name, defaults included (https://github.com/mauvilsa/jsonargparse/issues/460): RLSD would get GEAR's clip.
+    """Make a class that replaces another one start from its own defaults.
 
-    An optimizer keeps what the one before it was given and both know: a learning rate is the recipe's."""
+    jsonargparse carries over every argument of the same name, including defaults
+    (https://github.com/mauvilsa/jsonargparse/issues/460): RLSD would get GEAR's clip.
+
+    An optimizer keeps options that were set for the previous optimizer if it has them too: the learning rate belongs to
+    the recipe.
+    """
     if prev_val and "init_args" in prev_val and prev_val["class_path"] != value["class_path"]:
         before, after = _optimizer_options(prev_val["class_path"]), _optimizer_options(value["class_path"])
         for key in list(prev_val["init_args"].keys()):
@@ -68,12 +72,12 @@ def _forget_other_class(parser_or_action: Any, prev_val: Any, value: Any) -> Non
 
 
 def _optimizer_options(class_path: Any) -> dict[str, inspect.Parameter]:
-    """Options of an optimizer, or of a function that makes one ready; none of anything else."""
+    """Return the options of an optimizer class, or of a function that returns an `OptimizerCallable`, else none."""
     try:
         kind: Any = import_object(class_path)
         signature = inspect.signature(kind)
     except (ImportError, AttributeError, ValueError, TypeError):
-        return {}  # jsonargparse says what is wrong with it
+        return {}  # jsonargparse reports the error
     optimizer = inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)
     return dict(signature.parameters) if optimizer or signature.return_annotation == OptimizerCallable else {}
 
@@ -88,10 +92,10 @@ list_classes()
 
 
 class GearCLI(LightningCLI):
-    """LightningCLI for `GearModule` and `RolloutDataModule`, with rollouts, records and checkpoints switched on."""
+    """LightningCLI for `GearModule` and `RolloutDataModule`, with rollouts, records and checkpoints enabled."""
 
     lock: Any = None  # the open lock file of the run directory
-    tells_idle = True  # whether `fit` reports options that do nothing
+    tells_idle = True  # whether `fit` reports options without effect
 
     def __init__(self, args: list[str] | None = None):
         self._asked_for = next(iter(sys.argv[1:] if args is None else args), None)
@@ -104,7 +108,7 @@ class GearCLI(LightningCLI):
                 "default_root_dir": "runs/default",
                 "max_epochs": 100,
                 "log_every_n_steps": 1,
-                "num_sanity_val_steps": 0,  # the evaluation before the first update takes its place
+                "num_sanity_val_steps": 0,  # `FirstEvaluation` replaces it
                 "use_distributed_sampler": False,
                 "enable_model_summary": False,
             },
@@ -116,7 +120,7 @@ class GearCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The one that is asked for: collecting the options of each takes a fifth of a second or more."""
+        """Return only the requested subcommand, because collecting the options of each takes 0.2 s or more."""
         known = LightningCLI.subcommands()
         return {name: skip for name, skip in known.items() if name == self._asked_for} or known
 
@@ -136,11 +140,11 @@ class GearCLI(LightningCLI):
         parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
         parser.set_defaults(
             {
-                # the module's own default, as a class: what is stacked on a recipe without an optimizer keeps its rate
+                # the module's default, as a class, so that an optimizer in a stacked config keeps its learning rate
                 "model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-6, "weight_decay": 0.0}},
                 "checkpoint.filename": "iteration={epoch:05d}",
                 "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.enable_version_counter": False,  # an iteration done again after a kill replaces its file
+                "checkpoint.enable_version_counter": False,  # an iteration repeated after a kill replaces its file
                 "checkpoint.save_last": "link",
                 "checkpoint.save_on_train_epoch_end": True,
             }
@@ -148,7 +152,7 @@ class GearCLI(LightningCLI):
 
     @property
     def run_dir(self) -> Path:
-        """Where everything of this run goes."""
+        """Folder of all files of this run."""
         return Path(self._get(self.config, "trainer")["default_root_dir"])
 
     @property
@@ -156,12 +160,14 @@ class GearCLI(LightningCLI):
         return Path(self._get(self.config, "checkpoint")["dirpath"] or self.run_dir / "checkpoints").resolve()
 
     def _own_file(self, name: str) -> str:
-        """Evaluation of a run must not replace what its training wrote."""
+        """Return a file name with the subcommand as prefix, so that evaluations do not replace files of training."""
         return name if self.subcommand == "fit" else f"{self.subcommand}_{name}"
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning would let the checkpoint's ``hyper_parameters`` change the recipe, the classes that it
-        names included. A recipe comes from the command line alone."""
+        """Do nothing: the recipe comes only from the command line.
+
+        Lightning would let the checkpoint's ``hyper_parameters`` change the recipe, including its classes.
+        """
 
     def _set_seed(self) -> None:
         try:
@@ -171,11 +177,11 @@ class GearCLI(LightningCLI):
         self._follow_seed()
 
     def _follow_seed(self) -> None:
-        """Give ``data.seed`` the value of ``seed_everything`` unless it is given itself; ``config.yaml`` shows it."""
+        """Set ``data.seed`` to ``seed_everything`` unless it is given; ``config.yaml`` shows the value."""
         config = self.config[str(self.subcommand)]
         given = config["seed_everything"]
         if config["data"]["seed"] is None:
-            config["data"]["seed"] = 0 if isinstance(given, bool) else given  # false seeds nothing
+            config["data"]["seed"] = 0 if isinstance(given, bool) else given  # seed_everything=false disables seeding
 
     def before_instantiate_classes(self) -> None:
         self.save_config_kwargs["config_filename"] = self._own_file("config.yaml")
@@ -183,7 +189,7 @@ class GearCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         path = self._get(self.config, "ckpt_path")
         if path == "best":
-            raise UserError("ckpt_path=best is known only to the process that trained; give last, or a file")
+            raise UserError("ckpt_path=best is known only to the process that trained; give last or a file")
         named = path in (None, "last", "hpc", "registry") or "://" in str(path)
         if not named and not Path(str(path)).exists():
             raise UserError(f"ckpt_path={path}: no such checkpoint")
@@ -191,11 +197,11 @@ class GearCLI(LightningCLI):
         if path == "last" and self.subcommand != "fit" and not found:
             raise UserError(f"ckpt_path=last: there is no checkpoint in {self._checkpoint_dir}")
         if path is None and self.subcommand != "fit":
-            print(f"No --ckpt_path: this is {self.subcommand} of the policy before any training.", file=sys.stderr)
+            print(f"No --ckpt_path: {self.subcommand} uses the policy before training.", file=sys.stderr)
         super().instantiate_classes()
         flat = self.config[str(self.subcommand)]
         self.datamodule.resolved_config = {k: str(v) for k, v in vars(flat.as_flat()).items() if k != "config"}
-        if path == "last":  # on the first start of a job that is started again and again there is none yet
+        if path == "last":  # at the first start of a job that restarts with the same command there is none yet
             self.config_init[str(self.subcommand)]["ckpt_path"] = str(self._checkpoint_dir) if found else None
         resumes = self._get(self.config_init, "ckpt_path") is not None
         for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
@@ -206,7 +212,7 @@ class GearCLI(LightningCLI):
         self._refuse()
 
     def _refuse(self) -> None:
-        """Stop at what the recipe alone decides, before processes are started and weights are loaded."""
+        """Raise on errors that are visible in the recipe, before processes are started and weights are loaded."""
         pieces = self.model, self.datamodule, self._get(self.config_init, "generation")
         processes, asked = self.trainer.num_devices * self.trainer.num_nodes, self._get(self.config, "trainer")
         model = skeleton_of(self.model.source)
@@ -254,17 +260,17 @@ class GearCLI(LightningCLI):
         off = [PhaseProgress] if config.get("enable_progress_bar") is False else []
         off += [IterationCheckpoint] if config.get("enable_checkpointing") is False else []
         kept = [c for c in callbacks if not isinstance(c, tuple(off))]
-        # the one watches the others' start, too; the other saves while it is watched
+        # Preemption and Watchdog run first: the watchdog covers the start of other callbacks and the save on a stop
         kept.sort(key=lambda c: 0 if isinstance(c, Preemption) else 1 if isinstance(c, Watchdog) else 2)
         return super()._instantiate_trainer(config, [*kept, *self._unasked()])
 
     def _unasked(self) -> list[L.Callback]:
-        """Callbacks of every run, which have no options."""
+        """Return the callbacks of every run that have no options."""
         return [StartupCheck(), RunStatus(), Resumption()]
 
     def _lock(self) -> None:
-        """Keep a second run out of the directory while this process lives."""
-        if GearCLI.lock is not None:  # of an earlier command line in this process
+        """Lock the run directory against a second run until this process ends."""
+        if GearCLI.lock is not None:  # from an earlier command line in this process
             GearCLI.lock.close()
         GearCLI.lock = hold(
             self.run_dir / ".lock",
@@ -272,7 +278,7 @@ class GearCLI(LightningCLI):
         )
 
     def _quiet_trainer(self, **kwargs: Any) -> L.Trainer:
-        """A Trainer on the same hardware for another stage, which keeps no records."""
+        """Return a Trainer on the same hardware for another stage, which writes no files."""
         again = self._get(self.parser.instantiate_classes(self.config), "trainer")
         shared = {key: again[key] for key in ("accelerator", "strategy", "devices", "num_nodes", "precision")}
         return L.Trainer(
@@ -293,7 +299,7 @@ class GearCLI(LightningCLI):
                 rank_zero_info("warm_start does nothing on a resume: the weights are those of the checkpoint.")
             return
         generation = self._get(self.config_init, "generation")
-        generation.attach(self.model, self.datamodule)  # a task that cannot be used is told before any training
+        generation.attach(self.model, self.datamodule)  # reports unusable tasks before training
         if self.trainer.is_global_zero:
             self._set_aside_earlier_run()
         options: WarmStart | None = self._get(self.config_init, "warm_start")
@@ -309,7 +315,7 @@ class GearCLI(LightningCLI):
             )
 
     def _set_aside_earlier_run(self) -> None:
-        """A fresh start in the directory of an earlier run must neither mix with it nor destroy it."""
+        """Move files of an earlier run in the same directory away, so that a fresh start does not mix with them."""
         found = [path for name in RUN_FILES for path in self.run_dir.resolve().glob(name)]
         found += [self._checkpoint_dir] if self._checkpoint_dir.exists() and self._checkpoint_dir not in found else []
         if found:
@@ -320,15 +326,15 @@ class GearCLI(LightningCLI):
             for path in found:
                 try:
                     path.rename(aside / path.name)
-                except OSError as error:  # a mount point, say
+                except OSError as error:  # for example a mount point
                     raise UserError(
-                        f"{path} is of an earlier run and cannot be moved to {aside} ({error.strerror}); go on with it "
-                        "by --ckpt_path last, or give another trainer.default_root_dir"
+                        f"{path} belongs to an earlier run and cannot be moved to {aside} ({error.strerror}); resume "
+                        "that run with --ckpt_path last, or give another trainer.default_root_dir"
                     ) from None
-            print(f"{self.run_dir} held an earlier run, now in {aside} (to go on with a run: --ckpt_path last)")
+            print(f"{self.run_dir} held an earlier run, now in {aside} (to resume a run: --ckpt_path last)")
 
     def after_fit(self) -> None:
-        metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}  # on every rank: it may communicate
+        metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}  # on all ranks: communicates
         if not self.trainer.is_global_zero:
             return
         first: FirstEvaluation = self._get(self.config_init, "first_evaluation")
@@ -341,29 +347,32 @@ class GearCLI(LightningCLI):
         if kept.monitor is not None and kept.best_model_score is not None:
             score = f"{float(kept.best_model_score):.3f}"
             lines.append(f"  best {kept.monitor:<22} {score}: checkpoints/{Path(kept.best_model_path).name}")
-        told = {
+        files = {
             "metrics.csv": f"all metrics, one row per step (also: tensorboard --logdir {self.run_dir})",
-            "credit_map.html": "where the credit went, token by token: open it in a browser",
-            "checkpoints/last.ckpt": "to go on: fit with --ckpt_path last",
+            "credit_map.html": "the credit of every token: open it in a browser",
+            "checkpoints/last.ckpt": "to resume: fit with --ckpt_path last",
         }
-        lines += [f"  {name:<27} {text}" for name, text in told.items() if (self.run_dir / name).exists()]
+        lines += [f"  {name:<27} {text}" for name, text in files.items() if (self.run_dir / name).exists()]
         grpo = "  the same run with plain GRPO: add --config configs/credit/grpo.yaml"
         lines += [
-            "What to try next:",
+            "Next steps:",
             f"  gear-lightning credit {self.run_dir}",
-            *([grpo] if self.model.distillation is None else []),  # that config leaves a distillation as it is
+            *([grpo] if self.model.distillation is None else []),  # that config does not turn off a distillation
             f"  gear-lightning export {self.run_dir}/checkpoints/last.ckpt DIR   (a Hugging Face model directory)",
         ]
         print("\n".join(lines))
 
     def after_predict(self) -> None:
         if self.trainer.is_global_zero:
-            print(f"\nRollouts are in {self.run_dir / 'predictions'}, one JSON object a line.")
+            print(f"\nRollouts are in {self.run_dir / 'predictions'}, one JSON object per line.")
 
 
 def _keep_freed_memory() -> None:
-    """Without a GPU, activations live in memory that glibc gives back to the system after every step and that faults in
-    anew, page by page (a fifth of a teacher's pass). Left alone with a GPU: weights pass there once.
+    """Make glibc keep freed memory, if there is no GPU.
+
+    On a CPU, glibc would return the memory of activations to the system after every step, and the system would then map
+    it again page by page (a fifth of the time of a teacher's pass). With a GPU the setting stays unchanged, because
+    weights pass through CPU memory only once.
     """
     import ctypes
     import platform
@@ -371,7 +380,7 @@ def _keep_freed_memory() -> None:
     if platform.libc_ver()[0] != "glibc" or torch.cuda.is_available():
         return
     libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
-    libc.mallopt(mmap_threshold, 1 << 27)  # what is larger (checkpoints, whole weights) is given back
+    libc.mallopt(mmap_threshold, 1 << 27)  # larger blocks (checkpoints, full weights) are returned
     libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
@@ -382,7 +391,7 @@ def main(args: list[str], kind: type[GearCLI] = GearCLI) -> None:
     _keep_freed_memory()
 
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # RolloutDataModule resumes itself
+    # RolloutDataModule restores its own position
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # no validation tasks
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
@@ -394,7 +403,7 @@ def main(args: list[str], kind: type[GearCLI] = GearCLI) -> None:
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated.*_single")  # DeepSpeed's calls
     warnings.filterwarnings("ignore", message=".*DTensor random operators may not have complete support.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "💡" not in r.getMessage())
-    # processes that Lightning starts for other ranks run this same command line
+    # processes that Lightning starts for other ranks run the same command line
     sys.argv = [sys.argv[0], *args]
     try:
         kind()

@@ -1,8 +1,9 @@
-"""Options that a recipe gives and that do nothing beside its other options: reported at the start, one line each.
+"""Find options of a recipe that have no effect in combination with its other options, and report each in one line.
 
-An option that can never do anything in its class is refused there. What is listed here can be stacked on any recipe
-(a file of ``configs/objective/`` sets clip bounds, one of ``configs/credit/`` a teacher) and does something on another:
-`fit` warns of it, and ``doctor`` lists it. Only a value other than the default counts as given.
+An option that never has an effect is rejected by its class. The options here may have no effect in one recipe and have
+one in another, on which the same config file can be stacked (a file of ``configs/objective/`` sets clip bounds, one of
+``configs/credit/`` a teacher). `fit` warns about them, and ``doctor`` lists them. Only values other than the default
+count as given.
 """
 
 import inspect
@@ -35,10 +36,10 @@ ONE_STEP = "with data.inner_epochs=1, where every importance ratio is 1; it need
 
 @dataclass(frozen=True)
 class Given:
-    """A recipe, as its options were given and as the classes were made of them.
+    """A recipe: its options as given, and the instances created from them.
 
     Args:
-        options: the ``fit`` section: names -> values, nothing of it made.
+        options: the ``fit`` section: names -> values, not instantiated.
         module: the recipe's module.
         data: its data module.
         generation: its generation callback.
@@ -50,12 +51,12 @@ class Given:
     generation: GenerationCallback
 
     def changed(self, section: str, *kinds: type, names: tuple[str, ...] = ()) -> list[str]:
-        """Options of a section with a value other than their default, as ``section.name=value``.
+        """Return the options of a section whose value is not the default, as ``section.name=value``.
 
         Args:
             section: dotted name, e.g. ``model.teacher``.
-            kinds: whose signatures have the defaults.
-            names: to look at. Empty: all of the signatures.
+            kinds: classes whose signatures have the defaults.
+            names: names of the options to check. Empty: all options of the signatures.
         """
         values: Any = self.options
         for part in section.split("."):
@@ -65,14 +66,14 @@ class Given:
 
 def _changed(section: str, value: Callable[[str], Any], kinds: tuple[type, ...], names: tuple[str, ...]) -> list[str]:
     defaults = {n: p.default for kind in kinds for n, p in inspect.signature(kind).parameters.items()}
-    told = {name: value(name) for name in names or defaults}
-    return [f"{section}.{name}={told[name]}" for name in told if name in defaults and told[name] != defaults[name]]
+    given = {name: value(name) for name in names or defaults}
+    return [f"{section}.{name}={given[name]}" for name in given if name in defaults and given[name] != defaults[name]]
 
 
 def _trainer(given: Given, **defaults: Any) -> list[str]:
-    """Those of the trainer's options with a value other than this default, or none."""
-    told = {name: given.options["trainer"][name] for name in defaults}
-    return [f"trainer.{name}={told[name]}" for name in told if told[name] not in (None, defaults[name])]
+    """Return the trainer's options whose value is neither None nor the given default, as ``trainer.name=value``."""
+    values = {name: given.options["trainer"][name] for name in defaults}
+    return [f"trainer.{name}={values[name]}" for name in values if values[name] not in (None, defaults[name])]
 
 
 def _line(names: list[str], why: str) -> Iterator[str]:
@@ -81,7 +82,7 @@ def _line(names: list[str], why: str) -> Iterator[str]:
 
 
 def _importance_ratios(given: Given) -> Iterator[str]:
-    """What an objective or a distillation does with importance ratios, where all are 1."""
+    """Report options of an objective or a distillation about importance ratios if all ratios are 1."""
     objective, distillation = given.module.objective, given.module.distillation
     if given.data.inner_epochs > 1:
         return
@@ -100,19 +101,19 @@ def _importance_ratios(given: Given) -> Iterator[str]:
 
 
 def _teacher(given: Given) -> Iterator[str]:
-    """A teacher that nothing looks at, and text that it is never shown."""
+    """Report options of a teacher that is not used, and of text that it is never shown."""
     module, options = given.module, given.module.teacher_options
-    shown = ("shows", "template", "feedback_template", "max_prompt")  # demonstrations may be shown these, too
+    shown = ("shows", "template", "feedback_template", "max_prompt")  # also used for demonstrations
     if not module.needs_teacher:
         names = ("weights", "rate", "every", "park", "overlong") + (() if given.options["warm_start"] else shown)
         yield from _line(
             given.changed("model.teacher", TeacherOptions, names=names),
-            f"with model.credit={type(module.credit).__name__}, which looks at no teacher; use another model.credit, "
+            f"with model.credit={type(module.credit).__name__}, which uses no teacher; use another model.credit, "
             "or a model.distillation",
         )
     elif options.shows == "feedback":
         names = given.changed("model.teacher", TeacherOptions, names=("template",))
-        yield from _line(names, "with model.teacher.shows=feedback, which is shown in model.teacher.feedback_template")
+        yield from _line(names, "with model.teacher.shows=feedback, which uses model.teacher.feedback_template")
     if module.needs_teacher and options.park and given.options["trainer"]["accelerator"] == "cpu":
         yield from _line(
             ["model.teacher.park=True"], "with trainer.accelerator=cpu: the teacher is in CPU memory anyway"
@@ -125,7 +126,7 @@ def _noise_floor(given: Given) -> Iterator[str]:
         yield from _line(given.changed("noise_floor", NoiseFloor), why)
     elif given.options["noise_floor"]["file"] is not None:
         names = given.changed("noise_floor", NoiseFloor, names=("tokens",))
-        yield from _line(names, "with noise_floor.file, which holds a floor that was measured")
+        yield from _line(names, "with noise_floor.file, which holds a measured floor")
 
 
 def _evaluation(given: Given) -> Iterator[str]:
@@ -141,7 +142,7 @@ def _evaluation(given: Given) -> Iterator[str]:
 
 
 def _learning_from_rewards(given: Given) -> Iterator[str]:
-    """What changes rewards and advantages, where nothing learns from them."""
+    """Report options that change rewards and advantages if nothing learns from them."""
     distillation, advantage = given.module.distillation, given.data.advantage
     if given.module.objective is not None or (isinstance(distillation, SDPG) and distillation.positives_only):
         return
@@ -153,15 +154,15 @@ def _learning_from_rewards(given: Given) -> Iterator[str]:
 def _generation(given: Given) -> Iterator[str]:
     budgets, options = given.generation.budgets, given.options["generation"]
     strategy, _ = configured_strategy(given.options["trainer"])
-    if strategy in ("ddp", "zero1", "zero2"):  # no copy is made, unless of another dtype
+    if strategy in ("ddp", "zero1", "zero2"):  # these copy the weights only for another dtype
         stored = "bfloat16" if str(given.options["trainer"]["precision"]) == "bf16-true" else "float32"
         names = [f"generation.weights={given.generation.weights}"] * (given.generation.weights != "auto")
         names += [f"generation.weights_dtype={stored}"] * (given.generation.weights_dtype == stored)
-        why = f"with trainer.strategy={strategy}, where every process has the whole weights in {stored}"
+        why = f"with trainer.strategy={strategy}, where every process has the full weights in {stored}"
         yield from _line(names, why)
     if given.generation.val_sampling.temperature == 0:
         names = given.changed("generation.val_sampling", Sampling, names=("top_p", "top_k"))
-        yield from _line(names, "with temperature=0, which takes the likeliest token")
+        yield from _line(names, "with temperature=0, which selects the most likely token")
     if budgets.turn_tokens is not None and budgets.turn_tokens >= budgets.tokens:
         why = f"with generation.budgets.tokens={budgets.tokens}, which ends a turn first"
         yield from _line([f"generation.budgets.turn_tokens={budgets.turn_tokens}"], why)
@@ -172,7 +173,7 @@ def _generation(given: Given) -> Iterator[str]:
 
 
 def _switched_off(given: Given) -> Iterator[str]:
-    """Options of what the recipe switches off."""
+    """Report options of features that the recipe turns off."""
     trainer = given.options["trainer"]
     if trainer["enable_checkpointing"] is False:
         names = (
@@ -192,8 +193,8 @@ def _switched_off(given: Given) -> Iterator[str]:
         )
     if not trainer["gradient_clip_val"]:
         yield from _line(_trainer(given, gradient_clip_algorithm=None), "without trainer.gradient_clip_val")
-    if not trainer["callbacks"]:  # one of the user's may look at it
-        why = "here: every metric is logged once an iteration"
+    if not trainer["callbacks"]:  # a user's callback may use it
+        why = "here: every metric is logged once per iteration"
         yield from _line(_trainer(given, log_every_n_steps=1), why)
     if given.module.distillation is not None and "feedback" not in given.module.teacher_options.shows:
         names = given.changed("health", Health, names=("warn_after", "stop_after"))
@@ -201,8 +202,8 @@ def _switched_off(given: Given) -> Iterator[str]:
 
 
 def _stop_tokens(given: Given) -> Iterator[str]:
-    if told := ignored_stops(given.module.chat_format):
-        yield told
+    if line := ignored_stops(given.module.chat_format):
+        yield line
 
 
 CHECKS: tuple[Callable[[Given], Iterator[str]], ...] = (
@@ -220,7 +221,7 @@ CHECKS: tuple[Callable[[Given], Iterator[str]], ...] = (
 def idle_options(
     options: Any, module: GearModule, data: RolloutDataModule, generation: GenerationCallback
 ) -> list[str]:
-    """What the recipe gives that does nothing, one line each.
+    """Return a line for each group of options of the recipe that have no effect.
 
     Args:
         options: the ``fit`` section as given; see `Given`.

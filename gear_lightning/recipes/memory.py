@@ -1,8 +1,9 @@
-"""What training needs in bytes on each GPU, under each strategy: plain arithmetic on the model's shape.
+"""Estimate the bytes that training needs on each GPU under each strategy, from the model's shape.
 
-The formulas follow what this project's code keeps alive, so they hold for decoders built like Llama and Qwen3 (RMS
-norms, rotary positions, attention that never stores a score matrix). Lengths are the longest that the recipe allows: an
-estimate is an upper bound for shorter rollouts. The CUDA context (about half a GiB) and fragmentation come on top.
+The formulas follow the tensors that this package's code keeps in memory. They apply to decoders built like Llama and
+Qwen3 (RMS norms, rotary positions, attention that never stores a score matrix). Lengths are the longest that the recipe
+allows: an estimate is an upper bound for shorter rollouts. The CUDA context (about 0.5 GiB) and fragmentation are not
+included.
 """
 
 from dataclasses import dataclass
@@ -14,34 +15,34 @@ from ..learning.token_stats import LOGITS
 
 Strategy = Literal["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
-SHARDED = ("fsdp", "zero3", "zero3_offload")  # weights are split over the GPUs
-PRECISIONS = {  # bytes of a stored weight, and of the numbers that layers compute with
+SHARDED = ("fsdp", "zero3", "zero3_offload")  # strategies that shard the weights over the GPUs
+PRECISIONS = {  # bytes of a stored weight, and of a value in computations of layers
     "32-true": (4, 4), "bf16-mixed": (4, 2), "16-mixed": (4, 2), "bf16-true": (2, 2), "16-true": (2, 2),
 }  # fmt: skip
 ALIASES = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: ZeRO-3 keeps so many parameters gathered
+LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: the number of parameters that ZeRO-3 keeps gathered
 DRAW_BYTES = 24  # per logit in engines.draw: logits and log-probs in float32, probabilities and their sum in float64
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder's sizes.
+    """Sizes of a decoder.
 
     Args:
-        parameters: all of them; a tied head counts once.
-        trainable: those that the optimizer sees.
+        parameters: number of all parameters; a tied head counts once.
+        trainable: number of parameters that the optimizer updates.
         embedding: parameters of the input embedding.
-        head: parameters of the output head; 0 where it is tied to the embedding.
-        layers: decoder layers.
+        head: parameters of the output head; 0 if it is tied to the embedding.
+        layers: number of decoder layers.
         layer: parameters of the largest layer.
         largest: elements of the largest single parameter.
         hidden: width of the residual stream.
         intermediate: width of the MLP.
-        gated: the MLP has a gate (three matrices in place of two).
-        heads: attention heads.
-        kv_heads: key and value heads.
+        gated: whether the MLP has a gate (three matrices instead of two).
+        heads: number of attention heads.
+        kv_heads: number of key and value heads.
         head_dim: width of a head.
-        qk_norm: queries and keys are normalised (Qwen3).
+        qk_norm: whether queries and keys are normalized (Qwen3).
         vocab: rows of the output head.
     """
 
@@ -79,14 +80,14 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Load:
-    """How much one GPU works on.
+    """The work of one GPU.
 
     Args:
         rows: rollouts in a micro-batch.
-        length: tokens of a row, prompt included.
+        length: tokens of a row, including the prompt.
         sampled: tokens of a row that are scored.
-        teacher_length: tokens of a row in the teacher's view; 0 where nothing is scored by a teacher.
-        micro_batches: of one optimizer step.
+        teacher_length: tokens of a row in the teacher's view; 0 without a teacher.
+        micro_batches: micro-batches of one optimizer step.
         rollouts: rows that are generated together.
         prefill: tokens in one prefill forward.
     """
@@ -102,26 +103,30 @@ class Load:
 
 @dataclass(frozen=True)
 class Setup:
-    """How training is done.
+    """How the recipe trains.
 
     Args:
-        precision: as ``trainer.precision``.
-        state_bytes: optimizer state per trainable parameter: 8 for Adam on float32, which adapters always are.
-        float32_state_bytes: the same on float32 parameters, which are what DeepSpeed's optimizer always works on.
-        foreach: the optimizer works on all parameters at once and needs a copy of them for it (on GPUs, unless fused).
-        teacher_parameters: parameters that the teacher keeps for itself; 0 for a live one or none.
-        averaged: the teacher is a moving average, which is kept in float32 beside low-precision weights.
-        parked: the teacher lies in CPU memory while it does not score.
-        activation_checkpointing: layers are computed again in backward.
-        generation: how sharded weights are sampled from: ``gather`` a whole copy, or ``stream`` layer by layer.
-        generation_bytes: of a weight of the copy that is sampled from. None: as the strategy gathers them.
-        replicas: copies of the weights over all GPUs (FSDP2's hybrid sharding).
-        reshard: FSDP2 frees a layer's gathered weights after its forward.
+        precision: ``trainer.precision``.
+        state_bytes: bytes of optimizer state per trainable parameter: 8 for Adam on float32, and adapters are always
+            float32.
+        float32_state_bytes: the same for float32 parameters, which DeepSpeed's optimizer always uses.
+        foreach: whether the optimizer processes all parameters at once, which needs a copy of them (on GPUs, unless
+            fused).
+        teacher_parameters: number of parameters that the teacher stores itself; 0 for a live teacher or none.
+        averaged: whether the teacher is a moving average; a float32 average is kept in addition to low-precision
+            weights.
+        parked: whether the teacher is in CPU memory while it does not score.
+        activation_checkpointing: whether layers are recomputed in backward.
+        generation: how to sample with sharded weights: ``gather`` a full copy, or ``stream`` layer by layer.
+        generation_bytes: bytes per weight of the copy for sampling. None: as gathered by the strategy.
+        replicas: number of copies of the weights over all GPUs (FSDP2's hybrid sharding).
+        reshard: whether FSDP2 frees a layer's gathered weights after its forward.
         bucket: elements of a DeepSpeed reduce bucket (``bucket_size``).
-        bucket_view: DDP's gradients are views of its buckets (``gradient_as_bucket_view``); else they are kept twice.
-        offload_optimizer: DeepSpeed keeps gradients, its partition and the optimizer's state in CPU memory.
-        head_float32: the output head computes in float32 though the layers do not (``model.head_precision``).
-        saves_frozen: checkpoints hold frozen weights too, for nothing else has them.
+        bucket_view: whether DDP's gradients are views of its buckets (``gradient_as_bucket_view``); if not, they are
+            stored twice.
+        offload_optimizer: whether DeepSpeed keeps gradients, its partition and the optimizer state in CPU memory.
+        head_float32: whether the output head computes in float32 if the layers do not (``model.head_precision``).
+        saves_frozen: whether checkpoints also hold frozen weights, because these are not available elsewhere.
     """
 
     precision: str = "32-true"
@@ -144,27 +149,27 @@ class Setup:
 
 
 def precision_name(precision: Any) -> str:
-    """``trainer.precision`` written out: ``bf16`` is ``bf16-mixed``.
+    """Return the full name of ``trainer.precision``: ``bf16`` is ``bf16-mixed``.
 
     Raises:
-        UserError: a precision that this project does not train in.
+        UserError: the precision is not supported.
     """
     name = ALIASES.get(str(precision), str(precision))
     if name not in PRECISIONS:
-        raise UserError(f"trainer.precision={precision}: doctor knows {', '.join(PRECISIONS)}")
+        raise UserError(f"trainer.precision={precision}: doctor supports {', '.join(PRECISIONS)}")
     return name
 
 
 def element_bytes(precision: Any) -> tuple[int, int]:
-    """Bytes of a stored weight, and of a number that layers compute with."""
+    """Return the bytes of a stored weight, and of a value in computations of layers."""
     return PRECISIONS[precision_name(precision)]
 
 
 def model_shape(model: Any) -> ModelShape:
-    """Sizes of a causal language model, which may lie on the meta device (`PolicySource.skeleton`).
+    """Return the sizes of a causal language model, which may be on the meta device (`PolicySource.skeleton`).
 
     Raises:
-        UserError: it has no decoder layers, or its config does not tell its width or heads.
+        UserError: it has no decoder layers or no output head, or its config has no number of attention heads.
     """
     from torch import nn
 
@@ -174,7 +179,9 @@ def model_shape(model: Any) -> ModelShape:
     names = {name.rpartition(".")[2] for name, _ in body.named_modules()}
     heads = getattr(config, "num_attention_heads", None)
     if blocks is None or head is None or heads is None:
-        raise UserError(f"{type(model).__name__}: not a causal language model with decoder layers, heads and a head")
+        raise UserError(
+            f"{type(model).__name__}: not a causal language model with decoder layers, attention heads and output head"
+        )
     hidden = config.hidden_size
     sizes = [p.numel() for p in model.parameters()]
     return ModelShape(
@@ -197,10 +204,10 @@ def model_shape(model: Any) -> ModelShape:
 
 
 def layer_activations(shape: ModelShape, precision: Any) -> int:
-    """Bytes that autograd keeps of one layer for one token, where all its weights are trained.
+    """Return the bytes that autograd keeps of one layer for one token if all its weights are trained.
 
-    Two norms (input in float32, normalised, output; under autocast the output is cast anew for each of five
-    matrices), queries, keys, values and output of the attention with its log-sum-exp, and the MLP's inner numbers.
+    These are two norms (input in float32, normalized, output; under autocast the output is cast again for each of five
+    matrices), queries, keys, values and output of the attention with its log-sum-exp, and the MLP's inner activations.
     With adapters on all layers it is a few percent less.
     """
     return _layer(shape, *element_bytes(precision))
@@ -217,13 +224,15 @@ def _layer(shape: ModelShape, weight: int, compute: int) -> int:
 
 
 def _passing(shape: ModelShape, weight: int, compute: int) -> int:
-    """Bytes for one token that a layer holds while it works and nobody keeps: residual, norm and MLP."""
+    """Return the bytes per token that a layer holds only while it computes: residual, norm and MLP."""
     return shape.hidden * (2 * weight + compute) + 3 * shape.intermediate * compute
 
 
 def _activations(shape: ModelShape, load: Load, setup: Setup, weight: int, compute: int) -> int:
-    """What autograd keeps of the policy's forward, and the larger of what comes on top of it for a while: the teacher's
-    forward, and the first layer of a backward that finds gradients there."""
+    """Return the bytes that autograd keeps of the policy's forward, plus the larger of two temporary amounts.
+
+    These are the teacher's forward, and the first layer of a backward pass that accumulates into existing gradients.
+    """
     tokens = load.rows * load.length
     per_layer = _layer(shape, weight, compute)
     if setup.activation_checkpointing:
@@ -231,28 +240,31 @@ def _activations(shape: ModelShape, load: Load, setup: Setup, weight: int, compu
     else:
         kept = tokens * shape.layers * per_layer
     kept += tokens * shape.hidden * (4 + 2 * weight)  # the last norm
-    kept += load.rows * load.sampled * shape.hidden * weight  # what the head sees
+    kept += load.rows * load.sampled * shape.hidden * weight  # input of the head
     passing = max(load.rows * load.teacher_length, tokens if load.micro_batches > 1 else 0)
     return kept + passing * _passing(shape, weight, compute)
 
 
 def _logits(shape: ModelShape, load: Load, setup: Setup, weight: int, compute: int) -> int:
-    """The chunk of logits in `token_stats`: float32 logits, log-probs, probabilities and their product. A float32 head
-    on low-precision weights casts them first, and has a float32 gradient of them."""
+    """Return the bytes of a chunk of logits in `token_stats`.
+
+    The chunk has float32 logits, log-probs, probabilities and their product. A float32 head with low-precision weights
+    first casts the weights, and has a float32 gradient of them.
+    """
     wanted = load.rows * load.sampled
     chunk = min(wanted, max(1, LOGITS // shape.vocab))
     copies = 4 * 4 + (compute if compute < 4 and not setup.head_float32 else 0)
-    if chunk == wanted and load.teacher_length:  # the policy's log-probs are kept while the teacher's are made
+    if chunk == wanted and load.teacher_length:  # the policy's log-probs are kept while the teacher's are computed
         copies += 4
     cast = 2 * 4 * shape.vocab * shape.hidden if setup.head_float32 and weight < 4 else 0
     return chunk * shape.vocab * copies + cast
 
 
 def _kv_cache(shape: ModelShape, load: Load, weight: int, compute: int) -> int:
-    """Keys and values of all rows; of one layer once more, picked for the rows that still go on and repeated for all
-    heads.
+    """Return the bytes of keys and values of all rows.
 
-    Under autocast the keys come out of the rotation in float32, the values in low precision.
+    One layer is added twice: once selected for the unfinished rows, and once repeated for all heads. Under autocast,
+    rotated keys are float32 and values are low precision.
     """
     columns = -(-load.length // 64) * 64
     layer = load.rollouts * columns * shape.head_dim * (weight + compute)
@@ -261,28 +273,28 @@ def _kv_cache(shape: ModelShape, load: Load, weight: int, compute: int) -> int:
 
 
 def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup: Setup = Setup()) -> dict[str, int]:
-    """Bytes on each GPU.
+    """Return the bytes on each GPU, by component.
 
     Args:
-        shape: the model.
-        strategy: how it is spread.
-        gpus: processes over which it is spread, one on each GPU.
-        load: what one GPU works on.
-        setup: how training is done.
+        shape: sizes of the model.
+        strategy: the strategy.
+        gpus: number of processes, one per GPU.
+        load: the work of one GPU.
+        setup: how the recipe trains.
 
     Returns:
-        Kept all the time: ``weights``, ``fp32_partition`` (DeepSpeed's own float32 copy of the trainable weights),
+        Always in memory: ``weights``, ``fp32_partition`` (DeepSpeed's own float32 copy of the trainable weights),
         ``optimizer``, ``teacher``, ``teacher_shadow``, ``buckets`` (of the communication). In the update:
-        ``gradients`` (ZeRO-3 keeps room for them all the time), ``parked_teacher`` while it scores, ``autocast_copy``,
+        ``gradients`` (ZeRO-3 always allocates them), ``parked_teacher`` while it scores, ``autocast_copy``,
         ``gathered`` layers, ``reduce_buckets``, ``activations``, ``logits``, ``new_gradient`` (before it is added to
-        the old), or else ``step_scratch`` in the optimizer's step. In the rollout phase: ``generation`` copy of
-        weights, ``kv_cache``, ``sampling`` (prefill and the draws). Then ``update`` and ``rollout``, the sums of the
-        two phases, which do not overlap, and ``total``, the larger of them. In CPU memory, and part of no sum:
-        ``host``, kept for each GPU; ``loading``, of a process that loads the model; ``saving``, of rank 0 while it
-        writes a checkpoint: a copy of it.
+        the old one), or instead ``step_scratch`` in the optimizer's step. In the rollout phase: ``generation`` copy of
+        weights, ``kv_cache``, ``sampling`` (prefill and sampling of tokens). Then ``update`` and ``rollout``, the sums
+        of the two phases, which do not overlap, and ``total``, the larger of them. In CPU memory, not part of any sum:
+        ``host``, per GPU; ``loading``, of a process that loads the model; ``saving``, of rank 0 while it writes a
+        checkpoint: a copy of it.
 
     Raises:
-        UserError: no such strategy, or precision, or replicas that do not divide the GPUs.
+        UserError: the strategy or precision is unknown, or the replicas do not divide the number of GPUs.
     """
     if strategy not in STRATEGIES:
         raise UserError(f"strategy={strategy}: there are {', '.join(STRATEGIES)}")
@@ -295,7 +307,8 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
     states_over = 1 if strategy == "ddp" else over if sharded else gpus
     trained, frozen = shape.trainable, shape.parameters - shape.trainable
     kind = 4 if shape.adapted else weight  # bytes of a trained weight: adapters are float32
-    # FSDP2 gathers in bfloat16, and all of a layer is in it; autocast alone leaves what is between matrices float32
+    # FSDP2 gathers in bfloat16, and a whole layer computes in it; with autocast alone, values between matrices are
+    # float32
     flow = compute if strategy == "fsdp" and setup.precision == "bf16-mixed" else weight
     kept = {
         "weights": (frozen * weight + trained * kind) // over,
@@ -304,7 +317,7 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
         "teacher": setup.teacher_parameters * kind // over,
         "teacher_shadow": setup.teacher_parameters * 4 // over if setup.averaged and kind < 4 else 0,
     }
-    # added up in float32, over several micro-batches and over the ranks of ddp; then rounded to the weights' precision
+    # summed in float32 over several micro-batches and over the ranks of ddp, then rounded to the weights' precision
     summed = 4 if zero or load.micro_batches > 1 or (strategy == "ddp" and gpus > 1) else kind
     gradients = trained * summed // (gpus if strategy == "zero2" else over)
     rounded = 0 if zero else gradients - trained * kind // over
@@ -323,13 +336,13 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
     if offload and strategy != "zero1":
         host, gradients = host + gradients, 0
     buckets = 0
-    # DDP has none of low-precision weights, whose gradients are reduced in float32
+    # DDP has no buckets for low-precision weights, whose gradients are reduced in float32
     bucketed = strategy == "ddp" and gpus > 1 and kind == 4
     if bucketed and not setup.bucket_view:
         buckets = trained * kind
-    elif zero:  # sent in float32; ZeRO-1 and 2 fill one while the other is sent
+    elif zero:  # sent in float32; ZeRO-1 and 2 fill one bucket while the other is sent
         buckets = setup.bucket * 4 * (1 if sharded else 2)
-    # what is there in rollouts too: DDP's gradients lie in its buckets, ZeRO-3 has a place for them
+    # also in memory during rollouts: DDP's gradients are in its buckets, and ZeRO-3 keeps its gradients allocated
     standing = sum(kept.values()) + (gradients + buckets if zero and sharded else 0)
     standing += gradients if bucketed else 0
     growing = sum(kept.values()) + gradients + buckets - standing
@@ -337,7 +350,7 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
     chunks = load.rows * load.sampled * shape.vocab > LOGITS
     update = {
         "parked_teacher": parked,
-        # DeepSpeed's own linear layer keeps none
+        # DeepSpeed's own linear layer keeps no copy
         "autocast_copy": _casts(shape, setup, compute) if mixed and flow == weight and not (zero and sharded) else 0,
         "gathered": _gathered(shape, strategy, setup, weight, flow),
         "activations": _activations(shape, load, setup, flow, compute),
@@ -345,14 +358,14 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
         "new_gradient": min(shape.largest, trained) * kind if load.micro_batches > 1 or chunks else 0,
     }
     size = 4 if zero else kind
-    scratch = trained * 4 // gpus if zero else 0  # DeepSpeed joins the gradients
+    scratch = trained * 4 // gpus if zero else 0  # DeepSpeed concatenates the gradients
     if offload:
         scratch = 0
     elif setup.foreach and setup.state_bytes:
         scratch += trained * size // states_over
-    else:  # DeepSpeed's optimizer sees one parameter
+    else:  # DeepSpeed's optimizer has one parameter
         scratch += 2 * (trained * size // gpus if zero else min(shape.largest, trained) * kind // over)
-    # the first forward of an iteration finds no gradients; they come while the activations go
+    # there are no gradients in the first forward of an iteration; they are allocated while activations are freed
     first = sum(update.values()) + (growing if load.micro_batches > 1 else 0)
     last_layer = load.rows * load.length * _layer(shape, flow, compute) + update["gathered"]
     rollout = _rollout(shape, strategy, load, setup, flow)
@@ -368,8 +381,11 @@ def estimate(shape: ModelShape, strategy: Strategy, gpus: int, load: Load, setup
 
 
 def _casts(shape: ModelShape, setup: Setup, compute: int) -> int:
-    """Low-precision copies of weights under autocast. That of a trained weight lives until the end of the pass, so that
-    sharding does not make it smaller; that of a frozen one as long as backward needs it."""
+    """Return the bytes of low-precision copies of weights under autocast.
+
+    The copy of a trained weight is kept until the end of the pass, so sharding does not make it smaller. The copy of a
+    frozen weight is kept as long as backward needs it.
+    """
     if setup.activation_checkpointing and shape.adapted:
         return compute * shape.trainable
     if setup.head_float32:
@@ -378,11 +394,11 @@ def _casts(shape: ModelShape, setup: Setup, compute: int) -> int:
 
 
 def _gathered(shape: ModelShape, strategy: Strategy, setup: Setup, weight: int, flow: int) -> int:
-    """Whole weights of sharded layers in the update.
+    """Return the bytes of gathered weights of sharded layers in the update.
 
-    FSDP2 holds embedding and head from forward to backward, a layer and the next one, and as much of their gradients
-    (and a layer's in float32, to reduce them); or, while the teacher scores, its embedding and head beside the
-    policy's. ZeRO-3 keeps up to `LIVE_PARAMETERS`, and has as many on the way, twice where it fetches the teacher's.
+    FSDP2 holds embedding and head from forward to backward, a layer and the next one, and gradients of the same size
+    (and those of a layer in float32, to reduce them); or, while the teacher scores, its embedding and head in addition
+    to the policy's. ZeRO-3 keeps up to `LIVE_PARAMETERS` and prefetches as many, twice for the teacher's.
     """
     if strategy == "fsdp":
         share, some = shape.trainable / shape.parameters, shape.root + 2 * shape.layer
@@ -396,11 +412,13 @@ def _gathered(shape: ModelShape, strategy: Strategy, setup: Setup, weight: int, 
 
 
 def _rollout(shape: ModelShape, strategy: Strategy, load: Load, setup: Setup, flow: int) -> dict[str, int]:
-    """What sampling needs: a copy of the weights (none, the autocast copy of the policy's own, a gathered one, or a few
-    layers of it), its cache, and its forwards."""
+    """Return the bytes of sampling: a copy of the weights, the KV cache and the forwards.
+
+    The copy is nothing, the autocast copy of the policy's own weights, a gathered copy, or a few gathered layers.
+    """
     weight, compute = element_bytes(setup.precision)
     sharded, wanted = strategy in SHARDED, setup.generation_bytes or flow
-    frozen = sharded or shape.trainable < shape.parameters  # then no cast of a weight outlives its use
+    frozen = sharded or shape.trainable < shape.parameters  # then the cast of a weight is freed after its use
     if sharded and setup.generation == "stream":
         wanted, copy = flow, flow * (shape.root + 2 * shape.layer)
     else:

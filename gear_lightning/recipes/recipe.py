@@ -1,4 +1,4 @@
-"""A recipe as ``fit`` reads it, and nothing of it started: for those who look at recipes before they run."""
+"""Read a recipe as ``fit`` does, without starting it: for commands that check recipes before they run."""
 
 import sys
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from .refusals import refusals
 
 @dataclass(frozen=True)
 class Recipe:
-    """The parts of a recipe that decide what it needs.
+    """The parts of a recipe that determine its needs.
 
     Args:
-        module: with policy, teacher and optimizer; no weights are loaded.
-        data: batch sizes.
-        generation: budgets and engine.
-        trainer: the ``trainer`` section as given, nothing of it made.
-        checkpoint: when checkpoints are written.
+        module: the module with policy, teacher and optimizer; no weights are loaded.
+        data: the data module, with batch sizes.
+        generation: the generation callback, with budgets and engine.
+        trainer: the ``trainer`` section as given, not instantiated.
+        checkpoint: the checkpoint callback.
         options: all sections as given.
     """
 
@@ -38,15 +38,15 @@ class Recipe:
 
 
 class _Reader(GearCLI):
-    """Reads a recipe as ``fit`` does, and stops before the Trainer: no device is touched, no directory made."""
+    """Reads a recipe as ``fit`` does, and stops before the Trainer: it uses no device and creates no directory."""
 
     def _set_seed(self) -> None:
-        self._follow_seed()  # and seed nothing here
+        self._follow_seed()  # without seeding this process
 
     def instantiate_classes(self) -> None:
         self.asked = self.config["fit"].clone()
         trainer = self.config["fit"]["trainer"]
-        # what may need a GPU, a package or an account that is not here
+        # these may need a GPU, a package or an account that this machine lacks
         for name, value in {"strategy": "auto", "logger": False, "callbacks": None, "plugins": None}.items():
             trainer[name] = value
         self.config["fit"]["warm_start"] = None
@@ -54,17 +54,17 @@ class _Reader(GearCLI):
         self.model, self.datamodule = self._get(self.config_init, "model"), self._get(self.config_init, "data")
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """No."""
+        """Do not run the subcommand."""
 
 
 def read_recipe(args: list[str]) -> Recipe:
-    """What ``fit`` with these options would use.
+    """Return the recipe that ``fit`` would use with these options.
 
     Raises:
-        UserError: a class of the recipe cannot be made.
-        SystemExit: an option is unknown or malformed; the parser has said so.
+        UserError: a class of the recipe cannot be created.
+        SystemExit: an option is unknown or malformed; the parser has reported it.
     """
-    argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns of arguments that come from two places
+    argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns if arguments come from two places
     try:
         cli = _Reader(["fit", *args])
     finally:
@@ -74,19 +74,19 @@ def read_recipe(args: list[str]) -> Recipe:
 
 
 def refused(recipe: Recipe, model: Any, gpus: int) -> list[str]:
-    """Why ``fit`` would stop at the recipe on so many processes.
+    """Return why ``fit`` would reject the recipe on this number of processes.
 
     Args:
-        recipe: what is to be run.
+        recipe: the recipe.
         model: the policy on the meta device, without adapters.
-        gpus: processes.
+        gpus: number of processes.
     """
     parts = recipe.module, recipe.data, recipe.generation, recipe.trainer
     return list(refusals(*parts, gpus, model, checkpoint=recipe.checkpoint))
 
 
 def idle(recipe: Recipe) -> list[str]:
-    """What the recipe gives that does nothing; nothing of one whose chat template is refused."""
+    """Return the options of the recipe that have no effect; empty if its chat template is rejected."""
     try:
         return idle_options(recipe.options, recipe.module, recipe.data, recipe.generation)
     except UserError:
@@ -94,7 +94,7 @@ def idle(recipe: Recipe) -> list[str]:
 
 
 def configured_gpus(trainer: Any) -> int:
-    """Processes that the recipe asks for; with ``devices: auto``, one for each GPU here."""
+    """Return the number of processes that the recipe asks for; with ``devices: auto``, one per GPU of this machine."""
     devices, nodes = trainer["devices"], trainer["num_nodes"] or 1
     if isinstance(devices, str) and devices.lstrip("-").isdecimal():
         devices = int(devices)

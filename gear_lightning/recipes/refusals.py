@@ -1,7 +1,7 @@
-"""What a recipe and its number of processes alone decide: why it cannot be run.
+"""Reject recipes that cannot run, based on the recipe and its number of processes.
 
-`fit` stops at the first of these before it starts processes or loads weights; ``doctor`` tells them all. The rules
-themselves are where they belong: this room asks the parts of a recipe in turn.
+`fit` stops at the first error, before it starts processes or loads weights; ``doctor`` reports all of them. This module
+mostly calls checks that are defined with the parts of a recipe.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,13 +29,13 @@ WRONG_PRECISION = "trainer.precision={} does not go with trainer.strategy; use 3
 
 
 def named(trainer: Any) -> tuple[str, dict[str, Any]]:
-    """Name or class of a recipe's strategy, and the options that are given to it."""
+    """Return the name or class of a recipe's strategy, and its options."""
     given = trainer["strategy"]
     return (given, {}) if isinstance(given, str) else (given["class_path"], dict(given.get("init_args") or {}))
 
 
 def configured_strategy(trainer: Any) -> tuple[Strategy | None, dict[str, Any]]:
-    """Which of `STRATEGIES` a recipe's trainer names (None: another one), and the options that it gives to it."""
+    """Return which of `STRATEGIES` a recipe's trainer uses (None: another one), and its options."""
     name, options = named(trainer)
     low = name.lower()
     if "deepspeed" in low or "zero" in low:
@@ -50,10 +50,11 @@ def configured_strategy(trainer: Any) -> tuple[Strategy | None, dict[str, Any]]:
 
 
 def check_strategy(trainer: Any) -> None:
-    """Look at the strategy's name and the precision, on which a Trainer cannot be made.
+    """Check that a Trainer can be created with the strategy and the precision.
 
     Raises:
-        UserError: no strategy has the name; it shards, and is Lightning's own; or it does not go with the precision.
+        UserError: there is no strategy of that name; or it is one of Lightning's own that shard; or it does not support
+            the precision.
     """
     name, _ = named(trainer)
     strategy, _ = configured_strategy(trainer)
@@ -65,7 +66,7 @@ def check_strategy(trainer: Any) -> None:
         )
     if lightnings and (strategy not in (None, "ddp") or name.startswith("model_parallel")):
         raise UserError(
-            f"trainer.strategy={name} is Lightning's own, which knows nothing of the teacher and is not supported; "
+            f"trainer.strategy={name} is Lightning's own, which does not handle the teacher and is not supported; "
             f"use --config configs/strategy/{strategy or 'fsdp'}.yaml"
         )
     if strategy == "fsdp" and ALIASES.get(str(trainer["precision"]), str(trainer["precision"])) == "16-mixed":
@@ -73,22 +74,22 @@ def check_strategy(trainer: Any) -> None:
 
 
 def skeleton_of(source: PolicySource) -> Any:
-    """The policy on the meta device; None where only loading it tells its shapes."""
-    if type(source).skeleton is PolicySource.skeleton:  # it would load the weights
+    """Return the policy on the meta device; None if its shapes are known only after loading it."""
+    if type(source).skeleton is PolicySource.skeleton:  # the default loads the weights
         return None
     try:
         return source.skeleton()
     except UserError:
         raise
-    except Exception:  # a model that cannot be made without values is looked at once it is loaded
+    except Exception:  # a model that cannot be created on the meta device is checked after loading
         return None
 
 
 def check_parts(module: GearModule, data: RolloutDataModule, generation: GenerationCallback) -> None:
-    """Look at whether the parts of a recipe have anything to do together.
+    """Check that the parts of a recipe have an effect in combination.
 
     Raises:
-        UserError: one does nothing beside the others; says what to change.
+        UserError: a part has no effect together with the others; says what to change.
     """
     advantage, credit = type(data.advantage), type(module.credit).__name__
     if module.objective is None and advantage.of_turns is not GroupAdvantage.of_turns:
@@ -99,23 +100,23 @@ def check_parts(module: GearModule, data: RolloutDataModule, generation: Generat
     if module.objective is None and data.zero_spread != "keep":
         rounds = " --data.resample_rounds null" if data.zero_spread == "resample" else ""
         raise UserError(
-            f"data.zero_spread={data.zero_spread} chooses groups by their rewards, from which nothing learns without a "
-            f"model.objective; add one, or --data.zero_spread keep{rounds}"
+            f"data.zero_spread={data.zero_spread} selects groups by their rewards, but without a model.objective "
+            f"nothing learns from rewards; add one, or --data.zero_spread keep{rounds}"
         )
     if generation.budgets.turns == 1 and module.credit.compares_turns:
         raise UserError(
-            f"model.credit={credit} weighs the turns of a rollout against each other, and "
-            "generation.budgets.turns=1 leaves it one: every weight would be 1; use another rule, or more turns"
+            f"model.credit={credit} weights the turns of a rollout relative to each other, but with "
+            "generation.budgets.turns=1 every weight would be 1; use another rule, or more turns"
         )
 
 
 def check_metrics(
     module: GearModule, data: RolloutDataModule, checkpoint: IterationCheckpoint | None, trainer: Any, resumes: bool
 ) -> None:
-    """Look at the metrics that a recipe follows, for its checkpoints, its schedule and early stopping.
+    """Check the metrics that a recipe monitors for checkpoints, the learning-rate schedule and early stopping.
 
     Raises:
-        UserError: one will not be measured, or its worst values would be taken for the best.
+        UserError: a metric will not be measured, or its worst values would be treated as the best.
     """
     every, most = trainer["check_val_every_n_epoch"], trainer["max_epochs"]
     evaluates = data.val_tasks is not None and trainer["limit_val_batches"] != 0
@@ -149,17 +150,17 @@ def refusals(
     checkpoint: IterationCheckpoint | None = None,
     resumes: bool = False,
 ) -> Iterator[str]:
-    """Why the recipe will not run, one reason after another. Nothing is loaded.
+    """Yield the reasons why the recipe will not run. Loads no weights.
 
     Args:
         module: the recipe's module.
-        data: its batch sizes.
-        generation: its budgets and engine.
-        trainer: its ``trainer`` section as given, nothing of it made.
-        processes: over all nodes.
-        model: the policy's `skeleton`, without adapters; None where there is none, and its part is not looked at.
-        fitting: whether it is to be trained.
-        checkpoint: what writes its checkpoints; None where nothing does.
+        data: its data module, with batch sizes.
+        generation: its generation callback, with budgets and engine.
+        trainer: its ``trainer`` section as given, not instantiated.
+        processes: number of processes on all nodes.
+        model: the policy's `skeleton`, without adapters; None if there is none; then checks of the policy are skipped.
+        fitting: whether the recipe is for training.
+        checkpoint: the checkpoint callback; None if there is none.
         resumes: whether there is a checkpoint to resume from.
     """
     rules: list[Callable[[], Any]] = [partial(check_strategy, trainer)]

@@ -1,4 +1,4 @@
-"""Credit rules by name: those that a command line names, and the one that a run's ``config.yaml`` says it had."""
+"""Read credit rules from a command line, and the rule of a run from its ``config.yaml``."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,13 @@ RULES = ("--credit", "--against")
 
 
 def split(argv: list[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """A command line without the arguments that name rules, and those, as ``--credit=X`` or ``--credit.option=X``.
+    """Split a command line into arguments that do not describe rules, and those that do.
+
+    Returns:
+        The other arguments; and for each of `RULES` its arguments, as ``--credit=X`` or ``--credit.option=X``.
 
     Raises:
-        UserError: one of those has no value.
+        UserError: an argument of a rule has no value.
     """
     others, rules, rest = [], {name: [] for name in RULES}, list(argv)
     while rest:
@@ -26,24 +29,24 @@ def split(argv: list[str]) -> tuple[list[str], dict[str, list[str]]]:
         elif equals or rest:
             rules[name].append(f"{key}={value if equals else rest.pop(0)}")
         else:
-            raise UserError(f"{key} what? It takes a value")
+            raise UserError(f"{key}: the value is missing")
     return others, rules
 
 
 def read_rule(name: str, typed: list[str], run: Path) -> tuple[CreditAssigner, str]:
-    """The rule that a command line names, its options read as ``fit`` reads those of ``--model.credit``.
+    """Create the rule that a command line names. Its options are read as ``fit`` reads those of ``--model.credit``.
 
     Args:
         name: one of `RULES`.
-        typed: its arguments, as `split` gives them.
-        run: a run directory; a file in it has nothing imported.
+        typed: its arguments, as `split` returns them.
+        run: a run directory; classes that a file in it names are not imported.
 
     Returns:
         The rule, and the import path of its class.
 
     Raises:
-        UserError: no such rule or option, or a value out of range.
-        SystemExit: help was asked for, and printed.
+        UserError: there is no such rule or option, or a value is out of range.
+        SystemExit: help was requested, and printed.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -67,14 +70,14 @@ def read_rule(name: str, typed: list[str], run: Path) -> tuple[CreditAssigner, s
 
 
 def run_rule(run: Path, named: dict[str, type[CreditAssigner]]) -> tuple[CreditAssigner | None, str]:
-    """The credit rule of a run, by its ``config.yaml``. The file may be anybody's: nothing that it names is imported.
+    """Return the credit rule of a run from its ``config.yaml``. The file is untrusted: nothing it names is imported.
 
     Args:
         run: the run directory.
-        named: import path -> class of those that the user has named.
+        named: import path -> class, for classes that the user has named.
 
     Returns:
-        The rule, and an empty text; or None, and why it is not known.
+        The rule and an empty text, or None and the reason why it is not known.
     """
     path = run / "config.yaml"
     try:
@@ -84,18 +87,21 @@ def run_rule(run: Path, named: dict[str, type[CreditAssigner]]) -> tuple[CreditA
     name, options = found["class_path"], found["init_args"]
     kind = named.get(name) or _of_ours(name)
     if kind is None:
-        return None, f"{path} names {name}, which is no class of gear_lightning.credit"
+        return None, f"{path} names {name}, which is not a class of gear_lightning.credit"
     if not all(value is None or isinstance(value, str | int | float) for value in options.values()):
-        return None, f"{path} gives {name} options that are no plain values"
+        return None, f"{path} gives {name} options that are not plain values"
     try:
         return kind(**options), ""
     except Exception as error:
-        return None, f"{path} gives {name} options that it does not take: {error}"
+        return None, f"{path} gives {name} options that it does not accept: {error}"
 
 
 def caveat(path: Any) -> str:
-    """A line for where results of a rule are shown, by the import path of its class; empty where there is none, or for
-    a class of others, of which nothing is imported."""
+    """Return a line to show with results of a rule that does not implement all of its paper; empty if it does.
+
+    Args:
+        path: import path of the rule's class. Classes outside of this package are not imported and give no line.
+    """
     kind = _of_ours(path) if isinstance(path, str) else None
     return (
         ""
@@ -105,7 +111,7 @@ def caveat(path: Any) -> str:
 
 
 def caveat_of_run(run: Path) -> str:
-    """`caveat` of a run's own rule, by its ``config.yaml``; empty where that does not tell."""
+    """Return `caveat` for a run's own rule, from its ``config.yaml``; empty if the rule is not known."""
     try:
         return caveat(_recipe(run / "config.yaml")["class_path"])
     except UserError:
@@ -117,40 +123,41 @@ def _names() -> list[str]:
 
 
 def _of_ours(path: str) -> type[CreditAssigner] | None:
-    """The class of `gear_lightning.credit` that an import path names; nothing is imported."""
+    """Return the class of `gear_lightning.credit` that an import path names, without importing anything, or None."""
     package, _, name = path.rpartition(".")
     found = getattr(credit, name, None) if f"{package}.".startswith("gear_lightning.credit.") else None
     return found if isinstance(found, type) and issubclass(found, CreditAssigner) else None
 
 
 def _start(name: str, value: str, run: Path) -> str:
-    """The argument that names a rule, for jsonargparse.
+    """Return the argument that names a rule, for jsonargparse.
 
     Raises:
-        UserError: no such class of ours; a file that names none, or that lies in the run and names one of others.
+        UserError: there is no such class in this package; or the value is a file that names no class, or a file in the
+            run directory that names a class of another package.
     """
     if value.endswith((".yaml", ".yml")):
         found = _recipe(Path(value))
         if found["class_path"] == "gear_lightning.credit.Uniform" and (other := _other_method(Path(value))):
             raise UserError(
-                f"{name} {value}: its method is {other}, and its credit that of GRPO; only weights of tokens are "
-                f"recomputed here (GRPO's: {name} Uniform)"
+                f"{name} {value}: its method is {other}, with the credit of GRPO; this command only recomputes token "
+                f"weights (those of GRPO: {name} Uniform)"
             )
         if Path(value).resolve().is_relative_to(run.resolve()) and _of_ours(found["class_path"]) is None:
             raise UserError(
-                f"{value} lies in the run and names {found['class_path']}, which is imported only where you name it: "
-                f"{name} {found['class_path']}"
+                f"{value} is in the run directory and names {found['class_path']}, which is imported only if you name "
+                f"it on the command line: {name} {found['class_path']}"
             )
         return f"{name}={json.dumps(found, default=str)}"
     if "." in value or "{" in value:
         return f"{name}={value}"
     if value not in _names():
-        raise UserError(f"{name} {value}: no class of gear_lightning.credit; there are {', '.join(_names())}")
+        raise UserError(f"{name} {value}: not a class of gear_lightning.credit; there are {', '.join(_names())}")
     return f"{name}=gear_lightning.credit.{value}"
 
 
 def _other_method(path: Path) -> str | None:
-    """The distillation, or the advantage of turns, that a file names; None for none of them."""
+    """Return the distillation or the turn-level advantage that a file names; None if it names neither."""
     found = _yaml(path)
     distillation = _at(found, "model", "distillation", "class_path")
     if isinstance(distillation, str):
@@ -169,7 +176,7 @@ def _yaml(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no YAML ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{path}: invalid YAML ({' '.join(str(error).split())[:200]})") from None
 
 
 def _at(found: Any, *keys: str) -> Any:
@@ -179,15 +186,15 @@ def _at(found: Any, *keys: str) -> Any:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    """``model.credit`` of a YAML file, as plain data.
+    """Return ``model.credit`` of a YAML file as plain data.
 
     Raises:
         UserError: the file cannot be read, or names no rule.
     """
     found = _at(_yaml(path), "model", "credit")
     if not isinstance(found, dict) or not isinstance(found.get("class_path"), str):
-        raise UserError(f"{path}: holds no model.credit.class_path")
+        raise UserError(f"{path}: has no model.credit.class_path")
     options = found.get("init_args") or {}
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
-        raise UserError(f"{path}: its model.credit.init_args are no options")
+        raise UserError(f"{path}: model.credit.init_args must map option names to values")
     return {"class_path": found["class_path"], "init_args": options}

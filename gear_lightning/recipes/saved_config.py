@@ -1,12 +1,15 @@
-"""When ``config.yaml`` is written."""
+"""Write ``config.yaml``."""
 
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
 
 class SavedConfig(SaveConfigCallback):
-    """Writes ``config.yaml``. When a run resumes, only once it is clear that it trains with this config: the file tells
-    what the run's weights were trained with."""
+    """Writes ``config.yaml``, which records the config with which the run's weights were trained.
+
+    When a run resumes, it writes the file only when training starts, because a resume may be rejected or may have
+    nothing to train.
+    """
 
     resumes = False
 

@@ -1,4 +1,4 @@
-"""A training job as a batch script for Slurm: pure text, made of a `Job`."""
+"""The batch script of a training job for Slurm, written from a `Job`."""
 
 import re
 from dataclasses import dataclass
@@ -7,34 +7,34 @@ from shlex import quote
 
 from ..errors import UserError
 
-SWITCHES_OFF = ("bash", "interactive")  # job names that Lightning takes for a shell: it would not look at Slurm's ranks
-LINGER = 30  # seconds for the other processes of a job to end, and to write reports, after the first has ended
-SEEDS = ("seed_everything", "data.seed")  # what torch draws; the order of the tasks and all sampling
+SWITCHES_OFF = ("bash", "interactive")  # job names that Lightning treats as a shell, in which it ignores Slurm's ranks
+LINGER = 30  # seconds for the other processes of a job to write reports and end after the first has ended
+SEEDS = ("seed_everything", "data.seed")  # seeds of torch; of the order of tasks and all sampling
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of Slurm, and what is run.
+    """A Slurm job: its resources and the command it runs.
 
     Args:
-        run: run directory, absolute.
-        directory: where the job runs, absolute: what relative paths of the recipe start from.
+        run: absolute path of the run directory.
+        directory: absolute path of the job's working directory, to which paths in the recipe are relative.
         fit: options of ``fit``.
-        nodes: machines.
-        tasks_per_node: processes on each, one for each GPU.
-        gpus_per_node: 0: a job on CPUs.
-        cpus_per_task: cores, and threads, of each process.
-        time: time limit, as Slurm takes it.
-        signal: seconds before the limit at which every process is told to save and the job goes back into the queue.
+        nodes: number of nodes.
+        tasks_per_node: number of processes per node, one per GPU.
+        gpus_per_node: number of GPUs per node. 0: a job on CPUs.
+        cpus_per_task: cores and threads per process.
+        time: time limit in Slurm's format.
+        signal: seconds before the limit at which Slurm signals every process; the job then saves and is requeued.
         timeout: seconds without progress after which the watchdog ends the job.
-        collective: option of ``fit`` that sets the strategy's own time-out; None where it has none.
-        name: of the job.
+        collective: option of ``fit`` that sets the strategy's own timeout; None if it has none.
+        name: job name.
         python: interpreter on the nodes.
-        sbatch: more lines for ``sbatch``, as ``--exclusive``.
-        setup: shell lines before the training.
+        sbatch: more options of ``sbatch``, for example ``--exclusive``.
+        setup: shell lines to run before training.
         container: image for pyxis/enroot; None: no container.
-        mounts: what the container sees of the machine, besides both directories.
-        seeds: Slurm's array of seeds, as ``0-9%4``; None: one run.
+        mounts: directories to mount in the container in addition to both directories.
+        seeds: Slurm's array of seeds, for example ``0-9%4``; None: one run.
         command: the command line that wrote the script.
     """
 
@@ -60,11 +60,11 @@ class Job:
 
     @property
     def logs(self) -> Path:
-        """Where script and output go; Slurm makes no directory, and a job without one fails without a word."""
+        """Folder of the script and its output. Slurm does not create it, and a job without it fails silently."""
         return self.run / "slurm"
 
     def script(self) -> str:
-        """The whole script."""
+        """Return the script."""
         return "\n".join([*self._head(), "", *self._environment(), "", *self._launch(), ""])
 
     def _head(self) -> list[str]:
@@ -91,8 +91,8 @@ class Job:
             f"# {self.command}",
             *(f"#SBATCH --{line}" for line in asked),
             *(f"#SBATCH {line}" for line in self.sbatch),
-            f"# {self.signal} s before the limit every process gets USR1 (no B:, which would signal this shell alone);",
-            "# the job saves one checkpoint, goes back into the queue and writes on into the same files.",
+            f"# {self.signal} s before the limit every process gets USR1 (no B:, which would signal only this shell);",
+            "# the job saves one checkpoint, is requeued, and appends to the same files.",
             *(f"#SBATCH --{line}" for line in kept),
         ]
 
@@ -100,7 +100,7 @@ class Job:
         return [
             *self.setup,
             f"export OMP_NUM_THREADS={self.cpus_per_task} PYTHONUNBUFFERED=1",
-            "# a failed collective ends its process; the heartbeat leaves the watchdog time to say who is stuck",
+            "# a failed collective ends its process; the heartbeat gives the watchdog time to report the stuck rank",
             f"export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC={2 * self.timeout}",
         ]
 
@@ -135,8 +135,8 @@ class Job:
             "--ckpt_path=last",
         ]
         lines = [
-            "# exec: a signal for the batch script reaches the processes, too. Where one has ended, the others have",
-            f"# {LINGER} s to write their reports; kill-on-bad-exit would leave them none.",
+            "# exec: a signal to the batch script also reaches the processes. If one has ended, the others have",
+            f"# {LINGER} s to write their reports; kill-on-bad-exit would end them at once.",
             f"exec srun {' '.join(srun[:4])} \\",
             *(f"  {option} \\" for option in srun[4:]),
             f"  {quote(self.python)} -m gear_lightning fit \\",
@@ -146,7 +146,7 @@ class Job:
 
 
 def pairs(options: tuple[str, ...]) -> list[str]:
-    """Quoted options of a command line, each with its value."""
+    """Return quoted options of a command line, each with its value."""
     found: list[str] = []
     for option in options:
         if found and not option.startswith("-") and "=" not in found[-1] and " " not in found[-1]:
@@ -157,48 +157,48 @@ def pairs(options: tuple[str, ...]) -> list[str]:
 
 
 def check_job(job: Job) -> None:
-    """Look for what Slurm would take and the job would fail on.
+    """Check for options that Slurm would accept but that would make the job fail.
 
     Raises:
-        UserError: says which option.
+        UserError: an option would; names it.
     """
     for option, value in {"nodes": job.nodes, "tasks-per-node": job.tasks_per_node, "timeout": job.timeout}.items():
         if value < 1:
-            raise UserError(f"--{option} {value} must be at least 1")
+            raise UserError(f"--{option} {value}: must be at least 1")
     if job.cpus_per_task < 1:
-        raise UserError(f"--cpus-per-task {job.cpus_per_task} must be at least 1")
+        raise UserError(f"--cpus-per-task {job.cpus_per_task}: must be at least 1")
     limit = seconds(job.time)
     if job.signal < 1:
-        raise UserError(f"--signal {job.signal} must be at least 1 second before the end")
+        raise UserError(f"--signal {job.signal}: must be at least 1 second before the end")
     if job.signal >= limit:
         raise UserError(
-            f"--signal {job.signal}: the job would be told to save {job.signal} s before its limit, and --time "
+            f"--signal {job.signal}: the job would be asked to save {job.signal} s before its limit, but --time "
             f"{job.time} is {limit} s; give a longer --time or a smaller --signal"
         )
     if job.name in SWITCHES_OFF:
-        raise UserError(f"--name {job.name}: Lightning takes a job of that name for a shell; give another --name")
+        raise UserError(f"--name {job.name}: Lightning treats a job of that name as a shell; give another --name")
     if job.seeds is not None and not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%[1-9]\d*)?", job.seeds):
-        raise UserError(f"--seeds {job.seeds}: give seeds as 0-9, 0,3,7 or, four at a time, 0-9%4")
+        raise UserError(f"--seeds {job.seeds}: give seeds as 0-9, as 0,3,7, or as 0-9%4 (four at a time)")
     for first, last in re.findall(r"(\d+)-(\d+)", job.seeds or ""):
         if int(last) < int(first):
-            raise UserError(f"--seeds {job.seeds}: {first}-{last} holds no seed")
+            raise UserError(f"--seeds {job.seeds}: the range {first}-{last} is empty")
     for what in (job.run, job.directory):
         if "%" in str(what) or "," in str(what) or "\n" in str(what):
-            raise UserError(f"{what}: '%' and ',' in a path mean something else to Slurm; give another directory")
+            raise UserError(f"{what}: Slurm does not support '%' and ',' in a path; give another directory")
     for line in job.sbatch:
         if not line.startswith("-"):
-            raise UserError(f"--sbatch {line}: give a whole option, as --sbatch=--exclusive")
+            raise UserError(f"--sbatch {line}: give a full option, such as --sbatch=--exclusive")
         if not line.isprintable():
-            raise UserError(f"{line!r}: an option of sbatch is one line")
+            raise UserError(f"{line!r}: an option of sbatch must be one line")
         if line.partition("=")[0] in ("--time", "-t", "--signal", "--nodes", "--array"):
             raise UserError(f"--sbatch {line}: give it as an option of this command")
 
 
 def seconds(limit: str) -> int:
-    """A time limit in seconds.
+    """Return a time limit in seconds.
 
     Raises:
-        UserError: it is not one.
+        UserError: the time limit is invalid.
     """
     # minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
@@ -212,5 +212,5 @@ def seconds(limit: str) -> int:
             scale = (60, 1)
         found = int(days or 0) * 86400 + sum(a * b for a, b in zip(given, scale, strict=False))
     if not found:
-        raise UserError(f"--time {limit}: give hours:minutes:seconds as 24:00:00, days-hours as 2-12, or minutes")
+        raise UserError(f"--time {limit}: give hours:minutes:seconds (24:00:00), days-hours (2-12), or minutes")
     return found

@@ -262,7 +262,7 @@ CPU_ONLY = Machine({**GOOD, "CUDA": None})
         (replace(GPU, bf16=False), 1, ["--trainer.accelerator=gpu", "--trainer.precision=bf16-true"], "no bfloat16"),
         (GPU, 3, [], "tasks_per_iteration=8 does not divide over 3 processes"),
         (GPU, 2, ["--generation.budgets.context=512"], "context=512 is more than the 256 positions"),
-        (GPU, 2, ["--generation.budgets.tokens=128"], "tokens=128 leaves no room for a prompt in context=128"),
+        (GPU, 2, ["--generation.budgets.tokens=128"], "tokens=128 leaves no space for a prompt in context=128"),
         (GPU, 2, ["--trainer.strategy=deepspeed_stage_3_offload"], "deepspeed_stage_3_offload is Lightning's own"),
         (GPU, 2, ["--trainer.strategy=fsdp"], "not supported; use --config configs/strategy/fsdp.yaml"),
         (GPU, 2, [], "strategy=auto keeps gradients twice: use --config configs/strategy/ddp.yaml"),

@@ -204,7 +204,7 @@ def test_what_the_records_do_not_hold_is_refused(trained, name, rule, message):
 def test_a_file_whose_method_is_no_rule_of_credit_is_refused(trained, file, method, repository, monkeypatch):
     monkeypatch.chdir(repository)
     path = f"configs/credit/{file}.yaml"
-    with pytest.raises(UserError, match=f"--credit {path}: its method is {method}, and its credit that of GRPO"):
+    with pytest.raises(UserError, match=f"--credit {path}: its method is {method}, with the credit of GRPO"):
         recredit_command([str(trained("gear")), "--credit", path])
 
 
@@ -507,16 +507,16 @@ def test_the_page_keeps_the_newest_rollouts(run):
     [
         ([], "--credit names one rule: CREST, EGRSD, GEAR"),
         (["--credit", "GEAR", "--credit", "RLSD"], "--credit names one rule"),
-        (["--credit", "GEER"], "--credit GEER: no class of gear_lightning.credit; there are CREST, EGRSD, GEAR"),
+        (["--credit", "GEER"], "--credit GEER: not a class of gear_lightning.credit; there are CREST, EGRSD, GEAR"),
         (["--credit", "GEAR", "--credit.kapa", "3"], "Option 'kapa' is not accepted"),
         (["--credit", "GEAR", "--credit.kappa", "x"], "Got value: x"),
         (["--credit", "GEAR", "--credit.clip", "-1"], "clip=-1.0 is outside"),
-        (["--credit", "GEAR", "--credit.kappa"], "--credit.kappa what? It takes a value"),
+        (["--credit", "GEAR", "--credit.kappa"], "--credit.kappa: the value is missing"),
         (["--credit", "RLSD", "--against.kappa", "1"], "--against names one rule"),
         (["--credit", "collections.OrderedDict"], "not correspond to a subclass of CreditAssigner"),
         (["--credit", "no_such.Rule"], "No module named 'no_such'"),
         (["--credit", "no_such.yaml"], "no_such.yaml: No such file"),
-        (["--credit", "configs/strategy/ddp.yaml"], "holds no model.credit.class_path"),
+        (["--credit", "configs/strategy/ddp.yaml"], "has no model.credit.class_path"),
         (["--credit", "RLSD", "--iterations", "5"], "has no records of them; it has 1, from 0 to 0"),
         (["--credit", "RLSD", "--iterations", "7-"], "must be one number, or a range"),
         (["--credit", "RLSD", "--html", "nowhere/x.html"], "the folder nowhere does not exist"),
@@ -611,7 +611,7 @@ def test_a_runs_config_has_nothing_imported(run, tmp_path, monkeypatch, capsys):
         config.write_text(text)
         assert recredit_command([str(run), "--credit", "RLSD"]) == 0
         assert "check: not possible, the run's own rule is not known" in capsys.readouterr().out
-        with pytest.raises(UserError, match=r"lies in the run and names|config\.yaml|kappa"):
+        with pytest.raises(UserError, match=r"is in the run directory and names|config\.yaml|kappa"):
             recredit_command([str(run), "--credit", str(config)])
     assert not mark.exists()
     config.write_text(f"model: {{credit: {inner}}}")  # named by the user, it is imported, and known as the run's

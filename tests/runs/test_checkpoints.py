@@ -80,7 +80,7 @@ def test_damaged_ones_are_told_and_passed_over(tmp_path, capsys):
     (tmp_path / "last.ckpt").symlink_to("7.ckpt")  # gone
     assert newest_complete(tmp_path) == kept
     said = capsys.readouterr().err
-    for name, why in (("2", "has changed"), ("3", "500 bytes of"), ("4", "no 4.ckpt.json"), ("5", "no 5.ckpt.json")):
+    for name, why in (("2", "has changed"), ("3", "500 bytes of"), ("4", "4.ckpt.json is"), ("5", "5.ckpt.json is")):
         assert any(f"/{name}.ckpt is skipped" in line and why in line for line in said.splitlines()), said
     assert len(list(tmp_path.iterdir())) == 10, "nothing was removed"
 
@@ -128,7 +128,7 @@ def poisoned(part: str, value: float = math.nan) -> dict:
 )
 def test_numbers_that_are_not_finite_are_never_written(tmp_path, part, name, value):
     before = write(tmp_path, 1)
-    with pytest.raises(UserError, match=rf"2.ckpt is not written: {name} holds .*after 2 optimizer steps; 1.ckpt is"):
+    with pytest.raises(UserError, match=rf"2.ckpt is not written: {name} holds .*after 2 optimizer steps; .* 1.ckpt"):
         write_checkpoint(poisoned(part, value), tmp_path / "2.ckpt")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1.ckpt", "1.ckpt.json"]
     assert newest_complete(tmp_path) == before

@@ -1,0 +1,69 @@
+"""The recipes that the package brings along: ``configs/`` of a checkout, ``gear_lightning/configs/`` of a wheel."""
+
+from pathlib import Path
+
+from ..errors import UserError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def configs() -> Path:
+    """Return the folder of the packaged configuration files."""
+    inside = PACKAGE / "configs"
+    return inside if inside.is_dir() else PACKAGE.parent / "configs"
+
+
+def packaged(name: str) -> Path | None:
+    """Find a packaged configuration file.
+
+    Args:
+        name: ``quickstart``, ``credit/grpo``, or its path in a checkout, ``configs/credit/grpo.yaml``.
+
+    Returns:
+        Its path; None if the package has no such file.
+    """
+    short = name.removeprefix("configs/").removesuffix(".yaml")
+    place = configs() / f"{short}.yaml"
+    inside = place.resolve().is_relative_to(configs().resolve())
+    return place if inside and place.is_file() else None
+
+
+def found(name: str) -> str:
+    """Return the path of a configuration file: as given if it exists, else of the packaged file of that name.
+
+    Raises:
+        UserError: a bare name that is neither.
+    """
+    if Path(name).exists() or name.startswith(("{", "[")):  # a config can be given as text
+        return name
+    place = packaged(name)
+    if place is None and name and not Path(name).suffix and "\n" not in name:
+        raise UserError(f"--config {name}: no such file, and no packaged recipe; `gear-lightning recipes` lists these")
+    return name if place is None else str(place)
+
+
+def with_packaged(arguments: list[str]) -> list[str]:
+    """Replace names of packaged configuration files after ``--config`` by their paths.
+
+    Raises:
+        UserError: see `found`.
+    """
+    given, replaced = iter(arguments), []
+    for argument in given:
+        if argument.startswith("--config="):
+            argument = f"--config={found(argument.removeprefix('--config='))}"
+        replaced.append(argument)
+        if argument == "--config" and (value := next(given, None)) is not None:
+            replaced.append(found(value))
+    return replaced
+
+
+def about(path: Path) -> str:
+    """Return the first sentence of the comment that a configuration file begins with."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    text = " ".join(lines)
+    return text.partition(". ")[0].partition("  gear-lightning")[0].rstrip(".: ")

@@ -1,0 +1,150 @@
+"""Recipes by name, a project from `gear-lightning init`, and the wheel outside a checkout."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from checkout import ROOT
+from command_line import SHORT, error_of
+
+from gear_lightning.errors import UserError
+from gear_lightning.recipes.packaged import about, configs, found, packaged, with_packaged
+
+
+def test_names_of_packaged_recipes_become_their_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quickstart, grpo = str(configs() / "quickstart.yaml"), str(configs() / "credit" / "grpo.yaml")
+    given = [
+        "--config",
+        "quickstart",
+        "--config=credit/grpo",
+        "--config",
+        "configs/credit/grpo.yaml",
+        "--x",
+        "quickstart",
+    ]
+    assert with_packaged(given) == [
+        "--config", quickstart, f"--config={grpo}", "--config", grpo, "--x", "quickstart",
+    ]  # fmt: skip
+
+
+def test_a_file_of_the_users_goes_before_a_packaged_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").write_text("{}")
+    assert found("quickstart") == "quickstart"
+
+
+@pytest.mark.parametrize("name", ["../pyproject", "credit/../../README", "/etc/passwd", "nothing"])
+def test_nothing_outside_of_the_packaged_folder_is_found(name):
+    assert packaged(name) is None
+
+
+def test_an_unknown_name_is_reported_with_where_to_look(command):
+    assert "gear-lightning recipes" in error_of(command, "fit", "--config", "quickstrat")
+    with pytest.raises(UserError, match="no packaged recipe"):
+        found("quickstrat")
+
+
+def test_a_missing_file_is_left_to_the_parser():
+    assert found("mine.yaml") == "mine.yaml"
+    assert found('{"a": 1}') == '{"a": 1}'
+
+
+def test_every_packaged_file_says_in_a_line_what_it_is(command):
+    status, out, _ = command("recipes")
+    assert status == 0
+    for path in configs().rglob("*.yaml"):
+        assert len(about(path)) > 15, path
+        assert str(path.relative_to(configs()).with_suffix("")) in out
+
+
+def test_the_path_of_packaged_files_is_printed_alone(command):
+    assert command("recipes", "--path")[1] == f"{configs()}\n"
+
+
+def run(arguments: list[str], folder: Path, **environment: str) -> str:
+    done = subprocess.run(
+        arguments, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_a_new_project_trains_and_its_tests_pass(tmp_path, starts_quickly, command):
+    project = tmp_path / "mine"
+    status, out, err = command("init", project)
+    assert status == 0, err
+    assert {path.name for path in project.iterdir()} == {"agent.py", "recipe.yaml", "test_agent.py", "README.md"}
+    assert str(project) in out
+    python = Path(sysconfig.get_path("scripts")) / "python"
+    run(
+        [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        project,
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(project)]),
+    )
+    text = run(
+        [sys.executable, "-m", "gear_lightning", "fit", "--config", "recipe.yaml"], project, PYTHONPATH=str(ROOT)
+    )
+    before, after = re.search(r"tasks +([\d.]+) -> ([\d.]+)", text).groups()
+    assert float(after) > float(before) + 0.2
+    assert (project / "runs" / "first" / "credit_map.html").exists()
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path, command):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "not an empty directory" in error_of(command, "init", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_wheel_trains_outside_of_a_checkout(tmp_path):
+    run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(tmp_path),
+            str(ROOT),
+        ],
+        tmp_path,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    names = {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*") if path.is_file()}
+    for path in [*(ROOT / "callbacks").glob("*.py"), *(ROOT / "configs").rglob("*.yaml")]:
+        assert f"gear_lightning/{path.relative_to(ROOT)}" in names, path
+    # an environment without the checkout: the other packages, and the wheel; -S leaves out what points to the checkout
+    packages = os.pathsep.join([str(tmp_path / "site"), sysconfig.get_path("purelib")])
+    work = tmp_path / "work"
+    work.mkdir()
+    python = [sys.executable, "-S", "-m", "gear_lightning"]
+    options = ["fit", "--config", "quickstart", "--config", "credit/rlsd", *SHORT, "--trainer.max_epochs", "1"]
+    run([*python, *options], work, PYTHONPATH=packages)
+    assert (work / "runs" / "quickstart" / "credit_map.html").exists()
+    where = "import gear_lightning.callbacks.health as m; print(m.__file__)"
+    assert str(tmp_path / "site") in run([sys.executable, "-S", "-c", where], work, PYTHONPATH=packages)
+
+
+def test_the_version_has_one_home():
+    from gear_lightning import __version__
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "version" not in project
+    assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
+
+
+def test_every_folder_of_the_package_is_in_the_wheel():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    there = {f"gear_lightning.{path.parent.name}" for path in (ROOT / "gear_lightning").glob("*/__init__.py")}
+    assert listed == {"gear_lightning", "gear_lightning.configs", *there}
