@@ -271,7 +271,7 @@ def test_an_own_rule_by_import_path_and_decisions(trained, run, tmp_path, capsys
     assert found["blame"]["here"] == 0 < found["blame"]["there"]
     assert "decisions that the environment marks as wrong and right" in capsys.readouterr().out
     add(run, fake_rollout())
-    with pytest.raises(UserError, match=r"Decided needs to know which decisions were right, and .* has recorded none"):
+    with pytest.raises(UserError, match=r"Decided needs to know which decisions were right, but .* has recorded none"):
         recredit_command([str(run), "--credit", own])
     assert recredit_command([str(run), "--credit", "RLSD"]) == 0
     assert "decisions" not in capsys.readouterr().out
@@ -577,9 +577,7 @@ def test_files_that_do_not_belong_together(run):
             recredit_command(ask)
     lines.write_text(text)
     tensors.write_bytes(tensors.with_name("iter_000000.rank_0.safetensors").read_bytes())
-    with pytest.raises(
-        UserError, match=r"iter_000001\.rank_0\.safetensors: row 0 has group_id 0, and .*jsonl:1 says 3"
-    ):
+    with pytest.raises(UserError, match=r"iter_000001\.rank_0\.safetensors: row 0 has group_id 0, but .*jsonl:1 has 3"):
         recredit_command(ask)
     lines.write_text(text.replace('"group_id": 3', '"group_id": 0'))
     with pytest.raises(UserError, match=r"safetensors: row 0 has policy_version 0, and .*jsonl:1 says 1: these files"):

@@ -36,9 +36,9 @@ EARLY = "lightning.pytorch.callbacks.EarlyStopping"
         ({"val_check_interval": 1}, "val_check_interval=1 would"),
         ({"val_check_interval": timedelta(minutes=1)}, "val_check_interval=0:01:00 would"),
         ({"check_val_every_n_epoch": None}, "check_val_every_n_epoch=None: must be at least 1"),
-        ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0 gives"),
+        ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0: must be"),
         ({"limit_val_batches": 1}, "limit_val_batches=1 would skip some of an evaluation's 3 batches.*data.val_limit"),
-        ({"limit_val_batches": 0.5}, "limit_val_batches=0.5 would cut"),
+        ({"limit_val_batches": 0.5}, "limit_val_batches=0.5 would skip"),
     ],
     ids=str,
 )
@@ -59,7 +59,7 @@ def test_what_leaves_them_whole_is_not_refused():
     ):
         check_limits(options.get, source, 1)
     check_limits({"limit_test_batches": 3}.get, source, 1, "test")
-    with pytest.raises(UserError, match="limit_test_batches=2 would cut"):
+    with pytest.raises(UserError, match="limit_test_batches=2 would skip"):
         check_limits({"limit_test_batches": 2}.get, source, 1, "test")
 
 
