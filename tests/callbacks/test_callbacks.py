@@ -1,4 +1,4 @@
-"""The plug-ins watch, warn and stop; training is the same without them."""
+"""Callbacks report, warn and stop runs; they do not change training."""
 
 import random
 from dataclasses import replace
@@ -27,16 +27,16 @@ def test_a_run_that_cannot_learn_warns_and_then_stops_with_advice(tmp_path):
     assert fit.global_step == 3
 
 
-def test_spread_starts_the_count_anew_and_survives_a_checkpoint():
+def test_health_counts_survive_a_checkpoint():
     health = Health()
     health.load_state_dict({"barren": 7, "blind": 2, "rows": [8, 0]})
     assert health.state_dict() == {"barren": 7, "blind": 2, "rows": [8, 0]}
 
 
-class Telling(AnyCall):
-    """Tells feedback now and then."""
+class SometimesFeedback(AnyCall):
+    """Returns feedback with a given probability."""
 
-    told = 0.0
+    probability = 0.0
 
     def reset(self, task, *, seed):
         self.luck = random.Random(seed)
@@ -44,12 +44,12 @@ class Telling(AnyCall):
 
     def step(self, message):
         step = super().step(message)
-        if self.luck.random() < self.told:
+        if self.luck.random() < self.probability:
             step.info["feedback"] = "e1"
         return step
 
 
-def blind_run(tmp_path, shows, environment=Telling, **options):
+def blind_run(tmp_path, shows, environment=SometimesFeedback, **options):
     shown = TeacherOptions("frozen", shows=shows, template=" <ref> {reference}", feedback_template=" <ref> {feedback}")
     run = trainer(tmp_path, generation(environment=environment), Health(warn_after=2, stop_after=3), max_epochs=4)
     run.fit(module(teacher=shown, **options), datamodule=data())
@@ -57,7 +57,7 @@ def blind_run(tmp_path, shows, environment=Telling, **options):
 
 
 @pytest.mark.parametrize("options", [{"credit": GEAR()}, {"credit": Uniform(), "objective": None}], ids=str)
-def test_a_teacher_that_is_never_told_anything_warns_and_then_stops(tmp_path, options):
+def test_a_teacher_without_privileged_text_warns_and_then_stops_the_run(tmp_path, options):
     if "objective" in options:
         options = {**options, "distillation": OPSD()}
     user = type(options.get("distillation", options["credit"])).__name__
@@ -72,22 +72,22 @@ def test_a_teacher_that_is_never_told_anything_warns_and_then_stops(tmp_path, op
     ("shows", "options"),
     [("feedback", {"credit": Uniform(), "distillation": OPSD()}), ("peer_or_feedback", {"credit": GEAR()})],
 )
-def test_a_run_that_learns_without_its_teacher_warns_and_goes_on(tmp_path, shows, options):
+def test_a_run_that_learns_without_its_teacher_only_warns(tmp_path, shows, options):
     with pytest.warns(UserWarning, match=rf"shows={shows}, and no rollout had .* for 2 iterations"):
         assert blind_run(tmp_path, shows, **options) == 4
 
 
 def test_feedback_on_some_rollouts_is_enough(tmp_path, recwarn):
-    class Seldom(Telling):
-        told = 0.1
+    class Seldom(SometimesFeedback):
+        probability = 0.1
 
     assert blind_run(tmp_path, "feedback", Seldom) == 4
     assert not any("teacher.shows" in str(w.message) for w in recwarn)
 
 
-def test_feedback_that_is_cut_for_length_is_not_called_missing(tmp_path, recwarn):
-    class Always(Telling):
-        told = 1.0
+def test_feedback_dropped_for_length_does_not_count_as_missing(tmp_path, recwarn):
+    class Always(SometimesFeedback):
+        probability = 1.0
 
     shown = TeacherOptions("frozen", shows="feedback", feedback_template=" <ref> {feedback}", max_prompt=1)
     run = trainer(tmp_path, generation(environment=Always), Health(1, 2), max_epochs=3)
@@ -95,14 +95,14 @@ def test_feedback_that_is_cut_for_length_is_not_called_missing(tmp_path, recwarn
     assert not any("teacher.shows" in str(w.message) for w in recwarn)
 
 
-def test_gradients_that_stay_not_finite_stop_the_run(tmp_path):
+def test_repeated_non_finite_gradients_stop_the_run(tmp_path):
     model = module(optimizer=lambda p: torch.optim.SGD(p, lr=1e12))
     with pytest.raises(UserError, match=r"the gradients of 3 optimizer steps in a row are not finite"):
         trainer(tmp_path, generation(), Health(stop_after_skipped=3), max_epochs=9).fit(model, datamodule=data())
 
 
 def test_prompts_that_end_differently_are_reported_once(tmp_path, recwarn):
-    """A teacher whose prompt ends elsewhere (a <think> tag on one side) disagrees at the first token alone."""
+    """A teacher whose prompt ends differently (a <think> tag on one side) disagrees only at the first token."""
     health = Health()
     fit = trainer(tmp_path, generation(), health, max_epochs=1)
     fit.fit(module(), datamodule=data())
@@ -125,7 +125,7 @@ def test_the_sample_table_shows_best_and_worst_and_only_when_due(tmp_path, capsy
     assert shown.count("lookup-train-0-") == 3
 
 
-def test_callbacks_that_watch_change_nothing(tmp_path):
+def test_observing_callbacks_do_not_change_training(tmp_path):
     def weights(name: str, *callbacks):
         torch.manual_seed(0)
         model = module()
@@ -176,7 +176,7 @@ def test_the_teacher_can_be_shown_an_answer_or_a_peer(tmp_path, shows):
     assert any(peer is not None for _, peer, _ in seen)
 
 
-def test_an_average_that_is_copied_every_n_steps_stands_still_between(tmp_path):
+def test_a_teacher_copied_every_n_steps_does_not_change_in_between(tmp_path):
     model = module(teacher=TeacherOptions(template=" {reference}", rate=1.0, every=2))
     kept = []
 
@@ -199,6 +199,6 @@ def test_the_last_iteration_is_saved_whatever_the_interval(tmp_path):
     )
     fit = trainer(tmp_path, generation(), callback, max_epochs=5, enable_checkpointing=True)
     fit.fit(module(), datamodule=data())
-    kept = ["epoch=3.ckpt", "epoch=4.ckpt", "last.ckpt"]  # the one before stays, in case that the last is damaged
+    kept = ["epoch=3.ckpt", "epoch=4.ckpt", "last.ckpt"]  # the previous one is kept in case the last is damaged
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == kept
     assert torch.load(tmp_path / "c" / "last.ckpt", weights_only=True)["global_step"] == 5

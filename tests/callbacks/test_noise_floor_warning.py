@@ -1,4 +1,4 @@
-"""The callback that measures rounding for the credit rule, and warns where anchors or weights sit inside it."""
+"""The callback that measures rounding for the credit rule, and warns if anchors or weights do not exceed it."""
 
 import csv
 import json
@@ -26,8 +26,8 @@ from gear_lightning.teacher import TeacherOptions
 
 
 @dataclass(frozen=True)
-class Deaf(Sharp):
-    """Hardly hears what stands before a token: privileged text moves it no more than bfloat16's rounding does."""
+class WeakContext(Sharp):
+    """A model that depends little on its context: privileged text changes it no more than bfloat16 rounding does."""
 
     def model(self) -> Any:
         model = super().model()
@@ -50,8 +50,8 @@ class Weights(L.Callback):
         self.kept.append(torch.cat([p.detach().float().flatten() for p in pl_module.policy.parameters()]))
 
 
-def run(folder, *callbacks, source=Deaf(), rule=EAGER, **options) -> tuple[list[str], torch.Tensor]:
-    """Warnings about the floor, and the weights after each iteration."""
+def run(folder, *callbacks, source=WeakContext(), rule=EAGER, **options) -> tuple[list[str], torch.Tensor]:
+    """Train and return the warnings about the floor, and the weights after each iteration."""
     torch.manual_seed(0)
     weights = Weights()
     model = GearModule(
@@ -59,7 +59,7 @@ def run(folder, *callbacks, source=Deaf(), rule=EAGER, **options) -> tuple[list[
         rule,
         teacher=TeacherOptions("live", template=" <ref> {reference}"),
         optimizer=lambda p: torch.optim.SGD(p, lr=1e-3),
-        head_precision="bfloat16" if options.get("precision") == "bf16-mixed" else None,  # for the most rounding
+        head_precision="bfloat16" if options.get("precision") == "bf16-mixed" else None,  # maximizes rounding
     )
     tasks = data(train_tasks=TalkTasks(turns=4), val_tasks=None, group_size=6, micro_batch_size=6)
     talk = generation(environment=Talk, budgets=Budgets(4, 80, 24, 250))
@@ -70,7 +70,7 @@ def run(folder, *callbacks, source=Deaf(), rule=EAGER, **options) -> tuple[list[
 
 
 def noise_in(folder) -> list[RoundingNoise]:
-    """What credit took for the size of rounding, by iteration."""
+    """Return the rounding error that credit rules assumed, by iteration."""
     return [recorded_noise(record) for record in read_records(folder)]
 
 
@@ -79,7 +79,7 @@ def metrics(folder) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_anchors_inside_the_floor_are_reported_once_with_what_to_do(tmp_path):
+def test_anchors_inside_the_floor_are_reported_once_with_advice(tmp_path):
     said, _ = run(tmp_path, NoiseFloor(weight_share=1.0), precision="bf16-mixed", max_epochs=4)
     assert len(said) == 1
     share = float(metrics(tmp_path)[0]["credit/anchors_in_noise"])
@@ -102,16 +102,16 @@ def test_anchors_inside_the_floor_are_reported_once_with_what_to_do(tmp_path):
         {"precision": "32-true", "rule": TokenOnly()},
         {"precision": "bf16-mixed", "source": Sharp(), "rule": GEAR()},  # departures, and the default floor
         {"precision": "bf16-mixed", "source": Sharp(), "rule": RLSD()},
-        {"precision": "bf16-mixed", "rule": TurnSight()},  # it makes no credit of this noise
+        {"precision": "bf16-mixed", "rule": TurnSight()},  # it does not turn this noise into credit
     ],
     ids=str,
 )
-def test_what_is_above_the_floor_is_not_reported(tmp_path, options):
+def test_credit_above_the_floor_is_not_reported(tmp_path, options):
     assert run(tmp_path, NoiseFloor(), **options)[0] == []
 
 
 @pytest.mark.parametrize("rule", [TokenOnly(), RLSD(), GEAR()], ids=lambda rule: type(rule).__name__)
-def test_weights_inside_the_floor_are_reported_once_without_an_anchor_too(tmp_path, rule):
+def test_weights_inside_the_floor_are_reported_once_also_without_anchors(tmp_path, rule):
     said, _ = run(tmp_path, NoiseFloor(), rule=rule, precision="bf16-mixed", max_epochs=4)
     assert len(said) == 1
     for part in (
@@ -127,7 +127,7 @@ def test_weights_inside_the_floor_are_reported_once_without_an_anchor_too(tmp_pa
     assert float(metrics(tmp_path / "loud")[0]["credit/weights_in_noise"]) < 0.2 < share[0]
 
 
-def test_a_measured_file_takes_the_place_of_measuring(tmp_path):
+def test_a_measured_file_replaces_the_measurement(tmp_path):
     probe = MeasureNoise(micro_batches=1)
     fit = trainer(tmp_path, generation(), probe, precision="32-true")
     fit.fit(module(), datamodule=data())
@@ -138,7 +138,7 @@ def test_a_measured_file_takes_the_place_of_measuring(tmp_path):
     assert "already differ by 50 nats (p99)" in said[0]
     assert {row["credit/noise_p99"] for row in metrics(tmp_path)} == {"50.0"}
     assert noise_in(tmp_path) == [RoundingNoise(log_ratio=probe.result["log_ratio"]["p99"])] * 2
-    # of another precision: said, and not used; asked for by name: refused
+    # measured with another precision: reported and not used; refused if the file is given explicitly
     write_result(tmp_path / "noise_floor.json", {**high, "precision": "bf16-true"})
     said, _ = run(tmp_path, NoiseFloor(tokens=0), source=Sharp())
     assert noise_in(tmp_path) == [RoundingNoise()] * 2
@@ -147,20 +147,20 @@ def test_a_measured_file_takes_the_place_of_measuring(tmp_path):
     assert said[0].endswith("It is not used.")
     with pytest.raises(UserError, match=r"precision bf16-true \(here 32-true\); measure again"):
         run(tmp_path, NoiseFloor(str(tmp_path / "noise_floor.json")))
-    # of an earlier version: likewise
+    # the same for a file of an earlier version
     write_result(tmp_path / "noise_floor.json", {**high, "format": 1})
     said, _ = run(tmp_path, NoiseFloor(tokens=0), source=Sharp())
     assert "not a file of gear-lightning noise-floor of this version; make it anew. It is not used." in said[0]
 
 
-def test_never_measuring_and_having_no_file_says_nothing(tmp_path):
+def test_without_measurement_and_file_nothing_is_reported(tmp_path):
     assert run(tmp_path, NoiseFloor(tokens=0), precision="bf16-mixed")[0] == []
     assert "credit/noise_p99" not in metrics(tmp_path)[0]
 
 
 def test_rounding_is_measured_once_before_the_first_update(tmp_path):
-    """Two forwards of whole rollouts, as many as hold the tokens: 12 rollouts, 6 in a forward."""
-    run(tmp_path / "first", source=Sharp(), max_epochs=1)  # an engine is tried on a kind of model once in a process
+    """Two forwards per micro-batch of whole rollouts, until there are enough tokens: 12 rollouts, 6 per forward."""
+    run(tmp_path / "first", source=Sharp(), max_epochs=1)  # an engine is tested once per process and model class
     for tokens, passes in ((1, 1), (10**9, 2)):
         calls = []
 
@@ -177,33 +177,33 @@ def test_rounding_is_measured_once_before_the_first_update(tmp_path):
         watched.calls = calls
         run(tmp_path / str(tokens), watched, NoiseFloor(tokens=tokens), source=Sharp(), max_epochs=3)
         assert len(calls) - len(plain.calls) == 2 * passes
-        assert calls.count(0) - plain.calls.count(0) == 2 * passes, "later than the first update"
+        assert calls.count(0) - plain.calls.count(0) == 2 * passes, "not all before the first update"
         first, *others = noise_in(tmp_path / str(tokens))
         assert first.log_ratio > 0
-        assert others == [first] * 2, "it is a constant of the run"
+        assert others == [first] * 2, "it must be constant within the run"
 
 
 SCALED = GEAR(scale="zscore")
 
 
-def test_the_credit_rule_gets_it_and_recredit_takes_it_from_the_records(tmp_path):
-    """A teacher that says no more than rounding, and a rule that takes out the signal's size."""
+def test_the_credit_rule_gets_the_floor_and_recredit_reads_it_from_the_records(tmp_path):
+    """With a teacher signal no larger than rounding, and a rule that normalizes away the size of the signal."""
     options = {"rule": SCALED, "precision": "bf16-mixed"}
-    run(tmp_path / "told", NoiseFloor(), **options)
-    run(tmp_path / "untold", NoiseFloor(tokens=0), **options)
-    told, untold = (next(read_records(tmp_path / name)) for name in ("told", "untold"))
-    mask = told.tensors["action_mask"]
-    away = [(record.tensors["weights"] - 1).abs()[mask].mean() for record in (told, untold)]
+    run(tmp_path / "with", NoiseFloor(), **options)
+    run(tmp_path / "without", NoiseFloor(tokens=0), **options)
+    with_floor, without = (next(read_records(tmp_path / name)) for name in ("with", "without"))
+    mask = with_floor.tensors["action_mask"]
+    away = [(record.tensors["weights"] - 1).abs()[mask].mean() for record in (with_floor, without)]
     assert 2 * away[0] < away[1]
-    torch.testing.assert_close(recredit(told, SCALED).weights, told.tensors["weights"], atol=1e-6, rtol=0)
-    # a record of before does not tell: then as before
-    for rollout in told.rollouts:
+    torch.testing.assert_close(recredit(with_floor, SCALED).weights, with_floor.tensors["weights"], atol=1e-6, rtol=0)
+    # records of earlier versions have no floor: recredit then assumes none
+    for rollout in with_floor.rollouts:
         del rollout["noise"]
-    again = recredit(told, SCALED)
-    torch.testing.assert_close(again.weights, untold.tensors["weights"], atol=1e-6, rtol=0)
+    again = recredit(with_floor, SCALED)
+    torch.testing.assert_close(again.weights, without.tensors["weights"], atol=1e-6, rtol=0)
 
 
-def test_neither_micro_batches_nor_the_order_of_rollouts_change_what_is_measured(tmp_path):
+def test_micro_batches_and_the_order_of_rollouts_do_not_change_the_measurement(tmp_path):
     found = []
 
     class Measure(L.Callback):
@@ -220,13 +220,13 @@ def test_neither_micro_batches_nor_the_order_of_rollouts_change_what_is_measured
     assert rows[0] == rows[1] == rows[2]
     assert 1 < len(rows[0]) < 12
     assert len({floor.tokens for floor in floors}) == 1
-    for floor in floors[1:]:  # rounding differs with shapes, its size hardly
+    for floor in floors[1:]:  # rounding depends on shapes, but its size hardly does
         assert 0.5 < floor.log_ratio / floors[0].log_ratio < 2
     assert floors[0].log_ratio < 1e-4
 
 
 def test_ranks_choose_the_same_rollouts_and_get_the_same_floor(monkeypatch):
-    """Two ranks with a group each, against one with both: the first rollout of every group, then the second."""
+    """Two ranks with one group each choose like one rank with both: first rollouts of every group, then second ones."""
     mine = random_rows(1, (0,) * 8)
     rows = [replace(row, group_id=i // 4, index=i % 4 + 4 * (i // 4)) for i, row in enumerate(mine)]
     one = chosen(rows, 4, 40)
@@ -254,13 +254,13 @@ class Stops(L.Callback):
 
 
 @pytest.mark.parametrize("at", [(0, 0), (0, 2), (1, 1)], ids=["first step", "second inner epoch", "later"])
-def test_a_run_that_was_killed_goes_on_with_what_it_measured(tmp_path, at):
-    """In bfloat16, with a rule whose weights depend on it; also in the middle of an iteration."""
+def test_a_resumed_run_keeps_its_measured_floor(tmp_path, at):
+    """In bfloat16, with a rule whose weights depend on the floor; also in the middle of an iteration."""
 
     def fit(name, *callbacks, floor=None, **options):
         torch.manual_seed(0)
         teacher = TeacherOptions("live", template=" <ref> {reference}")
-        model = GearModule(Deaf(), SCALED, teacher=teacher, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
+        model = GearModule(WeakContext(), SCALED, teacher=teacher, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
         tasks = data(train_tasks=TalkTasks(turns=2), val_tasks=None, micro_batch_size=4, inner_epochs=2)
         talk = generation(environment=Talk, budgets=Budgets(2, 40, 24, 250))
         floor = floor or NoiseFloor()
@@ -276,13 +276,13 @@ def test_a_run_that_was_killed_goes_on_with_what_it_measured(tmp_path, at):
     assert resumed.noise == whole.noise
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    # what a user gives anew at a resume counts
+    # an option changed at a resume takes effect
     off = fit("off", floor=NoiseFloor(tokens=0), ckpt_path=middle, weights_only=True)
     assert off.noise == RoundingNoise()
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-def test_training_is_the_same_bit_for_bit_with_and_without_it(tmp_path, precision):
+def test_training_is_bitwise_equal_with_and_without_the_callback(tmp_path, precision):
     plain = run(tmp_path / "plain", precision=precision, max_epochs=3)[1]
     watched = run(tmp_path / "watched", NoiseFloor(tokens=10**9), precision=precision, max_epochs=3)[1]
     assert torch.equal(plain, watched)
@@ -293,7 +293,7 @@ def test_training_is_the_same_bit_for_bit_with_and_without_it(tmp_path, precisio
             assert name.startswith(("time/", "perf/")) or mine[name] == other[name], name
 
 
-def test_verdicts_survive_a_checkpoint():
+def test_counts_and_warnings_survive_a_checkpoint():
     first, second = NoiseFloor(), NoiseFloor()
     first._floor, first._conditions = Floor(0.25, 0.5, 0.1, 300), {"precision": "bf16-mixed"}
     first._anchors, first._moved, first._warned = [3.0, 1.0], [30.0, 0.2, 0.1], {"anchors": True, "weights": False}
@@ -301,7 +301,7 @@ def test_verdicts_survive_a_checkpoint():
     second.load_state_dict(state)
     assert second._kept == state["floor"] == {"precision": "bf16-mixed", "floor": first._floor.plain()}
     assert {**second.state_dict(), "floor": None} == {**state, "floor": None}
-    second.load_state_dict({"floor": 0.25, "seen": 300.0, "counts": [3.0, 1.0], "warned": True})  # of a version before
+    second.load_state_dict({"floor": 0.25, "seen": 300.0, "counts": [3.0, 1.0], "warned": True})  # an earlier version
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_verdicts_survive_a_checkpoint():
         ({"weight_share": 0.0}, r"weight_share=0.0: must be in \(0, 1\]"),
     ],
 )
-def test_bad_settings_are_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         NoiseFloor(**options)
 
@@ -325,7 +325,7 @@ SIZES = '"log_ratio": {"p99": 1}, "divergence": {"p99": 1}, "weight_spread": {"p
     "text",
     ["{", "[]", "{}", f'{{"format": 1, {SIZES}}}', '{"format": 2}', f'{{"format": 2, {SIZES.replace("1", "NaN", 1)}}}'],
 )
-def test_a_file_that_is_none_is_refused(tmp_path, text):
+def test_an_invalid_file_is_refused(tmp_path, text):
     path = tmp_path / "noise_floor.json"
     with pytest.raises(UserError, match="cannot be read"):
         read_floor(path)

@@ -191,7 +191,7 @@ def test_what_is_kept_does_not_depend_on_kills_moves_or_a_new_cadence(tmp_path):
 def test_another_metric_begins_anew_and_leaves_the_best_of_the_one_before(tmp_path):
     scores = Scores(9, 1, 1, 1, training=True)
     fit(tmp_path, scores, checkpoint={"monitor": "score", "mode": "max"}, max_epochs=3)
-    with pytest.warns(UserWarning, match=r"no longer ranked by score; iteration=0.ckpt stay"):
+    with pytest.warns(UserWarning, match=r"no longer ranked by score; iteration=0.ckpt are kept"):
         fit(tmp_path, resume=folder_of(tmp_path), checkpoint={"monitor": "train/reward"}, max_epochs=4)
     assert steps(tmp_path).keys() == {"iteration=0", "iteration=2", "iteration=3", "last"}
     assert ranked(tmp_path).keys() == {"iteration=3"}
