@@ -1,4 +1,4 @@
-"""Credit assigners: the worked example, the slow reference on random rollouts, laws, controls, refusals."""
+"""Credit assigners: worked examples, the slow reference on random rollouts, edge cases, rejected options."""
 
 import math
 import random
@@ -47,7 +47,7 @@ from gear_lightning.errors import UserError
 
 # hand-computed --------------------------------------------------------------------------------------------------------
 
-# two turns (columns 1-4 and 7-8); the observation (5, 6) and the prompt (0) carry large numbers that nothing may see
+# two turns (columns 1-4 and 7-8); the observation (5, 6) and the prompt (0) contain large numbers that no statistic may include
 EXAMPLE = Rollout(
     turns=[-1, 0, 0, 0, 0, -1, -1, 1, 1],
     policy=[9, -1, -1, -1, -1, 9, 9, -1, -1],
@@ -61,7 +61,7 @@ EXAMPLE_RULE = GEAR(anchor_level=0.7, clip=0.99)
 def test_golden_example():
     # k1: 0, 1, 0.25, 0 | 0.5, 0. Quantile 0.7 of 0 0 0 .25 .5 1: place 3.5 -> 0.375, so the floor 0.5 decides: anchors
     # at columns 2 and 7. Entropy quantile 0.8 of 0 0 0 0 1 2: place 4 -> 1: the token at column 4 closes. Column 3 is
-    # in the segment and carries 1 in place of 0.25; column 8 carries 0.5. A < 0, so the weights are exp(c):
+    # in the segment and carries 1 instead of 0.25; column 8 carries 0.5. A < 0, so the weights are exp(c):
     # 1, 2.718 -> 1.99, 1.99, 1 | 1.648721, 1.648721; their mean is 9.277443 / 6 = 1.546240
     e = evidence([EXAMPLE])
     credit = EXAMPLE_RULE(e)
@@ -75,7 +75,7 @@ def test_golden_example():
 
 
 def test_golden_example_segment_mean():
-    # segment means (1 + 0.25) / 2 = 0.625 and (0.5 + 0) / 2 = 0.25; not normalised: exp
+    # segment means (1 + 0.25) / 2 = 0.625 and (0.5 + 0) / 2 = 0.25; not normalized: exp
     rule = replace(EXAMPLE_RULE, segment_value="mean", normalise="none")
     expected = [1, math.exp(0.625), math.exp(0.625), 1, math.exp(0.25), math.exp(0.25)]
     e = evidence([EXAMPLE])
@@ -190,12 +190,12 @@ def check_against_reference(
 
 
 def some_turns(rng: random.Random, rows: list[Rollout]) -> list[Rollout]:
-    """Half of the time with advantages of turns, of both signs."""
+    """Return the rollouts; in half of all calls with advantages for each turn, of both signs."""
     return [with_turn_advantages(rng, r) for r in rows] if rng.random() < 0.5 else rows
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_equals_the_slow_reference_on_sampled_tokens(seed):
+def test_sampled_divergences_match_the_slow_reference(seed):
     rng = random.Random(seed)
     for case in range(300):
         rule = random_rule(rng, SAMPLED)
@@ -204,7 +204,7 @@ def test_equals_the_slow_reference_on_sampled_tokens(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_equals_the_slow_reference_on_distributions(seed):
+def test_distribution_divergences_match_the_slow_reference(seed):
     rng = random.Random(100 + seed)
     for case in range(60):
         rule = random_rule(rng, LISTED)
@@ -212,13 +212,13 @@ def test_equals_the_slow_reference_on_distributions(seed):
         check_against_reference(rule, rows, padding=rng.randint(0, 3), noise=some_noise(rng))
 
 
-def test_equals_the_slow_reference_with_the_defaults():
+def test_defaults_match_the_slow_reference():
     for seed in range(150):
         check_against_reference(GEAR(), some_rollouts(seed), padding=seed % 3)
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_token_only_and_turn_equal_the_reference(seed):
+def test_token_only_and_turn_match_the_reference(seed):
     rng = random.Random(seed)
     for case in range(60):
         rows = some_rollouts(case + 500 * seed, n=3)
@@ -239,7 +239,7 @@ def test_token_only_and_turn_equal_the_reference(seed):
 
 @settings(deadline=None)
 @given(SEEDS, st.sampled_from([None, 1, 7, 100]), st.floats(0, 1), st.floats(0, 1))
-def test_rlsd_equals_its_formula(seed, decay, mix, clip):
+def test_rlsd_matches_its_formula(seed, decay, mix, clip):
     rows = some_rollouts(seed)
     credit = RLSD(mix=mix, clip=clip, mix_decay=decay)(evidence(rows))
     for i, r in enumerate(rows):
@@ -253,7 +253,7 @@ def test_rlsd_equals_its_formula(seed, decay, mix, clip):
 
 @settings(deadline=None, max_examples=40)
 @given(SEEDS)
-def test_scgrpo_equals_its_formula(seed):
+def test_scgrpo_matches_its_formula(seed):
     rows = some_rollouts(seed, n=3, vocabulary=8)
     credit = SCGRPO(top_k_tokens=8)(evidence(rows))
     for i, r in enumerate(rows):
@@ -266,7 +266,7 @@ def test_scgrpo_equals_its_formula(seed):
             assert_close(credit.weights[i, r.actions].double(), d / (d + c), atol=1e-4, rtol=1e-4)
 
 
-# evidence, degenerate cases, refusals ---------------------------------------------------------------------------------
+# evidence, degenerate cases, rejected options ---------------------------------------------------------------------------------
 
 
 def test_evidence_of_a_batch_is_detached():
@@ -280,7 +280,7 @@ def test_evidence_of_a_batch_is_detached():
     assert not credit.token_advantages.requires_grad
 
 
-def test_recorded_divergence_takes_the_place_of_distributions():
+def test_a_recorded_divergence_replaces_distributions():
     e = evidence([rollout([0, 0, 0, 0])])
     e = replace(e, divergence=torch.tensor([[0.0, 1, 0, 0]]), teacher=None)
     credit = GEAR(divergence="reverse_kl", sign_rule="symmetric")(e)
@@ -294,17 +294,17 @@ def test_recorded_divergence_takes_the_place_of_distributions():
 )
 @pytest.mark.parametrize("d", [[], [0.0], [1e30], [-1e30], [1e4] * 5 + [-1e4] * 5])
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
-def test_degenerate_rollouts_stay_finite(cls, d, advantage):
+def test_degenerate_rollouts_have_finite_weights(cls, d, advantage):
     full, empty = rollout(d, advantage=advantage), Rollout([-1, -1], [0.0] * 2, [0.0] * 2, [0.0] * 2)
     credit = cls()(evidence([full, empty]))
     assert credit.weights.isfinite().all()
     assert credit.token_advantages.isfinite().all()
     if len(d) == 1 and cls not in (RLSD, EGRSD, CREST, PBSD):
-        assert credit.weights[0, 0] == 1  # one token keeps the whole credit
+        assert credit.weights[0, 0] == 1  # a single token keeps all credit
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_extreme_settings_stay_finite(seed):
+def test_extreme_options_give_finite_weights(seed):
     rng = random.Random(seed)
     e = evidence(some_rollouts(seed))
     for extreme in ({"kappa": 1e6}, {"clip": 1.0, "kappa": 100.0, "normalise": "mean"}, {"divergence_limit": 1e-6}):
@@ -352,7 +352,7 @@ def test_extreme_settings_stay_finite(seed):
         (lambda: SCGRPO(top_k_tokens=0), "SCGRPO: top_k_tokens=0 must be at least 1"),
     ],
 )
-def test_bad_settings_are_refused(make, message):
+def test_invalid_options_are_rejected(make, message):
     with pytest.raises(UserError, match=message):
         make()
 
@@ -360,7 +360,7 @@ def test_bad_settings_are_refused(make, message):
 @pytest.mark.parametrize(
     "rule", [GEAR(), Turn(), TokenOnly(), Placebo(), RLSD(), SCGRPO(), EGRSD(), CREST(), TurnSight(), PBSD()], ids=repr
 )
-def test_a_missing_teacher_is_named(rule):
+def test_a_missing_teacher_is_reported(rule):
     e = replace(evidence([rollout([0, 1])]), teacher=None)
     with pytest.raises(UserError, match=f"{type(rule).__name__} needs the teacher's log-probs"):
         rule(e)
@@ -370,7 +370,9 @@ def test_a_missing_teacher_is_named(rule):
 @pytest.mark.parametrize("rule", [GEAR(clip=0.2), GEAR(clip=0.2, mix=0.5), GEAR(clip=0.2, normalise="none"), RLSD()])
 def test_tokens_at_the_clip_are_marked(rule):
     policy = torch.tensor([[0.0, -0.1, -0.1, -3.0, -0.1]])
-    teacher = torch.tensor([[0.0, -0.1, -3.0, -0.1, -0.2]])  # none, none, departure, the other way, a little
+    teacher = torch.tensor(
+        [[0.0, -0.1, -3.0, -0.1, -0.2]]
+    )  # prompt, equal, departure, departure in the other direction, small
     mask = torch.tensor([[False, True, True, True, True]])
     off = torch.zeros_like(mask)
     stats = [TokenStats(x, torch.zeros_like(x)) for x in (policy, teacher)]

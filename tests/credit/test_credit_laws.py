@@ -1,4 +1,4 @@
-"""Laws of every credit assigner: what must not change the credit, and what the credit must not change."""
+"""Invariants of every credit assigner: changes that must not affect credit, and sums that credit must not change."""
 
 import math
 import random
@@ -41,7 +41,7 @@ from gear_lightning.credit import (
 )
 
 RANDOM = [GEAR, GEAR, Turn, TokenOnly, Placebo]  # with random options
-COMPARING = [RLSD, EGRSD, CREST, TurnSight, PBSD, Uniform]  # these weigh nothing where teacher and policy agree
+COMPARING = [RLSD, EGRSD, CREST, TurnSight, PBSD, Uniform]  # all weights are 1 if teacher and policy agree
 OTHERS = [GTPO, Oracle]
 
 
@@ -60,9 +60,9 @@ def same(a: torch.Tensor, b: torch.Tensor) -> None:
 
 @settings(deadline=None)
 @given(any_rule(), SEEDS)
-def test_masked_is_removed(rule, seed):
+def test_masked_tokens_can_be_removed(rule, seed):
     if isinstance(rule, Placebo):
-        rule = GEAR()  # a permutation is seeded by the places of the tokens
+        rule = GEAR()  # the seed of a permutation depends on token positions
     rows = some_rollouts(seed)
     whole, cut = evidence(rows), evidence([r.only(r.actions) for r in rows], padding=1)
     a, b = rule(whole), rule(cut)
@@ -76,7 +76,7 @@ def test_masked_is_removed(rule, seed):
 
 @settings(deadline=None)
 @given(any_rule(), SEEDS, st.integers(1, 9))
-def test_neither_padding_nor_micro_batches_nor_order_matter(rule, seed, padding):
+def test_padding_micro_batches_and_order_do_not_change_credit(rule, seed, padding):
     rows = some_rollouts(seed)
     width = max(len(r.turns) for r in rows)
     whole = rule(evidence(rows))
@@ -93,7 +93,7 @@ def test_neither_padding_nor_micro_batches_nor_order_matter(rule, seed, padding)
 
 @settings(deadline=None)
 @given(any_rule(), SEEDS)
-def test_signs_are_kept_and_credit_is_moved_not_made(rule, seed):
+def test_signs_and_the_sum_of_credit_are_preserved(rule, seed):
     e = evidence(some_rollouts(seed))
     credit = rule(e)
     given_sign = torch.where(e.action_mask, e.advantages.sign()[:, None], 0)
@@ -131,7 +131,7 @@ def test_teacher_equal_to_policy_gives_grpo_bit_for_bit_on_distributions(seed):
 
 @settings(deadline=None)
 @given(SEEDS)
-def test_placebo_permutes_within_the_rollout(seed):
+def test_placebo_permutes_weights_within_the_rollout(seed):
     rows = some_rollouts(seed)
     e, options = evidence(rows), {"anchor_level": 0.5, "clip": 0.5}
     real, placebo = GEAR(**options)(e), Placebo(**options)(e)
@@ -142,7 +142,7 @@ def test_placebo_permutes_within_the_rollout(seed):
     assert (placebo.anchor == -1).all()
 
 
-def test_placebo_does_move_weights_and_hears_its_seed():
+def test_placebo_moves_weights_and_depends_on_its_seed():
     r = rollout([x / 8 for x in range(40)])
     e = evidence([r])
     orders = {tuple(Placebo(seed=s)(e).weights[0].tolist()) for s in range(5)}
@@ -150,22 +150,22 @@ def test_placebo_does_move_weights_and_hears_its_seed():
     assert len(orders | {tuple(GEAR()(e).weights[0].tolist()), tuple(later)}) == 7
 
 
-def test_shifting_both_models_changes_nothing():
+def test_shifting_both_models_does_not_change_credit():
     rows = some_rollouts(3)
     shifted = [replace(r, policy=[x - 2 for x in r.policy], teacher=[x - 2 for x in r.teacher]) for r in rows]
     assert torch.equal(GEAR()(evidence(rows)).weights, GEAR()(evidence(shifted)).weights)
 
 
-# a teacher that says nothing ------------------------------------------------------------------------------------------
+# a teacher without information ------------------------------------------------------------------------------------------
 
 RULES = every_rule()
 TEACHERS = [rule for rule in RULES if rule.needs_teacher]
-# how far from 1 weights may be on average under rounding alone, and how far their mean; with its default GEAR keeps a
+# largest mean distance of weights from 1 under rounding alone, and of their mean; with its default GEAR keeps a
 # signal's size: exp(0.026) on average in bf16-mixed
 NULL = {FLOAT32: (0.005, 1e-3), BF16: (0.04, 0.02)}
 
 
-def test_the_walk_finds_the_rules():
+def test_all_rules_are_found():
     known = {CREST, EGRSD, GEAR, GTPO, PBSD, RLSD, SCGRPO, Oracle, Placebo, TokenOnly, Turn, TurnSight, Uniform}
     assert known <= set(rule_classes())
     assert {type(rule) for rule in TEACHERS} == {kind for kind in rule_classes() if kind.needs_teacher}
@@ -177,14 +177,14 @@ def test_the_walk_finds_the_rules():
 
 
 def far_from_one(rule: CreditAssigner, size: float, **options) -> tuple[float, float]:
-    """Mean distance of weights from 1, and distance of the mean weight from 1, under rounding alone."""
+    """Return the mean distance of weights from 1 and that of the mean weight from 1, under rounding alone."""
     weights = rule(knowing_noise(rule, null_evidence(size, **options))).weights
     return (weights - 1).abs().mean().item(), abs(weights.mean().item() - 1)
 
 
 @pytest.mark.parametrize("size", [FLOAT32, BF16], ids=["float32", "bf16-mixed"])
 @pytest.mark.parametrize("both_signs", [False, True], ids=["rollouts", "turns"])
-def test_no_rule_makes_credit_of_rounding(size, both_signs):
+def test_no_rule_turns_rounding_into_credit(size, both_signs):
     each, mean = NULL[size]
     for rule in TEACHERS:
         found = far_from_one(rule, size, turns=5 if both_signs else 2, both_signs=both_signs)
@@ -192,19 +192,19 @@ def test_no_rule_makes_credit_of_rounding(size, both_signs):
         assert found[1] <= mean, (rule, found)
 
 
-def test_without_the_floor_rules_make_credit_of_rounding():
-    """That the law above can fail: the rules that take out a signal's size, where they are not told of rounding."""
+def test_rules_turn_rounding_into_credit_without_a_noise_floor():
+    """The test above can fail: for rules that remove a signal's size and do not know the rounding noise."""
     for rule in (GEAR(scale="zscore"), TurnSight(), GEAR(divergence="reverse_kl", sign_rule="symmetric"), PBSD()):
         assert (rule(null_evidence(BF16)).weights - 1).abs().mean() > 0.1, rule
 
 
-def test_rules_without_a_teacher_do_not_look_at_one():
+def test_rules_without_a_teacher_ignore_teacher_statistics():
     e = null_evidence(BF16)
     for rule in set(RULES) - set(TEACHERS):
         assert torch.equal(rule(e).weights, rule(replace(e, teacher=None)).weights), rule
 
 
-def test_where_the_signal_is_far_above_the_noise_nothing_changes():
+def test_the_noise_floor_does_not_change_signals_far_above_it():
     for both_signs in (False, True):
         e = null_evidence(FLOAT32, says=1.0, both_signs=both_signs)
         for rule in TEACHERS:
@@ -226,7 +226,7 @@ def test_where_the_signal_is_far_above_the_noise_nothing_changes():
     ],
     ids=lambda rule: type(rule).__name__,
 )
-def test_weights_follow_the_signal_out_of_the_noise_without_a_jump(rule):
+def test_weights_change_continuously_as_the_signal_exceeds_the_noise(rule):
     e = null_evidence(0.0, says=0.5, rollouts=4)
     noise = RoundingNoise(0.5, 0.5)
     sizes, before = [1.04**i for i in range(-120, 60)], None
@@ -243,12 +243,12 @@ def test_weights_follow_the_signal_out_of_the_noise_without_a_jump(rule):
     assert (before - 1).abs().max() > 0.05
 
 
-# praise and blame -----------------------------------------------------------------------------------------------------
+# positive and negative advantages -----------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
 @given(any_rule(RANDOM), SEEDS)
-def test_praise_and_blame_each_stay_what_they_were(rule, seed):
+def test_sums_of_positive_and_negative_advantages_are_preserved(rule, seed):
     rng = random.Random(seed)
     e = evidence([with_turn_advantages(rng, r) for r in some_rollouts(seed)])
     rule = replace(rule, normalise="mean")
@@ -273,7 +273,7 @@ def test_praise_and_blame_each_stay_what_they_were(rule, seed):
     ],
     ids=str,
 )
-def test_what_is_said_of_blamed_tokens_does_not_move_praise(rule):
+def test_tokens_with_negative_advantages_do_not_affect_positive_ones(rule):
     e = null_evidence(BF16, says=0.5, turns=5, both_signs=True)
     other = null_evidence(BF16, says=2.0, turns=5, seed=1)
     blamed = e.base_advantages < 0
@@ -292,7 +292,7 @@ def test_what_is_said_of_blamed_tokens_does_not_move_praise(rule):
     assert not torch.equal(changed[blamed], rule(e).weights[blamed])
 
 
-def test_placebo_permutes_within_praise_and_within_blame():
+def test_placebo_permutes_weights_within_each_sign():
     e = null_evidence(BF16, says=1.0, turns=5, both_signs=True)
     e = replace(e, turn_advantages=e.turn_advantages.sign())
     real, placebo = GEAR()(e).weights, Placebo()(e).weights
@@ -305,7 +305,7 @@ def test_placebo_permutes_within_praise_and_within_blame():
 @pytest.mark.parametrize("rule", [kind() for kind in dict.fromkeys([*RANDOM, *COMPARING, *OTHERS, SCGRPO])], ids=repr)
 @pytest.mark.parametrize("advantage", [-1.0, 2.0])
 @pytest.mark.parametrize("turns", [[-1, 0], [-1, 0, 0, -1, 1]])
-def test_an_answer_of_a_stop_token_alone_is_praised_and_blamed_under_every_rule(rule, advantage, turns):
+def test_a_response_of_only_a_stop_token_keeps_its_advantage_under_every_rule(rule, advantage, turns):
     n = len(turns)
     top = [[math.log(0.6), math.log(0.4)]] * n
     teacher = [[math.log(0.2), math.log(0.8)]] * n

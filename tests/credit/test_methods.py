@@ -1,4 +1,4 @@
-"""Credit rules of other papers, and the oracle: worked examples, slow references on random rollouts, laws, refusals."""
+"""Credit rules of other papers, and the oracle: worked examples, slow references, invariants, rejected options."""
 
 import math
 import random
@@ -60,15 +60,15 @@ def weights_of(rule: CreditAssigner, r: Rollout) -> list[float]:
 
 def test_golden_egrsd():
     # log p_T - log p_S = -0.1, 0.1, 1 and A = 2: exp = 0.904837, 1.105171, 2.718 -> 1.2; halved towards 1: 0.952419,
-    # 1.052585, 1.1. Teacher entropies 0, 1, 4 of a scale of 2: 0, 1/2, 2 -> 1; gates 1 - 0.8 x: 1, 0.6, 0.2 of what
-    # lies above or below 1: -0.047581, 0.6 * 0.052585 = 0.031551, 0.2 * 0.1
+    # 1.052585, 1.1. Teacher entropies 0, 1, 4 of a scale of 2: 0, 1/2, 2 -> 1; gates 1 - 0.8 x: 1, 0.6, 0.2 times the
+    # distance from 1: -0.047581, 0.6 * 0.052585 = 0.031551, 0.2 * 0.1
     r = rollout([0.1, -0.1, -1], teacher_entropy=[0, 1, 4], advantage=2.0)
     rule = EGRSD(entropy_scale=2.0, gate_floor=0.2)
     assert weights_of(rule, r) == pytest.approx([0.952419, 1.031551, 1.02], abs=1e-6)
     credit = rule(evidence([r]))
     assert_close(credit.token_advantages, torch.tensor([[1.904837, 2.063102, 2.04]]), atol=2e-6, rtol=0)
     assert credit.clipped.tolist() == [[False, False, True]]
-    # the defaults: log 2 and 0.1; entropy 0.35: the gate is 1 - 0.9 * 0.35 / 0.693 = 0.545455: no straw man
+    # the defaults: log 2 and 0.1; entropy 0.35: the gate is 1 - 0.9 * 0.35 / 0.693 = 0.545455
     unsure = rollout([-0.1, -0.1], teacher_entropy=[0.35, 5], advantage=2.0)
     assert weights_of(EGRSD(), unsure) == pytest.approx([1.028683, 1.005259], abs=1e-6)
 
@@ -82,7 +82,7 @@ def test_golden_crest():
     # A < 0: only the second agrees; sigmoid(-1.224741) = 0.227101, m = 1 + 0.5 (0.454203 - 1) = 0.727101, share
     # 0.218130: 1 + 0.218130 * 0.221403
     assert weights_of(CREST(), replace(r, advantage=-1.0)) == pytest.approx([1, 1.048295, 1], abs=1e-6)
-    # exp(2 / 2) -> 1.28, and of the largest surprisal: 1 + 0.3 * 0.28
+    # exp(2 / 2) -> 1.28, with the largest surprisal: 1 + 0.3 * 0.28
     credit = CREST()(evidence([rollout([-2.0, 0, 0])]))
     assert_close(credit.weights, torch.tensor([[1.084, 1, 1]]))
     assert credit.clipped.tolist() == [[True, False, False]]
@@ -101,15 +101,15 @@ def test_golden_gtpo():
 
 
 def test_golden_scgrpo_within_the_noise():
-    # D = 0, 1, 3, 4, 4: P75 is 4, the size that is compared with the noise; weights 0, 1/5, 3/7, 1/2, 1/2
+    # D = 0, 1, 3, 4, 4: P75 is 4, the size compared with the noise; weights 0, 1/5, 3/7, 1/2, 1/2
     e = evidence([rollout([0] * 5)])
     e = replace(e, divergence=torch.tensor([[0, 1, 3, 4, 4.0]]))
     weights = [0, 0.2, 3 / 7, 0.5, 0.5]
-    # noise 4: half of the way to 1; noise 8: 1 / (1 + 16) of what they were
+    # noise 4: halfway to 1; noise 8: 1 / (1 + 16) of their distance from 1
     for noise, kept in ((4.0, 1 / 2), (8.0, 1 / 17), (0.04, 1.0)):
         credit = SCGRPO()(replace(e, noise=RoundingNoise(divergence=noise)))
         assert_close(credit.weights, torch.tensor([[1 + kept * (w - 1) for w in weights]]))
-    # P75 at the least noise that is assumed, 1e-4, and far below it
+    # P75 at the smallest assumed noise, 1e-4, and far below it
     tiny = replace(e, divergence=torch.tensor([[0, 1, 3, 4, 4.0]]) / 4e4)
     assert_close(SCGRPO()(tiny).weights, torch.tensor([[(1 + w) / 2 for w in weights]]))
     assert (SCGRPO()(replace(e, divergence=torch.zeros(1, 5))).weights == 1).all()
@@ -117,7 +117,7 @@ def test_golden_scgrpo_within_the_noise():
 
 def test_golden_turnsight_within_the_noise():
     # turn means 2 and 0 of 4 tokens each: deviation 1, z = 1 and -1; the noise of a mean of 4 is half that of a token:
-    # of 2 nats, 1 / (1 + 1^4) of z is left
+    # with 2 nats, 1 / (1 + 1^4) of z remains
     r = rollout([-2.0] * 4 + [0.0] * 4, turns=[0] * 4 + [1] * 4)
     e = evidence([r])
     for noise, z in ((0.0, 1.0), (2.0, 0.5), (4.0, 1 / 17)):
@@ -127,15 +127,15 @@ def test_golden_turnsight_within_the_noise():
 
 
 def test_golden_pbsd_within_the_noise():
-    # a turn of 4 tokens sums to 0.4; the noise of a sum of 4 is twice that of a token: 0.2 nats give half of it
+    # a turn of 4 tokens sums to 0.4; the noise of a sum of 4 is twice that of a token: with 0.2 nats, half of it remains
     e = evidence([rollout([-0.1] * 4)])
     for noise, s in ((0.0, 0.4), (0.2, 0.2), (0.4, 0.4 / 17)):
         weights = PBSD()(replace(e, noise=RoundingNoise(noise))).weights
         assert_close(weights, torch.full((1, 4), 1 + math.tanh(s)), atol=1e-6, rtol=0)
 
 
-def test_turns_are_compared_with_those_of_their_sign():
-    """Means 2, 0 | 5, 1, 3 of praised and blamed turns: z of each group by itself; one alone has nothing to compare."""
+def test_turns_are_compared_only_with_turns_of_the_same_sign():
+    """Means 2, 0 | 5, 1, 3 of turns with positive and negative advantages: z is computed within each group."""
     own = [1.0, 1.0, -1.0, -1.0, -1.0]
     r = rollout([-2.0, 0, -5, -1, -3], turns=[0, 1, 2, 3, 4], turn_advantages=own)
     z = 2 / math.sqrt(8 / 3)  # 2, -2, 0 of variance 8/3
@@ -188,7 +188,7 @@ def test_golden_pbsd():
     assert credit.anchor.tolist() == [[-1, 1, 1, -1, 4, 5]]
 
 
-# two turns of three tokens: right, wrong (two tokens) | wrong, nothing, wrong; the observation says wrong to nobody
+# two turns of three tokens: right, wrong (two tokens) | wrong, unlabeled, wrong; labels of the observation do not count
 DECIDED = Rollout(
     turns=[0, 0, 0, -1, 1, 1, 1],
     policy=[0.0] * 7,
@@ -213,17 +213,17 @@ def test_golden_oracle():
     for blame in ("first", "all"):
         praised = weights_of(moving(blame=blame), replace(DECIDED, advantage=1.0))
         assert praised == pytest.approx([1.9 / 0.4, *[0.1 / 0.4] * 5])
-    # clip 1: the others get nothing; 6 tokens' blame on two
+    # clip 1: the others get 0; two tokens carry the advantage of 6
     assert weights_of(moving(clip=1.0), DECIDED) == pytest.approx([0, 3, 3, 0, 0, 0])
 
 
-def test_golden_oracle_that_makes_credit():
+def test_golden_oracle_without_normalization():
     assert weights_of(Oracle(), DECIDED) == pytest.approx([0.1, 1.9, 1.9, 0.1, 0.1, 0.1])
     assert weights_of(Oracle(blame="all"), DECIDED) == pytest.approx([0.1, 1.9, 1.9, 1.9, 0.1, 1.9])
     assert weights_of(Oracle(clip=0.5), replace(DECIDED, advantage=1.0)) == pytest.approx([1.5, *[0.5] * 5])
 
 
-def test_oracle_weighs_nothing_where_no_such_decision_was_made():
+def test_oracle_weights_are_1_without_a_decision_of_the_sign():
     right, wrong = [1, 1, 0, 0, 0, 0, 1], [0, -1, 0, 0, 0, 0, -1]
     for advantage, decisions in ((-1.0, right), (1.0, wrong), (1.0, None), (-1.0, None), (0.0, DECIDED.decisions)):
         r = replace(DECIDED, advantage=advantage, decisions=decisions)
@@ -236,11 +236,11 @@ def test_oracle_weighs_nothing_where_no_such_decision_was_made():
     assert weights_of(moving(), r) == pytest.approx(expected)
 
 
-# against slow references ----------------------------------------------------------------------------------------------
+# slow references ----------------------------------------------------------------------------------------------
 
 
 def drawn(rng: random.Random, kind: type) -> CreditAssigner:
-    """A rule with random options."""
+    """Return a rule with random options."""
     share, positive = lambda: rng.choice([0.0, 0.3, 0.8, 1.0]), lambda: rng.choice([0.25, 1.0, 3.0])
     return kind(
         **{
@@ -261,7 +261,7 @@ def drawn(rng: random.Random, kind: type) -> CreditAssigner:
 
 @settings(deadline=None, max_examples=150)
 @given(st.sampled_from(list(SLOW)), SEEDS)
-def test_rules_equal_their_slow_references(kind, seed):
+def test_rules_match_their_slow_references(kind, seed):
     rng = random.Random(seed)
     rows = some_rollouts(seed, vocabulary=8 * (kind is SCGRPO))
     if rng.random() < 0.5:
@@ -283,18 +283,18 @@ def test_rules_equal_their_slow_references(kind, seed):
     base = torch.where(outside, 0, e.base_advantages)
     assert torch.equal(credit.token_advantages, torch.where(outside, 0, credit.weights * base))
     assert not (credit.token_advantages.sign() == -base.sign())[base != 0].any()
-    # and a rollout's weights are those that it has alone
+    # a rollout has the same weights alone
     for i, r in enumerate(rows):
         alone = rule(evidence([r], noise=noise)).weights[0]
         assert_close(alone, credit.weights[i, : len(r.turns)], atol=1e-6, rtol=1e-5)
 
 
-# laws -----------------------------------------------------------------------------------------------------------------
+# invariants -----------------------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from([GTPO(), GTPO(alpha1=0.0), moving(), moving(blame="all"), moving(clip=1.0)]), SEEDS)
-def test_rules_without_a_teacher_move_credit_and_do_not_make_it(rule, seed):
+def test_rules_without_a_teacher_preserve_the_sum_of_credit(rule, seed):
     e = evidence(some_rollouts(seed))
     for w in on_actions(rule(replace(e, teacher=None)), e):
         assert not w or math.fsum(w) / len(w) == pytest.approx(1, abs=3e-6)
@@ -302,7 +302,7 @@ def test_rules_without_a_teacher_move_credit_and_do_not_make_it(rule, seed):
 
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from([*TEACHERS, SCGRPO(8), GTPO(), Oracle()]), SEEDS)
-def test_only_the_teachers_word_is_ignored_where_it_was_shown_nothing(rule, seed):
+def test_teacher_based_weights_are_1_without_privileged_text(rule, seed):
     e = evidence(some_rollouts(seed, vocabulary=8))
     plain = rule(e)
     half = torch.arange(len(e.advantages)) % 2 == 0
@@ -316,7 +316,7 @@ def test_only_the_teachers_word_is_ignored_where_it_was_shown_nothing(rule, seed
         assert torch.equal(credit.weights, plain.weights)
 
 
-def test_crest_only_adds_credit_and_a_gate_only_takes_from_the_teacher():
+def test_crest_weights_are_at_least_1_and_gates_only_reduce_the_teachers_effect():
     for seed in range(30):
         e = evidence(some_rollouts(seed))
         crest = CREST()(e).weights
@@ -327,11 +327,11 @@ def test_crest_only_adds_credit_and_a_gate_only_takes_from_the_teacher():
         assert torch.equal(EGRSD(gate_floor=1.0)(e).weights, RLSD()(e).weights)
 
 
-def test_a_rollout_of_one_turn_has_uniform_credit_under_turnsight():
+def test_turnsight_gives_a_rollout_with_one_turn_uniform_credit():
     assert weights_of(TurnSight(), rollout([1.0, -2.0, 0.5])) == [1, 1, 1]
 
 
-def test_turns_begin_whatever_the_divergence_and_are_no_anchors_of_departures():
+def test_turn_segments_do_not_depend_on_the_divergence():
     for rule in (TurnSight(), PBSD()):
         credit = rule(evidence([TURNS]))
         assert (credit.anchor >= 0).any()
@@ -342,18 +342,18 @@ def test_turns_begin_whatever_the_divergence_and_are_no_anchors_of_departures():
 
 
 class Tells(Environment):
-    """Calls the first relation of every turn wrong, and the entity right."""
+    """Labels the first relation of every turn as wrong, and the entity as right."""
 
     def step(self, message):
         told = [{"text": "r1", "right": False, "occurrence": 0}, {"text": "e1", "right": True}]
         return Step([{"role": "tool", "name": "look", "content": "r1 e2"}], info={"decisions": told})
 
 
-def test_the_oracle_finds_the_decisions_of_a_played_rollout():
+def test_the_oracle_finds_the_decisions_of_a_real_rollout():
     turn = 'r1 or r1 <tool_call>[{"name": "look", "arguments": {"relation": "r2", "entity": "e1"}}]</tool_call>'
     loop = AgentLoop(CHAT, Scripted(turn, turn), Tells, Budgets(turns=2, tokens=4000, context=8000), Sampling())
     (played,), _ = loop.run(torch.nn.Linear(1, 1), [(LookupChainTasks(2)[0], (0, 0, 0, 0))], policy_version=0)
-    for advantage, text, times in ((-1.0, "r1", 1), (1.0, "e1", 2)):  # the first wrong one; every right one
+    for advantage, text, times in ((-1.0, "r1", 1), (1.0, "e1", 2)):  # only the first wrong one; all right ones
         row = make_row(played, played.tokens[: played.prompt_length], advantage, group_id=0, index=0)
         batch = collate([row], step_tokens=1, step_rollouts=1, temperature=1.0)
         stats = TokenStats(torch.zeros(batch.tokens.shape), torch.zeros(batch.tokens.shape))
@@ -361,7 +361,7 @@ def test_the_oracle_finds_the_decisions_of_a_played_rollout():
         chosen = batch.tokens[0, credit.weights[0] > 1].tolist()
         assert CHAT.text(chosen) == text * times
         if advantage < 0:
-            assert credit.weights[0, played.prompt_length] > 1, "the turn begins with it"
+            assert credit.weights[0, played.prompt_length] > 1, "the turn begins with the decision"
         assert credit.weights[batch.action_mask].mean().item() == pytest.approx(1, abs=1e-5)
 
 
@@ -373,7 +373,7 @@ def test_training_with_each_rule(tmp_path, rule):
     assert "credit/weight_deviation" in (tmp_path / "metrics.csv").read_text().splitlines()[0]
 
 
-# refusals -------------------------------------------------------------------------------------------------------------
+# rejected options -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -400,12 +400,12 @@ def test_training_with_each_rule(tmp_path, rule):
         (lambda: Oracle(normalise="geometric"), "Oracle: normalise=geometric must be mean or none"),
     ],
 )
-def test_bad_settings_are_refused(make, message):
+def test_invalid_options_are_rejected(make, message):
     with pytest.raises(UserError, match=message):
         make()
 
 
-def test_what_rollouts_do_not_tell_is_named():
+def test_missing_evidence_is_reported():
     e = evidence([DECIDED])
     with pytest.raises(UserError, match=r"Oracle needs labels of right and wrong decisions .*Evidence.decisions"):
         Oracle()(replace(e, decisions=None))
