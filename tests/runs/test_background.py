@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on: the same files, in the same order, none named too soon."""
+"""Checkpoints written in the background: the same files, in the same order; links only to complete files."""
 
 import os
 import re
@@ -32,7 +32,7 @@ from gear_lightning.runs.checkpoints import (
 )
 from gear_lightning.runs.loggers import MetricsFile
 
-DEADLINE = seconds(60)  # of a wait that should be short
+DEADLINE = seconds(60)  # for waits that should be short
 
 
 def run(folder: Path, epochs: int, *callbacks: L.Callback, resume: bool = False, **options: Any) -> L.Trainer:
@@ -53,7 +53,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Opens the way to the files; closed, they are not written."""
+    """An event that blocks the writing of checkpoints while it is cleared."""
     opened, write = threading.Event(), checkpoints.write_checkpoint
     opened.set()
 
@@ -70,7 +70,7 @@ def gate(monkeypatch):
 
 @pytest.fixture
 def done(monkeypatch):
-    """What becomes of files, in order."""
+    """A list of file events (replaced, linked, removed), in order."""
     events: list[str] = []
     replace, unlink = os.replace, Path.unlink
 
@@ -90,7 +90,7 @@ def done(monkeypatch):
 
 
 def same(one: Any, other: Any, name: str = "") -> None:
-    """Equal but for times."""
+    """Assert that two values are equal except for times."""
     assert type(one) is type(other), name
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), name
@@ -103,11 +103,11 @@ def same(one: Any, other: Any, name: str = "") -> None:
         assert len(one) == len(other), name
         for i, parts in enumerate(zip(one, other, strict=True)):
             same(*parts, f"{name}.{i}")
-    elif not isinstance(one, str):  # of the other folder
+    elif not isinstance(one, str):  # paths differ
         assert one == other, name
 
 
-def test_files_are_those_of_a_run_that_waits_for_them(tmp_path, done):
+def test_background_saves_write_the_same_files_as_blocking_saves(tmp_path, done):
     events = []
     for name, beside in (("beside", True), ("waiting", False)):
         done.clear()
@@ -127,9 +127,9 @@ def test_files_are_those_of_a_run_that_waits_for_them(tmp_path, done):
         same(read_checkpoint(one), read_checkpoint(other), name)
 
 
-def test_training_goes_on_and_nothing_names_a_file_that_is_not_there(tmp_path, gate):
+def test_training_continues_and_links_wait_until_a_file_is_complete(tmp_path, gate):
     class Look(L.Callback):
-        """Closes the gate before the second iteration's checkpoint, and opens it after the third's optimizer step."""
+        """Blocks writing before the second iteration's checkpoint, and unblocks it after the third optimizer step."""
 
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
             if trainer.current_epoch == 1:
@@ -153,7 +153,7 @@ def test_training_goes_on_and_nothing_names_a_file_that_is_not_there(tmp_path, g
     same(one["optimizer_states"], other["optimizer_states"])
 
 
-def test_loggers_hear_of_a_file_that_is_there(tmp_path, monkeypatch):
+def test_loggers_are_notified_after_the_file_is_complete(tmp_path, monkeypatch):
     told: list[bool] = []
 
     def after(self: Any, callback: Any) -> None:
@@ -165,7 +165,7 @@ def test_loggers_hear_of_a_file_that_is_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_an_error_of_the_thread_ends_the_run_and_leaves_the_file_before(tmp_path, monkeypatch, last):
+def test_an_error_in_the_thread_ends_the_run_and_keeps_the_previous_file(tmp_path, monkeypatch, last):
     fsync = os.fsync
 
     def full(place: int) -> None:
@@ -179,10 +179,10 @@ def test_an_error_of_the_thread_ends_the_run_and_leaves_the_file_before(tmp_path
     assert names(tmp_path) == ["epoch=0.ckpt", "epoch=0.ckpt.json", "last.ckpt"]
     assert os.readlink(tmp_path / "c" / "last.ckpt") == "epoch=0.ckpt"
     assert not WRITER.busy
-    run(tmp_path / "next", 1)  # the error is no other run's
+    run(tmp_path / "next", 1)  # the error does not affect the next run
 
 
-def test_an_exception_finds_the_file_written_before_it_leaves(tmp_path, gate):
+def test_an_exception_waits_for_the_file_that_is_being_written(tmp_path, gate):
     class Fail(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
             if trainer.current_epoch == 1:
@@ -201,7 +201,7 @@ def test_an_exception_finds_the_file_written_before_it_leaves(tmp_path, gate):
     assert os.readlink(tmp_path / "c" / "last.ckpt") == "epoch=0.ckpt"
 
 
-def test_the_interpreter_ends_after_the_thread(tmp_path):
+def test_the_interpreter_waits_for_the_thread(tmp_path):
     program = (
         "import sys, time, pathlib; from gear_lightning.runs.background import WRITER\n"
         f"WRITER.add(lambda: (time.sleep(0.5), pathlib.Path({str(tmp_path / 'written')!r}).touch()))\n"
@@ -211,7 +211,7 @@ def test_the_interpreter_ends_after_the_thread(tmp_path):
     assert (tmp_path / "written").exists()
 
 
-def test_a_copy_that_has_no_room_is_not_made(tmp_path, monkeypatch):
+def test_no_copy_is_made_if_memory_is_short(tmp_path, monkeypatch):
     threads, write = set(), checkpoints.write_checkpoint
 
     def written(*args: Any) -> None:
@@ -230,16 +230,16 @@ def test_a_copy_that_has_no_room_is_not_made(tmp_path, monkeypatch):
     assert damage(tmp_path / "c" / "epoch=1.ckpt") is None
     threads.clear()
     monkeypatch.setattr(checkpoints, "free_memory", background.free_memory)
-    run(tmp_path / "roomy", 1)
+    run(tmp_path / "enough", 1)
     assert threads == {False}
 
 
-def test_free_memory_is_less_than_the_machine_has():
+def test_free_memory_is_at_most_the_memory_of_the_machine():
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < background.free_memory() <= total
 
 
-def test_a_copy_is_whole_and_its_own():
+def test_a_snapshot_is_complete_and_independent():
     tied = torch.arange(6.0).reshape(2, 3)
     state = OrderedDict(a=tied, b=tied[:], view=tied[1], empty=torch.zeros(0))
     state._metadata = {"": {"version": 1}}  # pyright: ignore[reportAttributeAccessIssue]
@@ -257,7 +257,7 @@ def test_a_copy_is_whole_and_its_own():
     assert snapshot({"there": torch.zeros(2, device="meta").new_zeros(2, device="cpu")})["there"].device.type == "cpu"
 
 
-def test_what_a_kill_has_left_is_removed_at_the_next_start(tmp_path):
+def test_partial_files_of_a_kill_are_removed_at_the_next_start(tmp_path):
     (tmp_path / "c").mkdir()
     for name in ("epoch=7.ckpt.partial", "epoch=7.ckpt.json.partial"):
         (tmp_path / "c" / name).write_bytes(b"half")
@@ -268,13 +268,13 @@ def test_what_a_kill_has_left_is_removed_at_the_next_start(tmp_path):
 # -- how often --------------------------------------------------------------------------------------------------------
 
 
-def test_an_interval_leaves_checkpoints_out_but_not_the_last_one(tmp_path):
+def test_min_interval_skips_checkpoints_but_not_the_last_one(tmp_path):
     run(tmp_path, 4, min_interval=3600, save_top_k=-1)
     assert [path.name for path, _ in known_checkpoints(tmp_path / "c")] == ["epoch=3.ckpt", "epoch=0.ckpt"]
     assert os.readlink(tmp_path / "c" / "last.ckpt") == "epoch=3.ckpt"
 
 
-def test_a_run_goes_on_from_a_checkpoint_of_several_iterations_ago(tmp_path):
+def test_a_run_resumes_exactly_from_a_checkpoint_of_several_iterations_ago(tmp_path):
     whole = run(tmp_path / "whole", 5)
     run(tmp_path / "parts", 4, min_interval=3600)
     flip(tmp_path / "parts" / "c" / "epoch=3.ckpt", 5000)
@@ -290,18 +290,18 @@ def test_a_run_goes_on_from_a_checkpoint_of_several_iterations_ago(tmp_path):
 @pytest.mark.parametrize(
     ("options", "size", "blocked", "seconds", "since", "soon"),
     [
-        ({}, 2**20, 50.0, 50.0, 1.0, False),  # a small one
+        ({}, 2**20, 50.0, 50.0, 1.0, False),  # a small checkpoint
         ({}, 2**30, 2.0, 0.0, 39.0, True),  # training has waited for 2 s: 40 s from save to save
         ({}, 2**30, 2.0, 0.0, 41.0, False),
-        ({}, 2**30, 0.1, 60.0, 239.0, True),  # it took 60 s to write: 240 s
+        ({}, 2**30, 0.1, 60.0, 239.0, True),  # writing took 60 s: 240 s from save to save
         ({}, 2**30, 0.1, 60.0, 241.0, False),
-        ({"every_n_epochs": 1}, 2**30, 50.0, 50.0, 1.0, False),  # as asked for
+        ({"every_n_epochs": 1}, 2**30, 50.0, 50.0, 1.0, False),  # the interval is given
         ({"min_interval": 0}, 2**30, 50.0, 50.0, 1.0, False),
         ({"min_interval": 600}, 2**20, 0.0, 0.0, 599.0, True),
         ({"min_interval": 600}, 2**30, 50.0, 50.0, 601.0, False),
     ],
 )
-def test_saves_take_a_small_share_of_the_time(monkeypatch, options, size, blocked, seconds, since, soon):
+def test_saves_take_at_most_a_small_share_of_the_time(monkeypatch, options, size, blocked, seconds, since, soon):
     writer = background.Writer()
     monkeypatch.setattr(background_saves, "WRITER", writer)
     callback = IterationCheckpoint(**options)
@@ -311,7 +311,7 @@ def test_saves_take_a_small_share_of_the_time(monkeypatch, options, size, blocke
     assert callback._too_soon(1000.0 + since) == soon
 
 
-def test_a_large_checkpoint_is_left_out_while_another_is_written(monkeypatch):
+def test_a_large_checkpoint_is_postponed_while_another_is_written(monkeypatch):
     writer, go = background.Writer(), threading.Event()
     monkeypatch.setattr(background_saves, "WRITER", writer)
     callback = IterationCheckpoint()
@@ -323,7 +323,7 @@ def test_a_large_checkpoint_is_left_out_while_another_is_written(monkeypatch):
     assert not callback._too_soon(1e9)
 
 
-def test_an_interval_leaves_out_none_of_the_best(tmp_path):
+def test_min_interval_does_not_skip_the_best_checkpoints(tmp_path):
     class Log(L.Callback):
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
             pl_module.log("mine", float([5, 7, 6, 8, 4, 3][trainer.current_epoch]), batch_size=1)
@@ -331,16 +331,16 @@ def test_an_interval_leaves_out_none_of_the_best(tmp_path):
     options = {"monitor": "mine", "mode": "max", "save_top_k": 2, "min_interval": 3600}
     run(tmp_path, 6, Log(), **options)
     kept = [path.name for path, _ in known_checkpoints(tmp_path / "c")]
-    # 5 is the first, 7 the second of the best two, 8 takes the place of 5; 6 and 4 are left out, 3 is the end
+    # 5 and 7 are the first best two, 8 replaces 5; 6 and 4 are skipped; 3 is saved at the end of the run
     assert kept == ["epoch=5.ckpt", "epoch=3.ckpt", "epoch=1.ckpt"]
 
 
-def test_an_interval_below_0_is_refused():
+def test_a_negative_min_interval_is_refused():
     with pytest.raises(UserError, match=r"checkpoint\.min_interval=-1"):
         IterationCheckpoint(min_interval=-1)
 
 
-def test_a_wait_ends_where_nothing_moves():
+def test_wait_ends_if_there_is_no_progress():
     writer, go = background.Writer(), threading.Event()
     writer.add(lambda: go.wait(DEADLINE))
     assert not writer.wait(patience=0.1)

@@ -1,4 +1,4 @@
-"""Checkpoints that are not whole are found, told and passed over; a full disk leaves none behind."""
+"""Incomplete checkpoints are detected, reported and skipped; a full disk leaves no incomplete files."""
 
 import json
 import math
@@ -31,7 +31,7 @@ from gear_lightning.runs.files import replace_file, try_to_write
 from gear_lightning.runs.loggers import Board, MetricsFile
 
 
-def test_what_is_written_is_whole_and_read_back(tmp_path):
+def test_a_checkpoint_is_written_completely_and_read_back(tmp_path):
     path = write(tmp_path, 3)
     assert damage(path) is None
     assert torch.load(path, weights_only=True)["values"][0] == 3
@@ -40,7 +40,7 @@ def test_what_is_written_is_whole_and_read_back(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_any_flipped_byte_and_any_cut_is_found(tmp_path):
+def test_any_flipped_byte_and_any_truncation_is_detected(tmp_path):
     path, rng = write(tmp_path, 3), random.Random(0)
     whole = path.read_bytes()
     for place in [0, len(whole) - 1, *rng.sample(range(len(whole)), 200)]:
@@ -53,13 +53,13 @@ def test_any_flipped_byte_and_any_cut_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"format": 1}', '{"format": 9, "size": 1}', "\x00"])
-def test_a_manifest_that_is_none_is_found(tmp_path, content):
+def test_an_invalid_manifest_is_detected(tmp_path, content):
     path = write(tmp_path, 3)
     manifest_path(path).write_text(content)
     assert "ckpt.json" in damage(path)
 
 
-def test_the_newest_is_the_one_that_has_come_farthest_not_the_one_copied_last(tmp_path):
+def test_the_newest_checkpoint_is_the_latest_in_training_not_in_file_time(tmp_path):
     far = write(tmp_path, 9)
     write(tmp_path, 5)
     os.utime(far, (0, 0))
@@ -69,7 +69,7 @@ def test_the_newest_is_the_one_that_has_come_farthest_not_the_one_copied_last(tm
     assert [path for path, _ in known_checkpoints(tmp_path)][:2] == [later, far]
 
 
-def test_damaged_ones_are_told_and_passed_over(tmp_path, capsys):
+def test_damaged_checkpoints_are_reported_and_skipped(tmp_path, capsys):
     kept = write(tmp_path, 1)
     flip(write(tmp_path, 2), 100)
     cut = write(tmp_path, 3)
@@ -85,13 +85,13 @@ def test_damaged_ones_are_told_and_passed_over(tmp_path, capsys):
     assert len(list(tmp_path.iterdir())) == 10, "nothing was removed"
 
 
-def test_no_complete_one_is_an_error_that_says_what_to_do(tmp_path):
+def test_without_a_complete_checkpoint_resolve_raises(tmp_path):
     flip(write(tmp_path, 2), 100)
     with pytest.raises(UserError, match="no complete checkpoint"):
         resolve(tmp_path)
 
 
-def test_one_asked_for_by_name_is_looked_at(tmp_path, capsys):
+def test_a_checkpoint_given_by_name_is_checked(tmp_path, capsys):
     path = write(tmp_path, 2)
     link = tmp_path / "last.ckpt"
     link.symlink_to(path.name)
@@ -105,8 +105,8 @@ def test_one_asked_for_by_name_is_looked_at(tmp_path, capsys):
     assert "has no manifest" in capsys.readouterr().err
 
 
-def poisoned(part: str, value: float = math.nan) -> dict:
-    """A checkpoint with one number that is not finite."""
+def non_finite_checkpoint(part: str, value: float = math.nan) -> dict:
+    """Return a checkpoint with one non-finite number."""
     whole = {"global_step": 2, "epoch": 2, "state_dict": {"policy.a": torch.zeros(3), "policy.b": torch.zeros(3)}}
     whole["optimizer_states"] = [{"state": {0: {"exp_avg": torch.zeros(3), "step": torch.tensor(1.0)}}}]
     whole["teacher_shadow"] = [torch.zeros(3)]
@@ -126,21 +126,21 @@ def poisoned(part: str, value: float = math.nan) -> dict:
         ("teacher_shadow", "teacher_shadow.0"),
     ],
 )
-def test_numbers_that_are_not_finite_are_never_written(tmp_path, part, name, value):
+def test_non_finite_numbers_are_never_written(tmp_path, part, name, value):
     before = write(tmp_path, 1)
     with pytest.raises(UserError, match=rf"2.ckpt is not written: {name} holds .*after 2 optimizer steps; .* 1.ckpt"):
-        write_checkpoint(poisoned(part, value), tmp_path / "2.ckpt")
+        write_checkpoint(non_finite_checkpoint(part, value), tmp_path / "2.ckpt")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1.ckpt", "1.ckpt.json"]
     assert newest_complete(tmp_path) == before
 
 
 @pytest.mark.parametrize("part", ["state_dict", "optimizer_states", "teacher_shadow"])
 @pytest.mark.parametrize("manifest", ["an earlier version's", None])
-def test_a_poisoned_checkpoint_of_an_earlier_version_is_refused(tmp_path, monkeypatch, capsys, part, manifest):
+def test_a_non_finite_checkpoint_of_an_earlier_version_is_refused(tmp_path, monkeypatch, capsys, part, manifest):
     before, path = write(tmp_path, 1), tmp_path / "2.ckpt"
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "non_finite", lambda _: None)
-        write_checkpoint(poisoned(part), path)
+        write_checkpoint(non_finite_checkpoint(part), path)
     if manifest is None:
         manifest_path(path).unlink()
     else:
@@ -154,7 +154,7 @@ def test_a_poisoned_checkpoint_of_an_earlier_version_is_refused(tmp_path, monkey
         resolve(path)
 
 
-def test_a_run_does_not_save_weights_that_are_not_finite(tmp_path):
+def test_a_run_does_not_save_non_finite_weights(tmp_path):
     class Break(L.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             if trainer.current_epoch == 1:
@@ -170,7 +170,7 @@ def test_a_run_does_not_save_weights_that_are_not_finite(tmp_path):
     assert newest_complete(tmp_path / "c").name == (tmp_path / "c" / "last.ckpt").resolve().name
 
 
-def test_a_checkpoint_that_does_not_fit_leaves_nothing_and_harms_nothing(disk):
+def test_a_checkpoint_that_does_not_fit_leaves_no_file_and_damages_none(disk):
     before = write(disk, 1)
     (disk / "filler").write_bytes(bytes(300_000))
     big = {"global_step": 2, "epoch": 2, "values": torch.zeros(100_000)}
@@ -181,11 +181,11 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing_and_harms_nothing(disk):
     assert sorted(p.name for p in disk.iterdir()) == ["1.ckpt", "1.ckpt.json", "filler"]
     assert newest_complete(disk) == before
     fill(disk / "filler")
-    with pytest.raises(UserError, match="MiB are needed"):  # told before it is tried
+    with pytest.raises(UserError, match="MiB are needed"):  # raised before writing
         write_checkpoint({**big, "values": torch.zeros(1)}, disk / "3.ckpt")
 
 
-def test_training_outlives_a_full_disk_and_records_again_when_there_is_room(disk, tmp_path):
+def test_training_continues_on_a_full_disk_and_records_again_when_space_is_free(disk, tmp_path):
     filler = disk / "filler"
 
     class Fill(IterationCheckpoint):
@@ -209,7 +209,7 @@ def test_training_outlives_a_full_disk_and_records_again_when_there_is_room(disk
     assert len((disk / "metrics.csv").read_text().splitlines()) == 6, "the metrics have caught up"
 
 
-def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "file"
     replace_file(path, lambda file: file.write(b"old"))
 
@@ -232,7 +232,7 @@ def fit(folder: Path, epochs: int, resume: bool = False) -> None:
     run.fit(module(), datamodule=data(), ckpt_path=folder / "checkpoints" if resume else None, weights_only=True)
 
 
-def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tmp_path, capsys):
+def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_previous_one(tmp_path, capsys):
     fit(tmp_path / "whole", 5)
     fit(tmp_path / "hurt", 4)
     folder = tmp_path / "hurt" / "checkpoints"
@@ -246,7 +246,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tm
         assert torch.equal(value, ends[1]["state_dict"][name]), name
 
 
-def test_a_checkpoint_holds_the_row_that_is_logged_after_it(tmp_path):
+def test_a_checkpoint_holds_the_row_of_metrics_that_is_logged_after_it(tmp_path):
     fit(tmp_path, 2)
     before = MetricsFile(str(tmp_path))._read()
     rows = (tmp_path / "metrics.csv").read_text().splitlines(keepends=True)

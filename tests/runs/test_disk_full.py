@@ -1,4 +1,4 @@
-"""What a full disk does to files that are there already: nothing."""
+"""A full disk does not damage existing files."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_checkpoint_that_does_not_fit_leaves_the_one_of_its_name(disk):
+def test_a_checkpoint_that_does_not_fit_keeps_the_old_file_of_the_same_name(disk):
     path = write(disk, 1, "stopped")
     (disk / "filler").write_bytes(bytes(300_000))
     big = {"global_step": 2, "epoch": 2, "values": torch.zeros(100_000)}
@@ -31,7 +31,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_of_its_name(disk):
     assert torch.load(path, weights_only=True)["global_step"] == 1
 
 
-def test_a_manifest_that_cannot_be_written_leaves_no_checkpoint(tmp_path, monkeypatch):
+def test_without_its_manifest_no_checkpoint_is_written(tmp_path, monkeypatch):
     before = write(tmp_path, 1)
     real = os.fsync
 
@@ -47,7 +47,7 @@ def test_a_manifest_that_cannot_be_written_leaves_no_checkpoint(tmp_path, monkey
     assert newest_complete(tmp_path) == before
 
 
-def test_only_a_file_that_is_whole_is_named_to_go_on_from(disk):
+def test_only_a_complete_checkpoint_is_suggested_for_a_resume(disk):
     kept, damaged = write(disk, 1), write(disk, 2)
     damaged.write_bytes(damaged.read_bytes()[:-1])
     fill(disk / "filler")
@@ -55,13 +55,13 @@ def test_only_a_file_that_is_whole_is_named_to_go_on_from(disk):
         write(disk, 3)
 
 
-def test_a_line_that_does_not_fit_leaves_the_lines_before_it(disk):
+def test_a_line_that_does_not_fit_keeps_the_earlier_lines(disk):
     path = disk / "attempts.jsonl"
     line = json.dumps({"what": "start"})
     _append(path, line)
     fill(disk / "filler")
 
-    def append_until_full():  # the file's last block has room for some
+    def append_until_full():  # the file's last block has space for some lines
         for _ in range(1000):
             _append(path, line)
 
@@ -72,7 +72,7 @@ def test_a_line_that_does_not_fit_leaves_the_lines_before_it(disk):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
-def test_a_run_that_starts_on_a_full_disk_trains_and_harms_no_file(disk, tmp_path):
+def test_a_run_that_starts_on_a_full_disk_trains_and_damages_no_file(disk, tmp_path):
     def run(epochs):
         options = {"max_epochs": epochs, "enable_checkpointing": False}
         mine = trainer(disk, generation(), **options)
@@ -94,7 +94,7 @@ def test_a_run_that_starts_on_a_full_disk_trains_and_harms_no_file(disk, tmp_pat
     assert not list(disk.rglob("*.partial"))
 
 
-def test_the_ledger_tells_what_was_trained_on(tmp_path):
+def test_the_ledger_lists_the_groups_that_were_trained_on(tmp_path):
     run = trainer(tmp_path, generation(), max_epochs=3)
     run.fit(module(), datamodule=data())
     found = ledger(tmp_path)

@@ -1,4 +1,4 @@
-"""Which checkpoints there are: the newest state always, the best ones by what was measured, and no others."""
+"""Which checkpoints are kept: always the newest state, the best ones by the monitored metric, and no others."""
 
 import random
 import shutil
@@ -14,7 +14,7 @@ from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.errors import UserError
 from gear_lightning.runs.checkpoints import write_checkpoint
 
-LIMITS = [  # and the steps of the run, two an iteration
+LIMITS = [  # (limit, steps of the run), with two steps per iteration
     ({"max_epochs": 3}, 6),
     ({"max_epochs": -1, "max_steps": 5}, 5),
     ({"max_epochs": -1, "max_steps": 4}, 4),
@@ -32,7 +32,7 @@ CHOICES = [{"save_top_k": k} for k in (0, 1, -1)] + [
 
 
 def combinations(number: int) -> list[tuple]:
-    """Each limit, cadence and choice at least once."""
+    """Return combinations with each limit, cadence and choice at least once."""
     rng = random.Random(0)
     parts = [
         [*part * (number // len(part)), *rng.sample(part, number % len(part))] for part in (LIMITS, CADENCES, CHOICES)
@@ -43,7 +43,7 @@ def combinations(number: int) -> list[tuple]:
 
 
 @pytest.mark.parametrize(("limit", "cadence", "choice"), combinations(9), ids=str)
-def test_the_newest_state_is_last_and_a_resume_of_the_finished_run_trains_nothing(tmp_path, limit, cadence, choice):
+def test_last_ckpt_is_the_newest_state_and_a_finished_run_trains_nothing(tmp_path, limit, cadence, choice):
     options, end = dict(limit[0]), limit[1]
     callbacks = [Scores(3.0, 1.0, 2.0), *([StopAt(*options.pop("stop"))] if "stop" in options else [])]
     options |= {"source": {"inner_epochs": 2}, "checkpoint": {**cadence, **choice}, "limit_val_batches": 1.0}
@@ -68,20 +68,20 @@ def ranked(run: Path, name: str = "last") -> dict[str, float]:
     [
         ((1, 5, 2, 4, 3), "max", 2, {1: 5, 3: 4}),
         ((1, 5, 2, 4, 3), "min", 2, {0: 1, 2: 2}),
-        ((2, 2, 2, 2, 2), "max", 1, {0: 2}),  # the earlier of equal ones
-        ((float("nan"), 1, float("nan"), float("inf"), float("nan")), "max", 2, {1: 1}),  # no values
+        ((2, 2, 2, 2, 2), "max", 1, {0: 2}),  # of equal values, the earlier one
+        ((float("nan"), 1, float("nan"), float("inf"), float("nan")), "max", 2, {1: 1}),  # non-finite values
         ((1, 3, None, 4, None), "max", 1, {3: 4}),
     ],
 )
-def test_the_best_are_kept_beside_the_newest_two(tmp_path, values, mode, top, best):
+def test_the_best_are_kept_in_addition_to_the_newest_two(tmp_path, values, mode, top, best):
     scores = Scores(*values, training=True)
     fit(tmp_path, scores, checkpoint={"monitor": "score", "mode": mode, "save_top_k": top}, max_epochs=5)
     assert ranked(tmp_path) == {f"iteration={i}": value for i, value in best.items()}
     assert steps(tmp_path) == {**{f"iteration={i}": i + 1 for i in {*best, 3, 4}}, "last": 5}
 
 
-def test_only_a_value_of_the_same_iteration_counts(tmp_path):
-    """With an evaluation in every second iteration, the value of the one before is not the next one's."""
+def test_only_a_value_measured_in_the_same_iteration_counts(tmp_path):
+    """With an evaluation in every second iteration, its value does not count in the next iteration."""
     options = {"checkpoint": {"monitor": "val/reward", "save_top_k": 5}, "limit_val_batches": 1.0, "max_epochs": 5}
     made = fit(tmp_path, check_val_every_n_epoch=2, **options)
     assert list(ranked(tmp_path)) == ["iteration=1", "iteration=3"]
@@ -89,28 +89,28 @@ def test_only_a_value_of_the_same_iteration_counts(tmp_path):
     assert steps(tmp_path).keys() == {"iteration=1", "iteration=3", "iteration=4", "last"}
 
 
-def test_without_a_best_one_the_newest_two_are_there_and_minus_one_keeps_all(tmp_path):
+def test_without_a_monitor_the_newest_two_are_kept_and_minus_one_keeps_all(tmp_path):
     for k, files in ((0, {3, 4}), (1, {3, 4}), (-1, {0, 1, 2, 3, 4})):
         run = tmp_path / str(k)
         fit(run, checkpoint={"save_top_k": k}, max_epochs=5)
         assert steps(run) == {**{f"iteration={i}": i + 1 for i in files}, "last": 5}
 
 
-def test_checkpoints_within_an_iteration_have_names_of_their_own(tmp_path):
+def test_checkpoints_within_an_iteration_have_unique_names(tmp_path):
     source = {"inner_epochs": 3}
     fit(tmp_path, checkpoint={"every_n_train_steps": 2, "save_top_k": -1}, source=source, max_epochs=2)
     wanted = {"iteration=0-step=00002": 2, "iteration=1-step=00004": 4, "iteration=1": 6, "last": 6}
     assert steps(tmp_path) == wanted
 
 
-def test_a_name_tells_only_what_was_measured(tmp_path):
+def test_a_file_name_holds_only_metrics_measured_in_its_iteration(tmp_path):
     name = "{epoch}-{val/reward:.2f}-{score:.1f}"
     scores, keeper = Scores(1.0, None, training=True), {"filename": name, "save_top_k": -1}
     fit(tmp_path, scores, checkpoint=keeper, max_epochs=2)
     assert steps(tmp_path).keys() == {"0-nan-1.0", "1-nan-nan", "last"}
 
 
-def test_weights_alone_are_saved_and_a_resume_says_that_they_do_not_suffice(tmp_path):
+def test_a_resume_from_a_weights_only_checkpoint_is_refused(tmp_path):
     fit(tmp_path, checkpoint={"save_weights_only": True}, max_epochs=2)
     assert steps(tmp_path)["last"] == 2
     with pytest.raises(UserError, match=r"holds only weights \(checkpoint.save_weights_only\).*gear-lightning export"):
@@ -140,7 +140,7 @@ def test_weights_alone_are_saved_and_a_resume_says_that_they_do_not_suffice(tmp_
     ],
     ids=str,
 )
-def test_options_that_contradict_one_another_are_refused(options, message):
+def test_contradictory_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         IterationCheckpoint(**options)
 
@@ -154,13 +154,13 @@ def test_options_that_contradict_one_another_are_refused(options, message):
     ],
     ids=str,
 )
-def test_what_will_not_be_measured_is_refused_before_the_first_rollout(tmp_path, options, message):
+def test_a_metric_that_will_not_be_measured_is_refused_before_the_first_rollout(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         fit(tmp_path, checkpoint=options)
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
-def test_a_metric_that_does_not_come_ends_the_run_with_its_state_saved(tmp_path):
+def test_a_metric_that_is_never_logged_ends_the_run_after_saving_its_state(tmp_path):
     keeper = {"monitor": "scores", "mode": "max", "every_n_epochs": 5}
     with pytest.raises(UserError, match=r"monitor=scores: there is no such metric in this run; it has logged .*score"):
         fit(tmp_path, Scores(1.0, training=True), checkpoint=keeper)
@@ -171,7 +171,7 @@ def test_a_metric_that_does_not_come_ends_the_run_with_its_state_saved(tmp_path)
     assert made.global_step == 4
 
 
-def test_what_is_kept_does_not_depend_on_kills_moves_or_a_new_cadence(tmp_path):
+def test_kills_moves_and_a_new_interval_do_not_change_which_checkpoints_are_kept(tmp_path):
     scores, keeper = Scores(1, 9, 3, 4, 2, 0, training=True), {"monitor": "score", "mode": "max"}
     fit(tmp_path / "whole", scores, checkpoint=keeper, max_epochs=6)
     run = tmp_path / "before"
@@ -188,7 +188,7 @@ def test_what_is_kept_does_not_depend_on_kills_moves_or_a_new_cadence(tmp_path):
     assert ranked(run) == ranked(tmp_path / "whole")
 
 
-def test_another_metric_begins_anew_and_leaves_the_best_of_the_one_before(tmp_path):
+def test_another_monitor_starts_a_new_ranking_and_keeps_the_best_of_the_old_one(tmp_path):
     scores = Scores(9, 1, 1, 1, training=True)
     fit(tmp_path, scores, checkpoint={"monitor": "score", "mode": "max"}, max_epochs=3)
     with pytest.warns(UserWarning, match=r"no longer ranked by score; iteration=0.ckpt are kept"):
@@ -197,7 +197,7 @@ def test_another_metric_begins_anew_and_leaves_the_best_of_the_one_before(tmp_pa
     assert ranked(tmp_path).keys() == {"iteration=3"}
 
 
-def test_a_run_that_resumes_from_an_older_checkpoint_leaves_the_newer_ones_aside(tmp_path, capsys):
+def test_a_resume_from_an_older_checkpoint_moves_the_newer_ones_away(tmp_path, capsys):
     fit(tmp_path, checkpoint={"save_top_k": -1}, max_epochs=4)
     older = folder_of(tmp_path) / "iteration=1.ckpt"
     fit(tmp_path, resume=older, checkpoint={"save_top_k": -1}, max_epochs=3)
@@ -210,10 +210,10 @@ def test_a_run_that_resumes_from_an_older_checkpoint_leaves_the_newer_ones_aside
         f"iteration={i}.ckpt{suffix}" for i in (2, 3) for suffix in ("", ".json")
     ]
     made = fit(tmp_path, resume=folder_of(tmp_path), max_epochs=4)
-    assert made.global_step == 4, "and not from the run that was given up"
+    assert made.global_step == 4, "the run must not resume from the abandoned continuation"
 
 
-def test_an_evaluation_that_is_made_up_for_counts_as_if_it_had_not_been_cut_short(tmp_path):
+def test_a_repeated_evaluation_ranks_checkpoints_as_an_uninterrupted_one(tmp_path):
     class Cut(L.Callback):
         def on_validation_start(self, trainer, pl_module):
             trainer.datamodule.stop = lambda: trainer.current_epoch == 1

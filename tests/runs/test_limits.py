@@ -1,4 +1,4 @@
-"""What ends a run ends it with its state saved and its iteration whole; what would break an iteration is refused."""
+"""A run ends after a complete iteration with its state saved; options that would shorten an iteration are refused."""
 
 import re
 from datetime import timedelta
@@ -42,13 +42,13 @@ EARLY = "lightning.pytorch.callbacks.EarlyStopping"
     ],
     ids=str,
 )
-def test_what_would_break_an_iteration_or_an_evaluation_is_refused(options, message):
+def test_options_that_shorten_an_iteration_or_an_evaluation_are_refused(options, message):
     source = data(micro_batch_size=2, inner_epochs=2, val_limit=6, eval_batch_size=2)
     with pytest.raises(UserError, match=message):
         check_limits({"check_val_every_n_epoch": 1, **options}.get, source, 1)
 
 
-def test_what_leaves_them_whole_is_not_refused():
+def test_options_that_keep_them_complete_are_accepted():
     source = data(micro_batch_size=2, inner_epochs=2, val_limit=6, eval_batch_size=2)
     whole = {"limit_train_batches": 8, "val_check_interval": 8, "limit_val_batches": 3, "check_val_every_n_epoch": 2}
     shares = {"limit_train_batches": 1.0, "val_check_interval": 1.0, "limit_val_batches": 1.0}
@@ -64,12 +64,12 @@ def test_what_leaves_them_whole_is_not_refused():
 
 
 @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"limit_train_batches": 1}, {"val_check_interval": 0.5}])
-def test_a_trainer_of_ones_own_is_looked_at_too(tmp_path, options):
+def test_a_custom_trainer_is_checked_too(tmp_path, options):
     with pytest.raises(UserError, match=f"trainer.{next(iter(options))}"):
         trainer(tmp_path, generation(), **options).fit(module(), datamodule=data(micro_batch_size=2))
 
 
-def test_lightnings_sanity_check_changes_nothing(tmp_path):
+def test_lightnings_sanity_check_does_not_change_training(tmp_path):
     options = {
         "limit_val_batches": 1.0,
         "checkpoint": {"every_n_epochs": 1},
@@ -82,7 +82,7 @@ def test_lightnings_sanity_check_changes_nothing(tmp_path):
     torch.manual_seed(0)
     other.fit(module(), datamodule=data(val_limit=6, eval_batch_size=2))
     assert torch.equal(weights(one), weights(other))
-    assert not other.datamodule.evaluation_due, "a resume would make up for it, and stop"
+    assert not other.datamodule.evaluation_due, "a resume would repeat the evaluation and stop"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_lightnings_sanity_check_changes_nothing(tmp_path):
         ([f"--trainer.callbacks+={EARLY}", "--trainer.callbacks.monitor", "val/success"], "mode of EarlyStopping=min"),
     ],
 )  # fmt: skip
-def test_the_command_line_refuses_before_the_warm_start(command, tmp_path, args, message):
+def test_the_command_line_refuses_invalid_options_before_the_warm_start(command, tmp_path, args, message):
     warm = [a for a in FIT if a != "--warm_start=null"]
     error = error_of(command, *warm, "--trainer.default_root_dir", tmp_path / "run", *args)
     assert message in error
@@ -114,7 +114,7 @@ def resumed(run: Any, *callbacks: L.Callback, path: Any = None, **options: Any) 
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3, 5])
-def test_a_stop_between_micro_batches_waits_for_the_iterations_end(tmp_path, batch):
+def test_a_stop_between_micro_batches_waits_for_the_end_of_the_iteration(tmp_path, batch):
     source = {"micro_batch_size": 2, "inner_epochs": 2}
     whole = fit(tmp_path / "whole", source=source, max_epochs=3)
     run = tmp_path / "run"
@@ -126,7 +126,7 @@ def test_a_stop_between_micro_batches_waits_for_the_iterations_end(tmp_path, bat
 
 
 @pytest.mark.parametrize(("inner_epochs", "first", "total"), [(1, 2, 4), (3, 4, 8), (3, 3, 7)])
-def test_a_run_that_is_stopped_by_its_steps_goes_on_exactly(tmp_path, inner_epochs, first, total):
+def test_a_run_that_ended_at_max_steps_resumes_exactly(tmp_path, inner_epochs, first, total):
     options = {"source": {"micro_batch_size": 2, "inner_epochs": inner_epochs}, "max_epochs": -1}
     whole = fit(tmp_path / "whole", max_steps=total, **options)
     run = tmp_path / "run"
@@ -151,7 +151,7 @@ ENDED = {
 
 
 @pytest.mark.parametrize("name", ENDED)
-def test_a_finished_run_trains_nothing_and_says_why(tmp_path, capsys, name):
+def test_a_finished_run_trains_nothing_and_reports_the_reason(tmp_path, capsys, name):
     options, callbacks, why = ENDED[name]
     made = fit(tmp_path, *(make() for make in callbacks), **options)
     before = (tmp_path / "metrics.csv").read_text()
@@ -171,14 +171,14 @@ def test_a_finished_run_trains_nothing_and_says_why(tmp_path, capsys, name):
             if name == "early"
             else []
         )
-        assert resumed(tmp_path, *more, path=path).global_step == 4, "patience that is given anew counts"
+        assert resumed(tmp_path, *more, path=path).global_step == 4, "a changed patience must take effect"
     else:
         more = {"max_epochs": 3} if "max_steps" not in options else {"max_epochs": -1, "max_steps": 3}
         assert resumed(tmp_path, **more).global_step == 3
 
 
 @pytest.mark.filterwarnings("ignore:No group has had any spread")
-def test_health_ends_a_run_with_its_state_saved_and_does_not_let_it_go_on(tmp_path):
+def test_health_saves_the_state_of_a_run_and_prevents_its_resume(tmp_path):
     options = {"environment": NoSpread, "checkpoint": {"every_n_epochs": 9}, "max_epochs": 5}
     spread = "no group had any spread of rewards for 2 iterations"
     with pytest.raises(UserError, match=spread):
@@ -190,14 +190,14 @@ def test_health_ends_a_run_with_its_state_saved_and_does_not_let_it_go_on(tmp_pa
     assert resumed(tmp_path, Health(1, 2), path=named, max_epochs=3).global_step == 3
 
 
-def test_a_run_goes_on_until_its_least_number_of_iterations(tmp_path):
+def test_a_run_continues_until_min_epochs(tmp_path):
     made = fit(tmp_path, StopAt(0, 0), min_epochs=3, max_epochs=9, checkpoint={"every_n_epochs": 9})
     assert made.global_step == 3
     assert steps(tmp_path) == {"iteration=2": 3, "last": 3}
 
 
 def test_every_metric_that_is_logged_is_known():
-    """An option that follows another one is refused."""
+    """An option that monitors an unknown metric is refused."""
     families = "|".join(KNOWN)
     root = Path(gear_lightning.__file__).parent
     texts = [path.read_text() for path in [*root.rglob("*.py"), *(root / "callbacks").glob("*.py")]]

@@ -1,4 +1,4 @@
-"""Checkpoints of adapters: without the frozen weights where the base model can be loaded again."""
+"""Checkpoints of adapters: without the frozen weights if the base model can be loaded again."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def load(path: Path) -> dict:
 
 
 def held(path: Path) -> list[str]:
-    """Keys of the frozen weights that a checkpoint holds."""
+    """Return the keys of the frozen weights that a checkpoint holds."""
     return [key for key in load(path)["state_dict"] if key.startswith("policy.") and not is_adapter(key)]
 
 
@@ -68,7 +68,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, precision):
 
 
 def other(folder: Path, seed: int, scale: float = 1.0) -> Pretrained:
-    """A model directory of the same shapes and other weights."""
+    """Write a model directory with the same shapes and other weights, and return its `Pretrained`."""
     model = source(seed=seed).model()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 3] *= scale
@@ -87,7 +87,7 @@ def test_adapters_of_another_base_are_refused(run, tmp_path, stage, seed, scale)
         getattr(loop, stage)(make(policy), datamodule=data(), ckpt_path=run[1], weights_only=True)
 
 
-def test_the_same_base_elsewhere_goes_on(run, tmp_path):
+def test_a_run_resumes_with_the_same_base_in_another_place(run, tmp_path):
     moved = other(tmp_path / "moved", seed=7)
     model = fit(tmp_path, make(moved), resume=run[1], saved=tmp_path / "c.ckpt", max_epochs=3)
     assert model.base == str(tmp_path / "moved")
@@ -95,7 +95,7 @@ def test_the_same_base_elsewhere_goes_on(run, tmp_path):
 
 
 @pytest.mark.parametrize(("trained", "evaluated"), [("bf16-true", "32-true"), ("32-true", "bf16-true")])
-def test_an_evaluation_in_another_precision_has_the_base_as_it_was_trained_on(tmp_path, trained, evaluated):
+def test_an_evaluation_in_another_precision_uses_the_base_of_the_training(tmp_path, trained, evaluated):
     policy = directory(tmp_path / "model")
     model = fit(tmp_path, make(policy), saved=tmp_path / "a.ckpt", precision=trained)
     other = make(policy)
@@ -111,7 +111,7 @@ def test_an_evaluation_in_another_precision_has_the_base_as_it_was_trained_on(tm
 
 
 def whole(model: GearModule, checkpoint: Path, path: Path, **changes) -> Path:
-    """A checkpoint as an older version wrote it: with the frozen weights."""
+    """Write a checkpoint like an older version, with the frozen weights, and return its path."""
     states = load(checkpoint)
     frozen = {f"policy.{k}": v.detach().clone() for k, v in model.policy.state_dict().items() if not is_adapter(k)}
     states["state_dict"] |= frozen
@@ -120,7 +120,7 @@ def whole(model: GearModule, checkpoint: Path, path: Path, **changes) -> Path:
     return path
 
 
-def test_an_older_checkpoint_goes_on_and_the_next_one_is_small(run, tmp_path):
+def test_a_run_resumes_from_an_older_checkpoint_and_writes_small_ones(run, tmp_path):
     model, checkpoint, folder = run
     old = whole(model, checkpoint, tmp_path / "old.ckpt")
     ends = [
@@ -133,8 +133,8 @@ def test_an_older_checkpoint_goes_on_and_the_next_one_is_small(run, tmp_path):
     assert held(tmp_path / "old" / ".." / "old.ckpt") == []
 
 
-def test_frozen_weights_that_the_base_does_not_have_stay_in_the_checkpoints(run, tmp_path):
-    """The model's directory was overwritten since."""
+def test_frozen_weights_that_differ_from_the_base_are_saved(run, tmp_path):
+    """The model's directory was overwritten after training."""
     model, checkpoint, _ = run
     old = whole(model, checkpoint, tmp_path / "old.ckpt")
     with pytest.warns(UserWarning, match="frozen weights are not those of .*other, and replace them"):
@@ -149,7 +149,7 @@ def test_frozen_weights_that_the_base_does_not_have_stay_in_the_checkpoints(run,
     assert torch.equal(logits(with_peft(tmp_path / "out" / "base", tmp_path / "out")), logits(resumed.policy))
 
 
-def test_bfloat16_adapters_of_an_older_run_go_on_in_float32(tmp_path):
+def test_bfloat16_adapters_of_an_older_run_resume_in_float32(tmp_path):
     policy = directory(tmp_path / "model")
     model = fit(tmp_path, make(policy), saved=tmp_path / "a.ckpt", precision="bf16-true")
     states = load(tmp_path / "a.ckpt")
@@ -183,7 +183,7 @@ def test_bfloat16_adapters_of_an_older_run_go_on_in_float32(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_an_export_loads_the_base_again(tmp_path, precision):
+def test_an_export_loads_the_base_model(tmp_path, precision):
     model = fit(tmp_path, make(directory(tmp_path / "model")), saved=tmp_path / "a.ckpt", precision=precision)
     assert export_command([str(tmp_path / "a.ckpt"), str(tmp_path / "merged")]) == 0
     assert export_command([str(tmp_path / "a.ckpt"), str(tmp_path / "adapter"), "--adapter"]) == 0
@@ -196,7 +196,7 @@ def test_an_export_loads_the_base_again(tmp_path, precision):
 
 
 @pytest.mark.parametrize("options", [[], ["--adapter"]])
-def test_an_export_says_that_the_base_is_gone_or_has_changed(tmp_path, options):
+def test_an_export_reports_a_missing_or_changed_base(tmp_path, options):
     policy, moved = directory(tmp_path / "model"), tmp_path / "moved"
     model = fit(tmp_path, make(policy), saved=tmp_path / "a.ckpt", max_epochs=1)
     (tmp_path / "model").rename(moved)
@@ -215,7 +215,7 @@ def test_an_export_says_that_the_base_is_gone_or_has_changed(tmp_path, options):
         assert PeftConfig.from_pretrained(str(tmp_path / "out")).base_model_name_or_path == str(moved)
 
 
-def test_an_export_downloads_nothing_that_a_checkpoint_names(run, tmp_path, monkeypatch):
+def test_an_export_does_not_download_a_model_that_a_checkpoint_names(run, tmp_path, monkeypatch):
     states = load(run[1])
     states["lora"]["base"] = "someone/some-model"
     torch.save(states, tmp_path / "bad.ckpt")
@@ -226,7 +226,7 @@ def test_an_export_downloads_nothing_that_a_checkpoint_names(run, tmp_path, monk
     assert asked[0]["local_files_only"] is True
 
 
-def test_base_is_for_checkpoints_without_one(run, tmp_path):
+def test_base_is_refused_for_checkpoints_with_all_weights(run, tmp_path):
     old = whole(run[0], run[1], tmp_path / "old.ckpt")
     with pytest.raises(UserError, match=r"old\.ckpt: holds all of its weights; export it without --base"):
         export_checkpoint(old, tmp_path / "out", base=str(run[2] / "model"))

@@ -1,4 +1,4 @@
-"""What `gear-lightning status` says of runs that go on, have ended, or were killed."""
+"""`gear-lightning status` reports running, finished and killed runs."""
 
 import json
 import os
@@ -19,18 +19,18 @@ def run(folder, *, process: int, phase: str = "update", age: float = 0.0, host: 
     return folder
 
 
-NOBODY = 2**22 - 1  # above what Linux hands out by default
+NO_PROCESS = 2**22 - 1  # above the default maximum of process ids on Linux
 
 
 @pytest.mark.parametrize(
     ("given", "state", "code"),
     [
         ({"process": os.getpid()}, "running", 0),
-        ({"process": NOBODY}, "killed", 1),
-        ({"process": NOBODY, "phase": "finished"}, "finished", 0),
-        ({"process": NOBODY, "phase": "stopped"}, "stopped", 1),
-        ({"process": NOBODY, "host": "elsewhere"}, "running", 0),
-        ({"process": NOBODY, "host": "elsewhere", "age": 1000.0}, "silent", 1),
+        ({"process": NO_PROCESS}, "killed", 1),
+        ({"process": NO_PROCESS, "phase": "finished"}, "finished", 0),
+        ({"process": NO_PROCESS, "phase": "stopped"}, "stopped", 1),
+        ({"process": NO_PROCESS, "host": "elsewhere"}, "running", 0),
+        ({"process": NO_PROCESS, "host": "elsewhere", "age": 1000.0}, "silent", 1),
     ],
 )
 def test_the_state_of_a_run(tmp_path, capsys, given, state, code):
@@ -42,7 +42,7 @@ def test_the_state_of_a_run(tmp_path, capsys, given, state, code):
     assert "environment_error 3" in said
 
 
-def test_other_directories_are_errors_of_one_line(tmp_path):
+def test_directories_without_a_valid_status_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no status\.json"):
         status_of(tmp_path)
     run(tmp_path, process=1)
