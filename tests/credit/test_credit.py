@@ -266,7 +266,7 @@ def test_scgrpo_matches_its_formula(seed):
             assert_close(credit.weights[i, r.actions].double(), d / (d + c), atol=1e-4, rtol=1e-4)
 
 
-# evidence, degenerate cases, rejected options ---------------------------------------------------------------------------------
+# evidence, degenerate cases, rejected options -------------------------------------------------------------------------
 
 
 def test_evidence_of_a_batch_is_detached():

@@ -156,7 +156,7 @@ def test_shifting_both_models_does_not_change_credit():
     assert torch.equal(GEAR()(evidence(rows)).weights, GEAR()(evidence(shifted)).weights)
 
 
-# a teacher without information ------------------------------------------------------------------------------------------
+# a teacher without information ----------------------------------------------------------------------------------------
 
 RULES = every_rule()
 TEACHERS = [rule for rule in RULES if rule.needs_teacher]
@@ -243,7 +243,7 @@ def test_weights_change_continuously_as_the_signal_exceeds_the_noise(rule):
     assert (before - 1).abs().max() > 0.05
 
 
-# positive and negative advantages -----------------------------------------------------------------------------------------------------
+# positive and negative advantages -------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)

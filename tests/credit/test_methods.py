@@ -127,7 +127,7 @@ def test_golden_turnsight_within_the_noise():
 
 
 def test_golden_pbsd_within_the_noise():
-    # a turn of 4 tokens sums to 0.4; the noise of a sum of 4 is twice that of a token: with 0.2 nats, half of it remains
+    # a turn of 4 tokens sums to 0.4; the noise of a sum of 4 is twice that of a token: at 0.2 nats, half remains
     e = evidence([rollout([-0.1] * 4)])
     for noise, s in ((0.0, 0.4), (0.2, 0.2), (0.4, 0.4 / 17)):
         weights = PBSD()(replace(e, noise=RoundingNoise(noise))).weights
@@ -236,7 +236,7 @@ def test_oracle_weights_are_1_without_a_decision_of_the_sign():
     assert weights_of(moving(), r) == pytest.approx(expected)
 
 
-# slow references ----------------------------------------------------------------------------------------------
+# slow references ------------------------------------------------------------------------------------------------------
 
 
 def drawn(rng: random.Random, kind: type) -> CreditAssigner:
@@ -289,7 +289,7 @@ def test_rules_match_their_slow_references(kind, seed):
         assert_close(alone, credit.weights[i, : len(r.turns)], atol=1e-6, rtol=1e-5)
 
 
-# invariants -----------------------------------------------------------------------------------------------------------------
+# invariants -----------------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=40)
@@ -373,7 +373,7 @@ def test_training_with_each_rule(tmp_path, rule):
     assert "credit/weight_deviation" in (tmp_path / "metrics.csv").read_text().splitlines()[0]
 
 
-# rejected options -------------------------------------------------------------------------------------------------------------
+# rejected options -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,12 @@ def scored(model: Any) -> torch.Tensor:
 
 
 def saved_bytes(layers: int, checkpointed: bool) -> int:
-    """Bytes that a forward pass keeps for its backward pass, parameters aside."""
+    """Return the bytes that a forward pass keeps for its backward pass, without parameters."""
     model = source(layers=layers).model()
     if checkpointed:
         checkpoint_activations(model)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, Any] = {}  # held, so that no address is used twice
+    storages: dict[int, Any] = {}  # kept, so that no address is reused
 
     def keep(x: torch.Tensor) -> torch.Tensor:
         storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
@@ -45,14 +45,14 @@ def saved_bytes(layers: int, checkpointed: bool) -> int:
     return found
 
 
-def test_a_layer_keeps_its_input_alone():
+def test_a_layer_keeps_only_its_input():
     one_input = ROWS * LENGTH * WIDTH * 4
     assert (saved_bytes(8, True) - saved_bytes(4, True)) / 4 == one_input
     assert (saved_bytes(8, False) - saved_bytes(4, False)) / 4 > 10 * one_input
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_gradients_are_the_same_to_the_last_bit(precision):
+def test_gradients_are_bitwise_equal(precision):
     grads = []
     for checkpointed in (False, True):
         model = source(layers=3).model()
@@ -67,8 +67,8 @@ def test_gradients_are_the_same_to_the_last_bit(precision):
 
 
 @pytest.mark.parametrize("weights", ["ema", "live"])
-def test_a_run_comes_out_the_same(tmp_path, weights):
-    """Evaluation under inference mode, then rollouts, teacher and updates."""
+def test_a_run_gives_the_same_weights(tmp_path, weights):
+    """The run has an evaluation in inference mode, then rollouts, teacher passes and updates."""
 
     def run(checkpointed: bool) -> GearModule:
         torch.manual_seed(0)
@@ -86,13 +86,13 @@ def test_a_run_comes_out_the_same(tmp_path, weights):
         assert torch.equal(value, checkpointed.state_dict()[name]), name
 
 
-def test_the_teachers_copy_has_none_of_it(tmp_path):
+def test_the_teachers_copy_does_not_checkpoint_activations(tmp_path):
     model = untrained(module(activation_checkpointing=True), tmp_path)
     assert model.policy.is_gradient_checkpointing
     assert not model.teacher.model.is_gradient_checkpointing
 
 
-def test_the_warm_start_uses_it_too(tmp_path):
+def test_the_warm_start_checkpoints_activations(tmp_path):
     gear = GearModule(source(), activation_checkpointing=True)
     module = WarmStartModule(gear, WarmStart.__new__(WarmStart), lambda policy: None)
     module.trainer = trainer(tmp_path)
@@ -110,7 +110,7 @@ class Unable(FromScratch):
         return model
 
 
-def test_a_model_without_it_is_refused(tmp_path):
+def test_a_model_without_support_is_rejected(tmp_path):
     model = GearModule(Unable(), activation_checkpointing=True)
     with pytest.raises(UserError, match=r"OldModel cannot checkpoint.*model\.activation_checkpointing"):
         trainer(tmp_path, generation()).fit(model, datamodule=data())

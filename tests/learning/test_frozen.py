@@ -1,4 +1,4 @@
-"""What later inner epochs need of the first: kept only for them, small, on the CPU, and usable on any device."""
+"""Data of the first inner epoch for later ones: kept only if needed, small, on the CPU, and usable on any device."""
 
 from dataclasses import replace
 from typing import Any
@@ -31,14 +31,14 @@ def model(credit: CreditAssigner, distillation: Distillation | None) -> Any:
 
 
 def size(kept: Any) -> int:
-    """Bytes."""
+    """Return the size in bytes."""
     if isinstance(kept, Tensor):
         return kept.numel() * kept.element_size()
     return sum(map(size, kept.values())) if isinstance(kept, dict) else 0
 
 
 @pytest.mark.parametrize(("credit", "distillation"), RULES)
-def test_later_epochs_get_what_the_first_one_found(tmp_path, credit, distillation):
+def test_later_epochs_use_the_scoring_of_the_first_one(tmp_path, credit, distillation):
     watch = watched(tmp_path, model(credit, distillation), data(inner_epochs=2, micro_batch_size=3), max_epochs=1)
     first = {tuple(s.batch.index.tolist()): s.outputs for s in watch.seen if not s.batch.inner_epoch}
     later = [s for s in watch.seen if s.batch.inner_epoch]
@@ -49,7 +49,7 @@ def test_later_epochs_get_what_the_first_one_found(tmp_path, credit, distillatio
             again = getattr(s.outputs["credit"], name)
             assert value is again is None or (torch.equal(value, again) and value.dtype == again.dtype), name
         if distillation is None:
-            assert s.outputs["teacher"] is None, "nothing looks at it"
+            assert s.outputs["teacher"] is None, "no later epoch uses it"
             continue
         for name, value in vars(then["teacher"]).items():
             again = getattr(s.outputs["teacher"], name)
@@ -59,7 +59,7 @@ def test_later_epochs_get_what_the_first_one_found(tmp_path, credit, distillatio
 
 
 class Sizes(L.Callback):
-    """Bytes of what is kept, and the action tokens that it is about."""
+    """Records the bytes of the kept data, and the number of its action tokens."""
 
     def __init__(self) -> None:
         self.kept: list[int] = []
@@ -71,18 +71,18 @@ class Sizes(L.Callback):
         self.kept.append(sum(map(size, pl_module._frozen.values())))
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        assert not pl_module._frozen, "rollouts find what the iteration before has left"
+        assert not pl_module._frozen, "the data of the previous iteration was not deleted"
 
 
 @pytest.mark.parametrize(
     ("credit", "distillation", "bytes_per_token"),
     [
         (GEAR(), None, 5 * 4 + 1),  # old log-prob, weight, advantage, divergence, anchor; clipped
-        (SCGRPO(), None, 5 * 4 + 1),  # none of its 100 likeliest tokens
+        (SCGRPO(), None, 5 * 4 + 1),  # without its 100 most likely tokens
         (GEAR(), OPSD(top_k_tokens=5), 5 * 4 + 1 + 2 * 4 + 5 * 8),
     ],
 )
-def test_it_is_small_and_only_there_for_later_epochs(tmp_path, credit, distillation, bytes_per_token):
+def test_the_data_is_small_and_kept_only_for_later_epochs(tmp_path, credit, distillation, bytes_per_token):
     for inner_epochs in (1, 2):
         sizes, folder = Sizes(), tmp_path / str(inner_epochs)
         run = trainer(folder, generation(), sizes, max_epochs=2)
@@ -91,7 +91,7 @@ def test_it_is_small_and_only_there_for_later_epochs(tmp_path, credit, distillat
 
 
 class SaveAndStop(L.Callback):
-    """Saves in the second of the inner epochs, after a step; keeps what an older version would have written."""
+    """Saves in the second inner epoch, after a step; also keeps the data in the format of an older version."""
 
     def __init__(self, path: Any, inner_epoch: int = 1):
         self.path, self.inner_epoch = path, inner_epoch
@@ -126,7 +126,7 @@ def stopped(folder: Any, rule: tuple[CreditAssigner, Distillation | None], **opt
 
 @pytest.mark.parametrize("rule", RULES[:2])
 @pytest.mark.parametrize("old", [False, True])
-def test_a_checkpoint_of_this_and_of_the_version_before_goes_on(tmp_path, rule, old):
+def test_checkpoints_of_this_and_the_previous_version_resume(tmp_path, rule, old):
     options = {"inner_epochs": 3, "micro_batch_size": 3}
     stop = stopped(tmp_path, rule, **options)
     whole, resumed = model(*rule), model(*rule)
@@ -144,13 +144,15 @@ def test_a_checkpoint_of_this_and_of_the_version_before_goes_on(tmp_path, rule, 
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-def test_only_a_checkpoint_in_the_middle_of_an_iteration_holds_it(tmp_path):
+def test_only_a_checkpoint_within_an_iteration_contains_the_data(tmp_path):
     options = {"inner_epochs": 2, "micro_batch_size": 3}
     middle = stopped(tmp_path, RULES[0], **options).path
     run = trainer(tmp_path / "whole", generation(), max_epochs=1)
     run.fit(model(*RULES[0]), datamodule=data(**options))
     run.save_checkpoint(tmp_path / "end.ckpt")
-    found = torch.load(middle, weights_only=True)["frozen"]  # without map_location: as it was written
+    found = torch.load(middle, weights_only=True)[
+        "frozen"
+    ]  # without map_location: on the device that it was saved from
     assert {tensor.device.type for item in found[0] for tensor in tensors(item)} == {"cpu"}
     assert not read_checkpoint(tmp_path / "end.ckpt").get("frozen")
 
@@ -162,8 +164,8 @@ def tensors(item: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_it_comes_back_on_the_device_of_the_batch(tmp_path, old):
-    """``meta`` stands in for a GPU: it meets tensors of the CPU with the same error."""
+def test_recall_returns_tensors_on_the_device_of_the_batch(tmp_path, old):
+    """``meta`` replaces a GPU: combining it with CPU tensors raises the same error."""
     batch = collate(random_rows(0), step_tokens=9, step_rollouts=4, temperature=1.0)
     mask = batch.action_mask
     numbers = torch.where(mask, torch.rand(mask.shape), 0)

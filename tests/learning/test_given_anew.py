@@ -1,4 +1,4 @@
-"""Hyperparameters at a resume: those that are given now count, and with none that is new the resume is exact."""
+"""Hyperparameters at a resume: the configured values apply, and without changes the resume is exact."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def adamw(**options: Any):
 
 
 def train(optimizer: Any, schedule: Any, steps: int, checkpoint: dict | None = None) -> tuple[list, dict, list[float]]:
-    """Some steps on fixed gradients, as Lightning takes them: parameters, a checkpoint, and the rates of the steps."""
+    """Take steps on fixed gradients as Lightning does. Return parameters, a checkpoint, and the rates of the steps."""
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(2))]
     fresh = FreshOptimizer(optimizer, schedule, parameters)
@@ -73,7 +73,7 @@ def train(optimizer: Any, schedule: Any, steps: int, checkpoint: dict | None = N
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_that_is_not_new_goes_on_to_the_bit(name):
+def test_an_unchanged_schedule_resumes_exactly(name):
     schedule = SCHEDULES[name]
     whole, _, rates = train(adamw(), schedule, 2 * STEPS)
     _, half, before = train(adamw(), schedule, STEPS)
@@ -85,7 +85,7 @@ def test_a_schedule_that_is_not_new_goes_on_to_the_bit(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("before", ["StepLR", "OneCycleLR", "none"])
-def test_a_new_schedule_goes_on_at_the_step_count_with_moments_as_they_were(name, before):
+def test_a_new_schedule_continues_at_the_step_count_and_keeps_moments(name, before):
     _, half, _ = train(adamw(), SCHEDULES[before], STEPS)
     moments = [{k: v.clone() for k, v in state.items()} for state in half["optimizer_states"][0]["state"].values()]
     _, _, rates = train(adamw(lr=1e-4, weight_decay=0.5), SCHEDULES[name], STEPS + 2)
@@ -112,12 +112,12 @@ def test_a_new_schedule_goes_on_at_the_step_count_with_moments_as_they_were(name
          lambda o: schedules.LambdaLR(o, lambda step: 0.8**step), "LambdaLR: lr_lambdas"),
     ],
 )  # fmt: skip
-def test_an_argument_of_a_schedule_that_is_new_is_told(before, now, told):
+def test_a_changed_argument_of_a_schedule_is_reported(before, now, told):
     _, half, _ = train(adamw(), before, STEPS)
     assert told in take_up_given(half, FreshOptimizer(adamw(), now, half["parameters"]))[0]
 
 
-def test_a_checkpoint_of_an_earlier_version_tells_what_it_can():
+def test_a_checkpoint_of_an_earlier_version_is_compared_as_far_as_possible():
     for name in ("StepLR", "OneCycleLR", "none"):
         _, half, _ = train(adamw(), SCHEDULES[name], STEPS)
         del half["hyperparameters"]
@@ -126,7 +126,7 @@ def test_a_checkpoint_of_an_earlier_version_tells_what_it_can():
         assert changed == ["eps 1e-08 -> 1e-06"]
 
 
-def test_what_cannot_be_taken_up_is_an_error():
+def test_an_incompatible_optimizer_state_is_an_error():
     _, half, _ = train(adamw(), None, STEPS)
     short = lambda o: schedules.OneCycleLR(o, 1e-2, total_steps=3)  # noqa: E731
     with pytest.raises(UserError, match=r"OneCycleLR cannot continue after 6 steps: .* total steps is 3"):
@@ -138,14 +138,14 @@ def test_what_cannot_be_taken_up_is_an_error():
         FreshOptimizer(adamw(lr=-1), None, half["parameters"])
 
 
-def test_a_rate_given_at_a_resume_is_used_and_told(tmp_path, capsys):
+def test_a_learning_rate_changed_at_a_resume_is_used_and_reported(tmp_path, capsys):
     made = fit(tmp_path, model=module(optimizer=adamw(lr=1e-2)), max_epochs=2)
     moments = {k: v["exp_avg"].clone() for k, v in made.optimizers[0].state_dict()["state"].items()}
     before = weights(made)
     idle = adamw(lr=0.0, weight_decay=0.0)
     still = fit(tmp_path, resume=folder_of(tmp_path), model=module(optimizer=idle), max_epochs=3)
     assert "changed hyperparameters: lr 0.01 -> 0; weight_decay 0.01 -> 0" in capsys.readouterr().err
-    assert torch.equal(weights(still), before), "a rate of 0 moves nothing"
+    assert torch.equal(weights(still), before), "a rate of 0 changes no weight"
     state = still.optimizers[0].state_dict()["state"]
     assert all(float(state[k]["step"]) == 3 and not torch.equal(state[k]["exp_avg"], v) for k, v in moments.items())
     fit(tmp_path, resume=folder_of(tmp_path), model=module(optimizer=idle), max_epochs=4)
@@ -164,7 +164,7 @@ def plateau(monitor: str = "score", mode: str = "max", **options: Any):
 def rates(
     *scores: float | None, every: int = 1, run: Any, resume_after: int | None = None, **options: Any
 ) -> list[float]:
-    """The learning rate after each iteration."""
+    """Return the learning rate after each iteration."""
 
     class Rates(L.Callback):
         found: list[float] = []  # noqa: RUF012
@@ -181,20 +181,20 @@ def rates(
     return [float(f"{rate:g}") for rate in Rates.found[1:]]
 
 
-def test_a_plateau_lowers_the_rate_where_the_metric_does_not_rise(tmp_path):
+def test_a_plateau_lowers_the_rate_if_the_metric_does_not_rise(tmp_path):
     assert rates(1, 2, 2, 3, 1, run=tmp_path) == [1, 1, 0.1, 0.1, 0.01]
 
 
-def test_a_plateau_sees_each_evaluation_once(tmp_path):
+def test_a_plateau_counts_each_evaluation_once(tmp_path):
     assert rates(None, 2, None, 3, None, 1, every=2, run=tmp_path) == [1, 1, 1, 1, 1, 0.1]
 
 
 @pytest.mark.parametrize("after", [2, 3])
-def test_a_plateau_resumes_where_it_was(tmp_path, after):
+def test_a_plateau_resumes_exactly(tmp_path, after):
     assert rates(1, 2, 2, 3, 1, run=tmp_path, resume_after=after) == [1, 1, 0.1, 0.1, 0.01]
 
 
-def test_a_plateau_whose_metric_does_not_come_ends_the_run_with_its_state_saved(tmp_path):
+def test_a_plateau_without_its_metric_ends_the_run_after_saving(tmp_path):
     model = module(lr_scheduler=plateau("scores"))
     with pytest.raises(UserError, match=r"lr_scheduler.monitor=scores: there is no such metric in this run"):
         fit(tmp_path, Scores(1.0, training=True), model=model)
@@ -211,18 +211,18 @@ def test_a_plateau_whose_metric_does_not_come_ends_the_run_with_its_state_saved(
         (plateau("val/success", "min"), "lr_scheduler.mode=min treats the smallest val/success"),
     ],
 )
-def test_a_plateau_without_a_metric_or_the_wrong_way_round_is_refused(tmp_path, schedule, message):
+def test_a_plateau_without_a_metric_or_with_the_wrong_mode_is_rejected(tmp_path, schedule, message):
     with pytest.raises(UserError, match=message):
         module(lr_scheduler=schedule).followed_metric()
     with pytest.raises(UserError, match=message):
         fit(tmp_path, model=module(lr_scheduler=schedule))
 
 
-def test_new_arguments_of_a_plateau_count_and_its_best_value_stays():
+def test_changed_arguments_of_a_plateau_apply_and_its_best_value_is_kept():
     _, half, _ = train(adamw(), None, STEPS)
     fresh = FreshOptimizer(adamw(), plateau(patience=1), half["parameters"])
     fresh.scheduler.step(5.0)
-    group = {**half["optimizer_states"][0]["param_groups"][0], "lr": 1e-4}  # as the plateau has left it
+    group = {**half["optimizer_states"][0]["param_groups"][0], "lr": 1e-4}  # as set by the plateau
     half["optimizer_states"][0] = {**half["optimizer_states"][0], "param_groups": [group]}
     half |= {"lr_schedulers": [fresh.scheduler.state_dict()], "hyperparameters": fresh.given}
     same = FreshOptimizer(adamw(), plateau(patience=1), half["parameters"])

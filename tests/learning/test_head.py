@@ -1,4 +1,4 @@
-"""The output head in float32: what it computes, when it does, and what it saves of the credit signal."""
+"""The output head in float32: its computation, when it is used, and its effect on rounding."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ from gear_lightning.learning.token_stats import token_stats
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_computes_in_float32_under_autocast_and_on_low_precision_weights(dtype, bias):
+def test_the_head_computes_in_float32_under_autocast_and_with_low_precision_weights(dtype, bias):
     torch.manual_seed(0)
     head = nn.Linear(64, 300, bias=bias).to(dtype)
     hidden = torch.randn(7, 64, dtype=dtype, requires_grad=True)
@@ -32,7 +32,7 @@ def test_it_computes_in_float32_under_autocast_and_on_low_precision_weights(dtyp
     assert copy.deepcopy(head)(hidden).dtype == torch.float32
 
 
-def test_it_is_the_default_under_mixed_precision_alone():
+def test_the_float32_head_is_the_default_only_under_mixed_precision():
     trainers = ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
     assert [head_in_float32(None, t) for t in trainers] == [False, True, True, False, False]
     assert [head_in_float32("float32", t) for t in trainers] == [False, True, True, True, True]
@@ -42,7 +42,7 @@ def test_it_is_the_default_under_mixed_precision_alone():
             head_in_float32("bfloat16", t)
 
 
-def test_a_head_that_is_not_linear_is_refused():
+def test_a_nonlinear_head_is_rejected():
     model = source().model()
     model.set_output_embeddings(nn.Sequential(model.get_output_embeddings()))
     with pytest.raises(UserError, match=r"output head of LlamaForCausalLM is a Sequential .*head_precision=bfloat"):
@@ -50,7 +50,7 @@ def test_a_head_that_is_not_linear_is_refused():
 
 
 def confident():
-    """A small model whose logits are far from 0, as a trained one's are."""
+    """Return a small model whose logits are far from 0, as in a trained model."""
     model = source(hidden_size=64).model().eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(60)
@@ -58,7 +58,7 @@ def confident():
 
 
 def errors(model, tokens) -> torch.Tensor:
-    """How far the log-probs under autocast are from those in float64, nats."""
+    """Return the differences between the log-probs under autocast and those in float64, in nats."""
     everything = torch.ones_like(tokens, dtype=torch.bool)
     wanted = everything.clone()
     wanted[:, 0] = False
@@ -69,8 +69,8 @@ def errors(model, tokens) -> torch.Tensor:
     return (exact - low)[wanted].abs()
 
 
-def test_it_takes_rounding_out_of_the_log_probs():
-    """With logits rounded to bfloat16 the largest part of the error is the head's."""
+def test_the_float32_head_reduces_rounding_of_log_probs():
+    """If logits are rounded to bfloat16, the head causes most of the error."""
     model = confident()
     tokens = torch.randint(6, model.config.vocab_size, (8, 60), generator=torch.Generator().manual_seed(0))
     before = errors(model, tokens)
@@ -81,7 +81,7 @@ def test_it_takes_rounding_out_of_the_log_probs():
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("head", [None, "float32", "bfloat16"])
-def test_policy_sampler_and_teacher_have_the_same_head(tmp_path, precision, head):
+def test_policy_sampler_and_teacher_use_the_same_head(tmp_path, precision, head):
     wanted = head_in_float32(head, precision)
     seen = []
 
@@ -102,6 +102,6 @@ def test_policy_sampler_and_teacher_have_the_same_head(tmp_path, precision, head
     assert float(run.callback_metrics["train/sampler_gap_max"]) < 0.1
 
 
-def test_doctor_and_fit_refuse_a_head_precision_that_does_not_fit(tmp_path):
+def test_doctor_and_fit_reject_an_incompatible_head_precision(tmp_path):
     with pytest.raises(UserError, match="head_precision=bfloat16 cannot be combined with"):
         trainer(tmp_path, generation(), max_epochs=1).fit(module(head_precision="bfloat16"), datamodule=data())

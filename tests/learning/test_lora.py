@@ -1,4 +1,4 @@
-"""Low-rank adapters: trained alone, with a teacher on the same base weights, and resumed exactly."""
+"""Low-rank adapters: only they are trained, the teacher shares the base weights, and a resume is exact."""
 
 import csv
 
@@ -40,7 +40,7 @@ def stats(model, batch):
 # -- the adapters ------------------------------------------------------------------------------------------------------
 
 
-def test_an_adapted_layer_computes_what_the_paper_says():
+def test_an_adapted_layer_computes_the_papers_formula():
     base, model = source().model(), adapted(LoRA(rank=3, alpha=12, targets=["q_proj"]))
     stir(model)
     plain, layer = base.model.layers[1].self_attn.q_proj, model.model.layers[1].self_attn.q_proj
@@ -51,7 +51,7 @@ def test_an_adapted_layer_computes_what_the_paper_says():
     assert not hasattr(model.model.layers[1].self_attn.k_proj, "lora_A")
 
 
-def test_adapters_start_without_effect_and_alone_are_trained():
+def test_adapters_start_without_effect_and_only_they_are_trained():
     base, model = source().model(), adapted()
     assert type(model) is type(base)
     assert torch.equal(logits(model), logits(base))
@@ -61,13 +61,13 @@ def test_adapters_start_without_effect_and_alone_are_trained():
     assert not any(isinstance(part, torch.nn.Dropout) for part in model.modules())
 
 
-def test_starting_adapters_are_equal_whatever_was_drawn_before_and_draw_nothing():
+def test_initial_adapters_do_not_depend_on_or_change_the_random_state():
     torch.manual_seed(1)
     one = adapted()
     after = torch.rand(1)
     torch.manual_seed(1)
     source().model()
-    assert torch.equal(torch.rand(1), after), "the run's random state was moved"
+    assert torch.equal(torch.rand(1), after), "the run's random state has changed"
     torch.manual_seed(2)
     other = adapted()
     for a, b in zip(adapter_parameters(one, "policy"), adapter_parameters(other, "policy"), strict=True):
@@ -80,7 +80,7 @@ def test_starting_adapters_are_equal_whatever_was_drawn_before_and_draw_nothing(
     [
         ({"targets": ["nothing"]}, r"nothing matches no linear layer of LlamaForCausalLM; it has .*down_proj.*q_proj"),
         ({"targets": ["q_proj", "qq", "norm"]}, r"lora\.targets: qq, norm matches no linear layer"),
-        ({"targets": ["proj"]}, r"proj matches no linear layer"),  # a part of a name is no name
+        ({"targets": ["proj"]}, r"proj matches no linear layer"),  # a part of a name does not match
         ({"targets": ["lm_head"]}, r"output head of LlamaForCausalLM shares its weight"),
         ({"targets": []}, r"lora\.targets=\[\] must be all-linear, or a list"),
         ({"targets": "q_proj"}, r"lora\.targets='q_proj' must be all-linear, or a list"),
@@ -88,18 +88,18 @@ def test_starting_adapters_are_equal_whatever_was_drawn_before_and_draw_nothing(
         ({"alpha": 0}, r"lora\.alpha=0 must be above 0"),
     ],
 )
-def test_bad_options_are_user_errors(options, message):
+def test_invalid_options_are_user_errors(options, message):
     with pytest.raises(UserError, match=message):
         LoRA(**options).adapt(tied())
 
 
-def test_a_target_may_be_one_layer_of_one_block():
+def test_a_target_can_be_one_layer_of_one_block():
     model = adapted(LoRA(targets=["layers.1.mlp.up_proj", "lm_head"]))
     found = {name.partition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert found == {"model.layers.1.mlp.up_proj", "lm_head"}
 
 
-def test_without_peft_the_extra_is_named(monkeypatch):
+def test_the_missing_extra_peft_is_named(monkeypatch):
     import importlib.util
 
     find = importlib.util.find_spec
@@ -113,7 +113,7 @@ def test_without_peft_the_extra_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("weights", ["ema", "live", "frozen"])
-def test_the_teacher_starts_equal_to_the_policy_to_the_bit(tmp_path, weights):
+def test_the_initial_teacher_equals_the_policy_bit_for_bit(tmp_path, weights):
     model = GearModule(Sharp(), teacher=TeacherOptions(weights, template=TEMPLATE), lora=SMALL)
     untrained(model, tmp_path)
     batch = batch_of(0, 0, 0)
@@ -126,7 +126,7 @@ def test_the_teacher_starts_equal_to_the_policy_to_the_bit(tmp_path, weights):
 
 
 @pytest.mark.parametrize(("every", "lr"), [(1, 1e-6), (7, 1e-3)])
-def test_the_average_follows_the_recurrence_over_fifty_steps(tmp_path, every, lr):
+def test_the_average_matches_the_recurrence_over_fifty_steps(tmp_path, every, lr):
     rate = 0.05
     options = TeacherOptions("ema", rate, every, template=TEMPLATE)
     model = module(teacher=options, optimizer=lambda p: torch.optim.AdamW(p, lr=lr), lora=SMALL)
@@ -142,11 +142,11 @@ def test_the_average_follows_the_recurrence_over_fifty_steps(tmp_path, every, lr
     base = dict(source().model().named_parameters())
     for name, p in model.policy.named_parameters():
         if "lora_" not in name:
-            assert torch.equal(p, base[name.replace(".base_layer", "")]), f"{name} moved"
+            assert torch.equal(p, base[name.replace(".base_layer", "")]), f"{name} changed"
 
 
 def test_the_teacher_scores_with_its_own_adapters(tmp_path):
-    """Against a model that has the teacher's weights for its own."""
+    """The reference is a model whose own weights are the teacher's."""
     for weights in ("ema", "frozen", "live"):
         model = GearModule(Sharp(), teacher=TeacherOptions(weights, template=TEMPLATE), lora=SMALL)
         untrained(model, tmp_path)
@@ -187,14 +187,14 @@ def test_the_teachers_pass_changes_no_gradient_of_the_policy(tmp_path, weights):
         assert a.abs().max() > 0
 
 
-def test_an_error_in_the_teachers_pass_leaves_the_policys_adapters_in_place(tmp_path):
+def test_an_error_in_the_teachers_pass_restores_the_policys_adapters(tmp_path):
     model = untrained(module(lora=SMALL), tmp_path)
     stir(model.policy)
     before = logits(model.policy)
     with active(model.policy, "teacher"):
         assert not torch.equal(logits(model.policy), before)
     batch = batch_of(0, 0)
-    batch.teacher_tokens[0, 0] = 10**6  # no such token
+    batch.teacher_tokens[0, 0] = 10**6  # not in the vocabulary
     with pytest.raises(IndexError):
         score(model, batch)
     assert torch.equal(logits(model.policy), before)
@@ -212,7 +212,7 @@ def test_rollouts_are_sampled_with_the_policys_adapters(run):
     model = run[0]
     batch = batch_of(0, 0)
     gap = (stats(model.policy, batch).logprobs - stats(model.source.model(), batch).logprobs).abs().max()
-    assert gap > 1e-3, "the adapters do nothing: nothing is proved"
+    assert gap > 1e-3, "the adapters have no effect, so the test proves nothing"
 
 
 def test_the_base_is_stored_once(run):
@@ -233,7 +233,7 @@ def test_the_base_is_stored_once(run):
 @pytest.mark.parametrize(
     ("weights", "precision"), [("ema", "32-true"), ("ema", "bf16-true"), ("frozen", "32-true"), ("live", "32-true")]
 )
-def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, weights, precision):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, weights, precision):
     def make() -> GearModule:
         return module(lora=SMALL, teacher=TeacherOptions(weights, template=TEMPLATE))
 
@@ -248,7 +248,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, weights, precis
     assert any(".teacher." in name for name in states) == (weights == "ema")
 
 
-def test_evaluation_takes_the_policys_adapters_from_the_checkpoint(run, tmp_path):
+def test_evaluation_loads_the_policys_adapters_from_the_checkpoint(run, tmp_path):
     model, checkpoint, _ = run
     other = module(lora=SMALL)
     loop = trainer(tmp_path, generation(), limit_val_batches=1)
@@ -257,7 +257,7 @@ def test_evaluation_takes_the_policys_adapters_from_the_checkpoint(run, tmp_path
     assert torch.equal(logits(other.policy), logits(model.policy))
 
 
-def test_training_after_an_evaluation_starts_where_training_alone_does(tmp_path):
+def test_training_after_an_evaluation_starts_from_the_same_weights(tmp_path):
     evaluated = module(lora=SMALL)
     loop = trainer(tmp_path / "a", generation(), limit_val_batches=1)
     torch.manual_seed(0)
@@ -278,23 +278,23 @@ def test_training_after_an_evaluation_starts_where_training_alone_does(tmp_path)
     ],
 )
 @pytest.mark.parametrize("stage", ["fit", "validate"])
-def test_going_on_with_other_adapters_is_one_clear_error(run, tmp_path, lora, said, stage):
+def test_resuming_with_other_adapters_is_one_clear_error(run, tmp_path, lora, said, stage):
     message = rf"made with model\.lora=\(rank 4, alpha 8, targets all-linear\), and this run has \(?{said}"
     loop = trainer(tmp_path, generation(), limit_val_batches=1)
     with pytest.raises(UserError, match=message):
         getattr(loop, stage)(module(lora=lora), datamodule=data(), ckpt_path=run[1], weights_only=True)
 
 
-def test_a_checkpoint_without_adapters_is_refused_by_a_run_with_them(tmp_path):
+def test_a_run_with_adapters_rejects_a_checkpoint_without_them(tmp_path):
     fit(tmp_path / "full", module(), saved=tmp_path / "full.ckpt", max_epochs=1)
     with pytest.raises(UserError, match=r"made with model\.lora=null, and this run has \(rank 4"):
         fit(tmp_path, module(lora=SMALL), resume=tmp_path / "full.ckpt")
 
 
-def test_the_config_piece_turns_a_recipe_into_lora(tmp_path, repository):
+def test_the_lora_config_changes_a_recipe_to_lora(tmp_path, repository):
     class Built(GearCLI):
         def _run_subcommand(self, subcommand: str) -> None:
-            """Train nothing."""
+            """Skip the training."""
 
     files = [repository / "configs" / name for name in ("quickstart.yaml", "model/lora.yaml")]
     args = ["fit", *(part for file in files for part in ("--config", str(file)))]
@@ -305,14 +305,14 @@ def test_the_config_piece_turns_a_recipe_into_lora(tmp_path, repository):
 
 
 class Names(L.Callback):
-    """What the optimizer was given."""
+    """Records the parameters of the optimizer."""
 
     def on_train_start(self, trainer, pl_module):
         (optimizer,) = trainer.optimizers
         self.given = [id(p) for group in optimizer.param_groups for p in group["params"]]
 
 
-def test_the_optimizer_gets_the_policys_adapters_and_nothing_else(tmp_path):
+def test_the_optimizer_gets_only_the_policys_adapters(tmp_path):
     names, model = Names(), module(lora=SMALL)
     trainer(tmp_path, generation(), names, max_epochs=1).fit(model, datamodule=data())
     assert names.given == [id(p) for p in adapter_parameters(model.policy, "policy")]

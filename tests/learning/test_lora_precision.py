@@ -16,7 +16,7 @@ from gear_lightning.teacher import TeacherOptions
 
 
 class Gradients(L.Callback):
-    """Precisions of the adapters' gradients."""
+    """Records the dtypes of the adapters' gradients."""
 
     def __init__(self) -> None:
         self.seen: set[torch.dtype] = set()
@@ -36,14 +36,14 @@ def test_adapters_gradients_and_optimizer_are_float32_on_a_bfloat16_base(tmp_pat
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_a_small_learning_rate_moves_every_number(tmp_path, precision):
-    """A step of 1e-6 is lost on most numbers of A in bfloat16."""
+def test_a_small_learning_rate_changes_every_element(tmp_path, precision):
+    """In bfloat16, a step of 1e-6 is lost for most elements of A."""
     model = module(lora=SMALL, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0))
     path = split(watched(tmp_path, model, max_epochs=6, precision=precision).weights, model, "policy")
     start, end = path[1], path[-1]  # from the second step on A has gradients: B is no longer 0
-    large = start.abs() > 1e-3  # numbers of A
+    large = start.abs() > 1e-3  # elements of A
     assert (end != start)[large].float().mean() > 0.95
-    assert (start.bfloat16() == (start + 1e-6).bfloat16())[large].float().mean() > 0.8, "nothing is proved"
+    assert (start.bfloat16() == (start + 1e-6).bfloat16())[large].float().mean() > 0.8, "the test proves nothing"
 
 
 def test_the_teachers_average_is_its_float32_adapter(tmp_path):
@@ -54,12 +54,12 @@ def test_the_teachers_average_is_its_float32_adapter(tmp_path):
     expected = policy[0]
     for new in policy[1:]:
         expected = (1 - rate) * expected + rate * new
-    assert model.teacher.shadow is None, "kept twice"
+    assert model.teacher.shadow is None, "the average is stored twice"
     assert (teacher[-1] - expected).abs().max() < 1e-6
     assert (teacher[-1] != policy[0]).float().mean() > 0.5
 
 
-def test_starting_adapters_are_equal_in_every_precision(tmp_path):
+def test_initial_adapters_are_equal_in_every_precision(tmp_path):
     starts = []
     for number, precision in enumerate(["32-true", "bf16-mixed", "bf16-true"]):
         model = module(lora=SMALL)
@@ -76,7 +76,7 @@ def test_starting_adapters_are_equal_in_every_precision(tmp_path):
         lambda m: copy.deepcopy(m).to("cpu", torch.bfloat16), lambda m: m.bfloat16().float(),
     ],
 )  # fmt: skip
-def test_a_cast_of_the_model_leaves_adapters_as_they_are(cast):
+def test_a_cast_of_the_model_does_not_cast_adapters(cast):
     model = adapted()
     stir(model)
     before = flat(adapter_parameters(model, "policy"))
@@ -103,7 +103,7 @@ def test_an_adapter_computes_in_the_precision_of_its_input(dtype):
     assert layer.lora_A["policy"].weight.grad.dtype == torch.float32
 
 
-def test_a_bfloat16_copy_to_sample_from_is_what_a_bfloat16_policy_computes():
+def test_a_bfloat16_copy_for_sampling_computes_the_same_as_a_bfloat16_policy():
     model = adapted().bfloat16()
     stir(model)
     copied = whole_copy(model, None, "cpu", torch.bfloat16)
@@ -115,7 +115,7 @@ def test_a_bfloat16_copy_to_sample_from_is_what_a_bfloat16_policy_computes():
     assert fingerprint(exact) == fingerprint(model) != fingerprint(copied)
 
 
-def test_a_smaller_change_than_bfloat16_holds_reaches_the_fingerprint_of_float32_adapters():
+def test_the_fingerprint_of_float32_adapters_detects_changes_below_bfloat16():
     model = adapted().bfloat16()
     before = fingerprint(model)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""How long a row may be: the model's positions, and the length above which its rotary frequencies change."""
+"""Maximum length of a row: the model's positions, and the length above which its rotary frequencies change."""
 
 import csv
 from pathlib import Path
@@ -68,14 +68,14 @@ PHI = LIMITS["phi3"][0]
 
 
 @pytest.mark.parametrize("kind", LIMITS)
-def test_the_configuration_tells_the_longest_row(kind):
+def test_the_longest_row_follows_from_the_configuration(kind):
     policy, tokens = LIMITS[kind]
     found = longest_row(policy.config(), "Model")
     assert (found and found.tokens) == tokens
 
 
 def reasons(policy: Any, budgets: Budgets, credit: Any = Uniform(), **teacher: Any) -> list[str]:
-    """Why ``fit`` and ``doctor`` refuse the recipe."""
+    """Return the reasons why ``fit`` and ``doctor`` reject the recipe."""
     module = GearModule(policy, credit, teacher=TeacherOptions(template=TEMPLATE, **teacher))
     options = {"strategy": "auto", "precision": "32-true", "gradient_clip_algorithm": None}
     options |= {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "max_epochs": 1, "callbacks": None}
@@ -85,7 +85,7 @@ def reasons(policy: Any, budgets: Budgets, credit: Any = Uniform(), **teacher: A
 
 
 @pytest.mark.parametrize("kind", ["longrope", "phi3", "dynamic", "layers"])
-def test_a_context_in_which_frequencies_change_is_refused_and_below_it_works(kind):
+def test_a_context_above_the_frequency_change_is_rejected_and_a_shorter_one_works(kind):
     policy, tokens = LIMITS[kind]
     assert not reasons(policy, Budgets(tokens=8, context=tokens))
     (reason,) = reasons(policy, Budgets(tokens=8, context=tokens + 1))
@@ -100,8 +100,8 @@ def overlong(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "phi3"])
-def test_rollouts_whose_teacher_has_no_position_left_go_without_one(tmp_path, kind):
-    """The context is as long as the model: with the reference in it, some rollouts are too long and some are not."""
+def test_rollouts_whose_teacher_view_is_too_long_have_no_teacher(tmp_path, kind):
+    """The context equals the model's positions: with the reference, some rollouts are too long and some are not."""
     places = {"gpt2": "n_positions", "llama": "max_position_embeddings", "phi3": "original_max_position_embeddings"}
     options = (*(PHI.options if kind == "phi3" else ()), (places[kind], 64))
     policy = Family(kind=kind, options=tuple(dict(options).items()))
@@ -121,7 +121,7 @@ def test_rollouts_whose_teacher_has_no_position_left_go_without_one(tmp_path, ki
     assert sum(overlong(tmp_path)) == dropped
 
 
-def test_with_error_the_first_such_rollout_ends_the_run_and_is_named(tmp_path):
+def test_with_overlong_error_the_first_such_rollout_ends_the_run_and_is_named(tmp_path):
     model = GearModule(
         Family(kind="gpt2", options=(("n_positions", 64),)),
         GEAR(),
@@ -133,7 +133,7 @@ def test_with_error_the_first_such_rollout_ends_the_run_and_is_named(tmp_path):
         watched(tmp_path, model, tasks, generate, max_epochs=2)
 
 
-def test_the_longest_view_is_one_that_the_model_has():
+def test_the_longest_view_fits_the_models_positions():
     chat = GearModule(FromScratch("gear_lightning.environments.lookup_chain.WORDS")).chat_format
     messages = [{"role": "user", "content": "e1 e2"}]
     task = Task("t", messages, reference="e3")
@@ -151,7 +151,7 @@ def test_the_longest_view_is_one_that_the_model_has():
 
 
 @pytest.mark.parametrize("overlong", ["drop", "error"])
-def test_a_recipe_in_which_no_teacher_has_a_position_for_a_response_is_refused(overlong):
+def test_a_recipe_without_positions_for_a_response_in_the_teachers_view_is_rejected(overlong):
     policy = Family(kind="gpt2", options=(("n_positions", 40),))
     teacher = TeacherOptions("live", template=TEMPLATE, overlong=overlong)
     generate = generation(environment=Talk, budgets=Budgets(4, 80, 24, 40))
@@ -181,7 +181,7 @@ def test_the_noise_floor_stays_within_the_positions():
 
 @torch.no_grad()
 def test_padding_in_the_cache_takes_no_positions():
-    """A conversation near the context's end goes on beside one that is fed a long observation."""
+    """A conversation near the end of the context continues while another one gets a long observation."""
     positions = 64
     model = Family(kind="gpt2", options=(("n_positions", positions),)).model().eval()
 

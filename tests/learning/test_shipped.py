@@ -1,4 +1,4 @@
-"""What a model was published with reaches the export, and generation stops there where sampling stopped in training."""
+"""Published files of a model reach the export, and its generation stops at the same tokens as sampling in training."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ DOCUMENT_END = "<|endoftext|>"
 
 
 class Words(TaskSource):
-    """Say something."""
+    """Short prompts."""
 
     size = 4
 
@@ -39,14 +39,14 @@ def letters() -> SingleTurn:
 
 
 def tokenizer(template: Any = CHATML) -> Any:
-    """A tokenizer whose end of a text is not the end of a turn, as base models ship it."""
+    """Return a tokenizer whose end-of-text token differs from its end-of-turn token, as in base models."""
     made = byte_tokenizer(template)
     made.add_special_tokens({"eos_token": DOCUMENT_END, "pad_token": DOCUMENT_END})
     return made
 
 
 def published(folder: Path, template: Any = CHATML, stops: Any = None, **sampling: Any) -> Path:
-    """A model directory with all that models are published with."""
+    """Write a model directory with all kinds of published files, and return its path."""
     made = tokenizer(template)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -81,21 +81,21 @@ def read(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A trained module, its checkpoint and the model directory that it started from."""
+    """Return a trained module, its checkpoint and the model directory that it started from."""
     folder = tmp_path_factory.mktemp("shipped")
     model = published(folder / "model", do_sample=True, temperature=0.6, top_k=20)
     return *fit(folder, model), model
 
 
-def test_the_generation_config_survives_and_stops_where_sampling_stopped(run, tmp_path):
+def test_the_generation_config_is_kept_and_gets_the_stop_tokens_of_sampling(run, tmp_path):
     module, checkpoint, model = run
     export_checkpoint(checkpoint, tmp_path / "out")
     before, after = read(model / "generation_config.json"), read(tmp_path / "out" / "generation_config.json")
-    assert {**after, "eos_token_id": before["eos_token_id"]} == before, "sampling defaults were changed"
+    assert {**after, "eos_token_id": before["eos_token_id"]} == before, "the sampling defaults have changed"
     assert set(after["eos_token_id"]) == set(module.chat_format.stop_ids)
     names = module.chat_format.tokenizer.convert_ids_to_tokens(after["eos_token_id"])
-    assert set(names) == {DOCUMENT_END, "<|im_start|>", "<|im_end|>"}, "shipped ones, and the end of a turn"
-    assert names[:2] == [DOCUMENT_END, "<|im_start|>"], "those of the model come first, in their order"
+    assert set(names) == {DOCUMENT_END, "<|im_start|>", "<|im_end|>"}, "shipped stop tokens and the end-of-turn token"
+    assert names[:2] == [DOCUMENT_END, "<|im_start|>"], "stop tokens of the model come first, in their order"
 
 
 def test_the_exported_model_stops_at_the_end_of_a_turn(run, tmp_path):
@@ -114,7 +114,7 @@ def test_the_exported_model_stops_at_the_end_of_a_turn(run, tmp_path):
 
     loaded.lm_head = Force()
     made = loaded.generate(torch.tensor([[1, 2]]), max_new_tokens=10, do_sample=False)
-    assert made.shape[1] == 3, "one token, and that was the end"
+    assert made.shape[1] == 3, "generation must stop after one token"
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_the_exported_model_stops_at_the_end_of_a_turn(run, tmp_path):
         {"max_new_tokens": 7, "num_beams": 1, "early_stopping": True, "nonsense": {"x": [1]}},
     ],
 )
-def test_a_contradictory_generation_config_is_saved_and_exported_as_it_was(tmp_path, wrong):
-    """transformers warns of it on loading, and refuses to save it once its stop tokens were changed."""
+def test_a_contradictory_generation_config_is_saved_and_exported_unchanged(tmp_path, wrong):
+    """transformers warns about it on loading, and refuses to save it after its stop tokens have changed."""
     model = published(tmp_path / "model", **wrong)
     _, checkpoint = fit(tmp_path, model)
     export_checkpoint(checkpoint, tmp_path / "out")
@@ -133,7 +133,7 @@ def test_a_contradictory_generation_config_is_saved_and_exported_as_it_was(tmp_p
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id
 
 
-def test_configuration_terms_and_preprocessor_come_along_and_code_does_not(run, tmp_path):
+def test_configuration_terms_and_preprocessor_are_exported_and_code_is_not(run, tmp_path):
     _, checkpoint, model = run
     export_checkpoint(checkpoint, tmp_path / "out", dtype="bfloat16")
     config = read(tmp_path / "out" / "config.json")
@@ -152,7 +152,7 @@ def test_the_files_come_from_the_start_of_the_run(tmp_path):
     """The model directory may be gone when the checkpoint is written."""
     model = published(tmp_path / "model")
     module = GearModule(Pretrained(str(model)), Uniform())
-    assert module.chat_format  # as a run's start looks at it
+    assert module.chat_format  # read at the start of a run
     module.policy = module.source.model()
     (model / "LICENSE").unlink()
     (model / "generation_config.json").unlink()
@@ -167,16 +167,16 @@ def test_a_link_out_of_the_model_directory_is_not_published(tmp_path):
     (model / "LICENSE").unlink()
     (model / "LICENSE").symlink_to(secret)
     assert "LICENSE" not in Pretrained(str(model)).shipped()
-    cached = tmp_path / "hub" / "snapshots" / "abc"  # as the hub's cache has it
+    cached = tmp_path / "hub" / "snapshots" / "abc"  # layout of the hub's cache
     cached.mkdir(parents=True)
     (tmp_path / "hub" / "blobs").mkdir()
     for path in model.iterdir():
         (tmp_path / "hub" / "blobs" / path.name).write_bytes(path.read_bytes())
         (cached / path.name).symlink_to(f"../../blobs/{path.name}")
-    assert Pretrained(str(cached)).shipped()["LICENSE"] == b"mine", "a file of the cache's own"
+    assert Pretrained(str(cached)).shipped()["LICENSE"] == b"mine", "a file within the cache"
 
 
-def test_a_model_of_the_hub_gives_the_files_that_its_cache_holds(tmp_path, monkeypatch):
+def test_a_hub_model_ships_the_files_in_its_cache(tmp_path, monkeypatch):
     import huggingface_hub.constants as constants
 
     cached = tmp_path / "models--me--model"
@@ -193,7 +193,7 @@ def test_a_model_of_the_hub_gives_the_files_that_its_cache_holds(tmp_path, monke
     assert Pretrained("me/none").shipped() == {}
 
 
-def test_a_tokenizer_of_several_templates_keeps_them(tmp_path):
+def test_a_tokenizer_with_several_templates_keeps_them(tmp_path):
     model = published(tmp_path / "model", {"default": CHATML, "tool_use": HERMES})
     _, checkpoint = fit(tmp_path, model)
     export_checkpoint(checkpoint, tmp_path / "out")
@@ -208,7 +208,7 @@ def test_a_tokenizer_of_several_templates_keeps_them(tmp_path):
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_sampling_stops_where_the_published_model_stops(tmp_path, file):
     model = published(tmp_path / "model")
-    if file == "config.json":  # without the other one it is this that counts
+    if file == "config.json":  # used if generation_config.json is missing
         (model / "generation_config.json").unlink()
         told = read(model / file)
         (model / file).write_text(
@@ -223,8 +223,8 @@ def test_sampling_stops_where_the_published_model_stops(tmp_path, file):
     assert not chat.ignored_stops
 
 
-def test_a_stop_token_that_is_ordinary_text_is_told_and_not_used(tmp_path, capsys):
-    """LlamaConfig's default end of a text is token 2, whatever the tokenizer says there."""
+def test_a_stop_token_that_is_ordinary_text_is_reported_and_not_used(tmp_path, capsys):
+    """LlamaConfig's default end-of-text token is 2, whatever that token is in the tokenizer."""
     model = published(tmp_path / "model", stops=[7, 90_000])
     chat = GearModule(Pretrained(str(model)), Uniform()).chat_format
     assert chat.ignored_stops == {7, 90_000}
@@ -235,12 +235,12 @@ def test_a_stop_token_that_is_ordinary_text_is_told_and_not_used(tmp_path, capsy
     assert f"stops at token 7 ({text!r}), 90000" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_single_stop_token_stays_a_number():
+def test_a_single_stop_token_is_stored_as_a_number():
     assert generation_config({"eos_token_id": [5, 3], "top_k": 1}, {3}) == {"eos_token_id": 3, "top_k": 1}
     assert generation_config({"_from_model_config": True}, {4, 3}) == {"eos_token_id": [3, 4]}
 
 
-def test_a_configuration_of_another_kind_of_model_is_not_mixed_in():
+def test_a_configuration_of_another_model_type_is_not_merged():
     whole = {"model_type": "seer", "text_config": {"a": 1}, "vision": 2}
     assert merged_config(whole, {"model_type": "seer_text", "a": 1}) == {"model_type": "seer_text", "a": 1}
 
@@ -255,7 +255,7 @@ def test_a_broken_generation_config_is_named(tmp_path, content):
         GearModule(Pretrained(str(model)), Uniform()).chat_format  # noqa: B018
 
 
-def test_chat_takes_control_tokens_as_stop_tokens_alone():
+def test_chat_accepts_only_control_tokens_as_stop_tokens():
     made = tokenizer()
     start, letter = made.convert_tokens_to_ids("<|im_start|>"), made.encode("a", add_special_tokens=False)[0]
     chat = Chat(made, stop_ids=[start, letter])

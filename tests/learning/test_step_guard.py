@@ -1,4 +1,4 @@
-"""A gradient that is not finite, or no gradient at all, moves nothing; and what is not finite reaches no checkpoint."""
+"""Steps with a non-finite gradient or without a gradient change nothing; no checkpoint has non-finite numbers."""
 
 import csv
 import math
@@ -15,13 +15,13 @@ from gear_lightning.runs.finite import all_finite
 
 
 def numbers(model: Any, run: L.Trainer) -> list[torch.Tensor]:
-    """Weights of policy and teacher, and the optimizer's state."""
+    """Return the weights of policy and teacher, and the optimizer's state."""
     states = [v for state in run.optimizers[0].state.values() for v in state.values()]
     return [p.detach().clone() for p in (*model.policy.parameters(), *model.teacher.model.parameters(), *states)]
 
 
 class Watch(L.Callback):
-    """Keeps all numbers before the first step, and after every step."""
+    """Records all numbers before the first step, and after every step."""
 
     def __init__(self) -> None:
         self.kept: list[list[torch.Tensor]] = []
@@ -31,13 +31,13 @@ class Watch(L.Callback):
             self.kept.append(numbers(pl_module, trainer))
 
     def moved(self, step: int) -> bool:
-        """Whether any number changed in the step; the first is number 1."""
+        """Return whether any number changed in the step (counted from 1)."""
         before, after = self.kept[step - 1], self.kept[step]
         return len(before) != len(after) or any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 class Spoil(L.Callback):
-    """Puts a value into one gradient of some steps, in one of Lightning's hooks."""
+    """Sets one gradient of some steps to a value, in one of Lightning's hooks."""
 
     def __init__(self, hook: str, value: float, *steps: int):
         setattr(self, hook, self.spoil)
@@ -49,7 +49,7 @@ class Spoil(L.Callback):
 
 
 class Lost(L.Callback):
-    """Makes the loss of some steps not finite: an advantage of NaN."""
+    """Makes the loss of some steps non-finite, with an advantage of NaN."""
 
     def __init__(self, *steps: int):
         self.steps = steps
@@ -74,7 +74,7 @@ SPOILED = [
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("spoil", SPOILED, ids=lambda s: type(s).__name__ + str(getattr(s, "value", "")))
-def test_a_step_on_a_gradient_that_is_not_finite_is_left_out_and_counted(tmp_path, spoil, clip):
+def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted(tmp_path, spoil, clip):
     watch, model = Watch(), module(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1))
     run = trainer(tmp_path, generation(), spoil, watch, max_epochs=5, gradient_clip_val=clip)
     with pytest.warns(UserWarning, match="gradient of optimizer step 3 is not finite: the step is skipped"):
@@ -88,7 +88,7 @@ def test_a_step_on_a_gradient_that_is_not_finite_is_left_out_and_counted(tmp_pat
 
 
 class PaysAtFirst(AnyCall):
-    """Pays nothing after so many rollouts."""
+    """Gives rewards of 0 after a number of rollouts."""
 
     played, paid = 0, 16
 
@@ -102,8 +102,8 @@ class PaysAtFirst(AnyCall):
 
 
 @pytest.mark.parametrize("zero_spread", ["keep", "drop"])
-def test_a_step_without_any_signal_moves_nothing(tmp_path, zero_spread, monkeypatch):
-    """Momentum and weight decay would."""
+def test_a_step_without_a_signal_changes_nothing(tmp_path, zero_spread, monkeypatch):
+    """Momentum and weight decay would change the weights."""
     monkeypatch.setattr(PaysAtFirst, "played", 0)
     watch, model = Watch(), module(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1))
     run = trainer(tmp_path, generation(environment=PaysAtFirst), watch, max_epochs=4)
@@ -114,7 +114,7 @@ def test_a_step_without_any_signal_moves_nothing(tmp_path, zero_spread, monkeypa
     assert [float(row["train/skipped_steps"]) for row in rows(tmp_path)] == [0, 0, 0, 0]
 
 
-def test_weights_that_are_not_finite_stop_the_run_at_once(tmp_path):
+def test_non_finite_weights_stop_the_run_at_once(tmp_path):
     class Break(L.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 1:
@@ -129,7 +129,7 @@ def test_weights_that_are_not_finite_stop_the_run_at_once(tmp_path):
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_all_finite_finds_one_number_among_many(value, dtype):
+def test_all_finite_finds_a_single_non_finite_number(value, dtype):
     parts = [torch.zeros(0), torch.arange(5), torch.zeros(7, 9, dtype=dtype)]
     assert all_finite(parts)
     parts[2][6, 8] = value

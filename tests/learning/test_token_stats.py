@@ -1,4 +1,4 @@
-"""Chunked stats equal plain ones, values and gradients, and never hold all logits."""
+"""Chunked statistics equal unchunked ones, values and gradients, and never hold all logits."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def plain(model, tokens, wanted, temperature=1.0):
     logprobs = (model(input_ids=tokens).logits.float() / temperature).log_softmax(-1)
     picked = torch.zeros(tokens.shape)
     entropy = torch.zeros(tokens.shape)
-    for b, t in wanted.nonzero().tolist():  # the distribution of token t is read at t - 1
+    for b, t in wanted.nonzero().tolist():  # the distribution of token t is at position t - 1
         picked[b, t] = logprobs[b, t - 1, tokens[b, t]]
         entropy[b, t] = torch.distributions.Categorical(logits=logprobs[b, t - 1]).entropy()
     return picked, entropy, logprobs
@@ -31,7 +31,7 @@ def plain(model, tokens, wanted, temperature=1.0):
 
 @pytest.mark.parametrize("logits", [100, 1 << 24])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_equal_to_full_logits(monkeypatch, logits, temperature):
+def test_statistics_equal_those_of_full_logits(monkeypatch, logits, temperature):
     monkeypatch.setattr(room, "LOGITS", logits)
     model, tokens, valid, wanted = setup()
     stats = room.token_stats(model, tokens, valid, wanted, temperature=temperature, top_k=3)
@@ -51,7 +51,7 @@ def test_equal_to_full_logits(monkeypatch, logits, temperature):
     assert not stats.entropy.requires_grad
 
 
-def test_padding_changes_nothing():
+def test_padding_does_not_change_statistics():
     model, tokens, valid, wanted = setup()
     together = room.token_stats(model, tokens, valid, wanted).logprobs
     for row, length in enumerate((11, 7, 4)):
@@ -61,8 +61,8 @@ def test_padding_changes_nothing():
 
 
 @pytest.mark.parametrize("length", [20, 80])
-def test_no_tensor_of_all_tokens_times_the_vocabulary_is_made(monkeypatch, length):
-    """Forward and backward: what grows with tokens x vocabulary is never larger than one piece."""
+def test_no_tensor_of_all_tokens_times_the_vocabulary_is_created(monkeypatch, length):
+    """In forward and backward, tensors that grow with tokens x vocabulary are never larger than one chunk."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -86,21 +86,21 @@ def test_no_tensor_of_all_tokens_times_the_vocabulary_is_made(monkeypatch, lengt
     assert seen.numel == 7 * vocabulary
 
 
-def test_nothing_wanted_still_has_a_gradient():
+def test_log_probs_without_wanted_tokens_have_a_gradient():
     model, tokens, valid, _ = setup()
     stats = room.token_stats(model, tokens, valid, torch.zeros_like(valid))
     stats.logprobs.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_given_tokens_are_looked_up():
+def test_top_ids_select_the_tokens():
     model, tokens, valid, wanted = setup()
     first = room.token_stats(model, tokens, valid, wanted, top_k=4)
     again = room.token_stats(model, tokens, valid, wanted, top_ids=first.top_ids)
     torch.testing.assert_close(first.top_logprobs, again.top_logprobs)
 
 
-def test_a_model_that_transforms_its_logits_is_refused():
+def test_a_model_that_transforms_its_logits_is_rejected():
     model, *_ = setup()
     head = model.get_output_embeddings()
 
@@ -132,7 +132,7 @@ def test_a_model_that_transforms_its_logits_is_refused():
         ("Llama", {}, None),
     ],
 )  # fmt: skip
-def test_what_is_done_to_logits_shows_at_any_size_of_them(kind, options, refused, scale):
+def test_transformed_logits_are_detected_at_any_size(kind, options, refused, scale):
     model = Family(kind=kind, options=tuple({**LLAMA, **options}.items())).model().eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(scale)

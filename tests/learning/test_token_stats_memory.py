@@ -1,4 +1,4 @@
-"""Scores in pieces: equal to those of whole logits, and no tensor of all tokens x vocabulary on either side."""
+"""Chunked scores: equal to those of full logits, and without a tensor of all tokens x vocabulary."""
 
 import importlib.util
 
@@ -39,7 +39,7 @@ def question():
 
 
 def whole(policy, tokens, wanted, temperature, top_k):
-    """The same from all logits at once: log-probs, entropy, top-k."""
+    """Return log-probs, entropy and top-k from all logits at once."""
     logits = policy(input_ids=tokens).logits[:, :-1].float() / temperature
     distribution = torch.distributions.Categorical(logits=logits)
     keep = wanted[:, 1:]
@@ -68,11 +68,11 @@ def gradients(policy, logprobs) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("pieces", [1, 2, 7, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16"])
-def test_equal_to_whole_logits(monkeypatch, tied, pieces, temperature, mixed):
+def test_scores_equal_those_of_full_logits(monkeypatch, tied, pieces, temperature, mixed):
     policy = model(tied)
     tokens, valid, wanted = question()
     monkeypatch.setattr(room, "LOGITS", -(-int(wanted.sum()) // pieces) * VOCABULARY)
-    # without a cache of casts, as Lightning has it: so the pieces of the head's gradient are added in float32
+    # without autocast's cache of casts, as in Lightning: the chunks of the head's gradient are added in float32
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed, cache_enabled=False):
         expected = whole(policy, tokens, wanted, temperature, top_k=4)
         there = gradients(policy, expected[0])
@@ -90,12 +90,12 @@ def test_equal_to_whole_logits(monkeypatch, tied, pieces, temperature, mixed):
     for name, gradient in here.items():
         if not mixed:
             torch.testing.assert_close(gradient, there[name], atol=1e-5, rtol=1e-4)
-        else:  # one rounding to bfloat16 (8 bits) on either side, however many pieces
+        else:  # one rounding to bfloat16 (8 bits) on both sides, for any number of chunks
             assert (gradient - there[name]).norm() <= 2**-8 * there[name].norm(), name
 
 
 class Sizes(TorchDispatchMode):
-    """Notes the number of entries of every tensor that an operator makes."""
+    """Records the number of elements of every tensor that an operator creates."""
 
     def __init__(self):
         super().__init__()
@@ -111,7 +111,7 @@ class Sizes(TorchDispatchMode):
 
 
 def long_batch(rows: int = 6, length: int = 60, hint: int = 20) -> RolloutBatch:
-    """Rows of sampled tokens after a prompt of one; the teacher sees ``hint`` tokens more."""
+    """Return rows of sampled tokens after a prompt of one token; the teacher sees ``hint`` more tokens."""
     made = [
         RolloutRow(
             tokens=[(7 * i + t) % VOCABULARY for t in range(length)],
@@ -135,10 +135,10 @@ def long_batch(rows: int = 6, length: int = 60, hint: int = 20) -> RolloutBatch:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("side", ["policy", "live policy scored as teacher", "teacher"])
-def test_no_tensor_is_larger_than_one_piece(monkeypatch, tied, side):
-    """Of any shape, forward and backward; and of what is kept for the backward pass none has the vocabulary in it."""
+def test_no_tensor_is_larger_than_one_chunk(monkeypatch, tied, side):
+    """For any shape, in forward and backward; no tensor kept for the backward pass has a vocabulary dimension."""
     policy, batch = model(tied), long_batch()
-    piece = 32 * VOCABULARY  # more than the weights and what the body makes
+    piece = 32 * VOCABULARY  # more than the weights and the activations of the body
     monkeypatch.setattr(room, "LOGITS", piece)
     options = TeacherOptions("live" if side.startswith("live") else "frozen")
     teacher = Teacher(policy, options)
@@ -167,7 +167,7 @@ def test_no_tensor_is_larger_than_one_piece(monkeypatch, tied, side):
         assert not kept, "the teacher keeps nothing for a backward pass"
 
 
-def test_this_test_sees_whole_logits():
+def test_the_measurement_detects_full_logits():
     policy, batch = model(), long_batch()
     with Sizes() as seen:
         whole(policy, batch.tokens, batch.action_mask, 1.0, 5)
@@ -176,17 +176,17 @@ def test_this_test_sees_whole_logits():
 
 @pytest.fixture(scope="module")
 def live_bytes():
-    """The benchmark's meter of live bytes."""
+    """Return the benchmark's counter of live bytes."""
     path = ROOT / "benchmarks" / "memory.py"
     spec = importlib.util.spec_from_file_location("benchmarks_memory", path)
     room = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(path.parent)  # for what the benchmarks share
+        patch.syspath_prepend(path.parent)  # for modules shared by the benchmarks
         spec.loader.exec_module(room)
     return room.LiveBytes
 
 
-def test_the_meter_counts_what_is_alive(live_bytes):
+def test_the_counter_counts_live_tensors(live_bytes):
     with live_bytes() as live:
         a = torch.zeros(1000)
         assert (live.now, live.peak) == (4000, 4000)
@@ -204,7 +204,7 @@ def test_the_meter_counts_what_is_alive(live_bytes):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("backward", [True, False], ids=["policy", "teacher"])
 def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch, live_bytes, tied, backward):
-    """More tokens cost what the body costs, whatever the vocabulary: no piece and no gradient of the head piles up."""
+    """More tokens only add the memory of the body, for any vocabulary: chunks and head gradients do not accumulate."""
     monkeypatch.setattr(room, "LOGITS", 1 << 16)
 
     def peak(vocabulary: int, length: int) -> int:
