@@ -1,4 +1,4 @@
-"""`gear-lightning noise-floor`, and recorded rollouts as its input."""
+"""`gear-lightning noise-floor`, with new and with recorded rollouts."""
 
 import csv
 
@@ -19,7 +19,7 @@ def metrics(folder) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_recorded_rollouts_give_back_what_was_trained_on(tmp_path):
+def test_recorded_rollouts_give_the_batches_that_were_trained_on(tmp_path):
     seen: list[RolloutBatch] = []
 
     class Keep(L.Callback):
@@ -47,7 +47,7 @@ COMMAND = [
 ]  # fmt: skip
 
 
-def test_the_command_measures_a_recipe_and_a_run_and_leaves_the_run_alone(tmp_path, repository):
+def test_the_command_measures_a_recipe_and_a_run_and_does_not_change_the_run(tmp_path, repository):
     where = ["--trainer.default_root_dir", tmp_path]
     status, out, err = command(repository, *COMMAND, *where, "--trainer.precision", "bf16-mixed")
     assert status == 0, err
@@ -85,7 +85,7 @@ def test_the_command_measures_a_recipe_and_a_run_and_leaves_the_run_alone(tmp_pa
     ],
     ids=["no teacher", "no rollouts", "unknown key", "no micro-batch", "no place"],
 )
-def test_what_cannot_be_measured_is_told_in_one_line(tmp_path, repository, args, message):
+def test_invalid_options_give_one_error(tmp_path, repository, args, message):
     status, _, err = command(repository, *COMMAND, "--trainer.default_root_dir", tmp_path / "run", *args)
     assert status == 2, err
     assert "Traceback" not in err

@@ -1,4 +1,4 @@
-"""`gear-lightning teacher-check`: whose text the teacher is shown, the figures by hand, the command on a recipe."""
+"""`gear-lightning teacher-check`: which text the teacher sees, hand-computed values, and the command on a recipe."""
 
 import json
 from dataclasses import replace
@@ -18,14 +18,14 @@ def task(name: str, reference: str | None, answer: str | None = None) -> Task:
     return Task(name, [{"role": "user", "content": name}], reference=reference, meta={"answer": answer, "kept": name})
 
 
-def test_every_task_is_paired_with_the_next_one_of_another_text():
+def test_every_task_is_paired_with_the_next_task_that_has_another_text():
     tasks = [task("a", "one", "1"), task("b", "one", "2"), task("c", "two", "3")]
     found = pairs_of(tasks, TeacherOptions())
     assert [found[t.id].reference for t in tasks] == ["two", "two", "one"]
     assert [found[t.id].meta for t in tasks] == [
         {"answer": "3", "kept": "a"}, {"answer": "3", "kept": "b"}, {"answer": "1", "kept": "c"}
     ]  # fmt: skip
-    assert [found[t.id].messages for t in tasks] == [t.messages for t in tasks], "the question stays"
+    assert [found[t.id].messages for t in tasks] == [t.messages for t in tasks], "the question must not change"
     assert [pairs_of(tasks, TeacherOptions(shows="answer"))[t.id].meta["answer"] for t in tasks] == ["2", "3", "1"]
     with pytest.raises(UserError, match="all 2 tasks have the same reference"):
         pairs_of(tasks[:2], TeacherOptions())
@@ -34,14 +34,14 @@ def test_every_task_is_paired_with_the_next_one_of_another_text():
 
 
 def scored(own: list[float], other: list[float], decisions: list[int], success: bool) -> Scored:
-    """A rollout of a prompt of one token, sampled tokens, and a stop token."""
+    """Return a scored rollout: a prompt of one token, sampled tokens, and a stop token."""
     counts = torch.tensor([False, *[True] * (len(own) - 2), False])
     return Scored(torch.tensor(own), torch.tensor(other), counts, torch.tensor(decisions), success)
 
 
-def test_figures_by_hand():
+def test_the_summary_matches_hand_computed_values():
     told = summary([
-        # right, wrong, and one that is wrong after it, which does not count
+        # right, wrong, and a later wrong decision, which does not count
         scored([9, 1, 5, 7, 9.0], [9, 2, 2, 2, 9.0], [0, 1, -1, 0, 0], False),
         scored([9, 2, 1, 3, 9.0], [9, 2, 1, 3, 9.0], [0, 1, 1, 0, 0], True),
         scored([9, 8, -1, -1, 9.0], [9, 1, 4, 4, 9.0], [0, -1, 1, -1, 0], False),
@@ -50,7 +50,7 @@ def test_figures_by_hand():
     assert (told["first_wrong"], told["right_before"]) == (2, 3)
     own, other = told["own"], told["other"]
     assert own["size"] == pytest.approx((1 + 5 + 7 + 2 + 1 + 3 + 8 + 1 + 1) / 9)
-    assert own["first_wrong"] == 1.0  # 5 and 8 against 1, 2 and 1
+    assert own["first_wrong"] == 1.0  # 5 and 8 compared with 1, 2 and 1
     assert other["first_wrong"] == pytest.approx((1 + 0.5 + 0.5 + 0.5) / 6)  # 2 and 1 against 2, 2, 1
     assert own["last"] == 0.5  # 7 and -1 against 3
     assert other["last"] == 0.5  # 2 and 4 against 3
@@ -63,7 +63,7 @@ def test_figures_by_hand():
     assert next(line for line in shown if "AUC of the first wrong" in line).split()[-2:] == ["1.00", "0.42"]
 
 
-def test_nothing_to_compare_is_no_area_and_nothing_to_measure_is_told():
+def test_areas_are_none_without_comparisons_and_no_tokens_raise_an_error():
     alone = scored([0, 1, 1, 0.0], [0, 1, 1, 0.0], [0, 0, 0, 0], True)
     told = summary([alone])
     assert told["shared"] is None
@@ -85,7 +85,7 @@ def measured(tmp_path, **teacher) -> dict:
     return probe.result
 
 
-def test_it_scores_both_views_and_trains_nothing(tmp_path):
+def test_the_probe_scores_both_views_and_does_not_train(tmp_path):
     told = measured(tmp_path, weights="live")
     assert (told["rollouts"], told["tasks"], told["left_out"], told["empty"]) == (8, 2, 0, 0)
     assert told["own"]["size"] > 0
@@ -95,8 +95,8 @@ def test_it_scores_both_views_and_trains_nothing(tmp_path):
     json.dumps(told, allow_nan=False)
 
 
-def test_a_teacher_that_is_shown_nothing_of_the_text_has_no_divergence(tmp_path, monkeypatch):
-    """Both views are then the policy's own: what is measured is the text's doing."""
+def test_a_teacher_without_privileged_text_has_no_divergence(tmp_path, monkeypatch):
+    """Both views then equal the policy's own, so the measured divergence comes only from the text."""
     monkeypatch.setattr("gear_lightning.teacher.privileged_text", lambda *_: None)
     told = measured(tmp_path, weights="live")
     assert told["own"]["size"] == told["other"]["size"] == pytest.approx(0, abs=1e-5)
@@ -111,7 +111,7 @@ COMMAND = [
 
 
 @pytest.mark.usefixtures("starts_quickly")
-def test_the_command_measures_a_recipe_and_leaves_its_directory_alone(tmp_path, repository):
+def test_the_command_measures_a_recipe_and_writes_only_its_result(tmp_path, repository):
     status, out, err = command(repository, *COMMAND, "--trainer.default_root_dir", tmp_path, "--tasks", "3")
     assert status == 0, err
     assert "6 rollouts of 3 tasks" in out
@@ -133,7 +133,7 @@ def test_the_command_measures_a_recipe_and_leaves_its_directory_alone(tmp_path, 
         (["--out", "configs/quickstart.yaml/x.json"], "configs/quickstart.yaml/x.json: cannot be written"),
     ],
 )
-def test_what_cannot_be_measured_is_told_in_one_line(tmp_path, repository, args, message):
+def test_invalid_options_give_one_error(tmp_path, repository, args, message):
     status, _, err = command(repository, *COMMAND, "--trainer.default_root_dir", tmp_path / "run", *args)
     assert status == 2, err
     assert "Traceback" not in err

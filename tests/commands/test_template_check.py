@@ -1,4 +1,4 @@
-"""``gear-lightning template`` shows what is trained on, and refuses what cannot work."""
+"""``gear-lightning template`` shows which spans are trained on, and refuses unsupported templates."""
 
 import pytest
 from chat_templates import CHATML, HERMES, NO_TOOL_ROLE, byte_tokenizer
@@ -16,14 +16,14 @@ def folder(request, tmp_path):
     return tmp_path
 
 
-def test_only_what_the_policy_says_is_trained_on_stop_token_included(folder, capsys):
+def test_only_tokens_of_the_policy_are_trained_on_including_the_stop_token(folder, capsys):
     assert template_command([str(folder)]) == 0
     shown = capsys.readouterr().out
     trained = [part.split("\n", 1)[1].split("\n-- ")[0].strip() for part in shown.split("-- sampled, ")[1:]]
     assert len(trained) == 2
     for text in trained:
         assert text.endswith("<|im_end|>"), "the policy must learn to stop"
-        assert "<|im_start|>" not in text, "the turn's header is the template's, not the policy's"
+        assert "<|im_start|>" not in text, "the header of the turn comes from the template, not from the policy"
         assert "<think>" not in text, "the template wrote into the policy's turn"
     assert '"calculator"' in trained[0]
     assert trained[1] == "It is 36.<|im_end|>"
@@ -31,11 +31,11 @@ def test_only_what_the_policy_says_is_trained_on_stop_token_included(folder, cap
 
 
 @pytest.mark.parametrize("template", [CHATML, HERMES])
-def test_the_spans_in_a_row_are_the_conversation_that_is_trained_on(template):
+def test_the_concatenated_spans_are_the_conversation_that_is_trained_on(template):
     chat = Chat(byte_tokenizer(template))
     whole = chat.tokenizer.decode([i for _, ids in spans(chat) for i in ids])
     assert whole.count("<|im_start|>assistant\n") == 2
-    assert whole.count("<|im_end|>") == whole.count("<|im_start|>"), "a message was left open or closed twice"
+    assert whole.count("<|im_end|>") == whole.count("<|im_start|>"), "a message was not closed or closed twice"
 
 
 def test_a_template_that_cannot_show_tool_results_is_refused(tmp_path):

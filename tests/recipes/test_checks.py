@@ -1,4 +1,4 @@
-"""Numbers that are none, or not finite, are refused before any training."""
+"""Non-finite numbers in options are refused before training."""
 
 import math
 from functools import partial
@@ -19,7 +19,7 @@ from gear_lightning.learning.warm_start import WarmStart
 from gear_lightning.rewards import OverlongPenalty
 from gear_lightning.rollout import Budgets
 
-TAKES_A_NUMBER = {
+NUMERIC_OPTIONS = {
     "generation.success_threshold": lambda x: generation(success_threshold=x),
     "temperature": lambda x: Sampling(temperature=x),
     "top_p": lambda x: Sampling(top_p=x),
@@ -37,13 +37,13 @@ TAKES_A_NUMBER = {
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("option", TAKES_A_NUMBER)
-def test_a_number_that_is_not_finite_is_refused_by_name(option, value):
+@pytest.mark.parametrize("option", NUMERIC_OPTIONS)
+def test_a_non_finite_number_is_refused_with_its_name(option, value):
     with pytest.raises(UserError, match=rf"{option}={value}.*"):
-        TAKES_A_NUMBER[option](value)
+        NUMERIC_OPTIONS[option](value)
 
 
-def test_a_window_longer_than_any_rollout_is_all_that_came_before():
+def test_a_window_longer_than_the_rollout_uses_all_previous_tokens():
     import torch
 
     divergence = torch.rand(3, 9, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The command line: what it takes, what it refuses in one line, and what it leaves behind."""
+"""The command line: which options it accepts, errors in one line, and the files that it writes."""
 
 import csv
 import json
@@ -45,7 +45,7 @@ from safetensors.torch import load_file
          "pip install --no-deps no-such-pkg"),
     ],
 )  # fmt: skip
-def test_a_bad_setting_gives_one_clear_error_before_any_training(command, tmp_path, args, message):
+def test_an_invalid_option_gives_one_error_before_training(command, tmp_path, args, message):
     assert message in error_of(command, *FIT, "--trainer.default_root_dir", tmp_path / "run", *args)
     assert not (tmp_path / "run" / "rollouts").exists()
 
@@ -57,10 +57,10 @@ def test_a_bad_setting_gives_one_clear_error_before_any_training(command, tmp_pa
         ("--model.objective", {"CISPO", "ClippedSurrogate", "GSPO"}),
     ],
 )
-def test_an_unknown_class_lists_those_that_there_are(command, option, known):
+def test_an_unknown_class_lists_the_known_ones(command, option, known):
     listed = re.search(r"No class Nonsense; known by name are ([\w, ]+)", error_of(command, *FIT, option, "Nonsense"))
     assert listed
-    assert known <= set(listed[1].split(", "))  # and what other tests have made
+    assert known <= set(listed[1].split(", "))  # other tests may have defined more classes
 
 
 @pytest.mark.parametrize(
@@ -76,14 +76,14 @@ def test_an_unknown_class_lists_those_that_there_are(command, option, known):
         (["--data.resample_rounds", "x"], "data.resample_rounds", "Expected a <class 'int'>. Got value: x"),
     ],
 )
-def test_an_option_that_may_be_null_is_told_of_as_any_other(command, args, key, last):
+def test_errors_of_options_that_may_be_null_do_not_mention_null(command, args, key, last):
     lines = error_of(command, *FIT, *args).splitlines()
-    told = lines[lines.index(f'error: Parser key "{key}":') :]
-    assert len(told) <= 4
-    assert told[-1].endswith(last)
+    message = lines[lines.index(f'error: Parser key "{key}":') :]
+    assert len(message) <= 4
+    assert message[-1].endswith(last)
 
 
-def test_tasks_are_looked_at_before_the_warm_start(command, tmp_path):
+def test_tasks_are_checked_before_the_warm_start(command, tmp_path):
     args = [a for a in FIT if a != "--warm_start=null"]
     args += ["--warm_start.steps", "1", "--warm_start.batch_size", "2", "--generation.budgets.context", "8"]
     error = error_of(command, *args, "--trainer.default_root_dir", tmp_path)
@@ -115,8 +115,8 @@ def test_a_task_without_a_reference_or_a_reward_is_named(command, tmp_path):
     single = ["--generation.environment", "gear_lightning.environments.single_turn.SingleTurn"]
     assert "task mine: nothing says how it is scored" in error_of(command, *args, *single)
     with_reward = [*args, *single, "--generation.environment.reward", "contains"]
-    told = "task mine has no reference, and GEAR needs one for its teacher; use model.teacher.shows=answer, which it"
-    assert told in error_of(command, *with_reward)
+    message = "task mine has no reference, and GEAR needs one for its teacher; use model.teacher.shows=answer, which it"
+    assert message in error_of(command, *with_reward)
     status, _, err = command(*with_reward, "--config", "configs/credit/grpo.yaml")
     assert status == 0, err
 
@@ -127,7 +127,7 @@ def test_unknown_commands_and_a_start_without_checkpoint_are_refused(command, tm
     assert "ckpt_path=last: there is no checkpoint in" in error_of(command, "validate", *args)
 
 
-def test_values_that_point_at_others_follow_the_last_word(command, tmp_path):
+def test_interpolated_values_follow_the_last_override(command, tmp_path):
     tasks = "{{class_path: gear_lightning.environments.lookup_chain.LookupChainTasks, init_args: {{hops: {}}}}}"
     file = tmp_path / "point.yaml"
     file.write_text("data: {val_tasks: " + tasks.format('"${...train_tasks.init_args.hops}"') + "}")
@@ -144,7 +144,7 @@ def metrics(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_run_leaves_what_the_readme_says_and_every_command_reads_it(command, tmp_path):
+def test_a_run_writes_the_documented_files_and_every_command_reads_them(command, tmp_path):
     run, often = tmp_path / "run", ["--progress.every_seconds", "0"]
     status, out, err = command(*FIT, "--trainer.default_root_dir", run, "--samples.every_n_iterations", "2", *often)
     assert status == 0, err
@@ -185,7 +185,7 @@ def test_a_run_leaves_what_the_readme_says_and_every_command_reads_it(command, t
 
 
 @pytest.mark.parametrize("kind", ["absolute", "relative"])
-def test_a_fresh_start_sets_an_earlier_run_aside(command, tmp_path, repository, kind):
+def test_a_fresh_start_moves_an_earlier_run_away(command, tmp_path, repository, kind):
     run = tmp_path if kind == "absolute" else os.path.relpath(tmp_path, repository)
     args = [*FIT, "--trainer.default_root_dir", run, "--trainer.max_epochs", "1"]
     command(*args)
@@ -197,7 +197,7 @@ def test_a_fresh_start_sets_an_earlier_run_aside(command, tmp_path, repository, 
     assert len(list((tmp_path / "rollouts").glob("*.jsonl"))) == 1
 
 
-def test_last_starts_afresh_where_there_is_nothing_to_go_on_from(command, tmp_path):
+def test_ckpt_path_last_starts_a_new_run_if_there_is_no_checkpoint(command, tmp_path):
     args = [*FIT, "--trainer.default_root_dir", tmp_path, "--ckpt_path", "last"]
     assert command(*args, "--trainer.max_epochs", "1")[0] == 0
     status, _, err = command(*args, "--trainer.max_epochs", "2")
@@ -252,7 +252,7 @@ class Note(L.Callback):
 '''
 
 
-def test_own_tasks_tools_reward_environment_credit_and_callback_are_named_in_the_config(command, tmp_path, monkeypatch):
+def test_a_config_can_name_own_tasks_tools_reward_environment_credit_and_callback(command, tmp_path, monkeypatch):
     (tmp_path / "own_pieces.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "tasks.jsonl").write_text(
@@ -288,7 +288,7 @@ generation:
     assert (tensors["weights"][tensors["action_mask"]] == 0.25).all()
 
 
-def test_a_second_run_in_the_directory_of_a_living_one_is_refused(command, tmp_path):
+def test_a_second_run_in_the_directory_of_an_active_one_is_refused(command, tmp_path):
     import fcntl
 
     with (tmp_path / ".lock").open("w") as other:
@@ -298,7 +298,7 @@ def test_a_second_run_in_the_directory_of_a_living_one_is_refused(command, tmp_p
     assert not (tmp_path / "metrics.csv").exists()
 
 
-def test_a_checkpoint_directory_of_ones_own_is_where_last_looks(command, tmp_path):
+def test_ckpt_path_last_uses_checkpoint_dirpath(command, tmp_path):
     args = [*FIT, "--trainer.default_root_dir", tmp_path / "run", "--checkpoint.dirpath", tmp_path / "kept"]
     assert command(*args, "--trainer.max_epochs", "1")[0] == 0
     status, out, err = command(*args, "--ckpt_path", "last")
@@ -320,7 +320,7 @@ def test_a_checkpoint_directory_of_ones_own_is_where_last_looks(command, tmp_pat
         (["--trainer.enable_progress_bar", "false", "--ckpt_path", "best"], "best"),
     ],
 )
-def test_more_settings_that_cannot_be_are_refused_in_one_line(command, tmp_path, monkeypatch, args, message):
+def test_more_invalid_options_give_one_error(command, tmp_path, monkeypatch, args, message):
     (tmp_path / "own_broken.py").write_text(
         "class Env:\n    def __new__(cls):\n        raise KeyError('home')\n".replace(
             "class Env", "from gear_lightning.environments.base import Environment\n\n\nclass Env(Environment)"
@@ -331,7 +331,7 @@ def test_more_settings_that_cannot_be_are_refused_in_one_line(command, tmp_path,
     assert message in error
 
 
-def test_bars_and_checkpoints_can_be_switched_off(command, tmp_path):
+def test_progress_bar_and_checkpoints_can_be_turned_off(command, tmp_path):
     off = [
         "--trainer.enable_progress_bar",
         "false",
@@ -342,5 +342,5 @@ def test_bars_and_checkpoints_can_be_switched_off(command, tmp_path):
     ]
     status, out, err = command(*FIT, "--trainer.default_root_dir", tmp_path, *off)
     assert status == 0, err
-    assert "last.ckpt" not in out.split("What to try")[0]
+    assert "last.ckpt" not in out.split("Next steps")[0]
     assert not (tmp_path / "checkpoints").exists()

@@ -1,4 +1,4 @@
-"""Every config file parses and instantiates through the real command line, and every option does something."""
+"""Every config file parses and instantiates through the command line, and every option takes effect."""
 
 import importlib
 from pathlib import Path
@@ -32,7 +32,7 @@ from gear_lightning.loss import CISPO, GSPO, ClippedSurrogate
 from gear_lightning.module import GearModule
 from gear_lightning.study.plan import Study
 
-APART = ("slurm", "study")  # those of Slurm: test_slurm_command.py
+APART = ("slurm", "study")  # other kinds of files; those of Slurm are in test_slurm_command.py
 PIECES = sorted(p for p in CONFIGS.glob("*/**/*.yaml") if p.parent.name not in APART)
 
 
@@ -45,18 +45,18 @@ STACKS = [(recipe,) for recipe in RECIPES] + [(QUICKSTART, piece) for piece in P
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
-    """Runs go into a temporary folder."""
+    """Run each test in a temporary folder."""
     monkeypatch.chdir(tmp_path)
 
 
-def test_there_are_recipes_and_pieces():
+def test_recipes_and_pieces_exist():
     assert QUICKSTART in RECIPES
     assert PIECES
 
 
 @pytest.mark.parametrize("files", STACKS, ids=name)
 def test_every_config_parses_and_instantiates(files):
-    """Recipes whose model weights are not installed are built too: weights are read when training starts."""
+    """Recipes are built even if their model weights are not installed: weights are read when training starts."""
     try:
         cli = Built(arguments(*files))
     except UserError as error:
@@ -67,7 +67,7 @@ def test_every_config_parses_and_instantiates(files):
     except MisconfigurationException as error:
         Parsed(arguments(*files))
         if "No supported gpu backend" in str(error) or "accelerator" in str(error):
-            pytest.skip(f"the accelerator is not here: {error}")
+            pytest.skip(f"the accelerator is not available: {error}")
         raise
     assert isinstance(cli.model, GearModule)
     assert isinstance(cli.datamodule, RolloutDataModule)
@@ -80,7 +80,7 @@ def test_every_config_parses_and_instantiates(files):
 
 
 def leaves(tree, path=()):
-    """(path, value) of the plain values of a config; values that a type may write differently are left out."""
+    """Yield (path, value) of the plain values of a config, except values that their type may change."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from leaves(value, (*path, key))
@@ -90,7 +90,7 @@ def leaves(tree, path=()):
 
 @pytest.mark.parametrize("file", PLANS, ids=lambda p: p.name)
 def test_every_run_of_a_study_instantiates(file, monkeypatch):
-    """Each arm and each point once: every option of a plan is one that `fit` knows."""
+    """Checks each arm and each point once: `fit` must know every option of a plan."""
     monkeypatch.chdir(ROOT)
     study = Study(**yaml.safe_load(file.read_text()))
     assert study.baseline in study.arms
@@ -124,21 +124,21 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_credit_rule_put_in_place_of_another_has_its_own_defaults(rule):
-    """Not the defaults of the rule before it: RLSD with GEAR's clip is not RLSD."""
+def test_a_credit_rule_that_replaces_another_has_its_own_defaults(rule):
+    """It must not inherit from the previous rule: RLSD with GEAR's clip is not RLSD."""
     cli = Built([*arguments(QUICKSTART), f"--model.credit=gear_lightning.credit.{rule}"])
     assert cli.model.credit == RULES[rule]
 
 
 @pytest.mark.parametrize("piece", [p for p in PIECES if p.parent.name == "credit"], ids=lambda p: p.name)
-def test_a_stacked_credit_piece_is_the_rule_that_it_names(piece):
+def test_a_stacked_credit_piece_gives_the_rule_that_it_names(piece):
     cli = Built(arguments(QUICKSTART, piece))
     given = yaml.safe_load(piece.read_text())["model"]["credit"]
     kind = RULES[given["class_path"].rpartition(".")[2]]
     assert cli.model.credit == type(kind)(**given.get("init_args", {}))
 
 
-def test_every_credit_rule_has_a_piece_and_those_of_other_papers_have_their_teachers():
+def test_every_credit_rule_has_a_piece_with_the_teacher_of_its_paper():
     pieces = [p for p in PIECES if p.parent.name == "credit"]
     named = {yaml.safe_load(p.read_text())["model"]["credit"]["class_path"].rpartition(".")[2] for p in pieces}
     assert named >= set(RULES)
@@ -160,8 +160,8 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("before", [None, *OBJECTIVES])
 @pytest.mark.parametrize("after", OBJECTIVES)
-def test_the_last_objective_stacked_counts_whole(before, after):
-    """Nothing of the one before it is left, a length or a way of resampling say."""
+def test_the_last_stacked_objective_replaces_earlier_ones_completely(before, after):
+    """No option of the previous objective remains, such as a length or resampling."""
     assert {p.stem for p in PIECES if p.parent.name == "objective"} == set(OBJECTIVES)
     names = [n for n in (before, after) if n]
     cli = Parsed(arguments(QUICKSTART, *(CONFIGS / "objective" / f"{n}.yaml" for n in names)))
@@ -170,7 +170,7 @@ def test_the_last_objective_stacked_counts_whole(before, after):
     assert made.data.resample_rounds == (10 if after == "dapo" else 4)
 
 
-def test_the_length_of_dr_grpo_is_the_budget_of_the_quickstart():
+def test_the_constant_length_of_dr_grpo_is_the_token_budget_of_the_quickstart():
     cli = Built(arguments(QUICKSTART, CONFIGS / "objective" / "dr_grpo.yaml"))
     callbacks = [c for c in cli.trainer.callbacks if hasattr(c, "budgets")]
     assert [c.budgets.tokens for c in callbacks] == [cli.model.objective.constant_length]
@@ -179,13 +179,13 @@ def test_the_length_of_dr_grpo_is_the_budget_of_the_quickstart():
 @pytest.mark.parametrize(
     ("piece", "advantage"), [("turn_grpo", TurnGRPO()), ("mt_grpo", MTGRPO()), ("gigpo", GiGPO()), ("gear", GRPO())]
 )
-def test_a_credit_piece_may_bring_an_advantage_of_turns(piece, advantage):
+def test_a_credit_piece_may_set_a_turn_level_advantage(piece, advantage):
     cli = Built(arguments(QUICKSTART, CONFIGS / "credit" / f"{piece}.yaml"))
     assert cli.datamodule.advantage == advantage
 
 
 DISTILLATIONS = {
-    # name: what is distilled, whether there is a policy loss too, the teacher's weights and what it is shown
+    # name: distillation, whether there is a policy loss too, the teacher's weights, the text shown to it
     "opsd": (OPSD(), False, "frozen", "reference"),
     "grpo_opsd": (OPSD(coef=0.01), True, "frozen", "reference"),
     "sdpo": (SDPO(), False, "ema", "peer_or_feedback"),
@@ -196,8 +196,8 @@ DISTILLATIONS = {
 
 @pytest.mark.parametrize("piece", DISTILLATIONS)
 @pytest.mark.parametrize("before", [(), ("opsd",), ("gear",), ("sdpo",)], ids=str)
-def test_a_stacked_distillation_is_the_method_that_it_names(piece, before):
-    """Also on top of another one."""
+def test_a_stacked_distillation_gives_the_method_that_it_names(piece, before):
+    """Also if it is stacked on another one."""
     files = [CONFIGS / "credit" / f"{name}.yaml" for name in (*before, piece)]
     model = Built(arguments(QUICKSTART, *files)).model
     kind, objective, weights, shows = DISTILLATIONS[piece]
@@ -208,12 +208,12 @@ def test_a_stacked_distillation_is_the_method_that_it_names(piece, before):
     assert model.needs_teacher
 
 
-def test_all_pieces_that_distil_are_looked_at():
+def test_all_distillation_pieces_are_tested():
     credits = [p for p in PIECES if p.parent.name == "credit"]
     assert {p.stem for p in credits if "distillation" in yaml.safe_load(p.read_text())["model"]} == set(DISTILLATIONS)
 
 
-def test_a_credit_rule_on_top_of_distillation_alone_is_refused_and_on_top_of_both_is_not():
+def test_a_credit_rule_needs_an_objective_in_addition_to_distillation():
     credit = CONFIGS / "credit"
     with pytest.raises(UserError, match=r"model\.credit=GEAR does nothing without a model\.objective"):
         Built(arguments(QUICKSTART, credit / "opsd.yaml", credit / "gear.yaml"))
@@ -224,14 +224,14 @@ def test_a_credit_rule_on_top_of_distillation_alone_is_refused_and_on_top_of_bot
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_the_quickstart_config_serves_the_other_commands_too(command):
+def test_the_quickstart_config_works_with_the_other_commands(command):
     cli = Built(arguments(QUICKSTART, command=command))
     assert cli.subcommand == command
     assert isinstance(cli.model, GearModule)
 
 
-def test_a_printed_config_is_the_whole_config():
-    """What a run saves beside its results makes the same run again."""
+def test_a_printed_config_is_complete():
+    """The config that a run saves reproduces the run."""
     first = printed(*arguments(QUICKSTART))
     Path("again.yaml").write_text(first)
     assert printed(*arguments(Path("again.yaml"))) == first
@@ -249,7 +249,7 @@ def test_a_printed_config_is_the_whole_config():
         "--model.teacher.weights=emma",
     ],
 )
-def test_a_misspelt_option_stops_at_once_and_is_named(wrong, capsys):
+def test_a_misspelled_option_is_refused_with_its_name(wrong, capsys):
     with pytest.raises(SystemExit) as done:
         Parsed([*arguments(QUICKSTART), wrong])
     assert done.value.code == 2
@@ -258,7 +258,7 @@ def test_a_misspelt_option_stops_at_once_and_is_named(wrong, capsys):
 
 
 def test_class_paths_of_configs_are_importable():
-    """Also those that the parser would only look at when a run starts."""
+    """Including those that the parser would only check when a run starts."""
 
     def paths(tree):
         if isinstance(tree, dict):

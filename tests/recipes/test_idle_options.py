@@ -1,4 +1,4 @@
-"""An option that does nothing beside the others is reported, and one that does something is not."""
+"""Options that have no effect in combination with the others are reported; options with an effect are not."""
 
 import inspect
 from typing import Any
@@ -40,11 +40,11 @@ def defaults(kind: type) -> dict[str, Any]:
     return {n: p.default for k in kinds for n, p in inspect.signature(k).parameters.items()}
 
 
-def told(change: dict[str, Any] | None = None, *, parts: dict | None = None, **of_module: Any) -> list[str]:
-    """What is reported of the tiny recipe.
+def idle_lines(change: dict[str, Any] | None = None, *, parts: dict | None = None, **of_module: Any) -> list[str]:
+    """Return the lines that are reported for a tiny recipe.
 
     Args:
-        change: dotted option -> value as it was given.
+        change: dotted option -> given value.
         parts: options of the data module and the generation callback.
         of_module: options of the module.
     """
@@ -62,8 +62,8 @@ def told(change: dict[str, Any] | None = None, *, parts: dict | None = None, **o
     return idle_options(given, module(**of_module), data(**of_data), generation(**of_generation))
 
 
-def test_a_recipe_of_defaults_has_nothing_to_report():
-    assert told() == []
+def test_a_recipe_of_defaults_reports_nothing():
+    assert idle_lines() == []
 
 
 BOUNDS = [
@@ -85,11 +85,11 @@ BOUNDS = [
 
 
 @pytest.mark.parametrize(("options", "line"), BOUNDS)
-def test_bounds_of_importance_ratios_need_a_second_step_on_the_same_rollouts(options, line):
-    (found,) = told(**options)
+def test_bounds_of_importance_ratios_need_more_than_one_inner_epoch(options, line):
+    (found,) = idle_lines(**options)
     assert line in found
     assert found.endswith("it needs data.inner_epochs of 2 or more")
-    assert told(parts={"inner_epochs": 2}, **options) == []
+    assert idle_lines(parts={"inner_epochs": 2}, **options) == []
 
 
 FROZEN = {"teacher": TeacherOptions(weights="frozen")}
@@ -99,11 +99,11 @@ NO_OBJECTIVE = {"objective": None, "credit": Uniform()}
 OVERLONG = OverlongPenalty(expected=8, buffer=8)
 
 IDLE = {
-    "a teacher without a rule that asks one": (
+    "a teacher that no rule uses": (
         {"credit": Uniform(), **FROZEN}, {}, "model.teacher.weights=frozen does nothing with model.credit=Uniform",
         {"credit": GEAR(), **FROZEN}, {},
     ),
-    "its text": (
+    "the text of a teacher that no rule uses": (
         {"credit": Uniform(), **BARE}, {}, "model.teacher.template={reference}, model.teacher.max_prompt=9 do nothing",
         {"credit": Uniform(), **BARE}, {"warm_start": {"steps": 3}},
     ),
@@ -120,36 +120,36 @@ IDLE = {
         "noise_floor.tokens=5, noise_floor.share=0.5 do nothing with model.credit=Uniform",
         {}, {"noise_floor.tokens": 5, "noise_floor.share": 0.5},
     ),
-    "tokens to measure, and a measured floor": (
+    "tokens to measure with a measured floor": (
         {}, {"noise_floor.tokens": 5, "noise_floor.file": "f"}, "noise_floor.tokens=5 does nothing with noise_floor",
         {}, {"noise_floor.file": "f"},
     ),
-    "checkpoints that are switched off": (
+    "checkpoints that are turned off": (
         {}, {"checkpoint.every_n_epochs": 4, "trainer.enable_checkpointing": False},
         "checkpoint.every_n_epochs=4 does nothing with trainer.enable_checkpointing=false",
         {}, {"checkpoint.every_n_epochs": 4},
     ),
-    "a bar that is switched off": (
+    "a progress bar that is turned off": (
         {}, {"progress.every_seconds": 1.0, "trainer.enable_progress_bar": False}, "progress.every_seconds=1.0 does",
         {}, {"progress.every_seconds": 1.0},
     ),
-    "samples that are switched off": (
+    "samples that are turned off": (
         {}, {"samples.every_n_iterations": 0, "samples.rows": 9}, "samples.rows=9 does nothing with samples.every_n_it",
         {}, {"samples.rows": 9},
     ),
-    "how to clip, and no clipping": (
+    "a clipping algorithm without clipping": (
         {}, {"trainer.gradient_clip_algorithm": "value"}, "gradient_clip_algorithm=value does nothing without tr",
         {}, {"trainer.gradient_clip_algorithm": "value", "trainer.gradient_clip_val": 1.0},
     ),
-    "which end of a metric is good, and no metric": (
+    "a checkpoint mode without a monitor": (
         {}, {"checkpoint.mode": "max"}, "checkpoint.mode=max does nothing without checkpoint.monitor",
         {}, {"checkpoint.mode": "max", "checkpoint.monitor": "val/reward"},
     ),
-    "how often to log what is logged once an iteration": (
+    "a logging interval for metrics that are logged once per iteration": (
         {}, {"trainer.log_every_n_steps": 5}, "trainer.log_every_n_steps=5 does nothing here: every metric is",
         {}, {"trainer.log_every_n_steps": 5, "trainer.callbacks": ["mine"]},
     ),
-    "health of rewards, and none learned from": (
+    "health of rewards if nothing learns from rewards": (
         {**NO_OBJECTIVE, "distillation": OPSD()}, {"health.warn_after": 2}, "health.warn_after=2 does nothing with mod",
         {**NO_OBJECTIVE, "distillation": OPSD(), "teacher": TeacherOptions(shows="feedback")}, {"health.warn_after": 2},
     ),
@@ -157,11 +157,11 @@ IDLE = {
 
 
 @pytest.mark.parametrize("case", IDLE)
-def test_what_does_nothing_is_reported_and_what_does_something_is_not(case):
+def test_options_without_effect_are_reported_and_options_with_effect_are_not(case):
     parts, change, line, other_parts, other_change = IDLE[case]
-    (found,) = told(change, **parts)
+    (found,) = idle_lines(change, **parts)
     assert line in found
-    assert told(other_change, **other_parts) == []
+    assert idle_lines(other_change, **other_parts) == []
 
 
 PARTS = {
@@ -170,16 +170,16 @@ PARTS = {
         "data.val_limit=3, generation.val_sampling do nothing without data.val_tasks",
         {"val_limit": 3, "val_sampling": Sampling(0.0)},
     ),
-    "weights that are whole anyway": (
+    "sampling weights that are not sharded": (
         {"weights": "stream", "weights_dtype": "float32"},
         "generation.weights=stream, generation.weights_dtype=float32 do nothing with trainer.strategy=ddp",
         {"weights_dtype": "bfloat16"},
     ),
-    "how to draw the likeliest token": (
+    "sampling options with temperature 0": (
         {"val_sampling": Sampling(0.0, top_k=3)}, "generation.val_sampling.top_k=3 does nothing with temperature=0",
         {"val_sampling": Sampling(0.5, top_k=3)},
     ),
-    "a turn that may be longer than the rollout": (
+    "a turn limit above the rollout limit": (
         {"budgets": Budgets(tokens=8, turn_tokens=8, context=96)}, "turn_tokens=8 does nothing with generation.budgets",
         {"budgets": Budgets(tokens=8, turn_tokens=7, context=96)},
     ),
@@ -187,48 +187,48 @@ PARTS = {
 
 
 @pytest.mark.parametrize("case", PARTS)
-def test_the_same_of_data_and_rollouts(case):
+def test_data_and_generation_options_without_effect_are_reported(case):
     parts, line, other = PARTS[case]
-    (found,) = told(parts=parts)
+    (found,) = idle_lines(parts=parts)
     assert line in found
-    assert told(parts=other) == []
+    assert idle_lines(parts=other) == []
 
 
-def test_weights_that_are_spread_are_streamed():
+def test_stream_has_an_effect_on_sharded_weights():
     strategy = {"class_path": "gear_lightning.strategies.FSDP2", "init_args": {}}
-    assert told({"trainer.strategy": strategy}, parts={"weights": "stream"}) == []
+    assert idle_lines({"trainer.strategy": strategy}, parts={"weights": "stream"}) == []
 
 
-def test_turns_of_an_environment_of_one_turn():
+def test_a_number_of_turns_has_no_effect_in_a_single_turn_environment():
     class Single:
         class_path = "gear_lightning.environments.single_turn.SingleTurn"
 
     budgets = Budgets(turns=4, tokens=24, context=96)
-    (found,) = told({"generation.environment": Single()}, parts={"budgets": budgets})
+    (found,) = idle_lines({"generation.environment": Single()}, parts={"budgets": budgets})
     assert found == "generation.budgets.turns=4 does nothing with SingleTurn, which ends after one turn"
-    assert told(parts={"budgets": budgets}) == []
+    assert idle_lines(parts={"budgets": budgets}) == []
 
 
-def test_rewards_that_nothing_learns_from():
+def test_reward_options_have_no_effect_if_nothing_learns_from_rewards():
     shaped = {"advantage": DrGRPO(), "overlong": OVERLONG}
-    (found,) = told(parts=shaped, **NO_OBJECTIVE, distillation=OPSD())
+    (found,) = idle_lines(parts=shaped, **NO_OBJECTIVE, distillation=OPSD())
     assert found.startswith("data.advantage=DrGRPO, generation.overlong do nothing without a model.objective")
-    assert told(parts=shaped, **NO_OBJECTIVE, distillation=SDPG(positives_only=True)) == []
-    assert told(parts=shaped, distillation=OPSD()) == []
-    assert told(parts={"advantage": GRPO()}, **NO_OBJECTIVE, distillation=OPSD()) == []
+    assert idle_lines(parts=shaped, **NO_OBJECTIVE, distillation=SDPG(positives_only=True)) == []
+    assert idle_lines(parts=shaped, distillation=OPSD()) == []
+    assert idle_lines(parts={"advantage": GRPO()}, **NO_OBJECTIVE, distillation=OPSD()) == []
 
 
 # -- where it is reported ---------------------------------------------------------------------------------------------
 
 
-def test_a_shipped_recipe_uses_all_that_it_gives_and_takes_any_objective(repository, monkeypatch):
+def test_the_quickstart_has_no_options_without_effect(repository, monkeypatch):
     monkeypatch.chdir(repository)
     assert idle(read_recipe(["--config", "configs/quickstart.yaml"])) == []
     (line,) = idle(read_recipe(["--config", "configs/quickstart.yaml", "--config", "configs/objective/grpo.yaml"]))
     assert line.startswith("model.objective.clip_high=0.2 does nothing with data.inner_epochs=1")
 
 
-def test_doctor_lists_them(repository, monkeypatch, capsys):
+def test_doctor_lists_options_without_effect(repository, monkeypatch, capsys):
     from gear_lightning.commands.doctor import doctor_command
 
     monkeypatch.chdir(repository)
@@ -236,7 +236,7 @@ def test_doctor_lists_them(repository, monkeypatch, capsys):
     assert "- model.objective=GSPO is ClippedSurrogate with" in capsys.readouterr().out
 
 
-def test_fit_warns_of_them_and_trains(command, tmp_path):
+def test_fit_warns_about_options_without_effect_and_trains(command, tmp_path):
     short = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0", f"--trainer.default_root_dir={tmp_path}"]
     with pytest.warns(UserWarning, match=r"model\.objective\.dual_clip=3\.0 does nothing with data\.inner_epochs=1"):
         status, _, err = command(*FIT, *short, "--model.objective.dual_clip", "3.0")
@@ -244,7 +244,7 @@ def test_fit_warns_of_them_and_trains(command, tmp_path):
     assert (tmp_path / "metrics.csv").exists()
 
 
-def test_a_resume_says_that_its_warm_start_is_over(monkeypatch):
+def test_a_resume_reports_that_warm_start_has_no_effect(monkeypatch):
     said = []
     monkeypatch.setattr("gear_lightning.recipes.cli.rank_zero_info", said.append)
     cli = object.__new__(GearCLI)

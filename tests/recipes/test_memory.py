@@ -1,4 +1,4 @@
-"""What doctor computes: against numbers worked out by hand, real models, and what autograd really keeps."""
+"""Memory estimates compared with hand-computed values, real models, and the bytes that autograd keeps."""
 
 from dataclasses import replace
 from functools import cache
@@ -30,7 +30,7 @@ LLAMA_8B = LlamaConfig(
     num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
 )  # fmt: skip
 LOAD = Load(rows=2, length=1024, sampled=512, teacher_length=1024, micro_batches=4, rollouts=16, prefill=8192)
-FULL = 8_030_261_248  # parameters of Llama-3-8B, as its model card's safetensors have them
+FULL = 8_030_261_248  # parameters of Llama-3-8B, from the safetensors metadata of its model card
 
 
 @cache
@@ -39,7 +39,7 @@ def shape_8b() -> ModelShape:
         return model_shape(LlamaForCausalLM(LLAMA_8B))
 
 
-def test_an_8b_shape_has_the_sizes_of_llama_3():
+def test_the_8b_shape_has_the_sizes_of_llama_3():
     shape = shape_8b()
     assert (shape.parameters, shape.trainable) == (FULL, FULL)
     assert shape.embedding == shape.head == 128256 * 4096
@@ -51,8 +51,8 @@ def test_an_8b_shape_has_the_sizes_of_llama_3():
     assert not shape.qk_norm
 
 
-def test_full_fine_tuning_of_8b_in_float32_by_hand():
-    """20 bytes a parameter without sharding; an eighth of them on each of 8 GPUs with it."""
+def test_full_fine_tuning_of_8b_in_float32_matches_hand_computed_values():
+    """20 bytes per parameter without sharding; one eighth of that on each of 8 GPUs with sharding."""
     setup = Setup(teacher_parameters=FULL)
     ddp = estimate(shape_8b(), "ddp", 8, LOAD, setup)
     kept = ("weights", "gradients", "optimizer", "teacher")
@@ -66,24 +66,24 @@ def test_full_fine_tuning_of_8b_in_float32_by_hand():
     assert {k: fsdp[k] for k in kept} == {k: ddp[k] // 8 for k in kept}
     zero1, zero2, zero3 = (estimate(shape_8b(), f"zero{n}", 8, LOAD, setup) for n in (1, 2, 3))
     assert [z["fp32_partition"] for z in (zero1, zero2, zero3)] == [FULL // 2] * 3
-    assert zero3["gathered"] == 4 * 3 * 10**9, "a billion, and the teacher's on the way"
+    assert zero3["gathered"] == 4 * 3 * 10**9, "10^9 parameters gathered, and the teacher's prefetched"
     assert [z["optimizer"] for z in (zero1, zero2, zero3)] == [FULL] * 3
     assert [z["gradients"] for z in (zero1, zero2, zero3)] == [4 * FULL, FULL // 2, FULL // 2]
     assert [z["weights"] for z in (zero1, zero2, zero3)] == [4 * FULL, 4 * FULL, FULL // 2]
-    # a bucket holds 50 million float32 numbers; stages 1 and 2 take two, and only in the update
+    # a bucket holds 50 million float32 values; stages 1 and 2 use two, and only in the update
     assert [z["buckets"] for z in (zero1, zero2, zero3)] == [400_000_000, 400_000_000, 200_000_000]
     assert [z["teacher"] for z in (zero1, zero2, zero3)] == [4 * FULL, 4 * FULL, FULL // 2]
 
 
-def test_parts_of_8b_that_do_not_depend_on_the_strategy_by_hand():
+def test_strategy_independent_parts_of_8b_match_hand_computed_values():
     found = estimate(shape_8b(), "ddp", 1, LOAD, Setup(teacher_parameters=FULL))
-    # 16 rows x 1024 columns x (8 heads x 128) x keys and values x 4 bytes, in 32 layers and once more for the rows that
-    # go on, and there repeated for 32 heads
+    # 16 rows x 1024 columns x (8 heads x 128) x keys and values x 4 bytes, in 32 layers, once more for the unfinished
+    # rows, and repeated for 32 heads
     assert found["kv_cache"] == 16 * 1024 * 1024 * 2 * 4 * (32 + 1 + 4)
     # a chunk is LOGITS // vocabulary = 130 of the 1024 scored tokens; four float32 copies
     assert found["logits"] == 130 * 128256 * 16
     assert found["new_gradient"] == 128256 * 4096 * 4
-    # a layer keeps for each token, in numbers: 6 hidden, q and output, k and v, 4 MLP; 32 log-sum-exps, 2 rsqrt
+    # values that a layer keeps per token: 6 hidden, q and output, k and v, 4 MLP; 32 log-sum-exps, 2 rsqrt
     layer = 4 * (6 * 4096 + 2 * 4096 + 2 * 1024 + 4 * 14336 + 32 + 2)
     last = 2 * 1024 * 4096 * 12 + 2 * 512 * 4096 * 4
     passing = 2 * 1024 * 4 * (3 * 4096 + 3 * 14336)
@@ -93,8 +93,8 @@ def test_parts_of_8b_that_do_not_depend_on_the_strategy_by_hand():
     assert found["buckets"] == 0, "one process has nothing to send"
 
 
-def test_the_quickstarts_model_by_hand():
-    """0.8M parameters and a vocabulary; one process, one micro-batch of 64 rows of 128 tokens."""
+def test_the_quickstart_model_matches_hand_computed_values():
+    """0.8M parameters plus the vocabulary; one process, one micro-batch of 64 rows of 128 tokens."""
     shape = model_shape(FromScratch(WORDS).skeleton())
     vocab = shape.vocab
     layer = 4 * 128 * 128 + 3 * 128 * 512 + 2 * 128
@@ -105,8 +105,8 @@ def test_the_quickstarts_model_by_hand():
     n = shape.parameters
     activations = 64 * 128 * 4 * 4 * (6 * 128 + 4 * 128 + 4 * 512 + 4 + 2)
     activations += 64 * 128 * 128 * 12 + 64 * 48 * 128 * 4 + 64 * 128 * 4 * (3 * 128 + 3 * 512)
-    logits = 64 * 48 * vocab * 20  # one chunk: the policy's log-probs are kept beside the teacher's
-    assert found["update"] == 16 * n + activations + logits, "the only forward finds no gradients"
+    logits = 64 * 48 * vocab * 20  # one chunk: the policy's log-probs are kept in addition to the teacher's
+    assert found["update"] == 16 * n + activations + logits, "there are no gradients in the only forward"
     cache = 64 * 128 * 128 * 2 * 4 * (4 + 1)
     assert found["rollout"] == 16 * n + cache + 5120 * 4 * (3 * 128 + 3 * 512)
     assert found["total"] == found["update"]
@@ -114,8 +114,8 @@ def test_the_quickstarts_model_by_hand():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bytes_of_each_precision(strategy):
-    """bf16-mixed keeps everything in float32 and a cast copy; bf16-true halves all but averages, DeepSpeed's own and
-    the sums of gradients."""
+    """bf16-mixed keeps everything in float32 plus a cast copy. bf16-true halves everything except averages, DeepSpeed's
+    own state and the sums of gradients."""
     shape, setup = shape_8b(), Setup(teacher_parameters=FULL)
     full, mixed, low = (
         estimate(shape, strategy, 4, LOAD, replace(setup, precision=p, state_bytes=b))
@@ -124,7 +124,7 @@ def test_bytes_of_each_precision(strategy):
     for part in ("weights", "teacher"):
         assert mixed[part] == full[part]
         assert low[part] == full[part] // 2
-    assert low["gradients"] == mixed["gradients"] == full["gradients"], "added up in float32"
+    assert low["gradients"] == mixed["gradients"] == full["gradients"], "gradients are summed in float32"
     for part in ("fp32_partition", "optimizer"):
         assert mixed[part] == full[part]
     if strategy in ("ddp", "fsdp"):
@@ -134,7 +134,7 @@ def test_bytes_of_each_precision(strategy):
         assert low["optimizer"] == full["optimizer"]
         assert low["fp32_partition"] == (0 if strategy == "zero3_offload" else FULL)
     assert full["autocast_copy"] == low["autocast_copy"] == 0
-    # linear layers are cast, the embedding is not; FSDP2 gathers in bfloat16, ZeRO-3's layers keep no cast
+    # linear layers are cast, the embedding is not; FSDP2 gathers in bfloat16, ZeRO-3's layers keep no cast copy
     assert mixed["autocast_copy"] == (0 if strategy in SHARDED else 2 * (FULL - 128256 * 4096))
     share = 4 if strategy in SHARDED else 1
     assert (full["teacher_shadow"], low["teacher_shadow"]) == (
@@ -146,15 +146,15 @@ def test_bytes_of_each_precision(strategy):
     assert mixed["kv_cache"] == (low["kv_cache"] if strategy == "fsdp" else full["kv_cache"] * 3 // 4)
 
 
-def test_fsdp_computes_in_bfloat16_throughout_under_bf16_mixed():
+def test_fsdp_computes_only_in_bfloat16_under_bf16_mixed():
     shape, setup = shape_8b(), Setup(teacher_parameters=FULL)
     mixed, low = (estimate(shape, "fsdp", 8, LOAD, replace(setup, precision=p)) for p in ("bf16-mixed", "bf16-true"))
     for part in ("activations", "logits", "kv_cache", "sampling", "generation"):
         assert mixed[part] == low[part]
-    assert mixed["gathered"] == low["gathered"], "with a layer's gradients, which are reduced in float32"
+    assert mixed["gathered"] == low["gathered"], "includes a layer's gradients, which are reduced in float32"
 
 
-def test_gradients_of_bfloat16_weights_are_added_up_in_float32_where_there_is_more_than_one():
+def test_several_gradients_of_bfloat16_weights_are_summed_in_float32():
     low, once = Setup(precision="bf16-true"), replace(LOAD, micro_batches=1)
     for strategy, gpus, load, each in (
         ("ddp", 1, once, 2), ("ddp", 1, LOAD, 4), ("ddp", 2, once, 4), ("fsdp", 1, once, 2), ("fsdp", 1, LOAD, 4),
@@ -162,7 +162,7 @@ def test_gradients_of_bfloat16_weights_are_added_up_in_float32_where_there_is_mo
     ):  # fmt: skip
         assert estimate(shape_8b(), strategy, gpus, load, low)["gradients"] == each * FULL, (strategy, gpus)
     found = estimate(shape_8b(), "ddp", 2, LOAD, replace(low, bucket_view=False))
-    assert found["buckets"] == 0, "DDP has none"
+    assert found["buckets"] == 0, "DDP has no buckets here"
     assert found["rollout"] == sum(
         found[k] for k in ("weights", "optimizer", "teacher", "teacher_shadow", "kv_cache", "sampling")
     ), "no gradients in rollouts"
@@ -171,24 +171,24 @@ def test_gradients_of_bfloat16_weights_are_added_up_in_float32_where_there_is_mo
     ]  # fmt: skip
 
 
-def test_gradients_are_there_from_the_second_forward_on():
+def test_gradients_are_in_memory_from_the_second_forward_on():
     setup = Setup(teacher_parameters=FULL, foreach=False)
     two, one = (estimate(shape_8b(), "fsdp", 8, replace(LOAD, micro_batches=n), setup) for n in (2, 1))
     assert two["gradients"] == one["gradients"] == FULL // 2
     late = two["activations"] - one["activations"], two["new_gradient"] - one["new_gradient"]
     assert two["update"] - one["update"] == FULL // 2 + sum(late)
     kept = sum(one[k] for k in ("weights", "optimizer", "teacher"))
-    assert one["rollout"] == kept + one["generation"] + one["kv_cache"] + one["sampling"], "none in rollouts"
+    assert one["rollout"] == kept + one["generation"] + one["kv_cache"] + one["sampling"], "no gradients in rollouts"
     zero3 = estimate(shape_8b(), "zero3", 8, replace(LOAD, micro_batches=1), setup)
     assert (
         zero3["rollout"] - zero3["generation"] - zero3["kv_cache"] - zero3["sampling"]
         == kept + 2 * (FULL // 2) + 200_000_000
     )
     ddp = estimate(shape_8b(), "ddp", 8, replace(LOAD, micro_batches=1), setup)
-    assert ddp["rollout"] - ddp["kv_cache"] - ddp["sampling"] == 20 * FULL, "DDP's lie in its buckets"
+    assert ddp["rollout"] - ddp["kv_cache"] - ddp["sampling"] == 20 * FULL, "DDP's gradients are in its buckets"
 
 
-def test_hybrid_sharding_spreads_over_the_gpus_of_one_replica():
+def test_hybrid_sharding_shards_over_the_gpus_of_one_replica():
     setup = Setup(teacher_parameters=FULL)
     four, hybrid = (
         estimate(shape_8b(), "fsdp", 4, LOAD, setup),
@@ -205,11 +205,11 @@ def test_a_parked_teacher_is_on_the_gpu_while_it_scores():
     assert there["teacher"] == there["teacher_shadow"] == 0
     assert there["parked_teacher"] == here["teacher"] == FULL // 4
     assert there["host"] == FULL // 4 + FULL // 2
-    assert here["update"] - there["update"] == FULL // 2, "only the float32 average is away"
+    assert here["update"] - there["update"] == FULL // 2, "only the float32 average is not on the GPU"
     assert here["rollout"] - there["rollout"] == FULL // 4 + FULL // 2
 
 
-def test_cpu_memory_of_loading_and_of_saving():
+def test_cpu_memory_of_loading_and_saving():
     setup = Setup(teacher_parameters=FULL)
     for strategy in STRATEGIES:
         found = estimate(shape_8b(), strategy, 8, LOAD, setup)
@@ -218,23 +218,23 @@ def test_cpu_memory_of_loading_and_of_saving():
         assert found["saving"] == pytest.approx(16 * FULL, abs=1000)
 
 
-def test_a_small_trained_part_needs_little():
+def test_adapters_need_little_memory():
     """LoRA: gradients, optimizer state and teacher follow the trained parameters, the weights do not."""
     small = replace(shape_8b(), trainable=20_000_000)
     found = estimate(small, "ddp", 2, LOAD, Setup(teacher_parameters=20_000_000))
     assert found["weights"] == 4 * FULL
     parts = ("gradients", "optimizer", "teacher", "step_scratch")
     assert [found[k] for k in parts] == [80_000_000, 160_000_000, 80_000_000, 80_000_000]
-    # float32 on bfloat16 weights too, and their average needs no other
+    # adapters are float32 on bfloat16 weights too, so their average needs no float32 copy
     low = estimate(small, "ddp", 2, LOAD, Setup(precision="bf16-true", teacher_parameters=20_000_000))
     assert [low[k] for k in parts] == [found[k] for k in parts]
     assert low["weights"] == 2 * (FULL - 20_000_000) + 80_000_000
     assert low["teacher_shadow"] == 0
-    # a checkpoint: adapters, the teacher's, Adam's averages; and the frozen weights where nothing else has them
+    # a checkpoint: adapters, the teacher's adapters, Adam's averages; and the frozen weights if needed
     assert low["saving"] == 2 * (FULL - 20_000_000) + 4 * 80_000_000
     alone = Setup(precision="bf16-true", teacher_parameters=20_000_000, saves_frozen=False)
     assert estimate(small, "ddp", 2, LOAD, alone)["saving"] == 4 * 80_000_000
-    # a frozen weight is cast anew at each use, and its cast kept for backward unless the layer is computed again
+    # a frozen weight is cast at each use, and the cast is kept for backward unless the layer is recomputed
     mixed = Setup(precision="bf16-mixed")
     casts = [
         estimate(small, "ddp", 2, LOAD, replace(mixed, activation_checkpointing=on))["autocast_copy"] for on in (0, 1)
@@ -246,7 +246,7 @@ def test_a_small_trained_part_needs_little():
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_activations_with_adapters_are_not_above_those_of_full_training(targets, precision):
+def test_activations_with_adapters_do_not_exceed_those_of_full_training(targets, precision):
     sizes = {
         "vocab_size": 50, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
         "num_key_value_heads": 4, "max_position_embeddings": 64,
@@ -262,7 +262,7 @@ def test_activations_with_adapters_are_not_above_those_of_full_training(targets,
     assert share > 0.85 or targets != "all-linear"
 
 
-def test_adapters_count_on_the_meta_device_as_in_the_model():
+def test_adapters_have_the_same_sizes_on_the_meta_device_and_in_the_model():
     skeleton, real = source().skeleton(), source().model()
     for model in (skeleton, real):
         LoRA(rank=3).adapt(model)
@@ -283,14 +283,14 @@ def test_sampling_from_sharded_weights_gathers_a_copy_or_a_few_layers():
             assert (whole, layers) == (0, 0)
     mixed = Setup(precision="bf16-mixed")
     assert estimate(shape, "fsdp", 8, LOAD, mixed)["generation"] == 2 * FULL
-    # ZeRO-3 keeps float32, and casts a weight at its use
+    # ZeRO-3 keeps float32 and casts each weight when it is used
     assert estimate(shape, "zero3", 8, LOAD, mixed)["generation"] == 4 * FULL + 2 * shape.largest
     small = replace(mixed, generation_bytes=2)
     assert [estimate(shape, s, 8, LOAD, small)["generation"] for s in ("ddp", "zero3")] == [2 * FULL] * 2
     assert estimate(shape, "ddp", 8, LOAD, small)["kv_cache"] == estimate(shape, "fsdp", 8, LOAD, mixed)["kv_cache"]
 
 
-def test_offload_moves_what_is_kept_into_cpu_memory():
+def test_offload_moves_persistent_state_to_cpu_memory():
     setup = Setup(teacher_parameters=FULL)
     here, there = (estimate(shape_8b(), s, 8, LOAD, setup) for s in ("zero3", "zero3_offload"))
     moved = ("weights", "fp32_partition", "gradients", "optimizer", "teacher")
@@ -326,7 +326,7 @@ def test_the_phases_do_not_overlap(strategy, precision):
 
 
 def kept_by_autograd(model, precision: str) -> int:
-    """Bytes that the forward of a decoder saves for backward, weights and their casts left out."""
+    """Return the bytes that the forward of a decoder saves for backward, without weights and their casts."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape[::-1]) for p in model.parameters()}
     seen, held = {}, []
@@ -335,7 +335,7 @@ def kept_by_autograd(model, precision: str) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights and tuple(tensor.shape) not in shapes:
             seen[storage.data_ptr()] = storage.nbytes()
-            held.append(storage)  # or its address would be used again
+            held.append(storage)  # keeps its address from being reused
         return tensor
 
     ids = torch.zeros(2, 24, dtype=torch.long)
@@ -349,7 +349,7 @@ def kept_by_autograd(model, precision: str) -> int:
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("kind", [(LlamaConfig, LlamaForCausalLM), (Qwen3Config, Qwen3ForCausalLM)])
-def test_a_layers_activations_are_what_autograd_keeps(kind, precision):
+def test_layer_activations_equal_the_bytes_that_autograd_keeps(kind, precision):
     make, model = kind
     sizes = {
         "vocab_size": 50, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
@@ -362,13 +362,13 @@ def test_a_layers_activations_are_what_autograd_keeps(kind, precision):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_skeleton_of_a_directory_counts_like_the_model(tied, tmp_path):
+def test_the_skeleton_of_a_directory_has_the_sizes_of_the_model(tied, tmp_path):
     config = LlamaConfig(
         vocab_size=60, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=tied,
     )  # fmt: skip
     real = LlamaForCausalLM(config)
-    config.save_pretrained(tmp_path)  # no weights there: they are not read
+    config.save_pretrained(tmp_path)  # without weights, which must not be read
     skeleton = Pretrained(str(tmp_path)).skeleton()
     assert all(p.is_meta for p in skeleton.parameters())
     assert model_shape(skeleton) == model_shape(real)
@@ -376,13 +376,13 @@ def test_the_skeleton_of_a_directory_counts_like_the_model(tied, tmp_path):
     assert model_shape(skeleton).tied == tied
 
 
-def test_the_skeleton_of_a_model_from_scratch_counts_like_the_model():
+def test_the_skeleton_of_a_model_from_scratch_has_the_sizes_of_the_model():
     skeleton = source().skeleton()
     assert all(p.is_meta for p in skeleton.parameters())
     assert model_shape(skeleton) == model_shape(source().model())
 
 
-def test_what_cannot_be_estimated_is_a_user_error():
+def test_unknown_precisions_and_strategies_are_refused():
     with pytest.raises(UserError, match=r"trainer.precision=64-true.*bf16-true"):
         element_bytes("64-true")
     with pytest.raises(UserError, match=r"strategy=zero4: there are ddp, fsdp"):

@@ -1,4 +1,4 @@
-"""Every option that can be configured is read by something and documented."""
+"""Every configurable option is documented and read by some code."""
 
 import ast
 import dataclasses
@@ -34,15 +34,15 @@ def subclasses(kind: type) -> set[type]:
 
 
 def mentioned(annotation: object) -> set[type]:
-    """Our classes in a type annotation."""
+    """Return the classes of this package in a type annotation."""
     found = {annotation} if ours(annotation) else set()
-    for part in typing.get_args(annotation):  # of a callable, what it returns; its arguments are no options
+    for part in typing.get_args(annotation):  # of a callable, use the return type; its arguments are not options
         found |= set() if isinstance(part, list) else mentioned(part)
     return found
 
 
 def parameters(kind: type) -> dict[str, inspect.Parameter]:
-    """The options of a class: its constructor's parameters, unless a base class of another package has them."""
+    """Return the options of a class: the parameters of its constructor, unless another package defines it."""
     if kind.__init__ is object.__init__ or not any("__init__" in vars(k) for k in kind.__mro__ if ours(k)):
         return {}
     found = dict(inspect.signature(kind).parameters)
@@ -50,7 +50,7 @@ def parameters(kind: type) -> dict[str, inspect.Parameter]:
 
 
 def configurable() -> list[type]:
-    """All that the command line can make: the classes that it knows, and what their options may hold, to the end."""
+    """Return all classes that the command line can create: its arguments and, recursively, types of their options."""
     modules()
     roots = [WarmStart]
 
@@ -90,7 +90,7 @@ def tree(file: str) -> ast.Module:
 
 
 def only_checks(node: ast.AST) -> bool:
-    """Whether a statement does nothing but raise where values are out of range."""
+    """Return whether a statement only raises errors for values out of range."""
     if isinstance(node, ast.If | ast.For):
         return not node.orelse and all(map(only_checks, node.body))
     return isinstance(node, ast.Raise)
@@ -98,9 +98,9 @@ def only_checks(node: ast.AST) -> bool:
 
 @cache
 def reads(file: str) -> frozenset[tuple[str | None, str]]:
-    """(class, attribute) of every attribute that is read in a file: the class for ``self.x``, None for ``other.x``.
+    """Return (class, attribute) of every attribute read in a file: the class for ``self.x``, None for ``other.x``.
 
-    A constructor's check of an option's range is no use of it.
+    A range check in a constructor does not count as reading the option.
     """
     found = set()
 
@@ -127,7 +127,7 @@ def constructor(kind: type) -> ast.FunctionDef | None:
 
 
 def kept(kind: type, option: str) -> tuple[set[str], bool]:
-    """Attributes that the constructor makes of an option, and whether it also works with it."""
+    """Return the attributes that the constructor sets from an option, and whether it uses the option otherwise."""
     if dataclasses.is_dataclass(kind):
         return {option}, False
     owner = next(k for k in kind.__mro__ if "__init__" in vars(k))
@@ -146,7 +146,7 @@ def kept(kind: type, option: str) -> tuple[set[str], bool]:
 
 
 def is_read(kind: type, option: str) -> bool:
-    """Whether something of the option's owner, its bases or heirs, or a user of it reads it."""
+    """Return whether the option is read by its class, a base class, a subclass, or a module that uses the class."""
     names, used = kept(kind, option)
     if used:
         return True
@@ -159,12 +159,12 @@ def is_read(kind: type, option: str) -> bool:
 
 
 def uses(module: types.ModuleType, kind: type) -> bool:
-    """Whether a module defines or imports the class or one of its bases."""
+    """Return whether a module defines or imports the class or one of its bases."""
     return any(vars(module).get(k.__name__) is k for k in kind.__mro__ if ours(k))
 
 
 def documented(kind: type) -> set[str]:
-    """Arguments that the docstrings of a class and its bases list under Args."""
+    """Return the arguments that the docstrings of a class and its bases list under Args."""
     found = set()
     for base in (k for k in kind.__mro__ if ours(k)):
         block = re.search(r"^ *Args:\n((?: +.*\n|\n)*)", inspect.cleandoc(base.__doc__ or "") + "\n", re.MULTILINE)
@@ -172,7 +172,7 @@ def documented(kind: type) -> set[str]:
     return found
 
 
-def test_the_walk_finds_the_seams():
+def test_the_search_finds_the_configurable_classes():
     names = {k.__name__ for k in KINDS}
     wanted = "GearModule RolloutDataModule GenerationCallback WarmStart Budgets Sampling TeacherOptions ChatOptions"
     assert set(wanted.split()) <= names
@@ -183,26 +183,26 @@ def test_the_walk_finds_the_seams():
 
 @pytest.mark.parametrize(("kind", "option"), OPTIONS, ids=label)
 def test_every_option_is_read(kind, option):
-    assert is_read(kind, option), f"{kind.__name__}.{option} is parsed and does nothing"
+    assert is_read(kind, option), f"{kind.__name__}.{option} is parsed but never read"
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if parameters(k)], ids=label)
 def test_every_option_is_documented_and_every_documented_option_exists(kind):
     missing = set(parameters(kind)) - documented(kind)
-    assert not missing, f"{kind.__name__}: not under Args"
+    assert not missing, f"{kind.__name__}: options missing under Args"
     inherited = set().union(*(parameters(k) for k in kind.__mro__ if ours(k)))
-    assert not documented(kind) - inherited, f"{kind.__name__}: under Args, and no option"
+    assert not documented(kind) - inherited, f"{kind.__name__}: listed under Args but not an option"
 
 
-def test_a_dead_option_would_be_found(tmp_path, monkeypatch):
+def test_an_option_that_is_never_read_would_be_found(tmp_path, monkeypatch):
     source = '''
 class Idle:
-    """Does little.
+    """A class with an option that is never read.
 
     Args:
         used: read.
-        passed: worked with at once.
-        dead: stored and checked, and never read.
+        passed: used in the constructor.
+        dead: stored and checked, but never read.
     """
     def __init__(self, used: int = 1, passed: int = 2, dead: int = 3):
         self.used = used

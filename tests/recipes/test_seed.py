@@ -1,4 +1,4 @@
-"""`--seed_everything` reaches what a run draws, unless `data.seed` is given; a resume with another seed is told."""
+"""`--seed_everything` sets the seed of tasks and sampling unless `data.seed` is given; a resume reports a new seed."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_the_seed_of_tasks_and_sampling_follows_seed_everything(repository, monk
     assert read_recipe(["--config", "configs/quickstart.yaml", *options]).data.seed == seed
 
 
-def test_another_seed_makes_another_run_and_config_yaml_says_which(command, tmp_path):
+def test_another_seed_gives_another_run_and_config_yaml_records_it(command, tmp_path):
     drawn = {}
     for name, options in {"plain": [], "everything": ["--seed_everything=1"], "data": ["--data.seed=1"]}.items():
         run = tmp_path / name
@@ -49,16 +49,16 @@ def test_another_seed_makes_another_run_and_config_yaml_says_which(command, tmp_
         ("--data.seed=-1", "data.seed=-1 must be at least 0, and below 2^32"),
     ],
 )
-def test_a_seed_that_is_none_is_a_line(command, tmp_path, option, message):
+def test_an_invalid_seed_gives_one_error(command, tmp_path, option, message):
     assert message in error_of(command, *FIT, "--trainer.default_root_dir", tmp_path, option)
 
 
-def test_in_python_the_seed_is_0_unless_it_is_given():
+def test_in_python_the_default_seed_is_0():
     tasks = LookupChainTasks(2)
     assert (RolloutDataModule(tasks).seed, RolloutDataModule(tasks, seed=7).seed) == (0, 7)
 
 
-def test_a_resume_with_another_seed_is_told(tmp_path):
+def test_a_resume_with_another_seed_warns(tmp_path):
     loop = trainer(tmp_path, generation(), max_epochs=1)
     loop.fit(module(), datamodule=data())
     loop.save_checkpoint(tmp_path / "a.ckpt")
@@ -67,8 +67,8 @@ def test_a_resume_with_another_seed_is_told(tmp_path):
         again.fit(module(), datamodule=data(seed=4), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
 
 
-def test_an_iteration_is_not_taken_up_with_the_tasks_of_another_seed(tmp_path):
-    """Its rollouts would be shown to the teacher with the references of other tasks."""
+def test_an_unfinished_iteration_is_not_resumed_with_another_seed(tmp_path):
+    """Otherwise the teacher would see its rollouts with the references of other tasks."""
     loop = trainer(tmp_path, generation(), SaveInTheMiddle(tmp_path / "mid.ckpt"))
     loop.fit(module(), datamodule=data(inner_epochs=2))
     again = trainer(tmp_path, generation())
