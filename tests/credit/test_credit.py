@@ -47,7 +47,7 @@ from gear_lightning.errors import UserError
 
 # hand-computed --------------------------------------------------------------------------------------------------------
 
-# two turns (columns 1-4 and 7-8); the observation (5, 6) and the prompt (0) contain large numbers that no statistic may include
+# two turns (columns 1-4 and 7-8); the observation (5, 6) and the prompt (0) contain large numbers to ignore
 EXAMPLE = Rollout(
     turns=[-1, 0, 0, 0, 0, -1, -1, 1, 1],
     policy=[9, -1, -1, -1, -1, 9, 9, -1, -1],

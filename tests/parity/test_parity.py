@@ -1,4 +1,4 @@
-"""What `gear-lightning parity` compares, on runs of one process, and what it says where nothing was trained."""
+"""Comparisons of `gear-lightning parity` on runs of one process, and its report if nothing was trained."""
 
 import csv
 import os
@@ -44,12 +44,12 @@ def read(metrics) -> float:
         return float(next(csv.DictReader(file))["train/loss"])
 
 
-def test_a_loss_that_cancels_is_compared_on_the_scale_of_its_terms(tmp_path):
-    """The first loss on new rollouts is 0 but for rounding, and other micro-batches round otherwise."""
+def test_a_loss_that_cancels_is_compared_relative_to_its_terms(tmp_path):
+    """The first loss on new rollouts is 0 except for rounding, which depends on the micro-batches."""
     one = played(tmp_path / "one", micro_batch_size=8)
     split = compare(one, played(tmp_path / "split", micro_batch_size=2))
     losses = [read(tmp_path / name / "metrics.csv") for name in ("one", "split")]
-    assert abs(losses[0] - losses[1]) > 1e-3 * abs(losses[0]), "as a share of itself, rounding is a large part of it"
+    assert abs(losses[0] - losses[1]) > 1e-3 * abs(losses[0]), "relative to the loss itself, rounding is large"
     assert max(map(abs, losses)) < 1e-6
     assert 0 < split.worst["train/loss"] < 1e-6
     assert split.verdict == "equal", split
@@ -58,13 +58,13 @@ def test_a_loss_that_cancels_is_compared_on_the_scale_of_its_terms(tmp_path):
     assert "is in only one of the runs" in other.faults[0]
 
 
-# -- what is wrong is found, and what rounds otherwise is equal --------------------------------------------------------
+# -- errors are detected, and different rounding is equal --------------------------------------------------------------
 
 ITERATIONS = 2
 
 
 def trained(weight_decay=0.05, lr=1e-3, kind=GearModule, **options):
-    """A module whose optimizer has a decay."""
+    """Return a module whose optimizer has weight decay."""
     made = module(optimizer=lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=weight_decay), **options)
     made.__class__ = kind
     return made
@@ -76,7 +76,7 @@ def reference(tmp_path_factory):
 
 
 class Scaled(GearModule):
-    """Every gradient is 1 % too large, as where a mean over ranks counts one wrongly."""
+    """Every gradient is 1 % too large, as with a wrong count in a mean over ranks."""
 
     factor, batches = 1.01, range(8)
 
@@ -92,14 +92,14 @@ class CountedTwice(Scaled):
 
 
 class FarTeacher(GearModule):
-    """Credit by a teacher that forgets what it is shown."""
+    """The teacher does not get its privileged text."""
 
     def _freeze(self, batch, policy):
         return super()._freeze(replace(batch, teacher_tokens=batch.teacher_tokens.flip(0)), policy)
 
 
 class BatchCredit(GearModule):
-    """A credit rule that looks at the others of its micro-batch."""
+    """A credit rule that depends on the other rollouts of its micro-batch."""
 
     def _freeze(self, batch, policy):
         old, teacher, credit = super()._freeze(batch, policy)
@@ -108,7 +108,7 @@ class BatchCredit(GearModule):
 
 
 class Half(L.Callback):
-    """The second half of a tensor does not get its update, as where a rank's part is gathered from before it."""
+    """The second half of a tensor is not updated, as if a rank's shard was gathered before its update."""
 
     def __init__(self, name="policy.model.layers.1.mlp.up_proj.weight"):
         self.name = name
@@ -124,14 +124,14 @@ class Half(L.Callback):
 
 
 class NotReduced(L.Callback):
-    """One small tensor keeps the gradient of one of two ranks."""
+    """One small tensor keeps the gradient of only one of two ranks."""
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         pl_module.get_parameter("policy.model.layers.0.input_layernorm.weight").grad.mul_(0.5)
 
 
 class Forgets(L.Callback):
-    """The optimizer's state is gone after the first iteration, as at a resume that does not restore it."""
+    """The optimizer's state is lost after the first iteration, as in a resume that does not restore it."""
 
     def on_train_epoch_end(self, trainer, pl_module):
         if trainer.current_epoch == 0:
@@ -139,7 +139,7 @@ class Forgets(L.Callback):
 
 
 class NoUpdate(L.Callback):
-    """The teacher stays where it was."""
+    """The teacher is not updated."""
 
     def on_train_start(self, trainer, pl_module):
         pl_module.teacher.update = lambda policy, step: None
@@ -153,7 +153,7 @@ class OtherRate(L.Callback):
 
 
 class OtherDraws(L.Callback):
-    """Half of the rollouts are drawn with other numbers, as where a rank has a seed of its own."""
+    """Half of the rollouts are sampled with other random numbers, as if a rank had its own seed."""
 
     def on_train_start(self, trainer, pl_module):
         generate = trainer.datamodule.generator.generate
@@ -188,14 +188,14 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_real_difference_is_found(reference, tmp_path, fault):
+def test_a_real_difference_is_detected(reference, tmp_path, fault):
     options, told = FAULTS[fault]
     found = compare(reference, played(tmp_path / "run", iterations=ITERATIONS, **{"make": trained, **options}))
     assert found.verdict == "NOT EQUAL", found
     assert told in found.faults[0]
 
 
-def test_a_checkpoint_that_holds_other_weights_is_found(reference, tmp_path):
+def test_a_checkpoint_with_other_weights_is_detected(reference, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(reference, run)
     path = run / "checkpoints" / "last.ckpt"
@@ -208,7 +208,7 @@ def test_a_checkpoint_that_holds_other_weights_is_found(reference, tmp_path):
 
 
 class OneDraw(L.Callback):
-    """In one iteration, one rollout is drawn with another number: a token on the edge of two."""
+    """In one iteration, one rollout is sampled with another random number, as for a token at a boundary."""
 
     def __init__(self, iteration):
         self.iteration = iteration
@@ -225,7 +225,7 @@ class OneDraw(L.Callback):
 
 
 class OneCredit(GearModule):
-    """One rollout's credit differs, as where an anchor lies at its threshold."""
+    """One rollout's credit differs, as for an anchor at its threshold."""
 
     def _freeze(self, batch, policy):
         old, teacher, credit = super()._freeze(batch, policy)
@@ -233,12 +233,12 @@ class OneCredit(GearModule):
         return old, teacher, credit
 
 
-def test_what_rounding_decides_is_compared_until_there(reference, tmp_path):
+def test_runs_are_compared_up_to_a_decision_that_rounding_changes(reference, tmp_path):
     late = compare(reference, played(tmp_path / "late", iterations=2, make=trained, callbacks=[OneDraw(1)]))
     assert (late.verdict, late.iterations, late.steps, late.faults) == ("equal to 1", 1, 1, [])
     assert late.parted.startswith("sampled ids differ in 1 of 8 rollouts, first at iteration 2, group ")
     both = played(tmp_path / "both", iterations=2, make=partial(trained, kind=Scaled), callbacks=[OneDraw(1)])
-    assert "the gradient differs" in compare(reference, both).faults[0], "what was wrong before is found"
+    assert "the gradient differs" in compare(reference, both).faults[0], "earlier errors are detected"
     early = compare(reference, played(tmp_path / "early", make=trained, callbacks=[OneDraw(0)]))
     assert (early.verdict, early.iterations, early.faults) == ("NOT COMPARED", 0, [])
     credit = compare(reference, played(tmp_path / "credit", make=partial(trained, kind=OneCredit)))
@@ -249,7 +249,7 @@ def test_what_rounding_decides_is_compared_until_there(reference, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_low_precision_rounds_more_and_shows_a_wrong_scale_all_the_same(tmp_path, precision):
+def test_a_wrong_scale_is_detected_despite_low_precision_rounding(tmp_path, precision):
     low = partial(played, make=trained, precision=precision)
     one, tolerance = low(tmp_path / "one", micro_batch_size=8), tolerance_of(precision)
     equal = compare(one, low(tmp_path / "split", micro_batch_size=2), tolerance)
@@ -261,8 +261,8 @@ def test_low_precision_rounds_more_and_shows_a_wrong_scale_all_the_same(tmp_path
 
 
 class Rounds(L.Callback):
-    """Another processor: what a linear layer gives is off by some units in the last place, and so is the gradient of
-    every weight, in units of the tensor's largest."""
+    """Another processor: outputs of a linear layer differ by some units in the last place, and so do the gradients of
+    every weight, in units of the tensor's largest element."""
 
     def __init__(self, size=1e-6, **kinds):
         self.size, self.random = size, torch.Generator().manual_seed(7)
@@ -279,7 +279,7 @@ class Rounds(L.Callback):
 
 
 class Keyless(GearModule):
-    """A model with a bias whose gradient is nothing but rounding, as the bias of an attention's keys is."""
+    """A model with a bias whose gradient is only rounding, such as the bias of attention keys."""
 
     def configure_model(self):
         super().configure_model()
@@ -290,35 +290,35 @@ class Keyless(GearModule):
 
 
 def largest_share(one, other) -> float:
-    """Of the policy's weights, tensor by tensor, as a share of the largest: what the verdict once rested on."""
+    """Return the largest difference of the policy's tensors relative to their largest element, the former criterion."""
     states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (one, other)]
     pairs = [(v, states[1][n]) for n, v in states[0].items() if n.startswith("policy.") and v.is_floating_point()]
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs if a.abs().max() > 0)
 
 
 @pytest.mark.parametrize("make", [trained, partial(trained, kind=Keyless)], ids=["plain", "noise alone"])
-def test_another_processor_is_no_difference(reference, tmp_path, make):
+def test_another_processor_is_not_a_difference(reference, tmp_path, make):
     one = reference if make is trained else played(tmp_path / "one", iterations=ITERATIONS, make=make)
     other = played(tmp_path / "other", iterations=ITERATIONS, make=make, callbacks=[Rounds()])
     found = compare(one, other)
     assert found.verdict == "equal", found
     assert found.steps == ITERATIONS
-    assert largest_share(one, other) > 1e-4, "weights move by whole steps where their gradient is rounding"
+    assert largest_share(one, other) > 1e-4, "weights whose gradient is only rounding change by whole steps"
     assert 1e-7 < found.worst["gradient"] < 1e-3
 
 
-def test_a_strategy_is_the_same_here_and_as_a_config(repository):
+def test_strategies_of_parity_equal_those_of_the_configs(repository):
     files = {path.stem: path for path in (repository / "configs" / "strategy").glob("*.yaml")}
     assert files.keys() == STRATEGIES.keys()
     for name, path in files.items():
         assert yaml.safe_load(path.read_text()) == {"trainer": {"strategy": STRATEGIES[name]}}
 
 
-# -- runs that train nothing ------------------------------------------------------------------------------------------
+# -- runs without optimizer steps -------------------------------------------------------------------------------------
 
 
 class Sometimes(LookupChain):
-    """Pays for well-formed calls, but nobody in the first iteration of two tasks."""
+    """Rewards well-formed calls, except in the first iteration of two tasks."""
 
     def reset(self, task, *, seed):
         self.idle = task.id.endswith(IDLE)
@@ -334,7 +334,7 @@ class Sometimes(LookupChain):
 IDLE: tuple[str, ...] = ()
 
 
-def test_iterations_without_a_gradient_are_found(tmp_path, monkeypatch):
+def test_iterations_without_a_gradient_are_detected(tmp_path, monkeypatch):
     assert idle_iterations(played(tmp_path / "none", LookupChain, iterations=2)) == [0, 1]
     assert idle_iterations(played(tmp_path / "all", iterations=2)) == []
     source = data()
@@ -345,7 +345,7 @@ def test_iterations_without_a_gradient_are_found(tmp_path, monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
-    """``parity`` of zero2 against one process with runs played in this process: (status, directories of the runs)."""
+    """Return a function: ``parity`` of zero2 against one process, run in this process -> (status, run directories)."""
     monkeypatch.setattr(parity.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(parity.signal, "signal", lambda number, handler: None)
 
@@ -360,8 +360,8 @@ def command(monkeypatch, tmp_path):
     return call
 
 
-def test_where_nothing_was_trained_it_says_so_compares_nothing_and_fails(command, tmp_path, capsys):
-    assert command("--two", environment=LookupChain) == (UNCOMPARED, ["one"]), "no strategy is run for nothing"
+def test_parity_fails_without_a_comparison_if_nothing_was_trained(command, tmp_path, capsys):
+    assert command("--two", environment=LookupChain) == (UNCOMPARED, ["one"]), "no strategy runs without need"
     said = capsys.readouterr().out
     assert "NOTHING WAS TRAINED: in all 2 iterations of the reference the gradient was 0" in said
     assert "warm_start.steps" in said
@@ -370,7 +370,7 @@ def test_where_nothing_was_trained_it_says_so_compares_nothing_and_fails(command
     assert UNCOMPARED not in (0, 1, 2)
 
 
-def test_idle_iterations_among_others_are_told(command, monkeypatch, capsys):
+def test_iterations_without_steps_are_reported(command, monkeypatch, capsys):
     source = data()
     monkeypatch.setattr("test_parity.IDLE", tuple(source.train_task(i).id for i in range(2)))
     status, _ = command("--two", environment=Sometimes)
@@ -380,7 +380,7 @@ def test_idle_iterations_among_others_are_told(command, monkeypatch, capsys):
     assert "All equal to one" in said
 
 
-def test_runs_are_removed_where_all_are_equal_and_nobody_asked_for_them(command, tmp_path, capsys):
+def test_runs_are_removed_if_all_are_equal_and_no_output_was_requested(command, tmp_path, capsys):
     assert command() == (0, [])
     assert "can be removed" not in capsys.readouterr().out
     assert command("--out", str(tmp_path / "mine"))[0] == 0
@@ -398,13 +398,13 @@ def test_runs_are_removed_where_all_are_equal_and_nobody_asked_for_them(command,
         (["--trainer.num_nodes=2"], "--trainer.num_nodes does nothing in parity: all processes are on this machine"),
     ],
 )
-def test_options_that_parity_sets_itself_are_refused(option, advice):
+def test_options_that_parity_sets_itself_are_rejected(option, advice):
     with pytest.raises(UserError, match=advice):
         parity_command(["--config", "any.yaml", *option])
 
 
-def test_a_run_ends_with_the_command_that_is_told_to_end(tmp_path, repository):
-    fit = tmp_path / "fit"  # in the place of python -m gear_lightning fit
+def test_a_run_ends_when_its_command_receives_a_signal(tmp_path, repository):
+    fit = tmp_path / "fit"  # replaces python -m gear_lightning fit
     fit.write_text("#!/bin/sh\necho $$ > pid.new && mv pid.new pid && exec sleep 10000\n")
     fit.chmod(0o755)
     call = f"from gear_lightning import parity; parity.sys.executable = {str(fit)!r}; "

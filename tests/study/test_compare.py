@@ -36,7 +36,7 @@ data:
 
 
 def run(path: Path, success: list[float], *, every: int = 10, seed: int = 0, credit: str = "GEAR", **options) -> Path:
-    """A run directory: success at 0, every, 2 every, ...; 8 rollouts, 100 tokens and 2 seconds an iteration."""
+    """Write a run directory: success at 0, every, 2 every, ...; 8 rollouts, 100 tokens, 2 seconds per iteration."""
     path.mkdir(parents=True)
     filled = {"path": path, "seed": seed, "credit": credit, "lr": 0.001, "hops": 4, "val_seed": 0, **options}
     filled.setdefault("arguments", "kappa: 1.0" if credit == "GEAR" else "")
@@ -57,7 +57,7 @@ def numbers(*paths: Path, metric: str = "val/success", over: str = "iterations",
 
 @pytest.fixture(scope="session")
 def fits(tmp_path_factory, quick, request) -> Path:
-    """Two seeds of GEAR and of GRPO, two iterations each; the last run was stopped after one, and went on."""
+    """Return two seeds of GEAR and of GRPO, two iterations each; the last run was stopped after one, and resumed."""
     folder, root = tmp_path_factory.mktemp("fits"), ROOT
     tiny = "--warm_start null --model.policy.hidden_size 32 --model.policy.layers 1 --data.val_limit 8 "
     tiny += "--data.tasks_per_iteration 2 --data.group_size 4 --data.eval_batch_size 8 --noise_floor.tokens 16 "
@@ -92,8 +92,8 @@ def test_runs_of_two_rules_and_seeds_are_compared(fits, capsys):
     assert float(rows[3]["mean_over_curve"]) == pytest.approx((curve[0] / 2 + curve[1] + curve[2] / 2) / 2)
 
 
-def test_a_run_counts_what_it_has_cost_over_a_stop(fits):
-    """2 tasks x 4 rollouts, two iterations, also where the run was stopped after the first."""
+def test_a_runs_cost_is_counted_across_a_resume(fits):
+    """2 tasks x 4 rollouts, two iterations, also in the run that was stopped after the first."""
     for name in ("gear_1", "grpo_2"):
         curve = read_run(fits / name).curve("val/success", "rollouts")
         assert curve is not None
@@ -103,7 +103,7 @@ def test_a_run_counts_what_it_has_cost_over_a_stop(fits):
     assert 0 < seconds[0] < seconds[1]
 
 
-def test_the_page_stands_alone_and_is_written_beside_the_runs(fits, capsys):
+def test_the_page_is_self_contained_and_written_next_to_the_runs(fits, capsys):
     assert compare_command([str(path) for path in sorted(fits.glob("g*_?"))]) == 0
     page = (fits / "compare.html").read_text()
     assert str(fits / "compare.html") in capsys.readouterr().out
@@ -113,7 +113,7 @@ def test_the_page_stands_alone_and_is_written_beside_the_runs(fits, capsys):
     assert len(panels) == 4, "iterations, rollouts, tokens, seconds"
     assert "currentColor" in figure[0]
     outside = re.findall(r"https?://[^\"' <]+", page)
-    assert all(url.startswith("http://www.w3.org/") for url in outside), "names of vocabularies alone"
+    assert all(url.startswith("http://www.w3.org/") for url in outside), "only names of XML vocabularies"
     assert "<script" not in page
     assert "default-src 'none'" in page
 
@@ -128,7 +128,7 @@ def test_numbers_of_an_arm(tmp_path):
     assert arm.name == "GEAR"
     found = summarise(arm, what)
     assert found.mean == pytest.approx((0.55 + 0.6 + 0.2) / 3)
-    assert found.final == pytest.approx(1.4 / 3)  # of three, none is cut off
+    assert found.final == pytest.approx(1.4 / 3)  # of three values, none is removed
     assert (found.reached, found.runs_reached) == (20, 2)
     assert found.collapsed == pytest.approx(1 / 3)
     assert found.mean_interval == pytest.approx((0.2, 0.6))
@@ -136,7 +136,9 @@ def test_numbers_of_an_arm(tmp_path):
 
 def test_differences_are_paired_by_seed(tmp_path):
     base = [run(tmp_path / f"base{s}", [0.2, 0.2 + s / 10], seed=s, credit="Uniform") for s in (1, 2, 3)]
-    ours = [run(tmp_path / f"ours{s}", [0.2, 0.3 + s / 10], seed=s) for s in (3, 2, 4)]  # another order; 4 has no pair
+    ours = [
+        run(tmp_path / f"ours{s}", [0.2, 0.3 + s / 10], seed=s) for s in (3, 2, 4)
+    ]  # in another order; 4 has no pair
     arms, what = numbers(*base, *ours)
     (found,) = contrasts(arms, what)
     assert found.mean is not None
@@ -144,11 +146,11 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert (found.mean.pairs, found.mean.mean) == (2, pytest.approx(0.05))
     assert (found.final.mean, found.final.interval) == (pytest.approx(0.1), pytest.approx((0.1, 0.1)))
     assert (found.mean.test.wins, found.adjusted) == (2, pytest.approx(0.5))  # 2 / 2^2
-    # ends of ours 0.6, 0.5, 0.7 against 0.3, 0.4, 0.5: eight of nine above, one tie
+    # ends of ours 0.6, 0.5, 0.7 against 0.3, 0.4, 0.5: eight of nine are above, one is a tie
     assert found.improvement == pytest.approx(8.5 / 9)
 
 
-def test_holm_counts_the_arms(tmp_path):
+def test_holm_corrects_for_the_number_of_arms(tmp_path):
     paths = [run(tmp_path / f"{c}{s}", [0.1, y], seed=s, credit=c)
              for c, y in (("Uniform", 0.2), ("GEAR", 0.5), ("RLSD", 0.6)) for s in range(6)]  # fmt: skip
     arms, what = numbers(*paths)
@@ -159,7 +161,7 @@ def test_holm_counts_the_arms(tmp_path):
 
 
 def test_runs_of_one_seed_count_once(tmp_path):
-    """Two learning rates put into one group: a seed's value is the mean over them."""
+    """Two learning rates in one group: a seed's value is the mean over both."""
     paths = [run(tmp_path / f"{s}_{lr}", [0.0, s / 10 + lr], seed=s, lr=lr) for s in (1, 2) for lr in (0.1, 0.3)]
     arms, what = numbers(*paths, groups=dict.fromkeys(paths, "both"))
     found = summarise(arms[0], what)
@@ -168,18 +170,18 @@ def test_runs_of_one_seed_count_once(tmp_path):
     assert found.mean_interval == pytest.approx((0.15, 0.2))  # halves of 0.1 + 0.2 and 0.2 + 0.2
 
 
-def test_all_runs_are_measured_over_what_the_shortest_has(tmp_path, capsys):
+def test_all_runs_are_measured_over_the_range_of_the_shortest(tmp_path, capsys):
     whole, short = [0.0, 0.4, 0.8], [0.0, 0.4]
     paths = run(tmp_path / "a", whole), run(tmp_path / "b", short, credit="Uniform")
     arms, what = numbers(*paths)
     assert (what.low, what.high) == (0, 10)
     assert [summarise(arm, what).mean for arm in arms] == pytest.approx([0.2, 0.2])
-    assert [summarise(arm, what).reached for arm in arms] == [20, np.inf], "the whole run tells where it got to"
+    assert [summarise(arm, what).reached for arm in arms] == [20, np.inf], "`reached` uses the whole run"
     compare_command([*map(str, paths), "--out", str(tmp_path / "x.csv")])
     assert "ends at iteration 10, others continue to 20" in " ".join(capsys.readouterr().out.split())
 
 
-def test_other_axes_are_other_stretches(tmp_path):
+def test_other_axes_have_other_ranges(tmp_path):
     one = read_run(run(tmp_path / "a", [0.0, 0.4, 0.8]))
     for over, places in {"iterations": [0, 10, 20], "rollouts": [0, 80, 160], "tokens": [0, 1000, 2000]}.items():
         curve = one.curve("val/success", over)
@@ -204,7 +206,7 @@ def test_inner_epochs_are_steps_of_one_iteration(tmp_path):
 # -- arms -------------------------------------------------------------------------------------------------------------
 
 
-def test_arms_are_what_the_configs_say(tmp_path):
+def test_arms_follow_from_the_configs(tmp_path):
     arms, _ = numbers(
         run(tmp_path / "a", [0, 1], seed=1, arguments="kappa: 1.0"),
         run(tmp_path / "b", [0, 1], seed=1, arguments="kappa: 0.5"),
@@ -219,8 +221,8 @@ def test_arms_are_what_the_configs_say(tmp_path):
     assert arms[1].seeds == ("1", "2")
 
 
-def test_options_that_come_with_a_class_are_not_told(tmp_path):
-    """GEAR has a kappa and RLSD a clip: what tells the two apart is their class."""
+def test_options_that_belong_to_a_class_are_not_shown(tmp_path):
+    """GEAR has a kappa and RLSD a clip: only the class distinguishes them."""
     arms, _ = numbers(
         run(tmp_path / "a", [0, 1], arguments="kappa: 1.0, clip: 0.9"),
         run(tmp_path / "b", [0, 1], credit="RLSD", arguments="clip: 0.2"),
@@ -252,7 +254,7 @@ def test_groups_and_names(tmp_path, capsys, monkeypatch):
 
 
 def test_the_newest_row_of_a_step_counts(tmp_path):
-    """Killed at 40, gone on from 20, killed again at 30: the first attempt's 40 is no part of the run."""
+    """Killed at 40, resumed from 20, killed again at 30: the first attempt's row at 40 does not belong to the run."""
     path = run(tmp_path / "a", [0.1, 0.2])
     rows = [(0, 0.1), (20, 0.2), (30, 0.3), (40, 0.4), (20, ""), (30, 0.6), (30, 0.7)]
     (path / "metrics.csv").write_text("step,val/success\n" + "".join(f"{s},{v}\n" for s, v in rows))
@@ -262,7 +264,7 @@ def test_the_newest_row_of_a_step_counts(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 3, 9])
-def test_a_last_line_that_was_cut_short_is_left_out(tmp_path, cut):
+def test_an_incomplete_last_line_is_skipped(tmp_path, cut):
     path = run(tmp_path / "a", [0.1, 0.2, 0.3])
     text = (path / "metrics.csv").read_text()
     (path / "metrics.csv").write_text(text[:-cut])
@@ -282,14 +284,14 @@ def test_a_last_line_that_was_cut_short_is_left_out(tmp_path, cut):
         ("val/success\n0.1\n", "no column named step"),
     ],
 )
-def test_metrics_that_cannot_be_read_are_said(tmp_path, text, match):
+def test_metrics_that_cannot_be_read_are_reported(tmp_path, text, match):
     good, bad = run(tmp_path / "good", [0, 1]), run(tmp_path / "bad", [0, 1], seed=1)
     (bad / "metrics.csv").write_text(text)
     with pytest.raises(UserError, match=match):
         compare_command([str(good), str(bad)])
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
+def test_runs_that_cannot_be_compared_are_rejected(tmp_path, capsys):
     a, b = str(run(tmp_path / "a", [0, 1])), str(run(tmp_path / "b", [0, 1], seed=1))
     other = str(run(tmp_path / "other", [0, 1], hops=5))
     with pytest.raises(UserError, match="1 run given: give two"):
@@ -315,7 +317,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
         compare_command(["--group", f"x={tmp_path}/a", "--group", f"y={tmp_path}/?"])
 
 
-def test_records_of_another_format_are_refused(tmp_path):
+def test_records_of_another_format_are_rejected(tmp_path):
     a, b = run(tmp_path / "a", [0, 1]), run(tmp_path / "b", [0, 1], seed=1)
     for version in (FORMAT, FORMAT - 1):
         (b / "rollouts").mkdir(exist_ok=True)
@@ -326,7 +328,7 @@ def test_records_of_another_format_are_refused(tmp_path):
         compare_command([str(a), str(b)])
 
 
-def test_a_config_that_is_none_is_said(tmp_path):
+def test_an_invalid_config_is_reported(tmp_path):
     a, b = run(tmp_path / "a", [0, 1]), run(tmp_path / "b", [0, 1])
     for text in ("[1, 2]", "a: [", "a: !!python/object/apply:os.system ['true']"):
         (b / "config.yaml").write_text(text)
@@ -334,10 +336,10 @@ def test_a_config_that_is_none_is_said(tmp_path):
             compare_command([str(a), str(b)])
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def test_figures_are_of_their_kind_and_the_same_every_time(tmp_path):
+def test_figures_have_their_file_type_and_are_reproducible(tmp_path):
     paths = [
         str(run(tmp_path / f"{c}{s}", [0, 0.1 * s, 0.9], seed=s, credit=c)) for c in ("GEAR", "RLSD") for s in (1, 2, 3)
     ]
@@ -352,7 +354,7 @@ def test_figures_are_of_their_kind_and_the_same_every_time(tmp_path):
     assert ET.parse(tmp_path / "x.svg").getroot().tag.endswith("svg")
 
 
-def test_names_are_text_wherever_they_are_shown(tmp_path, capsys):
+def test_names_are_shown_as_text(tmp_path, capsys):
     paths = [str(run(tmp_path / "a", [0, 1])), str(run(tmp_path / "b", [0, 1], credit="RLSD"))]
     hostile = ["<script>$x_{$</script>", "[red]\x1b[31m"]
     out = tmp_path / "x.html"
@@ -364,20 +366,22 @@ def test_names_are_text_wherever_they_are_shown(tmp_path, capsys):
     assert "[red]⟨U+001B⟩" in said
 
 
-def test_axes_that_were_not_counted_are_left_out_and_said_when_asked_for(tmp_path):
+def test_axes_that_were_not_logged_are_omitted_and_reported_on_request(tmp_path):
     paths = [run(tmp_path / name, [0, 1], credit=credit) for name, credit in (("a", "GEAR"), ("b", "RLSD"))]
     for path in paths:
         text = (path / "metrics.csv").read_text().replace("perf/seconds", "time/update_s")
         (path / "metrics.csv").write_text(text)
     out = tmp_path / "x.svg"
     assert compare_command([*map(str, paths), "--out", str(out)]) == 0
-    assert len(re.findall(r'id="axes_\d"', out.read_text())) == 4  # three panels, and the place of the fourth
+    assert len(re.findall(r'id="axes_\d"', out.read_text())) == 4  # three panels, and the empty fourth one
     with pytest.raises(UserError, match="has not logged seconds; compare over iterations"):
         compare_command([*map(str, paths), "--over", "seconds"])
 
 
 def test_labels_keep_their_order_and_a_distance():
-    assert _spread([0.5, 0.54, 0.1], 0.1) == pytest.approx([0.47, 0.57, 0.1]), "moved alike, and no further"
+    assert _spread([0.5, 0.54, 0.1], 0.1) == pytest.approx([0.47, 0.57, 0.1]), (
+        "both move equally, and no further than needed"
+    )
     assert _spread([0.0, 0.02], 0.1) == pytest.approx([0.0, 0.1])
     placed = _spread([0.98, 0.99, 1.0], 0.1)
     assert placed == pytest.approx([0.8, 0.9, 1.0])

@@ -1,4 +1,4 @@
-"""What the documents say of the studies is what the committed results say."""
+"""The documents' statements about the studies agree with the committed results."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ def results(name: str) -> dict:
 
 
 @pytest.mark.parametrize("name", sorted(p.parent.name for p in EVIDENCE.glob("*/results.json")))
-def test_results_are_those_of_the_shipped_plan(name):
+def test_results_belong_to_the_committed_plan(name):
     plan = yaml.safe_load((ROOT / f"configs/study/{name}.yaml").read_text())
     found = results(name)
     assert list(found["arms"]) == list(plan["arms"])
@@ -36,7 +36,7 @@ def gain(told: dict) -> str:
 
 
 @pytest.mark.parametrize(("name", "heading"), [("reading", "## Does it matter"), ("credit", "## The first study")])
-def test_the_tables_of_arms_are_those_of_their_results(name, heading):
+def test_the_tables_of_arms_agree_with_the_results(name, heading):
     found, text = results(name), (ROOT / "docs/evidence.md").read_text().partition(heading)[2]
     runs = found["seeds"] * len(found["points"])
     for arm, told in found["arms"].items():
@@ -56,7 +56,7 @@ def test_the_tables_of_arms_are_those_of_their_results(name, heading):
 
 
 def gains(name: str) -> dict[str, dict[str, np.ndarray]]:
-    """Arm -> gain over GRPO of each seed over ``all`` points of the grid, and at the ``best`` of each arm."""
+    """Return arm -> gain over GRPO of each seed over ``all`` points of the grid, and at the ``best`` of each arm."""
     with (EVIDENCE / name / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))
     curves: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
@@ -71,7 +71,7 @@ def gains(name: str) -> dict[str, dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("name", ["reading", "credit"])
-def test_the_intervals_of_shares_are_those_of_the_curves(name):
+def test_the_intervals_of_shares_agree_with_the_curves(name):
     """At each end Student's test of gain - share x the oracle's gain has p = 0.05."""
     from scipy.stats import ttest_1samp
 
@@ -86,12 +86,12 @@ def test_the_intervals_of_shares_are_those_of_the_curves(name):
                 assert ttest_1samp(mine - end * oracle, 0).pvalue == pytest.approx(0.05, abs=1e-4)
 
 
-def test_the_reports_say_the_intervals_of_shares():
+def test_the_reports_contain_the_intervals_of_shares():
     for name in ("reading", "credit", "map"):
         assert (EVIDENCE / name / "report.md").read_text() == markdown(results(name))
 
 
-def test_the_readme_and_the_evidence_say_what_the_main_study_found():
+def test_the_readme_and_the_evidence_agree_with_the_main_study():
     found = results("reading")
     ours, everything = found["paired"]["GEAR"]["all"], found["headroom"]["all"]["shares"]["GEAR"]
     readme, text = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/evidence.md"))
@@ -118,7 +118,7 @@ def test_the_readme_and_the_evidence_say_what_the_main_study_found():
     assert f"+{ours['mean']:.3f} success over the curve" in text
     other, placebo = (found["paired"][arm]["all"] for arm in ("reference of another task", "Placebo"))
     assert other["high"] < 0, "worse than GRPO"
-    assert placebo["low"] < 0 < placebo["high"], "nothing"
+    assert placebo["low"] < 0 < placebo["high"], "no effect"
     onset = text.partition("## Does the divergence find")[2]
     told = found["onset"]["GEAR"]
     for name, shown in (("divergence", "divergence"), ("segment", "segments")):
@@ -129,7 +129,7 @@ def test_the_readme_and_the_evidence_say_what_the_main_study_found():
 @pytest.mark.parametrize(
     ("name", "heading"), [("ablations", "## GEAR's choices"), ("reading_ablations", "### Again, with the teacher")]
 )
-def test_the_tables_of_ablations_are_those_of_their_results(name, heading):
+def test_the_tables_of_ablations_agree_with_the_results(name, heading):
     found, text = results(name), (ROOT / "docs/evidence.md").read_text().partition(heading)[2]
     for arm, told in found["paired"].items():
         row = next(line for line in text.splitlines() if line.startswith(f"| {arm} |"))
@@ -141,7 +141,7 @@ def test_the_tables_of_ablations_are_those_of_their_results(name, heading):
         ]
 
 
-def test_the_table_of_teachers_is_that_of_their_checks():
+def test_the_table_of_teachers_agrees_with_the_checks():
     text = (ROOT / "docs/evidence.md").read_text().partition("### Look at your own teacher")[2]
     told = {p.stem: json.loads(p.read_text()) for p in (EVIDENCE / "teacher_check").glob("*.json")}
     columns = [[told["first_study"]], [told["main_study"]], [told[f"smollm2_seed_{seed}"] for seed in range(3)]]
@@ -163,7 +163,7 @@ def test_the_table_of_teachers_is_that_of_their_checks():
     assert "| rank correlation of the two | " + " | ".join(shared) + " |" in text
 
 
-def test_the_map_is_that_of_its_results():
+def test_the_map_agrees_with_its_results():
     found, text = results("map"), (ROOT / "docs/evidence.md").read_text().partition("## Where credit can matter")[2]
     oracle, runs = found["paired"]["Oracle"], 3 * found["seeds"]
     told = dict(zip(map(tuple, found["points"]), range(len(found["points"])), strict=True))
@@ -183,7 +183,7 @@ def test_the_map_is_that_of_its_results():
     assert sum(point["low"] > 0 for point in oracle["points"]) == 3
 
 
-def test_what_is_said_of_templates_is_what_was_measured():
+def test_statements_about_templates_agree_with_the_measurements():
     text = (ROOT / "docs/evidence.md").read_text().partition("### A teacher that is asked for nothing")[2]
     found = results("smollm2_template")
     ours = found["paired"]["bare sum"]["all"]
@@ -205,7 +205,7 @@ def test_what_is_said_of_templates_is_what_was_measured():
         assert [cell.strip() for cell in line.strip("|").split("|")][1:] == [*cells, f"{told['shared']:.2f}"]
 
 
-def test_the_maps_gains_at_best_rates_are_of_the_declared_mean():
+def test_the_maps_gains_at_best_rates_use_the_declared_mean():
     text = " ".join((ROOT / "docs/evidence.md").read_text().partition("## Where credit can matter")[2].split())
     with (EVIDENCE / "map/curves.csv").open() as file:
         rows = list(csv.DictReader(file))

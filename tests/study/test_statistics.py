@@ -29,11 +29,11 @@ NUMBERS = st.floats(-5, 5, allow_nan=False, width=32)
 SMALL = st.lists(st.integers(0, 4), min_size=1, max_size=7)  # small integers tie often
 
 
-def test_interquartile_mean_cuts_a_quarter_at_each_end():
+def test_interquartile_mean_removes_a_quarter_at_each_end():
     assert interquartile_mean(np.array([8.0, 1, 2, 3, 4, 100, -50, 5])) == 3.5  # (2 + 3 + 4 + 5) / 4
     assert interquartile_mean(np.array([[1.0, 2], [3, 100]])) == 2.5  # (2 + 3) / 2
-    assert interquartile_mean(np.array([1.0, 2, 6])) == 3.0  # too few to cut: the mean
-    # of five, int(1.25) = 1 is cut at each end
+    assert interquartile_mean(np.array([1.0, 2, 6])) == 3.0  # too few to remove any: the mean
+    # of five, int(1.25) = 1 is removed at each end
     assert interquartile_mean(np.array([0.0, 3, 4, 5, 9])) == 4.0
 
 
@@ -48,7 +48,7 @@ def test_sign_test_by_hand():
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=10))
 @settings(max_examples=50, deadline=None)
-def test_sign_test_counts_all_signs_of_equal_probability(gaps):
+def test_sign_test_equals_an_enumeration_of_all_signs(gaps):
     found, n = sign_test(np.array(gaps)), sum(g != 0 for g in gaps)
     extreme = abs(found.wins - found.losses)
     worse = sum(abs(sum(signs)) >= extreme for signs in itertools.product((-1, 1), repeat=n))
@@ -67,7 +67,7 @@ def test_holm_by_hand():
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 @settings(max_examples=100, deadline=None)
-def test_holm_rejects_what_its_step_down_rule_rejects(p):
+def test_holm_rejects_the_same_as_its_step_down_rule(p):
     adjusted, level, still = holm(np.array(p)), 0.05, True
     assert (adjusted >= np.array(p) - 1e-12).all()
     for rank, place in enumerate(np.argsort(p, kind="stable")):
@@ -89,7 +89,7 @@ def test_paired_difference_by_hand():
 
 
 @pytest.mark.parametrize("pairs", [3, 5, 10])
-def test_the_interval_of_few_pairs_covers_what_it_says(pairs):
+def test_the_interval_of_few_pairs_has_its_nominal_coverage(pairs):
     rng = np.random.default_rng(7)
     found = [paired_difference(rng.normal(2, 1, pairs), np.zeros(pairs)).interval for _ in range(1000)]
     # 1000 trials have a standard error of 0.7 points
@@ -108,7 +108,7 @@ def test_ratio_of_means_by_hand():
     assert ratio_of_means(np.array([1.0]), np.array([2.0])).interval is None
 
 
-def test_a_ratio_to_a_mean_that_may_be_0_has_no_bounds():
+def test_a_ratio_to_a_mean_that_could_be_0_has_no_bounds():
     rng = np.random.default_rng(0)
     theirs = rng.normal(0.1, 1, 8)
     low, high = paired_difference(theirs, np.zeros(8)).interval
@@ -118,7 +118,7 @@ def test_a_ratio_to_a_mean_that_may_be_0_has_no_bounds():
 
 @given(st.lists(st.tuples(NUMBERS, st.floats(2, 3)), min_size=3, max_size=10))
 @settings(max_examples=50, deadline=None)
-def test_the_ends_of_the_ratio_are_where_students_test_begins_to_tell(pairs):
+def test_the_ends_of_the_ratios_interval_have_p_of_0_05_in_students_test(pairs):
     """Reference: scipy's one-sample t-test of ours - r theirs at each end."""
     from scipy.stats import ttest_1samp
 
@@ -132,8 +132,8 @@ def test_the_ends_of_the_ratio_are_where_students_test_begins_to_tell(pairs):
 
 
 @pytest.mark.parametrize("together", [0.0, 0.9])
-def test_the_interval_of_a_ratio_covers_what_it_says(together):
-    """10 pairs of means 1.4 and 2, whose errors go together or do not."""
+def test_the_interval_of_a_ratio_has_its_nominal_coverage(together):
+    """10 pairs with means 1.4 and 2, with correlated or independent errors."""
     rng, covered = np.random.default_rng(3), []
     for _ in range(1000):
         shared = rng.normal(0, 1, 10)
@@ -146,11 +146,11 @@ def test_the_interval_of_a_ratio_covers_what_it_says(together):
     assert 0.93 <= np.mean(covered) <= 0.97  # 1000 trials have a standard error of 0.7 points
 
 
-def test_pairs_that_all_differ_alike_have_no_width():
+def test_equal_differences_have_an_interval_without_width():
     assert paired_difference(np.ones(4), np.zeros(4)).interval == (1.0, 1.0)
 
 
-def test_pairing_removes_what_a_seed_does_to_both():
+def test_pairing_removes_a_seeds_effect_on_both_arms():
     rng = np.random.default_rng(0)
     luck = rng.normal(0, 1, 20)
     found = paired_difference(luck + 0.1 + rng.normal(0, 0.01, 20), luck)
@@ -164,7 +164,7 @@ def test_probability_of_improvement_is_a_mean_over_strata():
 
 def test_collapse_rate_by_hand():
     curves = np.array([
-        [0.2, 0.8, 0.7],  # holds
+        [0.2, 0.8, 0.7],  # does not collapse
         [0.2, 0.8, 0.39],  # below half of 0.8 at the end
         [0.2, 0.8, 0.4],  # at half, not below
         [0.8, 0.1, 0.8],  # recovered
@@ -172,7 +172,7 @@ def test_collapse_rate_by_hand():
     assert collapse_rate(curves) == 0.25
     assert collapse_rate(curves, at="any") == 0.5
     assert collapse_rate(curves, 0.9) == 0.75  # 0.7 < 0.72, 0.39 and 0.4
-    assert collapse_rate(np.zeros((2, 3))) == 0.0, "a run that had nothing has lost nothing"
+    assert collapse_rate(np.zeros((2, 3))) == 0.0, "a run that is always at 0 has not collapsed"
 
 
 def test_mean_over_curve_by_hand():
@@ -187,7 +187,7 @@ def test_mean_over_curve_by_hand():
 
 @given(st.lists(st.tuples(st.floats(0.01, 5), NUMBERS), min_size=2, max_size=8), NUMBERS)
 @settings(max_examples=100, deadline=None)
-def test_mean_over_curve_lies_within_it_and_does_not_mind_more_points(points, shift):
+def test_mean_over_curve_is_within_its_range_and_invariant_to_added_points(points, shift):
     x, y = np.cumsum([gap for gap, _ in points]), np.array([height for _, height in points])
     mean = mean_over_curve(x, y)
     assert y.min() - 1e-9 <= mean <= y.max() + 1e-9
@@ -196,7 +196,7 @@ def test_mean_over_curve_lies_within_it_and_does_not_mind_more_points(points, sh
     assert mean_over_curve(between, on_grid(x, y, between)) == pytest.approx(mean, abs=1e-9)
 
 
-def test_first_reach_is_the_first_measured_place():
+def test_first_reach_is_a_measured_point():
     x, y = np.array([0.0, 10, 20, 30]), np.array([0.1, 0.8, 0.7, 0.9])
     assert first_reach(x, y, 0.8) == 10
     assert first_reach(x, y, 0.8, stay=True) == 30
@@ -205,7 +205,7 @@ def test_first_reach_is_the_first_measured_place():
     assert first_reach(x, y, 0.05, stay=True) == 0
 
 
-def test_the_bootstrap_is_scipys_where_there_is_one_stratum():
+def test_the_bootstrap_of_one_stratum_equals_scipys():
     from scipy.stats import bootstrap
 
     scores = np.random.default_rng(1).normal(0, 1, 12)
@@ -216,7 +216,7 @@ def test_the_bootstrap_is_scipys_where_there_is_one_stratum():
 
 
 def test_strata_are_not_mixed():
-    """Two tasks whose scores never vary: no draw can move the mean, though the tasks are far apart."""
+    """Two tasks with constant scores: no draw can change the mean, although the tasks differ greatly."""
     scores = np.array([[0.0, 0, 0], [1, 1, 1]])
     assert bootstrap_interval(scores) == (0.5, 0.5)
     low, high = bootstrap_interval(scores.reshape(1, 6))
@@ -224,7 +224,7 @@ def test_strata_are_not_mixed():
 
 
 def test_strata_are_drawn_independently():
-    """The mean of 16 like tasks varies a quarter as much as that of one; were the same seeds drawn in all, as much."""
+    """The mean of 16 equal tasks varies a quarter as much as that of one; with the same seeds in all, equally much."""
     one = np.random.default_rng(5).normal(0, 1, (1, 20))
     widths = [float(np.subtract(*bootstrap_interval(s)[::-1])) for s in (one, np.repeat(one, 16, axis=0))]
     assert widths[1] == pytest.approx(widths[0] / 4, rel=0.1)
@@ -238,20 +238,20 @@ def test_the_same_seeds_in_all_strata_are_drawn_together():
     assert bootstrap_interval(np.concatenate([one, -one]), together=True) == pytest.approx((0, 0))
 
 
-def test_the_resampled_interquartile_mean_is_that_of_every_draw():
+def test_the_interquartile_mean_is_computed_for_every_draw():
     drawn = np.random.default_rng(6).normal(0, 1, (5, 2, 6))
     assert iqm_statistic(drawn) == pytest.approx([interquartile_mean(scores) for scores in drawn])
 
 
-def test_curves_are_resampled_whole():
-    """Two seeds' curves are each other's mirror: their mean's interval mirrors, too, at every point."""
+def test_curves_are_resampled_as_a_whole():
+    """Two seeds have mirrored curves: the interval of their mean is symmetric at every point."""
     curves = np.array([[[0.0, 1.0, 0.2], [1.0, 0.0, 0.8]]])
     low, high = bootstrap_interval(curves)
     assert low == pytest.approx([0, 0, 0.2])
     assert high == pytest.approx([1, 1, 0.8])
 
 
-def test_the_interval_is_the_same_every_time_and_narrows_with_seeds():
+def test_the_interval_is_reproducible_and_narrows_with_more_seeds():
     rng = np.random.default_rng(3)
     few, many = rng.normal(0, 1, (1, 10)), rng.normal(0, 1, (1, 1000))
     assert bootstrap_interval(few) == bootstrap_interval(few)
@@ -269,7 +269,7 @@ def test_the_interval_covers_a_known_truth(statistic):
     for case in range(200):
         low, high = bootstrap_interval(rng.normal(2, 1, (3, 20)), resamples=400, seed=case, **options)
         covered += bool(low <= 2 <= high)
-    # percentile bootstraps cover a little less than they say; 200 trials have a standard error of 1.5 points
+    # percentile bootstraps cover slightly less than their level; 200 trials have a standard error of 1.5 points
     assert 0.89 <= covered / 200 <= 0.98
 
 
@@ -290,6 +290,6 @@ def test_the_interval_covers_a_known_truth(statistic):
         (lambda: on_grid(np.array([0.0, 0]), np.array([1.0, 2]), np.array([0.0])), "increasing"),
     ],
 )
-def test_what_cannot_be_computed_is_said(wrong, match):
+def test_invalid_input_is_reported(wrong, match):
     with pytest.raises(UserError, match=match):
         wrong()

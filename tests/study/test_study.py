@@ -1,4 +1,4 @@
-"""Studies: what is planned, that runs are carried out once and survive a kill, and that the numbers are right."""
+"""Studies: their plans, that runs are executed once and survive a kill, and that the numbers are correct."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def plan(out: Path, **options) -> Study:
     return Study(**options)
 
 
-def test_every_arm_meets_every_point_and_seed(tmp_path):
+def test_every_arm_is_crossed_with_every_point_and_seed(tmp_path):
     study = plan(tmp_path, seeds=3)
     runs = study.runs
     assert len(runs) == len({run.folder for run in runs}) == 2 * 2 * 3
@@ -75,7 +75,7 @@ def test_every_arm_meets_every_point_and_seed(tmp_path):
     assert "--model.credit.init_args.kappa=2.0" in run.arguments
     assert run.arguments[-1] == f"--trainer.default_root_dir={run.folder}"
     streams = {r.seed: [o for o in r.options if "seed" in o] for r in runs}
-    for run in runs:  # what decides tasks and sampling is the seed's, whatever the arm
+    for run in runs:  # options for tasks and sampling depend on the seed, not on the arm
         assert [o for o in run.options if "seed" in o] == streams[run.seed]
 
 
@@ -107,7 +107,7 @@ def test_every_arm_meets_every_point_and_seed(tmp_path):
         ({"grid": {"data.seed": [1, 2]}}, "per_seed and grid both set data.seed"),
     ],
 )
-def test_plans_that_cannot_be_carried_out(tmp_path, options, error):
+def test_invalid_plans_are_rejected(tmp_path, options, error):
     with pytest.raises(UserError, match=error):
         plan(tmp_path, **options)
 
@@ -116,7 +116,7 @@ def test_plans_that_cannot_be_carried_out(tmp_path, options, error):
 
 
 def by_hand(tmp_path, values: dict[str, list[list[list[float]]]], **options) -> tuple[Curves, dict]:
-    """Results of curves [points, seeds, steps] at steps 0, 10, 20."""
+    """Return the results of curves [points, seeds, steps] at steps 0, 10, 20."""
     points, seeds = len(next(iter(values.values()))), len(next(iter(values.values()))[0])
     options = {"grid": {LR: [0.1 * (p + 1) for p in range(points)]}, "seeds": seeds, **options}
     study = plan(tmp_path, arms={arm: {} for arm in values}, **options)
@@ -139,7 +139,7 @@ def test_means_differences_and_headroom_by_hand(tmp_path):
     assert results["paired"]["Oracle"]["all"]["mean"] == pytest.approx(0.25)
     assert results["headroom"]["all"]["there"]
     assert results["headroom"]["all"]["shares"]["GEAR"] == pytest.approx(0.4)
-    # both seeds gain 0.1 of 0.25: no width
+    # both seeds gain 0.1 of 0.25: an interval without width
     assert results["headroom"]["all"]["intervals"]["GEAR"] == pytest.approx((0.4, 0.4))
     head, body = rows(results)
     shares = [row[head.index("of the headroom")] for row in body]
@@ -150,12 +150,12 @@ def test_means_differences_and_headroom_by_hand(tmp_path):
     assert results["arms"]["GRPO"]["reached"] == 0.5
     assert by_hand(tmp_path, values, threshold=0.7)[1]["arms"]["GRPO"]["to_threshold"] is None
     assert results["paired"]["GEAR"]["all"]["test"] == {"wins": 2, "losses": 0, "ties": 0, "p": 0.5}
-    assert results["paired"]["GEAR"]["all"]["holm"] == 1.0  # 0.5 of two arms
+    assert results["paired"]["GEAR"]["all"]["holm"] == 1.0  # 0.5, for two arms
     json.dumps(results, allow_nan=False)
 
 
-def test_a_share_has_fiellers_interval_of_the_seeds_of_both(tmp_path):
-    """Against the ratio of the gains' means, from curves whose mean is their middle value, halved."""
+def test_a_share_has_fiellers_interval_over_paired_seeds(tmp_path):
+    """Reference: the ratio of the gains' means, from curves whose mean is half of their middle value."""
     rng = np.random.default_rng(0)
     middle = {arm: rng.normal(mean, 0.05, 6) for arm, mean in (("GRPO", 0.2), ("GEAR", 0.5), ("Oracle", 0.7))}
     values = {arm: [[[0.0, x, 0.0] for x in xs]] for arm, xs in middle.items()}
@@ -168,7 +168,7 @@ def test_a_share_has_fiellers_interval_of_the_seeds_of_both(tmp_path):
     assert told["low"] == pytest.approx(results["paired"]["Oracle"]["all"]["low"])
 
 
-def test_arms_say_what_their_rules_lack(tmp_path):
+def test_the_report_names_what_the_arms_rules_lack(tmp_path):
     same = [[[0.2, 0.4, 0.4], [0.2, 0.5, 0.6]]]
     _, results = by_hand(tmp_path, {"GRPO": same, "EGRSD": same})
     assert "in the style of" not in markdown(results)
@@ -192,7 +192,7 @@ def test_no_headroom_gives_no_shares(tmp_path):
     assert body[1][head.index("of the headroom")] == "headroom not certain"
 
 
-def test_one_seed_tells_nothing_of_headroom(tmp_path):
+def test_one_seed_gives_no_statement_about_headroom(tmp_path):
     values = {"GRPO": [[[0.2, 0.4, 0.4]]], "Oracle": [[[0.2, 0.6, 0.8]]]}
     _, results = by_hand(tmp_path, values, ceiling="Oracle")
     assert results["headroom"]["all"]["there"] is None
@@ -200,11 +200,11 @@ def test_one_seed_tells_nothing_of_headroom(tmp_path):
     assert body[1][head.index("of the headroom")] == "unknown"
 
 
-def test_seeds_that_share_a_warm_start_are_told(tmp_path):
+def test_seeds_that_share_a_warm_start_are_reported(tmp_path):
     flat = [0.2, 0.2, 0.2]
     values = {"GRPO": [[flat] * 4], "GEAR": [[[0.2, 0.2 + gain, 0.2] for gain in (0.2, 0.0, 0.4, 0.2)]]}
     _, results = by_hand(tmp_path, values, blocks=2)
-    # half of the gain in the middle: 0.1 and 0.2 of the first warm start, 0 and 0.1 of the second
+    # half of the gain at the middle step: 0.1 and 0.2 for the first warm start, 0 and 0.1 for the second
     assert results["blocks"] == {"seeds": [2, 2], "gains": {"GEAR": pytest.approx([0.15, 0.05])}}
     assert "4 seeds begin with 2 sets of weights" in (told := markdown(results))
     assert "| GEAR | +0.150 | +0.050 |" in told
@@ -212,8 +212,8 @@ def test_seeds_that_share_a_warm_start_are_told(tmp_path):
     assert "begin with" not in markdown(by_hand(tmp_path, values, blocks=4)[1])
 
 
-def test_a_seeds_luck_at_all_points_is_drawn_together(tmp_path):
-    """Four copies of a point know no more of the seeds than one."""
+def test_a_seeds_runs_at_all_points_are_resampled_together(tmp_path):
+    """Four copies of a point contain no more information about the seeds than one."""
     point = [[0.2, 0.1 * seed, 0.3] for seed in range(4)]
     widths = []
     for points in (1, 4):
@@ -223,14 +223,14 @@ def test_a_seeds_luck_at_all_points_is_drawn_together(tmp_path):
     assert widths[1] == pytest.approx(widths[0], rel=0.2)
 
 
-def test_an_arm_without_segments_has_no_area_for_them(tmp_path):
+def test_an_arm_without_segments_has_no_auc_for_them(tmp_path):
     same = [[[0.2, 0.4, 0.4], [0.2, 0.5, 0.6]]]
     _, results = by_hand(tmp_path, {"GRPO": same, "TokenOnly": same})
     told = {"divergence": 0.9, "segment": None, "first_wrong": 3, "right": 4}
     assert "| TokenOnly | 15 | 0.900 | - | 3 |" in markdown({**results, "onset": {"TokenOnly": {"15": told}}})
 
 
-def test_the_best_point_is_each_arms_own(tmp_path):
+def test_each_arm_has_its_own_best_point(tmp_path):
     low, high = [[0.2, 0.2, 0.2], [0.2, 0.2, 0.2]], [[0.2, 0.8, 0.8], [0.2, 0.8, 0.8]]
     _, results = by_hand(tmp_path, {"GRPO": [low, high], "GEAR": [high, low]})
     assert results["best_point"] == {"GRPO": 1, "GEAR": 0}
@@ -246,7 +246,7 @@ def test_the_best_point_is_each_arms_own(tmp_path):
     assert markdown(results).count("| lr 0.1 |") == 2
 
 
-def test_collapse_is_a_fall_from_the_best(tmp_path):
+def test_collapse_is_relative_to_the_best_value(tmp_path):
     values = {"GRPO": [[[0.2, 0.8, 0.1], [0.2, 0.3, 0.3]]], "GEAR": [[[0.2, 0.3, 0.3], [0.2, 0.3, 0.3]]]}
     _, results = by_hand(tmp_path, values)
     assert (results["arms"]["GRPO"]["collapsed"], results["arms"]["GEAR"]["collapsed"]) == (0.5, 0.0)
@@ -261,7 +261,7 @@ def command(python: str, config: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def carried(quick, tmp_path_factory):
-    """A study that was killed in the middle and then went on."""
+    """Return a study that was killed in the middle and then resumed."""
     from dataclasses import asdict
 
     from gear_lightning.runs.files import replace_text
@@ -287,7 +287,7 @@ def carried(quick, tmp_path_factory):
     return study, first.returncode, told, kept, second
 
 
-def test_a_stopped_study_goes_on_where_it_was(carried):
+def test_a_stopped_study_resumes(carried):
     study, status, told, kept, second = carried
     assert status == 130
     assert f"stopped; {len(kept)} of 8 runs are done" in told
@@ -295,7 +295,7 @@ def test_a_stopped_study_goes_on_where_it_was(carried):
     assert second.returncode == 0, second.stdout + second.stderr
     assert f"8 runs, {len(kept)} of them done" in second.stdout
     for folder, time_written in kept.items():
-        assert (folder / "metrics.csv").stat().st_mtime == time_written, "a run that was done was done again"
+        assert (folder / "metrics.csv").stat().st_mtime == time_written, "a finished run was repeated"
     assert all(is_done(run) for run in study.runs)
     out = Path(study.out)
     assert {p.name for p in out.iterdir()} >= {
@@ -306,7 +306,7 @@ def test_a_stopped_study_goes_on_where_it_was(carried):
     assert len((out / "curves.csv").read_text().splitlines()) == 1 + 8 * len(results["steps"])
 
 
-def test_runs_of_a_seed_begin_alike_and_differ_in_credit_alone(carried):
+def test_runs_of_a_seed_have_the_same_beginning_and_differ_only_in_credit(carried):
     study, *_ = carried
     curves = collect(study, study.runs)
     assert curves.values.shape == (2, 2, 2, 3)
@@ -319,7 +319,7 @@ def test_runs_of_a_seed_begin_alike_and_differ_in_credit_alone(carried):
     assert len(set.union(*firsts.values())) == 2, "the seeds do not differ"
 
 
-def test_another_study_does_not_take_over_the_folder(carried):
+def test_another_study_cannot_use_the_folder(carried):
     study, *_ = carried
     other = replace(study, options={**QUICK, "trainer.max_epochs": 3})
     with pytest.raises(
@@ -328,7 +328,7 @@ def test_another_study_does_not_take_over_the_folder(carried):
         [is_done(run) for run in other.runs]
 
 
-def test_an_arm_that_failed_is_left_out_and_one_that_begins_elsewhere_is_named(carried):
+def test_a_failed_arm_is_omitted_and_one_with_another_beginning_is_named(carried):
     study, *_ = carried
     with_third = replace(study, arms={**study.arms, "Third": {}})
     curves = collect(with_third, study.runs)
@@ -364,7 +364,7 @@ def test_a_template_with_braces_is_text(tmp_path, monkeypatch, capsys):
         ({"warm_start.stepps": 2}, r"(?s)^GEAR 0\.0003: .*stepps"),
     ],
 )
-def test_an_arm_that_cannot_be_run_is_told_before_the_first_run(tmp_path, options, told):
+def test_an_invalid_arm_is_reported_before_the_first_run(tmp_path, options, told):
     arms = {"GRPO": {"config": str(ROOT / "configs/credit/grpo.yaml")}, "GEAR": options}
     study = plan(tmp_path / "out", arms=arms)
     with pytest.raises(UserError, match=told) as error:
@@ -373,7 +373,7 @@ def test_an_arm_that_cannot_be_run_is_told_before_the_first_run(tmp_path, option
     assert not Path(study.out, "runs").exists()
 
 
-def test_one_study_at_a_time_and_no_run_under_anothers_feet(carried, monkeypatch):
+def test_studies_and_runs_lock_their_folders(carried, monkeypatch):
     study, *_ = carried
     monkeypatch.chdir(ROOT)
     file = Path(study.out).parent / "study.json"
@@ -388,7 +388,7 @@ def test_one_study_at_a_time_and_no_run_under_anothers_feet(carried, monkeypatch
         (run.folder / "aside").rename(run.folder / "status.json")
 
 
-def test_a_metric_that_is_not_there_is_told_before_more_is_run(carried, monkeypatch):
+def test_a_missing_metric_is_reported_before_further_runs(carried, monkeypatch):
     study, *_ = carried
     monkeypatch.chdir(ROOT)
     file = Path(study.out).parent / "study.json"
@@ -396,7 +396,7 @@ def test_a_metric_that_is_not_there_is_told_before_more_is_run(carried, monkeypa
         study_command(["--config", str(file), "--metric", "train/lossy", "--seeds", "3"])
 
 
-def test_runs_end_with_a_study_that_is_killed(quick, tmp_path):
+def test_runs_end_if_their_study_is_killed(quick, tmp_path):
     from dataclasses import asdict
 
     study = plan(tmp_path / "out", options={**QUICK, "trainer.max_epochs": 10_000}, seeds=1, jobs=2, blocks=1)
@@ -413,7 +413,7 @@ def test_runs_end_with_a_study_that_is_killed(quick, tmp_path):
     until(lambda: not Path(f"/proc/{process}").exists(), "a run outlived its study")
 
 
-def test_a_plan_can_be_read_in_part(quick, tmp_path):
+def test_single_options_of_a_plan_can_be_overridden(quick, tmp_path):
     plan_command = command(quick.executable, ROOT / "configs/study/credit.yaml", "--seeds", "100", "--plan", "true")
     reading = subprocess.Popen(plan_command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert reading.stdout is not None
@@ -424,7 +424,7 @@ def test_a_plan_can_be_read_in_part(quick, tmp_path):
     assert reading.wait(seconds(120)) == 141
 
 
-def test_runs_beside_gpus_start_afresh_and_take_turns_at_them(tmp_path, monkeypatch):
+def test_runs_with_gpus_are_spawned_and_share_the_gpus_evenly(tmp_path, monkeypatch):
     monkeypatch.setenv("GEAR_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("gear_lightning.study.runner.visible_gpus", lambda: ["4", "6"])
     options = {**QUICK, "generation.environment": "tiny_runs.TellsGPU"}
@@ -448,7 +448,7 @@ def test_runs_beside_gpus_start_afresh_and_take_turns_at_them(tmp_path, monkeypa
 
 @pytest.fixture
 def copied(carried, tmp_path):
-    """A study that is done, which a test may damage, and its file."""
+    """Return a finished study that a test may damage, and its file."""
     from dataclasses import asdict
 
     study = replace(carried[0], out=str(tmp_path / "out"))
@@ -458,7 +458,7 @@ def copied(carried, tmp_path):
     return study, file
 
 
-def test_a_configuration_file_that_has_changed_is_named(carried, copied, tmp_path, monkeypatch):
+def test_a_changed_configuration_file_is_named(carried, copied, tmp_path, monkeypatch):
     study, _ = copied
     recipe = tmp_path / "recipe.yaml"
     text = (ROOT / "configs/quickstart.yaml").read_text()
@@ -475,7 +475,7 @@ def test_a_configuration_file_that_has_changed_is_named(carried, copied, tmp_pat
 
 
 @pytest.mark.parametrize(("name", "content"), [("status.json", '{"pha'), ("status.json", "[]"), ("run.json", "[1]")])
-def test_a_run_whose_files_are_damaged_is_set_aside_and_done_again(copied, name, content, monkeypatch, capsys):
+def test_a_run_with_damaged_files_is_set_aside_and_repeated(copied, name, content, monkeypatch, capsys):
     study, _ = copied
     run, before = study.runs[0], {p.name for p in study.runs[0].folder.iterdir()}
     (run.folder / name).write_text(content)
@@ -497,7 +497,7 @@ def test_a_run_whose_files_are_damaged_is_set_aside_and_done_again(copied, name,
     assert f"FAILED (exit status 3): {run.folder / 'log.txt'}" in said
 
 
-def test_metrics_that_are_torn_are_named_and_none_is_taken_for_a_number(copied, monkeypatch, capsys):
+def test_truncated_metrics_are_reported_and_not_read_as_numbers(copied, monkeypatch, capsys):
     study, file = copied
     monkeypatch.chdir(ROOT)
     metrics = study.runs[3].folder / "metrics.csv"
@@ -513,7 +513,7 @@ def test_metrics_that_are_torn_are_named_and_none_is_taken_for_a_number(copied, 
     assert not (Path(study.out) / "results.json").exists()
 
 
-def test_records_that_cannot_be_read_cost_their_table_alone(copied, monkeypatch, capsys):
+def test_records_that_cannot_be_read_only_remove_their_table(copied, monkeypatch, capsys):
     study, file = copied
     monkeypatch.chdir(ROOT)
     for record in Path(study.out).glob("runs/GEAR/*/*/rollouts/*.jsonl"):
@@ -523,7 +523,7 @@ def test_records_that_cannot_be_read_cost_their_table_alone(copied, monkeypatch,
     assert json.loads((Path(study.out) / "results.json").read_text())["onset"] == {}
 
 
-def test_a_run_that_did_not_finish_is_not_done(carried):
+def test_an_unfinished_run_is_not_done(carried):
     study, *_ = carried
     broken = study.runs[0].folder
     saved = (broken / "status.json").read_text()
@@ -535,7 +535,7 @@ def test_a_run_that_did_not_finish_is_not_done(carried):
         (broken / "status.json").write_text(saved)
 
 
-def test_the_plan_can_be_printed_and_the_report_made_without_runs(carried, tmp_path, capsys, monkeypatch):
+def test_the_plan_and_the_report_work_without_runs(carried, tmp_path, capsys, monkeypatch):
     study, *_ = carried
     monkeypatch.chdir(ROOT)
     file = Path(study.out).parent / "study.json"
@@ -555,7 +555,7 @@ def test_the_plan_can_be_printed_and_the_report_made_without_runs(carried, tmp_p
     assert json.loads((Path(study.out).parent / "study.json").read_text())["seeds"] == 2
 
 
-def test_a_grid_of_several_options_has_a_map_of_headroom(tmp_path):
+def test_a_grid_of_several_options_gives_a_map_of_headroom(tmp_path):
     same = [[[0.2, 0.4, 0.4]] * 2] * 4
     more = [[[0.2, 0.4 + 0.1 * p, 0.6]] * 2 for p in range(4)]
     study = plan(tmp_path, arms={"GRPO": {}, "Oracle": {}}, ceiling="Oracle", grid={"a.b": [1, 2], LR: [0.1, 0.2]})

@@ -1,4 +1,4 @@
-"""Where first wrong decisions are found: by hand, and from the records of a study's runs."""
+"""Detection of first wrong decisions: by hand, and from the records of a study's runs."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def record(divergence: list[list[float]], decisions: list[list[int]], anchor: li
     return Record(0, 0, [], tensors)
 
 
-def test_the_first_wrong_decision_against_the_right_ones_before_it():
+def test_the_first_wrong_decision_is_compared_with_earlier_right_ones():
     one = record(
         [[0.1, 0.2, 3.0, 2.0, 9.0, 9.0], [0.5, 0.0, 0.0, 0.0, 0.0, 0.3]],
         [[1, 0, -1, -1, 1, -1], [1, 0, 0, 0, 0, 1]],  # a wrong decision of two tokens; a rollout without one
@@ -28,12 +28,12 @@ def test_the_first_wrong_decision_against_the_right_ones_before_it():
     found = onset_scores(one)
     high, low = found["divergence"]
     assert high.tolist() == [3.0, 2.0]
-    assert low.tolist() == pytest.approx([0.1, 0.5, 0.3])  # what follows the wrong one is left out, right or not
+    assert low.tolist() == pytest.approx([0.1, 0.5, 0.3])  # decisions after the wrong one are excluded
     high, low = found["segment"]
     assert (high.tolist(), low.tolist()) == ([1, 1], [0, 0, 0])
 
 
-def test_without_a_teacher_there_is_nothing_to_tell():
+def test_there_are_no_scores_without_a_teacher():
     silent = record([[0.0, 0.0]], [[1, -1]], [[-1, -1]])
     silent.tensors["teacher_logprobs"] = torch.zeros(1, 2)
     assert onset_scores(silent) == {}
