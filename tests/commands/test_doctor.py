@@ -1,4 +1,4 @@
-"""``gear-lightning doctor``: what it reads from a recipe, what it prints, what it finds wrong; and it stays small."""
+"""``gear-lightning doctor``: the recipe that it reads, its output, the problems that it reports, and its memory."""
 
 import os
 import re
@@ -36,13 +36,13 @@ def recipe(*args: str):
 
 
 def found(machine: Machine = GPU, gpus: int = 2, *args: str) -> list[str]:
-    """What is wrong with the quickstart under these options."""
+    """Return the problems of the quickstart with these options."""
     mine = recipe(*args)
     return problems(mine, machine, mine.module.source.skeleton(), gpus, configured_strategy(mine.trainer)[0])
 
 
 def column(text: str, strategy: str) -> dict[str, str]:
-    """A strategy's column of the printed table, by row; of rows of the same name the first."""
+    """Return a strategy's column of the printed table, by row name; the first of rows with the same name."""
     lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if re.match("[GM]iB per", line))
     names = [n.rstrip("*") for n in re.split(r"\s{2,}", lines[start].strip())]
@@ -54,11 +54,11 @@ def column(text: str, strategy: str) -> dict[str, str]:
     return cells
 
 
-# -- what a recipe says ----------------------------------------------------------------------------------------------
+# -- reading a recipe ------------------------------------------------------------------------------------------------
 
 
 def test_the_load_of_the_quickstart():
-    """8 tasks x 8 rollouts on two GPUs: 32 rollouts each, and 200 of the 400 of the evaluation."""
+    """8 tasks x 8 rollouts on two GPUs: 32 rollouts each, and 200 of the 400 evaluation rollouts."""
     mine = recipe()
     two = load_of(mine, 2)
     assert two == Load(
@@ -79,11 +79,11 @@ def test_the_load_of_the_quickstart():
         (["--model.optimizer=SGD", "--model.optimizer.lr=0.1", "--model.optimizer.momentum=0.9"], 4, True),
     ],
 )
-def test_the_optimizers_state_is_measured(args, state, foreach):
+def test_the_size_of_the_optimizer_state_is_measured(args, state, foreach):
     setup = setup_of(recipe(*args), 1000, {}, True)
     assert (setup.state_bytes, setup.foreach) == (state, foreach)
-    assert not setup_of(recipe(*args), 1000, {}, False).foreach, "on a CPU parameters go one by one"
-    # a step of DeepSpeed's optimizer is on float32 weights
+    assert not setup_of(recipe(*args), 1000, {}, False).foreach, "on a CPU, parameters are processed one by one"
+    # DeepSpeed's optimizer updates float32 weights
     assert setup.float32_state_bytes == (8 if "bf16-true" in str(args) else state)
 
 
@@ -94,13 +94,13 @@ def test_the_optimizers_state_is_measured(args, state, foreach):
         (["--model.teacher.weights=frozen"], 1000, False),
         (["--model.teacher.weights=live"], 0, False),
         (["--config=configs/credit/grpo.yaml"], 0, True),
-        (["--config=configs/credit/opsd.yaml"], 1000, False),  # only the distillation needs it
+        (["--config=configs/credit/opsd.yaml"], 1000, False),  # only the distillation needs a teacher
         (["--model.credit=Uniform"], 0, True),
         (["--config=configs/model/lora.yaml"], 1000, True),
         (["--config=configs/model/lora.yaml", "--model.teacher.weights=frozen"], 0, False),
     ],
 )
-def test_a_teacher_that_holds_no_weights_costs_none(args, teacher, averaged):
+def test_a_teacher_without_own_weights_needs_no_memory(args, teacher, averaged):
     setup = setup_of(recipe(*args), 1000, {}, True)
     assert (setup.teacher_parameters, setup.averaged) == (teacher, averaged)
 
@@ -120,21 +120,21 @@ def test_a_teacher_that_holds_no_weights_costs_none(args, teacher, averaged):
         ({"class_path": "x.Other", "init_args": {}}, None),
     ],
 )  # fmt: skip
-def test_the_recipes_strategy(strategy, expected):
+def test_the_strategy_of_a_recipe_is_recognized(strategy, expected):
     assert configured_strategy({"strategy": strategy})[0] == expected
 
 
 @pytest.mark.parametrize(
     ("devices", "nodes", "expected"), [(4, 1, 4), ("4", 2, 8), ([0, 1], 1, 2), ("0,1,2", 1, 3), ("auto", 1, 1)]
 )
-def test_the_recipes_gpus(devices, nodes, expected):
+def test_the_number_of_gpus_of_a_recipe(devices, nodes, expected):
     assert configured_gpus({"devices": devices, "num_nodes": nodes, "accelerator": "cpu"}) == expected
 
 
-# -- what is printed -------------------------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_holds_the_estimates(capsys):
+def test_the_table_shows_the_estimates(capsys):
     assert doctor_command(["--config", RECIPE, "--gpus", "4", "--gpu-memory", "0.4", "--trainer.accelerator=gpu"]) == 0
     said = capsys.readouterr().out
     mine = recipe()
@@ -143,10 +143,10 @@ def test_the_table_holds_the_estimates(capsys):
     for strategy in ("ddp", "fsdp", "zero1", "zero3"):
         numbers = columns(shape, 4, load_of(mine, 4), setup, "ddp", None)[strategy]
         cells = column(said, strategy)
-        assert cells["PEAK"] == f"{numbers['total'] / 2**20:.1f}", "less than a GiB in all: MiB"
+        assert cells["PEAK"] == f"{numbers['total'] / 2**20:.1f}", "all values are below 1 GiB, so the unit is MiB"
         assert cells["update: activations"] == f"{numbers['activations'] / 2**20:.1f}"
         assert cells["in 0.4 GiB"] == ("fits" if numbers["total"] < 0.36 * 2**30 else "no")
-    assert {column(said, s)["in 0.4 GiB"] for s in ("ddp", "zero1")} == {"fits", "no"}, "both verdicts are seen"
+    assert {column(said, s)["in 0.4 GiB"] for s in ("ddp", "zero1")} == {"fits", "no"}, "both verdicts must occur"
     assert "ddp*" in said
     assert re.search(r"lightning \d.*pytorch-lightning \d.*transformers \d", said)
 
@@ -160,7 +160,7 @@ def test_options_work_as_in_fit_and_later_ones_win(capsys):
     assert "teacher  " not in said
 
 
-def test_options_of_a_strategy_hold_for_it_alone():
+def test_options_of_a_strategy_apply_only_to_it():
     mine = recipe(*FSDP, "--trainer.strategy.init_args.replicas=2", "--generation.weights_dtype=bfloat16")
     shape = model_shape(skeleton_of(mine))
     chosen, options = configured_strategy(mine.trainer)
@@ -173,7 +173,7 @@ def test_options_of_a_strategy_hold_for_it_alone():
     assert setup_of(zero, 1, configured_strategy(zero.trainer)[1], True).bucket == 1000
 
 
-def test_weights_are_streamed_where_a_whole_copy_does_not_fit():
+def test_weights_are_streamed_if_a_full_copy_does_not_fit():
     mine = recipe(*FSDP)
     shape = model_shape(skeleton_of(mine))
     setup, load = setup_of(mine, shape.trainable, {}, True), load_of(mine, 2)
@@ -191,16 +191,16 @@ def test_adapters_and_a_parked_teacher_in_the_table(capsys):
     assert column(said, "ddp")["update: parked teacher"] == "4.1"
     assert "\nteacher  " not in said
     assert column(said, "ddp")["CPU memory: offloaded, parked"] == "4.1"
-    assert "<0" not in said, "every number of a small recipe can be read"
+    assert "<0" not in said, "every number of a small recipe must be readable"
 
 
-def test_nothing_is_written(tmp_path, capsys):
+def test_doctor_writes_no_files(tmp_path, capsys):
     assert doctor_command(["--config", RECIPE, f"--trainer.default_root_dir={tmp_path / 'run'}"]) == 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_doctor_of_an_8b_model_allocates_nothing_big(tmp_path):
-    """32 GB of weights in float32; the directory holds a config and a tokenizer alone."""
+def test_doctor_of_an_8b_model_needs_little_memory(tmp_path):
+    """32 GB of weights in float32; the directory holds only a config and a tokenizer."""
     LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=8192, architectures=["LlamaForCausalLM"],
@@ -221,7 +221,7 @@ def test_doctor_of_an_8b_model_allocates_nothing_big(tmp_path):
     assert column(done.stdout, "ddp")["in 80 GiB"] == "no"
 
 
-# -- what is wrong ---------------------------------------------------------------------------------------------------
+# -- problems --------------------------------------------------------------------------------------------------------
 
 
 FSDP, ZERO2 = ["--config=configs/strategy/fsdp.yaml"], ["--config=configs/strategy/zero2.yaml"]
@@ -246,7 +246,7 @@ def test_recipes_with_the_shipped_strategies_have_no_problems(name):
         ({"deepspeed": "0.190.1"}, "deepspeed 0.190.1"),
     ],
 )
-def test_versions_that_do_not_work(change, message):
+def test_problems_of_installed_versions_are_reported(change, message):
     assert package_problems(GOOD) == []
     assert any(message in p for p in package_problems({**GOOD, **change}))
 
@@ -257,7 +257,7 @@ CPU_ONLY = Machine({**GOOD, "CUDA": None})
 @pytest.mark.parametrize(
     ("machine", "gpus", "args", "message"),
     [
-        (CPU_ONLY, 1, ["--trainer.accelerator=gpu"], "accelerator=gpu, and this torch is built for CPUs only"),
+        (CPU_ONLY, 1, ["--trainer.accelerator=gpu"], "accelerator=gpu, but this torch is built for CPUs only"),
         (Machine(GOOD), 1, ["--trainer.accelerator=gpu"], "no CUDA device is found"),
         (replace(GPU, bf16=False), 1, ["--trainer.accelerator=gpu", "--trainer.precision=bf16-true"], "no bfloat16"),
         (GPU, 3, [], "tasks_per_iteration=8 does not divide over 3 processes"),
@@ -277,11 +277,11 @@ CPU_ONLY = Machine({**GOOD, "CUDA": None})
         (GPU, 2, [*LORA, "--model.lora.targets=[nothing_proj]"], "nothing_proj matches no linear layer"),
     ],
 )
-def test_recipes_that_do_not_work(machine, gpus, args, message):
+def test_problems_of_recipes_are_reported(machine, gpus, args, message):
     assert any(message in p for p in found(machine, gpus, *args)), found(machine, gpus, *args)
 
 
-def test_a_model_without_named_layers_cannot_be_sharded():
+def test_a_model_without_listed_layers_cannot_be_sharded():
     mine = recipe()
     model = mine.module.source.skeleton()
     assert model._no_split_modules
@@ -297,7 +297,7 @@ def test_problems_do_not_change_the_exit_status(capsys):
     assert "the recipe's strategy, ddp, needs more than 0.01 GiB" in said
 
 
-def test_a_recipe_that_gives_no_estimate_is_told_all_its_problems(capsys):
+def test_all_problems_are_reported_for_a_recipe_without_estimates(capsys):
     lora = ["--config", RECIPE, *LORA, "--model.lora.targets=[nothing_proj]", "--trainer.accumulate_grad_batches=3"]
     assert doctor_command([*lora, "--gpus", "2"]) == 2
     said = capsys.readouterr().out
@@ -307,7 +307,7 @@ def test_a_recipe_that_gives_no_estimate_is_told_all_its_problems(capsys):
     assert "replicas=3 does not divide 4 processes" in capsys.readouterr().out
 
 
-def test_this_machine_is_looked_at():
+def test_look_at_machine_describes_this_machine():
     import torch
 
     seen = look_at_machine()
@@ -327,7 +327,7 @@ def test_this_machine_is_looked_at():
         (["--config", RECIPE, *LORA, "--model.teacher.park=true"], "park does nothing with model.lora"),
     ],
 )
-def test_bad_input_is_one_clear_line(args, message):
+def test_invalid_options_give_one_error(args, message):
     with pytest.raises(UserError, match=re.escape(message)):
         doctor_command(args)
 
@@ -340,7 +340,7 @@ def test_bad_input_is_one_clear_line(args, message):
         (["--config", RECIPE, "--gpus", "many"], "invalid int value: 'many'"),
     ],
 )
-def test_what_the_parser_refuses_ends_with_status_2(args, message, capsys):
+def test_errors_of_the_parser_give_exit_status_2(args, message, capsys):
     with pytest.raises(SystemExit) as end:
         doctor_command(args)
     assert end.value.code == 2

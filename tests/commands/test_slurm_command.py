@@ -1,4 +1,4 @@
-"""``gear-lightning slurm``: the script that it writes, what it refuses, and the same recipe under torchrun."""
+"""``gear-lightning slurm``: the script that it writes, the options that it refuses, and a recipe under torchrun."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def _in_the_checkout(repository, monkeypatch):
 
 @pytest.fixture
 def script(capsys):
-    """The printed script of a command."""
+    """Returns the printed script of a command."""
 
     def write(*options: str, recipe: str = RECIPE) -> str:
         assert slurm_command(["--config", recipe, *options, "--dry-run"]) == 0
@@ -38,19 +38,19 @@ def script(capsys):
 
 
 def asked(text: str) -> dict[str, str]:
-    """Options of the script's SBATCH lines."""
+    """Return the options of the script's SBATCH lines."""
     words = [word for line in re.findall(r"^#SBATCH (.*)", text, re.MULTILINE) for word in shlex.split(line)]
     return dict(word.removeprefix("--").partition("=")[::2] for word in words)
 
 
 def launched(text: str) -> tuple[dict[str, str], list[str]]:
-    """Options of srun, and what it runs."""
+    """Return the options of srun, and the command that it runs."""
     words = shlex.split(text[text.index("exec srun") :].replace("\\\n", ""))[2:]
     end = next(i for i, word in enumerate(words) if not word.startswith("--"))
     return dict(o.removeprefix("--").partition("=")[::2] for o in words[:end]), words[end:]
 
 
-def test_the_script_asks_for_a_process_for_each_gpu_and_trains_with_as_many(script):
+def test_the_script_requests_one_process_per_gpu_and_trains_with_as_many(script):
     text = script(*SIZE, "--trainer.max_epochs", "7")
     options = asked(text)
     assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"]) == ("2", "4", "4")
@@ -69,7 +69,7 @@ def test_the_script_asks_for_a_process_for_each_gpu_and_trains_with_as_many(scri
     assert "OMP_NUM_THREADS=4" in text
 
 
-def test_the_script_is_one_that_bash_can_read(script, tmp_path):
+def test_the_script_is_valid_bash(script, tmp_path):
     odd = tmp_path / "it's a run"
     text = script(
         *SIZE, f"--trainer.default_root_dir={odd}", "--setup", 'export NOTE="two words"', "--container", "a b#c",
@@ -77,20 +77,20 @@ def test_the_script_is_one_that_bash_can_read(script, tmp_path):
     )  # fmt: skip
     checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
     assert checked.returncode == 0, checked.stderr
-    # what the shell makes of it
+    # the arguments after the shell has expanded them
     stub = 'srun() { printf \'%s\\n\' "$@"; }\nexec() { "$@"; }\nSLURM_ARRAY_TASK_ID=3\n' + text
     words = subprocess.run(["bash"], input=stub, text=True, capture_output=True, check=True).stdout.splitlines()
     assert f"--trainer.default_root_dir={odd}/seed_3" in words
     assert {"--seed_everything=3", "--data.seed=3"} <= set(words)
     assert "--container-image=a b#c" in words
     assert f"--container-mounts={Path.cwd()}:{Path.cwd()},{odd}:{odd},/data:/data" in words
-    assert words[words.index("-m") - 1] == "python", "the interpreter of the container"
+    assert words[words.index("-m") - 1] == "python", "must be the interpreter of the container"
     options = asked(text)
     assert options["array"] == "0-3%2"
     assert options["output"] == f"{odd}/slurm/%A_%a.out"
 
 
-def test_time_outs_of_collectives_are_longer_than_the_watchdogs(script):
+def test_timeouts_of_collectives_are_longer_than_that_of_the_watchdog(script):
     text = script(*SIZE, "--config", "configs/strategy/ddp.yaml", "--timeout", "600")  # not waited for
     _, command = launched(text)
     assert "--watchdog.seconds=600" in command
@@ -100,19 +100,19 @@ def test_time_outs_of_collectives_are_longer_than_the_watchdogs(script):
         text = script(*SIZE, "--config", f"configs/strategy/{strategy}.yaml")
         assert "--trainer.strategy.init_args.timeout=1:00:00" in launched(text)[1]
     again = script(*SIZE, "--timeout", "600")  # not waited for
-    assert "init_args.timeout" not in again, "a strategy that was not named"
+    assert "init_args.timeout" not in again, "the recipe names no strategy, so no timeout can be set"
 
 
 @pytest.mark.parametrize("file", ["gpu_nodes", "cpu_trial"])
-def test_the_files_of_a_cluster_can_be_used(script, file):
+def test_the_shipped_cluster_files_work(script, file):
     options = ("--cluster", f"configs/slurm/{file}.yaml", "--data.tasks_per_iteration", "32")
     found = asked(script(*options))
     assert found["nodes"] == {"gpu_nodes": "4", "cpu_trial": "2"}[file]
-    assert found["time"] == {"gpu_nodes": "24:00:00", "cpu_trial": "15"}[file], "YAML's own idea of it is a number"
-    assert asked(script(*options, "--nodes", "1"))["nodes"] == "1", "the command line goes before the file"
+    assert found["time"] == {"gpu_nodes": "24:00:00", "cpu_trial": "15"}[file], "YAML would parse it as a number"
+    assert asked(script(*options, "--nodes", "1"))["nodes"] == "1", "the command line overrides the file"
 
 
-def test_the_example_is_what_the_command_writes(script, repository):
+def test_the_example_script_is_the_output_of_its_command(script, repository):
     example = (repository / "configs" / "slurm" / "four_nodes.sh").read_text()
     command = shlex.split(re.search(r"^# gear-lightning slurm (.*)", example, re.MULTILINE)[1])
     text = script(*command[2:], recipe=command[1])
@@ -120,7 +120,7 @@ def test_the_example_is_what_the_command_writes(script, repository):
     assert text.splitlines()[2:] == example.splitlines()[2:]
 
 
-def test_a_script_is_written_where_its_logs_go(tmp_path, capsys):
+def test_a_script_is_written_to_the_folder_of_its_logs(tmp_path, capsys):
     run = tmp_path / "run"
     assert slurm_command(["--config", RECIPE, *SIZE, f"--trainer.default_root_dir={run}"]) == 0
     path = Path(capsys.readouterr().out.strip())
@@ -158,7 +158,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("options", WRONG, ids=" ".join)
-def test_what_would_fail_in_the_queue_is_refused_here(options):
+def test_jobs_that_would_fail_are_refused_before_submission(options):
     with pytest.raises(UserError) as told:
         slurm_command(["--config", RECIPE, *SIZE, *options, "--dry-run"])
     assert WRONG[options] in str(told.value)
@@ -169,14 +169,14 @@ def test_what_would_fail_in_the_queue_is_refused_here(options):
     ("missing", "told"),
     [(option, f"{option} is missing") for option in ("--time", "--gpus-per-node", "--config")],
 )
-def test_what_is_missing_is_named(missing, told):
+def test_a_missing_option_is_named(missing, told):
     words = ["--config", RECIPE, *SIZE]
     del words[words.index(missing) : words.index(missing) + 2]
     with pytest.raises(UserError, match=re.escape(told)):
         slurm_command(words)
 
 
-def test_an_option_that_fit_does_not_know_fails_at_once(capsys):
+def test_an_option_that_is_unknown_to_fit_is_refused(capsys):
     with pytest.raises(SystemExit) as ended:
         slurm_command(["--config", RECIPE, *SIZE, "--model.creddit", "3", "--dry-run"])
     assert ended.value.code == 2
@@ -193,7 +193,7 @@ def test_an_option_that_fit_does_not_know_fails_at_once(capsys):
         ("submit: yes", "no option 'submit'"),
     ],
 )
-def test_a_wrong_file_of_a_cluster_is_named(tmp_path, text, told):
+def test_an_invalid_cluster_file_is_named(tmp_path, text, told):
     file = tmp_path / "cluster.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=re.escape(f"{file}: ")) as error:
@@ -201,14 +201,14 @@ def test_a_wrong_file_of_a_cluster_is_named(tmp_path, text, told):
     assert told in str(error.value)
 
 
-def test_a_submission_without_slurm_says_so(monkeypatch):
+def test_a_submission_without_slurm_is_refused(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="sbatch is not on PATH"):
         slurm_command(["--config", RECIPE, *SIZE, "--submit"])
 
 
 @pytest.mark.parametrize(("code", "said"), [(0, "Submitted batch job 17"), (1, "Invalid partition name")])
-def test_a_submission_hands_on_what_sbatch_says(tmp_path, monkeypatch, capsys, code, said):
+def test_a_submission_prints_the_output_of_sbatch(tmp_path, monkeypatch, capsys, code, said):
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(f'#!/bin/bash\ntest -s "$1" || exit 9\necho {said}\nexit {code}\n')
     sbatch.chmod(0o755)
@@ -226,7 +226,7 @@ def test_a_submission_hands_on_what_sbatch_says(tmp_path, monkeypatch, capsys, c
     ("limit", "expected"),
     [("90", 5400), ("2:30", 150), ("24:00:00", 86400), ("2-12", 216000), ("1-00:30", 88200), ("1-0:0:1", 86401)],
 )
-def test_time_limits_are_read_as_slurm_reads_them(limit, expected):
+def test_time_limits_are_parsed_like_in_slurm(limit, expected):
     assert seconds(limit) == expected
 
 
@@ -252,7 +252,7 @@ TRAINER = {"devices": 2, "num_nodes": 2, "accelerator": "cpu", "plugins": None}
         ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "4", "SLURM_NTASKS": "2", "SLURM_NNODES": "2"}, {}, None),
     ],
 )
-def test_processes_that_do_not_fit_the_recipe_are_told(monkeypatch, variables, trainer, told):
+def test_a_number_of_processes_that_does_not_match_the_recipe_is_refused(monkeypatch, variables, trainer, told):
     for name in [n for n in os.environ if n.startswith("SLURM_")]:
         monkeypatch.delenv(name)
     for name, value in {**SLURM, **variables}.items():
@@ -273,7 +273,7 @@ def test_processes_that_do_not_fit_the_recipe_are_told(monkeypatch, variables, t
         ("version", "rank 1 has other versions than rank 0: transformers is 9.9.9 there and 5.* on rank 0; give all"),
     ],
 )
-def test_processes_that_differ_are_told_apart_by_all(tmp_path, repository, apart, told):
+def test_all_ranks_raise_if_versions_or_run_directories_differ(tmp_path, repository, apart, told):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -305,7 +305,7 @@ def test_processes_that_differ_are_told_apart_by_all(tmp_path, repository, apart
 
 
 def torchrun(run: Path, repository: Path, processes: int, *options: str) -> subprocess.CompletedProcess:
-    """The same recipe under torchrun."""
+    """Run the recipe under torchrun."""
     command, environment = command_line(run, "--trainer.strategy=ddp", *options)
     ours = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
@@ -321,14 +321,14 @@ def test_the_same_recipe_trains_under_torchrun(tmp_path, repository):
     assert len(metrics(tmp_path)) == 5
 
 
-def test_torchrun_with_other_processes_than_the_recipe_asks_for_is_refused(tmp_path, repository):
+def test_torchrun_with_another_number_of_processes_is_refused(tmp_path, repository):
     done = torchrun(tmp_path, repository, 2, "--trainer.devices=1")
     assert done.returncode != 0
     assert "torchrun started 2 processes, and trainer.devices=1 x trainer.num_nodes=1 asks for 1" in done.stderr
-    assert "in check_launch" not in done.stderr, "one line, no traceback of ours"
+    assert "in check_launch" not in done.stderr, "the error must be one line, without a traceback"
 
 
-def test_what_the_page_on_slurm_names_exists(repository, script):
+def test_files_and_commands_in_the_slurm_documentation_work(repository, script):
     text = (repository / "docs" / "slurm.md").read_text()
     assert set(re.findall(r"^\| `(\w+\.(?:yaml|sh))` \|", text, re.MULTILINE)) == {
         path.name for path in (repository / "configs" / "slurm").iterdir()
