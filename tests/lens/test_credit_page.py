@@ -1,4 +1,4 @@
-"""The credit page, the terminal print, the command and the callback, on fabricated records."""
+"""The credit page, the terminal view, the command and the callback, on fabricated records."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from gear_lightning.lens.trace import load_decoder, trace, visible
 from gear_lightning.runs.records import Record, read_records
 
 
-def test_trace_cuts_a_row_into_runs_without_its_padding(run):
+def test_trace_splits_a_row_into_runs_without_padding(run):
     add(run, fake_rollout())
     one = trace(next(read_records(run)), 0)
     assert one.tokens == list(range(10, 21))
@@ -36,7 +36,7 @@ def test_trace_names_the_record_of_a_missing_row(run):
         trace(Record(0, 0, [fake_rollout(row=3)], fake_tensors()), 0)
 
 
-def test_visible_shows_whitespace_and_disarms_control_characters():
+def test_visible_shows_whitespace_and_escapes_control_characters():
     assert visible("a\n\nb") == "a⏎\n⏎\nb"
     assert visible("  ") == "··"
     assert visible(" a\t") == " a⇥"
@@ -44,7 +44,7 @@ def test_visible_shows_whitespace_and_disarms_control_characters():
     assert visible("") == "∅"
 
 
-def test_page_holds_the_numbers_in_thousandths(run):
+def test_page_stores_numbers_in_thousandths(run):
     add(run, fake_rollout())
     data = page_data(render_credit_page(list(read_records(run)), decode))
     (rollout,) = data["rollouts"]
@@ -62,7 +62,7 @@ def test_page_holds_the_numbers_in_thousandths(run):
     assert (rollout["advantage"], rollout["solved"], rollout["decisions"]) == (-0.5, 0, [])
 
 
-def test_large_numbers_take_more_room_and_are_kept(run):
+def test_large_numbers_use_32_bits(run):
     divergence = torch.zeros(1, 13)
     divergence[0, 2:6] = torch.tensor([40.0, -33.5, torch.inf, 1e30])
     add(run, fake_rollout(), divergence=divergence)
@@ -70,15 +70,15 @@ def test_large_numbers_take_more_room_and_are_kept(run):
     assert unpack(rollout["credits"][0]["d"], 7) == [40_000, -33_500, None, 2**31 - 1, 0, 0, 0]
 
 
-def test_decisions_are_runs_that_end_with_their_turn(run):
-    decisions = torch.tensor([[1, 1, 1, -1, -1, 0, 0, 0, 5, 0, 0, 0, 0]])  # those of the prompt are none
+def test_runs_of_decisions_end_with_their_turn(run):
+    decisions = torch.tensor([[1, 1, 1, -1, -1, 0, 0, 0, 5, 0, 0, 0, 0]])  # those of the prompt do not count
     add(run, fake_rollout(), decisions=decisions)
     (rollout,) = page_data(render_credit_page(list(read_records(run)), decode))["rollouts"]
     assert rollout["decisions"] == [[1, 2, 3], [-1, 3, 5], [1, 8, 9]]
 
 
 def other_credit() -> Credit:
-    """Credit that another rule could give to the rollout of `fake_tensors`."""
+    """Return possible credit of another rule for the rollout of `fake_tensors`."""
     tensors = fake_tensors()
     weights = torch.where(tensors["action_mask"], 2.0, 1.0)
     anchor = torch.full_like(tensors["anchor"], -1)
@@ -86,7 +86,7 @@ def other_credit() -> Credit:
     return Credit(weights, -0.5 * weights, tensors["divergence"], anchor)
 
 
-def test_other_credit_stands_beside_the_recorded(run):
+def test_other_credit_is_stored_next_to_the_recorded_credit(run):
     add(run, fake_rollout())
     add(run, fake_rollout(row=None, messages=[]), iteration=1)
     records = list(read_records(run))
@@ -117,7 +117,7 @@ def test_credit_of_other_rollouts_is_a_user_error(run):
             render_credit_page(records, decode, others={"X": credits})
 
 
-def test_a_page_holds_no_more_than_forty_megabytes(run, monkeypatch):
+def test_a_page_has_at_most_forty_megabytes(run, monkeypatch):
     add(run, *(fake_rollout(rollout=n) for n in range(20)))
     monkeypatch.setattr("gear_lightning.lens.page._MAX_BYTES", 3000)
     data = page_data(render_credit_page(list(read_records(run)), decode))
@@ -126,7 +126,7 @@ def test_a_page_holds_no_more_than_forty_megabytes(run, monkeypatch):
     assert data["left_out"] == 20 - len(data["rollouts"])
 
 
-def test_page_has_no_column_for_a_teacher_that_did_not_run_and_null_for_nan(run):
+def test_page_has_no_column_without_a_teacher_and_null_for_nan(run):
     weights = torch.ones(1, 13)
     weights[0, 2] = torch.nan
     add(run, fake_rollout(), teacher_logprobs=torch.zeros(1, 13), weights=weights)
@@ -135,7 +135,7 @@ def test_page_has_no_column_for_a_teacher_that_did_not_run_and_null_for_nan(run)
     assert unpack(rollout["credits"][0]["w"], 7) == [None, *[1000] * 6]
 
 
-def test_nothing_a_model_wrote_is_markup(run):
+def test_model_output_is_never_markup(run):
     add(
         run,
         fake_rollout(task_id=ATTACK),
@@ -153,14 +153,14 @@ def test_nothing_a_model_wrote_is_markup(run):
     assert data["vocabulary"] == [[99, ATTACK]]
 
 
-def test_page_asks_for_nothing_from_elsewhere(run):
+def test_page_loads_no_other_resources(run):
     add(run, fake_rollout())
     page = render_credit_page(list(read_records(run)), decode)
-    assert re.findall(r"https?://[^\"' ]*", page) == ["http://www.w3.org/2000/svg"]  # a name, never fetched
+    assert re.findall(r"https?://[^\"' ]*", page) == ["http://www.w3.org/2000/svg"]  # a namespace, never fetched
     assert not re.search(r"<link|@import|\bsrc=|fetch\(|XMLHttpRequest", page)
 
 
-def test_rollout_without_a_row_keeps_its_transcript_and_error(run):
+def test_a_rollout_without_a_row_has_its_transcript_and_error(run):
     add(run, fake_rollout(row=None, reward=None, status="environment_error", error="ValueError: no door"))
     (rollout,) = page_data(render_credit_page(list(read_records(run)), decode))["rollouts"]
     assert "ids" not in rollout
@@ -168,7 +168,7 @@ def test_rollout_without_a_row_keeps_its_transcript_and_error(run):
     assert (rollout["error"], rollout["reward"], rollout["advantage"]) == ("ValueError: no door", None, None)
 
 
-def test_newest_iterations_come_first_and_the_rest_is_counted(run):
+def test_newest_iterations_come_first_and_omitted_rollouts_are_counted(run):
     for iteration in range(3):
         for rank in range(2):
             add(run, fake_rollout(), fake_rollout(rollout=1), iteration=iteration, rank=rank)
@@ -211,7 +211,7 @@ def test_write_credit_page_is_atomic_and_names_what_is_missing(run):
         write_credit_page(run)
 
 
-def test_decoder_reads_tokens_as_in_the_middle_of_a_text(run, tmp_path):
+def test_decoder_decodes_tokens_as_in_the_middle_of_a_text(run, tmp_path):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -240,7 +240,7 @@ def test_plain_text_marks_weights_anchors_and_sections(run):
     assert lines[3::2] == [" task: look", " please open⟨0.5⟩▲[ red door]⟨1.8⟩", " it is", " locked I quit"]
 
 
-def test_coloured_text_says_the_same_and_keeps_escapes_of_the_model_out(run):
+def test_colored_text_has_the_same_content_and_no_escapes_of_the_model(run):
     add(run, fake_rollout(error="bad \x1b[2J"))
     record = next(read_records(run))
     text = render_credit_text(record, 0, lambda token: "\x1b[2J" if token == 10 else decode(token), width=80)
@@ -298,7 +298,7 @@ def test_command_lists_and_writes_the_page(run, capsys, monkeypatch):
         (["--task", "doors/1", "--html"], r"--html can be combined only with --iteration"),
     ],
 )
-def test_command_says_what_there_is(run, arguments, message):
+def test_command_lists_valid_values(run, arguments, message):
     for iteration in (0, 2):
         add(run, fake_rollout(), fake_rollout(rollout=1), iteration=iteration)
     with pytest.raises(UserError, match=message):
@@ -325,7 +325,7 @@ def test_callback_writes_after_every_nth_iteration_and_at_the_end(run):
         assert page.exists()
 
 
-def test_callback_is_silent_on_other_ranks_and_without_records_and_warns_on_failure(run, recwarn):
+def test_callback_does_nothing_on_other_ranks_or_without_records_and_warns_on_failure(run, recwarn):
     callback = CreditMap()
     trainer: Any = SimpleNamespace(default_root_dir=str(run), current_epoch=0, is_global_zero=True)
     callback.on_fit_end(trainer, None)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""The credit page as a tool: its filters, its charts and its comparison of rules, clicked in a real browser."""
+"""The credit page in a real browser: its filters, charts and comparison of rules."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +22,7 @@ OTHER = "Turn <b>(0.5)</b>"
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Address of a page of 24 rollouts and two sets of credit."""
+    """Return the address of a page with 24 rollouts and two sets of credit."""
     file = tmp_path_factory.mktemp("page") / "two.html"
     file.write_text(render_credit_page(RECORDS, decode, title="Lens", others={OTHER: OTHERS}))
     return file.as_uri()
@@ -30,7 +30,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def lens(browser: Page, two: str) -> Iterator[Page]:
-    """That page, just opened; nothing may go wrong in its console."""
+    """Open that page; its console must contain no errors."""
     browser.errors.clear()
     browser.size(1500)
     browser.open(two)
@@ -39,7 +39,7 @@ def lens(browser: Page, two: str) -> Iterator[Page]:
 
 
 def places() -> list[tuple[Record, int]]:
-    """All rollouts in the page's order."""
+    """Return all rollouts in the page's order."""
     return [(one, row) for one in reversed(RECORDS) for row in range(len(one.rollouts))]
 
 
@@ -84,7 +84,7 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=" ".join)
-def test_each_filter_leaves_the_rollouts_it_should(lens, choice):
+def test_each_filter_selects_the_matching_rollouts(lens, choice):
     name, value = choice
     wanted = [key(*p) for p in places() if CHOICES[choice](p[0].rollouts[p[1]], said(*p))]
     assert 0 < len(wanted) < 24
@@ -96,7 +96,7 @@ def test_each_filter_leaves_the_rollouts_it_should(lens, choice):
     assert lens.text("#count") == "24 of 24 rollouts"
 
 
-def test_a_phrase_is_found_only_as_it_stands(lens):
+def test_a_phrase_must_match_exactly(lens):
     words = said(*places()[0]).split()[3:5]
     assert f"{words[1]} {words[0]}" not in said(*places()[0])
     for phrase, there in ((f"{words[0]} {words[1]}", True), (f"{words[1]} {words[0]}", False)):
@@ -108,7 +108,7 @@ def test_a_phrase_is_found_only_as_it_stands(lens):
     assert lens.text("#list") == "No rollout matches."
 
 
-def test_filters_add_up_and_a_turn_is_emphasised(lens):
+def test_filters_combine_and_a_turn_is_emphasized(lens):
     lens.choose("#f-result", "solved")
     lens.choose("#f-turn", "1")
     wanted = [key(*p) for p in places() if p[0].rollouts[p[1]]["success"]]
@@ -144,13 +144,13 @@ def test_next_and_previous_by_button_key_and_list(lens):
     lens.choose("#f-iteration", "0")
     lens.key("End")
     assert lens.js("current.key") == "i0.r0.7"
-    lens.click("#next")  # the last one: nothing
+    lens.click("#next")  # the last one: no effect
     assert lens.js("current.key") == "i0.r0.7"
     assert lens.text("#error").startswith("Error: ValueError: the door is stuck")
     assert "task: look please" in lens.text("#tokens")
 
 
-def test_keys_in_a_text_field_are_text(lens):
+def test_keys_in_a_text_field_are_not_shortcuts(lens):
     before = lens.js("current.key")
     lens.key("/")
     for letter in "jkc":
@@ -161,7 +161,7 @@ def test_keys_in_a_text_field_are_text(lens):
     assert lens.js("current.key") == before
 
 
-def test_tokens_and_anchors_are_walked_by_keys(lens):
+def test_keys_move_between_tokens_and_anchors(lens):
     one, row = RECORDS[2], 0
     lens.js("location.hash = '#r=i2.r0.0'")
     lens.wait("current.key === 'i2.r0.0'")
@@ -170,7 +170,7 @@ def test_tokens_and_anchors_are_walked_by_keys(lens):
     for t in sorted(both)[:3]:
         lens.key("a")
         assert lens.js("selected") == t
-        assert "this" in lens.texts("#inspector tr:nth-child(5) td")  # the anchor of one set or the other
+        assert "this" in lens.texts("#inspector tr:nth-child(5) td")  # the anchor of one of the sets
     lens.key("ArrowRight")
     assert lens.js("[selected, document.activeElement.token]") == [t + 1, t + 1]
     lens.key("ArrowDown")
@@ -189,7 +189,7 @@ def test_the_address_restores_selection_filters_and_view(lens, two):
     lens.open(f"{two}{shown[4]}")
     assert lens.js("[current.key, found.map((r) => r.key), state.view, state.tab, location.hash]") == shown
     assert lens.js("document.querySelector('#f-q').value") == "look"
-    lens.open(f"{two}#i1.r0.3")  # as earlier versions wrote it
+    lens.open(f"{two}#i1.r0.3")  # format of earlier versions
     assert lens.js("current.key") == "i1.r0.3"
     for odd in ("#r=nothing&turn=77&left=9&view=x&tab=y", "#%%%&=&&", "#r=i1.r0.3&result=nonsense"):
         lens.open(f"{two}{odd}")
@@ -260,7 +260,7 @@ def test_the_difference_is_right_minus_left(lens):
     flags = lens.texts("#tokens .turn .tok.anchor .flag")
     assert flags.count("L") == len(set(one.tensors["anchor"][row].tolist()) - {-1})
     assert flags.count("R") == len(set(OTHERS[2].anchor[row].tolist()) - {-1})
-    lens.choose("#s-left", "1")  # the same on both sides: there is no difference to show
+    lens.choose("#s-left", "1")  # the same on both sides: no difference is shown
     assert lens.texts("#tokens .turn .flag")[0] not in ("L", "R")
 
 
@@ -271,12 +271,12 @@ def test_two_sets_are_named_and_their_difference_is_explained(lens):
     assert lens.js("[...document.querySelectorAll('#inspector th')].every((e) => e.scrollWidth <= e.clientWidth)")
     assert lens.text("#inspector .sides") == f"L recordedR {OTHER}R − L right minus left"
     assert "Segments, recorded" in lens.texts("#facts dt")
-    # the name of a set stands apart from the turn's
+    # the name of a set is separate from the turn's
     box = "document.querySelector('{}').getBoundingClientRect()"
     assert lens.js(f"{box.format('.set')}.top - {box.format('.turn h3')}.bottom") >= 5
 
 
-def test_equal_divergences_are_seen_as_two(lens, tmp_path):
+def test_equal_divergences_are_shown_as_equal(lens, tmp_path):
     same = [replace(other, divergence=one.tensors["divergence"]) for one, other in zip(RECORDS, OTHERS, strict=True)]
     name = "GEAR(divergence='reverse_kl', sign_rule='symmetric', kappa=2.0)"
     (tmp_path / "page.html").write_text(render_credit_page(RECORDS, decode, others={name: same}))
@@ -296,7 +296,7 @@ def test_equal_divergences_are_seen_as_two(lens, tmp_path):
         assert (under[1], over[1]) == ("none", "4px, 3px")
 
 
-def test_on_a_narrow_screen_the_panel_is_a_line_until_it_is_asked_for(lens):
+def test_the_panel_is_folded_on_a_narrow_screen(lens):
     height = "$('right').getBoundingClientRect().height"
     assert lens.js("getComputedStyle($('fold')).display") == "none"
     lens.size(420, 900)
@@ -310,7 +310,7 @@ def test_on_a_narrow_screen_the_panel_is_a_line_until_it_is_asked_for(lens):
     assert lens.js(height) < 60
 
 
-def test_a_weight_that_is_no_number_is_not_a_weight_of_one(lens, tmp_path):
+def test_a_weight_of_nan_is_not_shown_as_a_weight_of_one(lens, tmp_path):
     one = RECORDS[2]
     t = int(one.tensors["action_mask"][0].nonzero()[3])
     weights = torch.where(one.tensors["action_mask"], 1.0, 1.0)
@@ -337,7 +337,7 @@ def test_one_set_has_one_column_and_no_choice(lens, tmp_path):
 
 
 def table(lens: Page, scope: str, kind: str, number: int) -> list[list[str]]:
-    """The numbers below a chart, as they are shown once asked for."""
+    """Open the table of numbers below a chart, and return its cells."""
     at = f"document.querySelectorAll('#charts-{scope} figure.{kind}')[{number}]"
     lens.js(f"(() => {{ {at}.querySelector('details').open = true; }})()")
     lens.wait(f"!!{at}.querySelector('table')")
@@ -349,7 +349,7 @@ def floats(row: list[str]) -> list[float]:
 
 
 def parts(values: np.ndarray) -> list[np.ndarray]:
-    """Values in 20 equal parts, by position."""
+    """Return the values in 20 equal parts, by position."""
     at = np.arange(len(values)) * 20 // len(values)
     return [values[at == b] for b in range(20)]
 
@@ -452,7 +452,7 @@ def test_anchors_from_the_first_wrong_decision(lens, number):
     assert [h / max(heights) for h in heights] == pytest.approx([b / max(bars) for b in bars])
 
 
-def test_decisions_are_marked_in_the_text_and_their_chart_hides_where_none_are_known(lens, tmp_path):
+def test_decisions_are_marked_in_the_text_and_their_chart_needs_some(lens, tmp_path):
     one, row = RECORDS[2], next(row for row in range(7) if not RECORDS[2].rollouts[row]["success"])
     lens.js(f"location.hash = '#r=i2.r0.{row}&view=left'")
     lens.wait(f"current.key === 'i2.r0.{row}'")
@@ -480,11 +480,11 @@ def test_charts_follow_the_filter(lens):
     assert lens.text("#charts-filter .figures") == "No rollout has credit."
 
 
-# -- looks, speed, safety ---------------------------------------------------------------------------------------------
+# -- appearance, speed, safety ----------------------------------------------------------------------------------------
 
 
 def contrast(lens: Page, selector: str, other: str) -> float:
-    """WCAG contrast of an element's colour and the background of another, as the browser paints them."""
+    """Return the WCAG contrast of an element's color and another's background, as computed by the browser."""
     one, two = lens.js(
         "(() => { const c = document.createElement('canvas').getContext('2d', {willReadFrequently: true}); "
         "const rgb = (colour) => { c.fillStyle = colour; c.fillRect(0, 0, 1, 1); "
@@ -499,7 +499,7 @@ def contrast(lens: Page, selector: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_light_and_dark_by_the_system_and_by_the_button(lens, two):
+def test_light_and_dark_themes_by_system_setting_and_by_button(lens, two):
     light = {}
     for scheme in ("light", "dark"):
         lens.scheme(scheme)
@@ -519,9 +519,9 @@ def test_light_and_dark_by_the_system_and_by_the_button(lens, two):
     assert backgrounds == [light["light"], light["dark"], light["light"]]
 
 
-def test_a_thousand_rollouts_do_not_lag(browser, tmp_path):
-    """Of about 500 tokens. What takes long is measured against a loop in the same browser, which takes 0.1 s on a quiet
-    machine; the limits are several times what such a machine takes."""
+def test_a_thousand_rollouts_are_fast(browser, tmp_path):
+    """Of about 500 tokens. Durations are compared with a loop in the same browser, which takes 0.1 s on an idle
+    machine; the limits are several times the durations on such a machine."""
     browser.errors.clear()
     browser.size(1500)
     made = [record(i, rollouts=100, tokens=660, group=8, vocabulary=5000) for i in range(2)]
@@ -538,7 +538,7 @@ def test_a_thousand_rollouts_do_not_lag(browser, tmp_path):
     frame = "await new Promise((f) => requestAnimationFrame(() => setTimeout(f)))"
 
     def took(act: str) -> float:
-        """Milliseconds."""
+        """Return the milliseconds that an action takes."""
         return browser.js(
             f"(async () => {{ const start = performance.now(); {act}; {frame}; return performance.now() - start; }})()"
         )
@@ -557,7 +557,7 @@ def test_a_thousand_rollouts_do_not_lag(browser, tmp_path):
     assert browser.errors == []
 
 
-def test_what_a_model_wrote_stays_text(browser, tmp_path):
+def test_model_output_is_shown_as_text(browser, tmp_path):
     browser.errors.clear()
     rollouts = [
         fake_rollout(task_id=ATTACK, error=ATTACK, status=ATTACK, reward_parts={ATTACK: 1.0}),

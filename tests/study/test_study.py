@@ -413,7 +413,7 @@ def test_runs_end_if_their_study_is_killed(quick, tmp_path):
     until(lambda: not Path(f"/proc/{process}").exists(), "a run outlived its study")
 
 
-def test_single_options_of_a_plan_can_be_overridden(quick, tmp_path):
+def test_closing_the_pipe_of_a_printed_plan_is_not_an_error(quick, tmp_path):
     plan_command = command(quick.executable, ROOT / "configs/study/credit.yaml", "--seeds", "100", "--plan", "true")
     reading = subprocess.Popen(plan_command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert reading.stdout is not None
