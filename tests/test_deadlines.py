@@ -1,4 +1,4 @@
-"""Tests pass on any machine: none asserts seconds, and every deadline follows the pace of this machine (`pace`)."""
+"""Tests do not depend on the machine: none asserts seconds, and deadlines scale with its speed (`deadlines`)."""
 
 import ast
 import re
@@ -8,10 +8,10 @@ import deadlines
 import pytest
 
 TESTS = Path(__file__).parent
-READERS = {  # files that read a clock, and what for
-    "test_status.py": "writes the times of statuses that it makes up",
-    "slurm/jobs.py": "seconds for the table of what happened on the cluster",
-    "slurm/phases.py": "seconds that a phase has lasted over several lives of a job",
+READERS = {  # files that read a clock, and why
+    "test_status.py": "writes times into fabricated statuses",
+    "slurm/jobs.py": "seconds for the table of events on the cluster",
+    "slurm/phases.py": "duration of a phase over several restarts of a job",
     "slurm/test_slurm_cluster.py": "the table",
     "slurm/test_slurm_faults.py": "the table",
     "slurm/test_slurm_preemption.py": "the table",
@@ -19,7 +19,7 @@ READERS = {  # files that read a clock, and what for
 CLOCKS = {"time", "monotonic", "perf_counter", "process_time", "thread_time"}
 CLOCKS |= {f"{name}_ns" for name in CLOCKS} | {"clock_gettime"}
 LIMITS = {"timeout", "deadline", "seconds", "step_seconds"}  # keywords and parameters
-WAITING = {"wait", "join", "poll", "result", "communicate", "get"}  # methods whose first argument may be a time-out
+WAITING = {"wait", "join", "poll", "result", "communicate", "get"}  # methods whose first argument may be a timeout
 OPTION = re.compile(r"--?(watchdog\.seconds|timeout|\S*step_seconds|\S*budgets\.seconds)(=(\d.*))?$")
 
 
@@ -28,7 +28,7 @@ def files() -> dict[str, Path]:
 
 
 def number(node: ast.AST | None) -> bool:
-    """Whether a node is a number that is written out."""
+    """Return whether a node is a literal number."""
     if isinstance(node, ast.UnaryOp):
         return number(node.operand)
     if isinstance(node, ast.BinOp):
@@ -51,13 +51,13 @@ def names(node: ast.AST) -> set[str]:
 
 
 def pairs(target: ast.AST, value: ast.AST) -> list[tuple[ast.AST, ast.AST]]:
-    """What is assigned to what, one by one where both are written out."""
+    """Return pairs of assigned target and value; element by element if both are literal tuples or lists."""
     both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts)
     return list(zip(target.elts, value.elts, strict=True)) if both else [(target, value)]  # pyright: ignore
 
 
 def from_a_clock(function: ast.AST) -> set[str]:
-    """Names in a function that hold a time, or what is calculated with one."""
+    """Return the names in a function that hold a time, or a value computed from one."""
     found: set[str] = set()
     while True:
         more = set()
@@ -73,7 +73,7 @@ def from_a_clock(function: ast.AST) -> set[str]:
 
 
 def faults(source: str, clock: bool) -> list[str]:
-    """What a test file does that depends on the machine: line and what."""
+    """Return the machine-dependent statements of a test file, as line and description."""
     tree, lines, found = ast.parse(source), source.splitlines(), []
 
     def add(node: ast.AST, what: str) -> None:
@@ -123,11 +123,11 @@ def _look_at_a_call(node: ast.Call, add) -> None:
         add(node, f"{called} has a number of seconds")
     if called == "sleep" and node.args and number(node.args[0]):
         value = ast.literal_eval(node.args[0])
-        if 1 <= value < 1000:  # a pause between two looks is shorter, what never comes back is longer
+        if 1 <= value < 1000:  # pauses between two checks are shorter, calls that never return are longer
             add(node, "sleeps for a number of seconds: wait for an event, or scale it")
 
 
-def test_no_test_depends_on_how_fast_the_machine_is():
+def test_no_test_depends_on_the_speed_of_the_machine():
     found = [
         f"{name}:{fault}"
         for name, path in files().items()
@@ -158,7 +158,7 @@ def test_no_test_depends_on_how_fast_the_machine_is():
         "def wait(x, deadline: float = 30): ...",
     ],
 )
-def test_the_law_sees_what_it_is_for(line):
+def test_the_check_detects_each_fault(line):
     assert faults(f"def test():\n    {line}\n", clock=True)
     assert not faults("def test():\n    subprocess.run(command, timeout=seconds(60))\n", clock=False)
     assert not faults(
@@ -167,25 +167,25 @@ def test_the_law_sees_what_it_is_for(line):
     assert faults("def test():\n    started = time.monotonic()\n", clock=False) == ["2: a clock is read"]
 
 
-def test_deadlines_follow_the_pace(monkeypatch):
+def test_deadlines_scale_with_the_speed_of_the_machine(monkeypatch):
     monkeypatch.setenv(deadlines.FACTOR, "2.5")
     assert deadlines.seconds(4) == 10
     monkeypatch.delenv(deadlines.FACTOR)
-    assert deadlines.seconds(4) == 4, "in a process that nobody has told"
+    assert deadlines.seconds(4) == 4, "the default in a process without the variable"
     assert deadlines.measure() >= 1
     first = deadlines.factor()
     monkeypatch.setattr(deadlines.subprocess, "run", None)
-    assert deadlines.measure() == first, "once for each run of pytest"
+    assert deadlines.measure() == first, "measured once per run of pytest"
     with pytest.raises(AssertionError, match="not within 0 s: the end"):
         deadlines.until(lambda: False, "the end", limit=0.001 / first)
 
 
-def test_every_test_has_a_deadline_that_follows_the_pace(request):
+def test_every_test_has_a_deadline_that_scales_with_the_speed_of_the_machine(request):
     mark = request.node.get_closest_marker("timeout")
     assert mark.args[0] == pytest.approx(deadlines.seconds(request.config.getoption("timeout")))
 
 
-def test_processor_time_is_what_is_cheap():
+def test_cheap_limits_processor_time():
     with deadlines.cheap(50):
         pass
     with pytest.raises(AssertionError, match="units of work, and 1 are allowed"):

@@ -1,4 +1,4 @@
-"""Distillation losses: hand-computed values, an oracle, gradients, denominators, and runs that learn by them."""
+"""Distillation losses: hand-computed values, a reference loop, gradients, denominators, and training runs."""
 
 import csv
 import math
@@ -48,19 +48,19 @@ VOCABULARY = 7
 
 
 def logs(*probabilities: float) -> Tensor:
-    """[1, 1, top]"""
+    """Return the log-probs as a tensor [1, 1, top]."""
     return torch.tensor([[probabilities]], dtype=torch.float64).log()
 
 
 @pytest.mark.parametrize(
     ("skew", "expected"),
     [
-        # S = (1/2, 1/4) and 1/4 left over, T = (1/4, 1/4) and 1/2 left over
+        # S = (1/2, 1/4) with a tail of 1/4, T = (1/4, 1/4) with a tail of 1/2
         # KL(T || S) = 1/4 log(1/2) + 1/4 log 1 + 1/2 log 2 = 1/4 log 2
         (0.0, 0.25 * math.log(2)),
         # KL(S || T) = 1/2 log 2 + 1/4 log 1 + 1/4 log(1/2) = 1/4 log 2
         (1.0, 0.25 * math.log(2)),
-        # M = (3/8, 1/4, 3/8); KL(S || M) = 1/2 log(4/3) + 1/4 log(2/3), and KL(T || M) is the same turned around
+        # M = (3/8, 1/4, 3/8); KL(S || M) = 1/2 log(4/3) + 1/4 log(2/3), and KL(T || M) is the same in reverse order
         (0.5, 0.5 * math.log(4 / 3) + 0.25 * math.log(2 / 3)),
         # M = 3/4 S + 1/4 T = (7/16, 1/4, 5/16)
         # 3/4 (1/2 log(8/7) + 1/4 log(4/5)) + 1/4 (1/4 log(4/7) + 1/2 log(8/5))
@@ -85,7 +85,7 @@ def test_golden_gated_gap():
 
 
 def stats(logits: Tensor, ids: Tensor, top_ids: Tensor | None, top_k: int) -> TokenStats:
-    """Of whole distributions, as `token_stats` gives them."""
+    """Return the statistics of full distributions, in the form of `token_stats`."""
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1).detach()
     if top_ids is None:
@@ -95,7 +95,7 @@ def stats(logits: Tensor, ids: Tensor, top_ids: Tensor | None, top_k: int) -> To
 
 
 class Case:
-    """Random distributions over a small vocabulary; the first row has no action tokens, the second no privilege."""
+    """Random distributions over a small vocabulary; row 1 has no action tokens, row 2 no privileged text."""
 
     def __init__(self, seed: int, top_k: int, rows: int = 5, width: int = 6, dtype: torch.dtype = torch.float32):
         g = torch.Generator().manual_seed(seed)
@@ -134,7 +134,7 @@ class Case:
 
 
 def slow(kind: Any, case: Case) -> float:
-    """Token after token, in plain numbers; of SDAR the value, not the gradient."""
+    """Return the loss, computed token by token with plain numbers; for SDAR its value, not its gradient."""
 
     def divergence(s: list[float], t: list[float], skew: float) -> float:
         def kl(a: list[float], b: list[float]) -> float:
@@ -174,14 +174,14 @@ def slow(kind: Any, case: Case) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_equals_a_slow_loop(kind):
+def test_losses_equal_a_slow_loop(kind):
     for seed in range(60):
         case = Case(seed, kind.top_k)
         assert case.loss(kind).item() == pytest.approx(slow(kind, case), abs=1e-6, rel=1e-4)
 
 
 def full_loss(kind: Any, case: Case) -> Tensor:
-    """The formulas of the papers on whole distributions, by torch's own KL."""
+    """Return the papers' losses on full distributions, with torch's own KL."""
     s, t = case.logits.log_softmax(-1), case.teacher_logits.log_softmax(-1)
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def full_loss(kind: Any, case: Case) -> Tensor:
 
 @pytest.mark.parametrize("kind", [OPSD(), OPSD(beta=0.0), OPSD(beta=1.0), OPSD(beta=0.1), SDPO(), SDPG()], ids=str)
 @pytest.mark.parametrize("top_k", [VOCABULARY, 1000])
-def test_with_the_whole_vocabulary_value_and_gradient_are_the_papers(kind, top_k):
+def test_value_and_gradient_over_the_full_vocabulary_are_the_papers(kind, top_k):
     kind = replace(kind, top_k_tokens=top_k)
     for seed in range(10):
         case = Case(seed, top_k)
@@ -212,9 +212,9 @@ def test_with_the_whole_vocabulary_value_and_gradient_are_the_papers(kind, top_k
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.top_k], ids=str)
-def test_the_gradient_on_some_tokens_and_a_tail_is_that_of_the_value(kind):
+def test_the_gradient_over_some_tokens_and_a_tail_matches_the_value(kind):
     case = Case(3, kind.top_k, rows=3, width=3, dtype=torch.float64)
-    # the importance weight has no gradient; hold its log-prob
+    # the importance weight has no gradient: hold its log-prob fixed
     fixed = case.policy.logprobs.detach()
 
     def value(logits: Tensor) -> Tensor:
@@ -224,9 +224,9 @@ def test_the_gradient_on_some_tokens_and_a_tail_is_that_of_the_value(kind):
     assert torch.autograd.gradcheck(value, (case.logits.detach().requires_grad_(),))
 
 
-def test_the_gate_pulls_the_policy_towards_the_teacher():
-    """The expected gradient of SDAR on the policy's own samples goes downhill on KL(policy || teacher), uphill never;
-    without a gate it is 0."""
+def test_the_gate_moves_the_policy_towards_the_teacher():
+    """The expected gradient of SDAR on the policy's own samples decreases KL(policy || teacher); without a gate it
+    is 0."""
     for seed in range(50):
         g = torch.Generator().manual_seed(seed)
         logits = torch.randn(VOCABULARY, generator=g, dtype=torch.float64, requires_grad=True)
@@ -255,7 +255,7 @@ def test_any_split_into_micro_batches_gives_the_same_loss_and_gradient(seed, kin
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.top_k], ids=str)
 @pytest.mark.parametrize("sharpness", [1.0, 30.0])
-def test_a_teacher_that_agrees_gives_no_loss_and_no_gradient_to_the_bit(kind, sharpness):
+def test_an_agreeing_teacher_gives_exactly_no_loss_and_no_gradient(kind, sharpness):
     for seed in range(20):
         case = Case(seed, kind.top_k)
         logits = (sharpness * case.logits.detach()).requires_grad_()
@@ -268,7 +268,7 @@ def test_a_teacher_that_agrees_gives_no_loss_and_no_gradient_to_the_bit(kind, sh
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_rows_without_privilege_and_masked_tokens_have_no_say(kind):
+def test_rows_without_privileged_text_and_masked_tokens_have_no_effect(kind):
     case = Case(2, kind.top_k)
     out = ~(case.mask & case.privileged[:, None])
     loss = case.loss(kind)
@@ -285,13 +285,13 @@ def test_rows_without_privilege_and_masked_tokens_have_no_say(kind):
     assert torch.equal(torch.autograd.grad(again, case.logits, retain_graph=True)[0], gradient)
     nothing = case.loss(kind, privileged=torch.zeros(5, dtype=torch.bool), step_tokens=0)
     assert nothing == 0
-    assert (torch.autograd.grad(nothing, case.logits)[0] == 0).all(), "a rank with nothing to learn has no gradient"
+    assert (torch.autograd.grad(nothing, case.logits)[0] == 0).all(), "a rank without tokens has no gradient"
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("low", [-30.0, -200.0, -1e4])
-def test_impossible_tokens_stay_finite(kind, low):
-    """A token that one side all but excludes."""
+def test_very_unlikely_tokens_give_finite_losses(kind, low):
+    """One side gives a token a probability near 0."""
     for side in ("policy", "teacher"):
         logits = torch.zeros(1, 1, VOCABULARY)
         logits[..., :3] = low
@@ -316,7 +316,7 @@ def test_impossible_tokens_stay_finite(kind, low):
         assert gradient.isfinite().all()
 
 
-def test_the_clip_takes_the_gradient_of_a_token_that_counts_too_much():
+def test_the_clip_removes_the_gradient_of_tokens_with_a_large_loss():
     case = Case(1, 100)
     each = skew_divergence(case.policy.top_logprobs, case.teacher.top_logprobs, 0.5)
     clip = each.median().item()
@@ -343,12 +343,12 @@ def test_the_clip_takes_the_gradient_of_a_token_that_counts_too_much():
         (SDAR, {"beta": -1.0}, "SDAR: beta=-1.0 must be a number at least 0"),
     ],
 )
-def test_bad_settings_are_refused(kind, options, message):
+def test_invalid_options_are_rejected(kind, options, message):
     with pytest.raises(UserError, match=message):
         kind(**options)
 
 
-def test_a_loss_of_distributions_says_that_there_are_none():
+def test_a_loss_of_distributions_reports_missing_ones():
     case = Case(0, 3)
     with pytest.raises(UserError, match="SDPG compares full distributions"):
         case.loss(SDPG(), teacher=replace(case.teacher, top_logprobs=None))
@@ -358,7 +358,7 @@ def test_a_loss_of_distributions_says_that_there_are_none():
 
 
 @pytest.mark.parametrize("pieces", [1, 4])
-def test_top_log_probs_have_the_gradient_of_whole_logits(tmp_path, monkeypatch, pieces):
+def test_top_log_probs_have_the_gradient_of_full_logits(tmp_path, monkeypatch, pieces):
     from gear_lightning.learning import token_stats as room
 
     model = untrained(GearModule(Sharp(), teacher=TeacherOptions(template=TEMPLATE)), tmp_path).policy
@@ -396,7 +396,7 @@ def test_top_log_probs_have_the_gradient_of_whole_logits(tmp_path, monkeypatch, 
 
 
 def alone(distillation: Distillation, teacher: TeacherOptions = FROZEN, **options: Any) -> GearModule:
-    """A module that learns by distillation alone."""
+    """Return a module that trains with distillation only."""
     return module(Uniform(), objective=None, distillation=distillation, teacher=teacher, **options)
 
 
@@ -406,7 +406,7 @@ def column(run: Path, name: str) -> list[float]:
 
 
 def divergence(model: GearModule, batches: list[RolloutBatch]) -> float:
-    """Mean KL(teacher || policy) of whole distributions over the action tokens of batches."""
+    """Return the mean KL(teacher || policy) of full distributions over the action tokens of batches."""
     total, count = 0.0, 0
     for batch in batches:
         mask = batch.action_mask
@@ -419,7 +419,7 @@ def divergence(model: GearModule, batches: list[RolloutBatch]) -> float:
 
 
 @pytest.mark.parametrize("kind", [OPSD(), OPSD(beta=0.0), SDPO(alpha=1.0), SDPG(coef=1.0)], ids=str)
-def test_distillation_alone_brings_the_policy_to_its_frozen_teacher(tmp_path, kind):
+def test_distillation_alone_moves_the_policy_to_its_frozen_teacher(tmp_path, kind):
     def make() -> GearModule:
         optimizer = lambda p: torch.optim.AdamW(p, lr=3e-4, weight_decay=0.0)  # noqa: E731
         options = {"objective": None, "distillation": kind, "teacher": FROZEN, "optimizer": optimizer}
@@ -449,7 +449,7 @@ def test_the_gradient_of_a_run_does_not_depend_on_the_micro_batch(tmp_path, micr
 
 @pytest.mark.parametrize("credit", [Uniform(), GEAR(), SCGRPO(top_k_tokens=9)], ids=lambda c: type(c).__name__)
 def test_a_distillation_adds_its_gradient_to_that_of_the_objective(tmp_path, credit):
-    """On the first step, where all see the same rollouts."""
+    """Checked on the first step, where all runs have the same rollouts."""
     shown = TeacherOptions(template=TEMPLATE)
     sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=1.0), "teacher": shown}
 
@@ -476,7 +476,7 @@ def test_grpo_with_each_distillation_trains(tmp_path, kind):
     assert "train/clip_fraction" in (tmp_path / "metrics.csv").read_text()
 
 
-def test_rollouts_whose_reference_was_dropped_teach_nothing(tmp_path):
+def test_rollouts_with_a_dropped_reference_are_not_distilled(tmp_path):
     told = TeacherOptions("frozen", template=TEMPLATE, max_prompt=1)
     path = watched(tmp_path, alone(OPSD(), told, optimizer=lambda p: torch.optim.SGD(p, lr=1.0)), max_epochs=2)
     assert not any(s.batch.privileged.any() for s in path.seen)
@@ -485,7 +485,7 @@ def test_rollouts_whose_reference_was_dropped_teach_nothing(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_later_inner_epochs_look_at_the_tokens_that_the_teacher_was_asked_about(tmp_path, monkeypatch):
+def test_later_inner_epochs_use_the_top_tokens_of_the_first_scoring(tmp_path, monkeypatch):
     kind, score, asked = OPSD(coef=1.0, top_k_tokens=4), Teacher.score, []
 
     def counted(self, policy, batch, *args):
@@ -494,7 +494,7 @@ def test_later_inner_epochs_look_at_the_tokens_that_the_teacher_was_asked_about(
 
     monkeypatch.setattr(Teacher, "score", counted)
     watch = watched(tmp_path, alone(kind), data(inner_epochs=3), max_epochs=2)
-    assert asked == [0] * 2 * 2, "the teacher was asked again"
+    assert asked == [0] * 2 * 2, "the teacher scored again"
     assert len(watch.weights) == 1 + 2 * 3
     by_rows: dict[Any, list] = {}
     for s in watch.seen:
@@ -518,11 +518,11 @@ def test_later_inner_epochs_look_at_the_tokens_that_the_teacher_was_asked_about(
             other += int((token_stats(*args, top_k=4).top_ids != policy.top_ids).sum())
             expected = skew_divergence(policy.top_logprobs, teacher.top_logprobs, 0.5)[s.batch.action_mask].sum()
             assert_close(s.outputs["loss"], expected.detach() / s.batch.step_tokens)
-    assert other, "the most likely tokens never changed: nothing is proved"
+    assert other, "the most likely tokens never changed, so the test proves nothing"
 
 
 @pytest.mark.parametrize(("inner_epochs", "batch_idx"), [(1, 1), (2, 3), (2, 5)])
-def test_a_checkpoint_in_the_middle_of_an_iteration_resumes_exactly(tmp_path, inner_epochs, batch_idx):
+def test_a_checkpoint_within_an_iteration_resumes_exactly(tmp_path, inner_epochs, batch_idx):
     class SaveAndStop(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, idx):
             if trainer.current_epoch == 1 and idx == batch_idx:
@@ -544,7 +544,7 @@ def test_a_checkpoint_in_the_middle_of_an_iteration_resumes_exactly(tmp_path, in
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-def test_a_run_without_spread_goes_on_where_something_is_distilled(tmp_path):
+def test_a_run_without_reward_spread_continues_with_distillation(tmp_path):
     class NoSpread(AnyCall):
         def step(self, message):
             return replace(super().step(message), reward=0.0)
@@ -559,21 +559,21 @@ def test_a_run_without_spread_goes_on_where_something_is_distilled(tmp_path):
             assert run.global_step == 4
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- rejected options -------------------------------------------------------------------------------------------------
 
 
-def test_nothing_to_learn_from_is_refused():
+def test_a_module_without_a_loss_is_rejected():
     with pytest.raises(UserError, match=r"model\.objective and model\.distillation are both null"):
         module(Uniform(), objective=None)
 
 
-def test_credit_without_an_objective_is_refused():
+def test_credit_without_an_objective_is_rejected():
     with pytest.raises(UserError, match=r"model.credit=GEAR does nothing without.*configs/credit/grpo.yaml"):
         module(GEAR(), objective=None, distillation=OPSD())
     module(GEAR(), objective=ClippedSurrogate(), distillation=OPSD())
 
 
-def test_a_task_without_a_reference_is_refused_where_only_the_distillation_needs_it(tmp_path):
+def test_a_task_without_a_reference_is_rejected_if_only_distillation_needs_it(tmp_path):
     class Bare(LookupChainTasks):
         def __getitem__(self, index):
             return replace(super().__getitem__(index), reference=None)

@@ -1,4 +1,4 @@
-"""GEAR's pure functions: hand-computed values, oracles, laws, degenerate input."""
+"""GEAR's pure functions: hand-computed values, reference implementations, invariants, degenerate input."""
 
 import math
 
@@ -23,7 +23,7 @@ def bits(text: str) -> torch.Tensor:
 
 
 def random_masked(seed: int, rows: int = 40, width: int = 17) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values with ties and masks with empty rows; infinities and NaN where masked out."""
+    """Return values with ties and masks with empty rows; masked-out entries contain infinities and NaN."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(-40, 40, (rows, width), generator=g) / 8
     mask = torch.rand(rows, width, generator=g) < torch.rand(rows, 1, generator=g)
@@ -45,7 +45,7 @@ def test_golden_k3():
     # k1 = log 2: exp(-log 2) - 1 + log 2 = 1/2 - 1 + 0.693147 = 0.193147; k1 = -log 2: 2 - 1 - 0.693147 = 0.306853
     d = gear.sampled_divergence(row(0, -math.log(2)), row(-math.log(2), 0), "k3")
     assert_close(d, row(0.193147, 0.306853), atol=1e-6, rtol=0)
-    # limited to 1 nat first: exp(-1) - 1 + 1 = 0.367879; exp(1) - 1 - 1 = 0.718282
+    # clamped to 1 nat first: exp(-1) - 1 + 1 = 0.367879; exp(1) - 1 - 1 = 0.718282
     d = gear.sampled_divergence(row(0, -9), row(-9, 0), "k3", limit=1.0)
     assert_close(d, row(0.367879, 0.718282), atol=1e-6, rtol=0)
 
@@ -60,7 +60,7 @@ def test_k3_is_never_negative():
 
 
 def test_golden_distribution_divergences():
-    # S = (1/2, 1/2 left over), T = (1/4, 3/4 left over)
+    # S = (1/2, tail 1/2), T = (1/4, tail 3/4)
     s, t = torch.tensor([[[0.5]]]).log(), torch.tensor([[[0.25]]]).log()
     # KL(S||T) = 1/2 log 2 + 1/2 log(2/3) = 0.346574 - 0.202733 = 0.143841
     assert_close(gear.distribution_divergence(s, t, "reverse_kl"), row(0.143841), atol=1e-6, rtol=0)
@@ -72,7 +72,7 @@ def test_golden_distribution_divergences():
 
 
 def test_golden_tail():
-    # 1 - 0.5 - 0.2 = 0.3; nothing left over: 1e-10
+    # 1 - 0.5 - 0.2 = 0.3; an empty tail: 1e-10
     tail = gear.with_tail(torch.tensor([[[0.5, 0.2], [0.5, 0.5]]]).log())
     assert_close(tail.exp()[0, 0], torch.tensor([0.5, 0.2, 0.3]))
     assert tail[0, 1, 2].item() == pytest.approx(math.log(1e-10))
@@ -105,8 +105,8 @@ def test_divergence_of_equal_models_is_exactly_zero():
         assert (gear.sampled_divergence(s[..., 0], s[..., 0], kind) == 0).all()
 
 
-def test_merging_the_tail_never_raises_a_divergence():
-    # data processing: a coarser view of two distributions cannot tell them apart better
+def test_merging_the_tail_never_increases_a_divergence():
+    # data processing inequality: coarser distributions are not easier to distinguish
     g = torch.Generator().manual_seed(1)
     s, t = (torch.randn(8, 9, 12, generator=g).double().log_softmax(-1) for _ in range(2))
     for kind in ("reverse_kl", "forward_kl", "jsd"):
@@ -115,7 +115,7 @@ def test_merging_the_tail_never_raises_a_divergence():
             assert (gear.distribution_divergence(s[..., :k], t[..., :k], kind) <= full + 1e-8).all()
 
 
-def test_divergence_kinds_do_not_mix():
+def test_wrong_kinds_of_divergence_are_rejected():
     with pytest.raises(ValueError, match="jsd is not a divergence of sampled tokens"):
         gear.sampled_divergence(row(0), row(0), "jsd")
     with pytest.raises(ValueError, match="k1 is not a divergence of distributions"):
@@ -161,7 +161,7 @@ def test_golden_compact():
     assert columns[0].tolist() == [1, 3, 4]
     assert real.tolist() == [[True] * 3, [True, False, False], [False] * 3]
     assert columns[1, 0] == 0
-    assert all(len(set(c)) == 3 for c in columns.tolist())  # no column twice, or a scatter would be ambiguous
+    assert all(len(set(c)) == 3 for c in columns.tolist())  # no column twice, so that a scatter is unambiguous
     columns, real = gear.compact(bits("....."))
     assert columns.shape == (1, 1)
     assert not real.any()
@@ -180,7 +180,7 @@ def test_golden_anchor_quantile():
     assert spikes(d, rule="quantile", level=0.75) == "...xx"  # threshold 3, reached by 3 and 4
     assert spikes(d, rule="quantile", level=0.75, floor=3.5) == "....x"  # the floor is higher
     assert spikes(d, rule="quantile", level=0.5, floor=4.0) == "....x"
-    assert spikes(-d, rule="quantile", level=0.5) == "....."  # all at or under 0, floor 0.5
+    assert spikes(-d, rule="quantile", level=0.5) == "....."  # all at or below 0, floor 0.5
 
 
 def test_golden_anchor_absolute():
@@ -198,7 +198,7 @@ def test_golden_anchor_rise():
     d = row(1, 2, 3, 3.9, 9)  # means of the 2 before: 0 (none), 1, 1.5, 2.5, 3.45
     assert spikes(d, rule="rise", level=2.0, floor=1.5) == "..x.x"  # to reach: 1.5 2.5 3 4 4.95
     assert spikes(d, rule="rise", level=2.0, floor=1.25) == "..xxx"  # 1.25 2.25 2.75 3.75 4.7
-    # never under the floor: the mean before is -2, and -1 is still not a departure
+    # never below the floor: the mean before is -2, and -1 is still not a departure
     assert spikes(row(-2, -2, -1, 0.4, 0.5), rule="rise", level=2.0, floor=0.5) == "....x"
 
 
@@ -206,7 +206,7 @@ def test_golden_anchor_peak():
     d = row(3, 4, 4, 2, 5)
     assert spikes(d, rule="absolute", floor=3.0) == "xxx.x"
     assert spikes(d, rule="absolute", floor=3.0, at="peak") == ".x..x"  # the first of a plateau; the ends count
-    # the 9 is padding: the 3 before it is the rollout's end, and so a peak
+    # the 9 is padding: the 3 before it is the last token, and therefore a peak
     assert spikes(row(3, 4, 2, 3, 9), bits("xxxx."), rule="absolute", floor=2.0, at="peak") == ".x.x."
 
 
@@ -221,7 +221,7 @@ def test_golden_segments_by_entropy():
     # quantile 0.8 of 0 0 1 1 2 2: place 4.0 -> 2; of the 6 tokens the last and the third are decisions
     h = [0, 1, 2, 0, 1, 2]
     assert segments("x.....", h, end="entropy_high") == [0, 0, -1, -1, -1, -1]
-    assert segments("xxx...", h, end="entropy_high") == [0, 1, 2, 2, 2, -1]  # an anchor opens, whatever its entropy
+    assert segments("xxx...", h, end="entropy_high") == [0, 1, 2, 2, 2, -1]  # an anchor opens, at any entropy
     # low: closes at the first token below the quantile
     assert segments("x.....", [0, 2, 2, 1, 2, 2], end="entropy_low") == [0, 0, 0, -1, -1, -1]
     assert segments("x.....", h, end="entropy_high", entropy_quantile=0.4) == [0, -1, -1, -1, -1, -1]  # quantile 1
@@ -288,7 +288,7 @@ def test_golden_kappa_and_clip():
     assert (gear.signal_weights(c, plus, bits("xx"), clip=0.0) == 1).all()
 
 
-def test_golden_normalise():
+def test_golden_normalize():
     w, mask = row(0.5, 2, 1, 1), bits("xx.x")
     assert_close(gear.normalise_weights(w, mask, "mean"), row(3 / 7, 12 / 7, 1, 6 / 7))  # mean 3.5 / 3
     assert_close(gear.normalise_weights(w, mask, "geometric"), w)  # 0.5 * 2 * 1 = 1
@@ -297,13 +297,13 @@ def test_golden_normalise():
     assert gear.normalise_weights(w, mask, "none") is w
 
 
-def test_golden_normalise_by_sign():
-    # praised 1 and 3 of A = 2, 2: mean 2; blamed 2, 1, 1 of A = -1, -2, -1: (2 + 2 + 1) / 4 = 1.25; and one of 0
+def test_golden_normalize_by_sign():
+    # 1 and 3 with A = 2, 2: mean 2; 2, 1, 1 with A = -1, -2, -1: (2 + 2 + 1) / 4 = 1.25; and one with A = 0
     w, mask = row(1, 3, 9, 2, 1, 1, 5), bits("xx.xxxx")
     a = row(2, 2, 2, -1, -2, -1, 0)
     normal = gear.normalise_weights(w, mask, "mean", a)
     assert_close(normal, row(0.5, 1.5, 1, 1.6, 0.8, 0.8, 1))
-    # praise 1 + 3 = 4, blame -1.6 - 1.6 - 0.8 = -4: as before
+    # sums 1 + 3 = 4 and -1.6 - 1.6 - 0.8 = -4: unchanged
     assert_close((normal * a)[mask].sum(), torch.tensor(0.0), atol=1e-6, rtol=0)
     # geometric: sqrt(3), and (2 * 1 * 1 * 1) ^ (1 / 4)
     expected = row(1 / 3**0.5, 3**0.5, 1, 2 / 2**0.25, 2**-0.25, 2**-0.25, 1)
@@ -313,13 +313,13 @@ def test_golden_normalise_by_sign():
 def test_golden_scales_by_sign():
     x, a = row(0, 1, 3, 4, 4, 10, 30), row(1, 1, 1, 1, 1, -1, -1)
     every = bits("xxxxxxx")
-    # of the praised five the 75th percentile is 4, of the blamed two 25
+    # the 75th percentile is 4 for the five positive ones, and 25 for the two negative ones
     got = gear.scale_signal(x, every, "saturate", advantages=a)
     assert_close(got, row(0, 1 / 5, 3 / 7, 0.5, 0.5, 10 / 35, 30 / 55))
     # z-scores: mean 2.4, variance (5.76 + 1.96 + 0.36 + 2.56 + 2.56) / 5 = 2.64; and -1, 1
     got = gear.scale_signal(x, every, "zscore", advantages=a)
     assert_close(got, row(*((v - 2.4) / 2.64**0.5 for v in (0, 1, 3, 4, 4)), -1, 1), atol=1e-5, rtol=0)
-    # symmetric: less the mean of the own sign, each counted by |A|: (2 * 1 + 1 * 4) / 3 = 2
+    # symmetric: minus the mean over the same sign, each weighted by |A|: (2 * 1 + 1 * 4) / 3 = 2
     weights = gear.signal_weights(row(1, 4, 7), row(2, 1, -1), bits("xxx"), sign_rule="symmetric", kappa=0.1)
     assert_close(weights, row(0.9, 1.2, 1))
 
@@ -332,7 +332,7 @@ def test_golden_above_noise():
 
 
 def test_golden_scales_within_the_noise():
-    # mean 2, deviation sqrt(2.5) = 1.581139, the size: as large as the noise, so half is left; c = max(P75 = 3.25, 4)
+    # mean 2, deviation sqrt(2.5) = 1.581139, the size: as large as the noise, so half remains; c = max(P75 = 3.25, 4)
     x = row(0, 1, 3, 4)
     got = gear.scale_signal(x, bits("xxxx"), "zscore", noise=2.5**0.5)
     assert_close(got, row(-2, -1, 1, 2) / 2.5**0.5 / 2, atol=1e-5, rtol=0)
@@ -345,7 +345,7 @@ def test_golden_scales_within_the_noise():
 
 
 @pytest.mark.parametrize("value", [1.0, -0.7, 0.0])
-def test_with_one_sign_nothing_changes_to_the_last_bit(value):
+def test_statistics_by_sign_are_bitwise_unchanged_for_one_sign(value):
     """Reference: the statistics over all tokens of the rollout."""
     x, mask = random_masked(seed=5, rows=300)
     x, advantages = x.abs(), torch.full((300, 1), value)
@@ -374,7 +374,7 @@ def test_with_one_sign_nothing_changes_to_the_last_bit(value):
     st.floats(0, 1),
     st.floats(0, 50),
 )
-def test_weights_stay_in_their_range_and_their_mean_is_one(signal, rule, advantage, clip, kappa):
+def test_weights_stay_in_their_range_and_have_a_mean_of_one(signal, rule, advantage, clip, kappa):
     c = torch.tensor([signal])
     mask = torch.ones_like(c, dtype=torch.bool)
     w = gear.signal_weights(c, torch.tensor([[advantage]]), mask, sign_rule=rule, clip=clip, kappa=kappa)
@@ -387,18 +387,18 @@ def test_weights_stay_in_their_range_and_their_mean_is_one(signal, rule, advanta
 
 
 @pytest.mark.parametrize("how", ["mean", "geometric", "none"])
-def test_degenerate_weights_stay_finite(how):
+def test_degenerate_weights_are_finite(how):
     mask = torch.cat([bits("xxxx"), bits("xxxx"), bits("...."), bits("x...")])
     w = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 3], [1, 1, 1, 1], [0.25, 1, 1, 1]])
     got = gear.normalise_weights(w, mask, how)
     assert got.isfinite().all()
     assert (got[2] == 1).all()
     if how != "none":
-        assert (got[0] == 1).all()  # all underflowed: there is nothing to redistribute
+        assert (got[0] == 1).all()  # all underflowed: no weight can be redistributed
         assert got[3, 0] == 1
 
 
-def test_huge_signals_stay_finite():
+def test_huge_signals_give_finite_weights():
     c = row(1e30, -1e30, 0, 3e38, -3e38)
     for rule in ("sign_aware", "negatives_only", "reversed_on_correct"):
         for advantage in (-1.0, 0.0, 1.0):

@@ -1,5 +1,5 @@
-"""Who may import whom, read from the folders: no circles, maths on tensors alone, and a rollout side that does not know
-who learns from it."""
+"""Import rules, read from the folders: no cycles, math only on tensors, and a rollout side that does not import the
+learning side."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ import gear_lightning
 
 ROOT = Path(gear_lightning.__file__).parent
 PLUGINS = ROOT / "callbacks"
-# folders, and modules beside them, of the two sides; what is in neither may be used by both
+# folders and top-level modules of the two sides; modules in neither may be used by both
 ROLLOUT = {"environments", "generation", "rewards", "rollout", "data"}
 LEARNING = {"credit", "learning", "gear", "loss", "distillation", "models", "optimizers", "teacher", "module"}
 MEETING = {"batch", "errors"}  # import nothing of the package
@@ -23,7 +23,7 @@ EXCEPTIONS = {
     ("module", "environments.base"): "types of the privileged prompt's task and messages",
     ("module", "generation.chat"): "the module owns the tokenizer, which comes with the policy",
 }
-# folders that read whole recipes, and so know the plug-ins
+# folders that read whole recipes, and may therefore import the plug-ins
 ABOVE = {"callbacks", "commands", "recipes", "study"}
 
 
@@ -36,7 +36,7 @@ FILES = {module_name(p): p for p in [*ROOT.rglob("*.py"), *PLUGINS.glob("*.py")]
 
 
 def imported(name: str, *, top_level_only: bool = False) -> set[str]:
-    """Modules that a module imports, as full names; those of this package as far as the file goes."""
+    """Return the full names of the modules that a module imports; for this package, the names of files."""
     tree = ast.parse(FILES[name].read_text())
     package = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
     skipped: set[ast.AST] = set()
@@ -63,23 +63,23 @@ def short(name: str) -> str:
 
 
 def top(name: str) -> str:
-    """gear_lightning.environments.base -> environments"""
+    """Return the top folder or module: gear_lightning.environments.base -> environments."""
     return short(name).split(".")[0]
 
 
 def edges() -> set[tuple[str, str]]:
-    """(module, module of this package that it imports), lazily or not."""
+    """Return pairs (module, imported module of this package), for lazy and top-level imports."""
     return {(name, other) for name in FILES for other in imported(name) if other in FILES}
 
 
 FOLDERS = {top(name) for name in FILES if "." in short(name)}
 
 
-def test_the_sides_name_what_there_is():
+def test_the_sides_name_existing_modules():
     assert {top(name) for name in FILES} >= ROLLOUT | LEARNING | MEETING | ABOVE
 
 
-def test_folders_do_not_import_one_another_in_circles():
+def test_folders_have_no_import_cycles():
     graph: dict[str, set[str]] = {folder: set() for folder in FOLDERS}
     for name, other in edges():
         if top(name) in FOLDERS and top(other) in FOLDERS and top(name) != top(other):
@@ -88,7 +88,7 @@ def test_folders_do_not_import_one_another_in_circles():
     _refuse_circles(graph)
 
 
-def test_modules_do_not_import_one_another_in_circles():
+def test_modules_have_no_import_cycles():
     graph = {name: {o for o in imported(name, top_level_only=True) if o in FILES} for name in FILES}
     assert sum(map(len, graph.values())) > 50
     _refuse_circles(graph)
@@ -109,21 +109,21 @@ def _refuse_circles(graph: dict[str, set[str]]) -> None:
         walk(name, ())
 
 
-def test_rollouts_do_not_know_who_learns_from_them():
+def test_the_rollout_side_does_not_import_the_learning_side():
     assert not [(short(a), short(b)) for a, b in edges() if top(a) in ROLLOUT and top(b) in LEARNING]
 
 
-def test_learning_uses_of_rollouts_what_is_listed():
+def test_the_learning_side_imports_only_listed_modules_of_the_rollout_side():
     found = {(top(a), short(b)) for a, b in edges() if top(a) in LEARNING and top(b) in ROLLOUT}
-    assert found == set(EXCEPTIONS), "put what both sides need into the batch; take what is gone off the list"
+    assert found == set(EXCEPTIONS), "pass data for both sides in the batch; remove unused entries from the list"
 
 
 @pytest.mark.parametrize("name", sorted(MEETING))
-def test_what_both_sides_share_imports_nothing(name):
+def test_modules_shared_by_both_sides_import_nothing(name):
     assert not {other for other in imported(f"gear_lightning.{name}") if other.startswith("gear_lightning")}
 
 
-def test_maths_knows_tensors_alone():
+def test_math_uses_only_tensors():
     """gear.py: no project code, no Lightning, no transformers."""
     assert {i.partition(".")[0] for i in imported("gear_lightning.gear")} <= {"math", "typing", "torch", "jaxtyping"}
 
@@ -132,7 +132,7 @@ def test_maths_knows_tensors_alone():
 def test_the_library_imports_neither_configs_nor_tests(name):
     for other in imported(name):
         assert other.partition(".")[0] not in ("configs", "callbacks", "tests", "benchmarks"), f"{name}: {other}"
-        assert other.partition(".")[0] != "pytorch_lightning", f"{name} mixes two Lightnings"
+        assert other.partition(".")[0] != "pytorch_lightning", f"{name} mixes two Lightning packages"
         if other.startswith("gear_lightning.callbacks"):
             assert top(name) in ABOVE, f"{name} imports the plug-in {other}"
         if other.startswith("gear_lightning.commands"):

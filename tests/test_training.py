@@ -1,4 +1,4 @@
-"""The training loop as a whole, on a tiny policy."""
+"""The complete training loop, on a tiny policy."""
 
 import csv
 from itertools import pairwise
@@ -54,8 +54,8 @@ def test_metrics_of_every_iteration_are_logged(run):
     assert float(found[0]["train/sampler_gap_max"]) < 1e-5, "sampler and trainer disagree on log-probs"
 
 
-def test_what_a_run_has_cost_is_counted_from_its_start(run):
-    """Two iterations of 2 tasks x 4 rollouts; tokens as the records hold them; seconds as they were logged."""
+def test_the_cost_of_a_run_is_counted_from_its_start(run):
+    """Two iterations of 2 tasks x 4 rollouts; tokens as in the records; seconds as logged."""
     folder, _ = run
     found = rows(folder)
     assert [float(row["perf/rollouts"]) for row in found] == [8, 16]
@@ -65,7 +65,7 @@ def test_what_a_run_has_cost_is_counted_from_its_start(run):
     assert [float(row["perf/seconds"]) for row in found] == pytest.approx([spent[0], sum(spent)], rel=1e-4)
 
 
-def test_records_hold_what_training_used(run):
+def test_records_contain_the_data_used_in_training(run):
     folder, _ = run
     records = list(read_records(folder))
     assert [r.iteration for r in records] == [0, 1]
@@ -99,14 +99,14 @@ def test_credit_can_be_recomputed_from_records(run):
         assert torch.equal(again.anchor, t["anchor"])
 
 
-def test_weights_move_and_teacher_follows(tmp_path):
+def test_weights_change_and_the_teacher_follows(tmp_path):
     model = fit(tmp_path)
     start = module()
     start.trainer = trainer(tmp_path / "other")
     start.configure_model()
     moved = [not torch.equal(a, b) for a, b in zip(model.policy.parameters(), start.policy.parameters(), strict=True)]
     assert any(moved)
-    # two steps of the average, against the policy's own path: the teacher lies between start and policy
+    # two steps of the average: the teacher lies between the start and the policy
     first, teacher, policy = (
         torch.cat([p.detach().flatten() for p in m.parameters()])
         for m in (start.policy, model.teacher.model, model.policy)
@@ -136,12 +136,12 @@ def test_inner_epochs_take_several_steps_on_frozen_credit(tmp_path):
     assert model.trainer.global_step == 3
 
 
-def test_group_of_one_is_refused():
+def test_group_of_one_is_rejected():
     with pytest.raises(UserError, match="group_size=1"):
         data(group_size=1)
 
 
-def test_task_without_reference_is_refused(tmp_path):
+def test_task_without_reference_is_rejected(tmp_path):
     from dataclasses import replace
 
     from gear_lightning.environments.lookup_chain import LookupChainTasks
@@ -154,12 +154,12 @@ def test_task_without_reference_is_refused(tmp_path):
         fit(tmp_path, source=data(train_tasks=Bare(2)))
 
 
-def test_a_run_stopped_between_iterations_and_resumed_equals_one_that_was_not(tmp_path):
+def test_a_run_resumed_between_iterations_equals_an_uninterrupted_one(tmp_path):
     whole = fit(tmp_path / "whole", max_epochs=4)
     first = trainer(tmp_path / "parts", generation(), max_epochs=2)
     first.fit(module(), datamodule=data())
     first.save_checkpoint(tmp_path / "half.ckpt")
-    torch.manual_seed(99)  # a fresh process has another random state
+    torch.manual_seed(99)  # a new process has another random state
     model = module()
     trainer(tmp_path / "parts", generation(), max_epochs=4).fit(
         model, datamodule=data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True
@@ -170,7 +170,7 @@ def test_a_run_stopped_between_iterations_and_resumed_equals_one_that_was_not(tm
 
 
 @pytest.mark.parametrize(("inner_epochs", "batch_idx"), [(1, 0), (1, 2), (1, 3), (2, 3), (2, 4), (2, 7)])
-def test_a_checkpoint_in_the_middle_of_an_iteration_resumes_exactly(tmp_path, inner_epochs, batch_idx):
+def test_a_checkpoint_within_an_iteration_resumes_exactly(tmp_path, inner_epochs, batch_idx):
     import lightning as L
 
     class SaveAndStop(L.Callback):
@@ -189,7 +189,7 @@ def test_a_checkpoint_in_the_middle_of_an_iteration_resumes_exactly(tmp_path, in
     )
     same_weights(whole, model)
     same_totals(tmp_path / "whole", tmp_path / "parts")
-    if inner_epochs == 1 and batch_idx < 3:  # behind the last step, an iteration's metrics are gone until its end
+    if inner_epochs == 1 and batch_idx < 3:  # after the last step, an iteration's metrics are lost until its end
         same_metrics(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -207,7 +207,7 @@ def same_metrics(one: Path, other: Path):
 
 
 def same_totals(one: Path, other: Path):
-    """What the two have cost since the start; their clocks may differ."""
+    """Check that two runs have the same totals since the start; their times may differ."""
     for name in ("perf/rollouts", "perf/sampled_tokens"):
         assert float(rows(one)[-1][name]) == float(rows(other)[-1][name]), name
     seconds = [float(row["perf/seconds"]) for row in rows(other)]
@@ -223,7 +223,7 @@ def same_totals(one: Path, other: Path):
         ({"source": 64}, r"model.policy=[\d,]+ weights in \d+ tensors"),
     ],
 )
-def test_resuming_with_other_options_says_which(tmp_path, changed, message):
+def test_resuming_with_other_options_names_them(tmp_path, changed, message):
     from tiny_runs import source as policy
 
     from gear_lightning.module import GearModule

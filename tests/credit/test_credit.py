@@ -370,9 +370,7 @@ def test_a_missing_teacher_is_reported(rule):
 @pytest.mark.parametrize("rule", [GEAR(clip=0.2), GEAR(clip=0.2, mix=0.5), GEAR(clip=0.2, normalise="none"), RLSD()])
 def test_tokens_at_the_clip_are_marked(rule):
     policy = torch.tensor([[0.0, -0.1, -0.1, -3.0, -0.1]])
-    teacher = torch.tensor(
-        [[0.0, -0.1, -3.0, -0.1, -0.2]]
-    )  # prompt, equal, departure, departure in the other direction, small
+    teacher = torch.tensor([[0.0, -0.1, -3.0, -0.1, -0.2]])  # prompt, equal, departure, reverse departure, small
     mask = torch.tensor([[False, True, True, True, True]])
     off = torch.zeros_like(mask)
     stats = [TokenStats(x, torch.zeros_like(x)) for x in (policy, teacher)]

@@ -150,9 +150,7 @@ def test_only_a_checkpoint_within_an_iteration_contains_the_data(tmp_path):
     run = trainer(tmp_path / "whole", generation(), max_epochs=1)
     run.fit(model(*RULES[0]), datamodule=data(**options))
     run.save_checkpoint(tmp_path / "end.ckpt")
-    found = torch.load(middle, weights_only=True)[
-        "frozen"
-    ]  # without map_location: on the device that it was saved from
+    found = torch.load(middle, weights_only=True)["frozen"]  # without map_location: on the device of the save
     assert {tensor.device.type for item in found[0] for tensor in tensors(item)} == {"cpu"}
     assert not read_checkpoint(tmp_path / "end.ckpt").get("frozen")
 

@@ -1,4 +1,4 @@
-"""Credit recomputed from records: equal to what training used, compared with others, refused where it cannot be."""
+"""Credit recomputed from records: equal to that of training, compared with other rules, rejected if impossible."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ RULES = {
 
 
 class Going(AnyCall):
-    """Three turns, of whose first words the environment calls every second one wrong."""
+    """Three turns; the environment labels every second turn's first word as wrong."""
 
     turns = 0
 
@@ -61,7 +61,7 @@ class Going(AnyCall):
 
 
 class Brief(FromScratch):
-    """A policy of random weights that often ends its turn."""
+    """A policy with random weights that often ends its turn."""
 
     def model(self):
         model = super().model()
@@ -72,7 +72,7 @@ class Brief(FromScratch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Run directories, each trained once: by a name of `RULES`, with its rule in config.yaml."""
+    """Return a function: name of `RULES` -> run directory with the rule in config.yaml. Each is trained once."""
     done: dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -110,13 +110,13 @@ def test_the_runs_own_rule_gives_the_recorded_credit(trained, name):
         segments += int((record.tensors["anchor"] >= 0).sum())
         widest = max(widest, float((record.tensors["weights"] - 1).abs().max()))
         turns = max(turns, int(record.tensors["turn_ids"].max()) + 1)
-    # a rule that does nothing would show nothing
+    # a rule without effect would prove nothing
     assert turns == 3
     assert widest > 0.05 or name == "uniform"
     assert segments or name not in ("gear-segments", "gear-reverse-kl", "turn")
 
 
-def test_the_command_says_that_the_runs_own_rule_gives_the_recorded_credit(trained, tmp_path, capsys):
+def test_the_command_reports_that_the_runs_own_rule_gives_the_recorded_credit(trained, tmp_path, capsys):
     for name in ("gear-segments", "gear-reverse-kl", "sc-grpo", "token-jsd"):
         out = tmp_path / f"{name}.json"
         assert recredit_command([str(trained(name)), *arguments(RULES[name]), "--json", str(out)]) == 0
@@ -133,7 +133,7 @@ def test_the_command_says_that_the_runs_own_rule_gives_the_recorded_credit(train
         assert (anchors["only_here"], anchors["only_there"]) == (0, 0)
 
 
-def test_a_record_of_another_rule_gives_what_training_by_the_other_would_have(trained):
+def test_recomputed_credit_equals_training_with_the_other_rule(trained):
     """The first iteration's rollouts do not depend on the rule: the same weights, seeds and tasks."""
     rlsd, gear = (next(read_records(trained(name), [0])) for name in ("rlsd", "gear-segments"))
     assert torch.equal(rlsd.tensors["tokens"], gear.tensors["tokens"])
@@ -145,12 +145,12 @@ def test_a_record_of_another_rule_gives_what_training_by_the_other_would_have(tr
     assert torch.equal(back.anchor, gear.tensors["anchor"])
 
 
-def test_turns_with_advantages_of_their_own_and_rollouts_without_privileged_text(run):
+def test_turn_advantages_and_rollouts_without_privileged_text(run):
     base = torch.tensor([[0.0] * 2 + [-0.5] * 4 + [0.0] * 2 + [1.0] * 3 + [0.0] * 2])
     add(run, fake_rollout(), base_advantages=base)
     credit = recredit(next(read_records(run)), RLSD())
     # log p_S - log p_T = place / 8 >= 0.25: exp(0.25) = 1.28 is clipped to 1.2 where A < 0, exp(-1) = 0.37 to 0.8
-    # where A > 0; half of the way from 1 is 1.1 and 0.9
+    # where A > 0; halfway to 1 is 1.1 and 0.9
     weights = torch.tensor([[1.0] * 2 + [1.1] * 4 + [1.0] * 2 + [0.9] * 3 + [1.0] * 2])
     torch.testing.assert_close(credit.weights, weights)
     torch.testing.assert_close(credit.token_advantages, weights * base)
@@ -158,7 +158,7 @@ def test_turns_with_advantages_of_their_own_and_rollouts_without_privileged_text
     assert (recredit(next(read_records(run)), RLSD()).weights == 1).all()
 
 
-def test_a_run_of_the_command_line_is_recomputed_by_its_config_file(command, tmp_path):
+def test_a_run_of_the_command_line_is_recomputed_from_its_config_file(command, tmp_path):
     folder = tmp_path / "run"
     options = ["--model.credit.divergence=reverse_kl", "--model.credit.sign_rule=symmetric"]
     options += ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=5", "--first_evaluation.enabled=false"]
@@ -172,7 +172,7 @@ def test_a_run_of_the_command_line_is_recomputed_by_its_config_file(command, tmp
     assert out.startswith("here:  RLSD(clip=0.1)\nthere: the recorded credit\n")
 
 
-# -- what the records cannot give -------------------------------------------------------------------------------------
+# -- missing data in records ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_run_of_the_command_line_is_recomputed_by_its_config_file(command, tmp
         ("uniform", {"kappa": 2.0}, "--model.credit GEAR --model.credit.mix 0 trains as plain GRPO does"),
     ],
 )  # fmt: skip
-def test_what_the_records_do_not_hold_is_refused(trained, name, rule, message):
+def test_rules_that_need_missing_data_are_rejected(trained, name, rule, message):
     given = ["--credit", rule] if isinstance(rule, str) else ["--credit", "GEAR"]
     given += [] if isinstance(rule, str) else [f"--credit.{key}={value}" for key, value in rule.items()]
     with pytest.raises(UserError) as error:
@@ -201,23 +201,23 @@ def test_what_the_records_do_not_hold_is_refused(trained, name, rule, message):
     ("file", "method"),
     [("mt_grpo", "data.advantage=MTGRPO"), ("gigpo", "data.advantage=GiGPO"), ("sdar", "model.distillation=SDAR")],
 )
-def test_a_file_whose_method_is_no_rule_of_credit_is_refused(trained, file, method, repository, monkeypatch):
+def test_a_file_without_a_credit_rule_is_rejected(trained, file, method, repository, monkeypatch):
     monkeypatch.chdir(repository)
     path = f"configs/credit/{file}.yaml"
     with pytest.raises(UserError, match=f"--credit {path}: its method is {method}, with the credit of GRPO"):
         recredit_command([str(trained("gear")), "--credit", path])
 
 
-def test_the_recorded_divergence_stands_in_for_the_same_one_alone(trained):
+def test_the_recorded_divergence_replaces_only_the_same_divergence(trained):
     own = GEAR(divergence="forward_kl", exclude_stop=False, **SYMMETRIC)
-    assert stands_in(SCGRPO(), own)  # it counts all tokens, and so did the run
+    assert stands_in(SCGRPO(), own)  # it counts all tokens, as in the run
     assert stands_in(GEAR(divergence="forward_kl", kappa=0.5, exclude_tail=3, **SYMMETRIC), own)
     assert not stands_in(GEAR(), own)
     assert not stands_in(Uniform(), None)
     for other in (GEAR(divergence="forward_kl", **SYMMETRIC), None, GEAR(), SCGRPO(top_k_tokens=99), Uniform()):
         with pytest.raises(UserError, match="SCGRPO"):
             stands_in(SCGRPO(), other, "no file")
-    # GEAR's weights out of SC-GRPO's record: those of a run that measured forward_kl itself
+    # GEAR's weights from SC-GRPO's record equal those of a run that measured forward_kl itself
     record = next(read_records(trained("sc-grpo"), [0]))
     rule = GEAR(divergence="forward_kl", anchor_floor=0.0, **SYMMETRIC)
     found = recredit(record, rule, divergence=stands_in(rule, SCGRPO()))
@@ -229,7 +229,7 @@ def test_the_recorded_divergence_stands_in_for_the_same_one_alone(trained):
         recredit(record, rule)
 
 
-def test_a_run_whose_rule_is_not_known_has_no_divergence_to_stand_in(trained, tmp_path, capsys):
+def test_the_divergence_of_an_unknown_rule_replaces_no_other(trained, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(trained("sc-grpo"), folder)
     (folder / "config.yaml").unlink()
@@ -239,7 +239,7 @@ def test_a_run_whose_rule_is_not_known_has_no_divergence_to_stand_in(trained, tm
     assert "check: not possible, the run's own rule is not known" in capsys.readouterr().out
 
 
-def test_another_rule_than_the_one_in_config_yaml_is_told(trained, tmp_path, capsys):
+def test_a_rule_that_differs_from_config_yaml_is_reported(trained, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(trained("turn"), folder)
     (folder / "config.yaml").write_text("model: {credit: {class_path: gear_lightning.credit.RLSD, init_args: {}}}")
@@ -248,7 +248,7 @@ def test_another_rule_than_the_one_in_config_yaml_is_told(trained, tmp_path, cap
 
 
 class Decided(CreditAssigner):
-    """A user's own rule: right decisions twice, wrong ones not at all, by turns of their own."""
+    """A user's own rule: weight 2 for right decisions, 0 for wrong ones, with its own segments."""
 
     needs_teacher = False
     needs_decisions = True
@@ -258,7 +258,7 @@ class Decided(CreditAssigner):
         return spread_credit(evidence, 1.0 + evidence.decisions, by_teacher=False)
 
 
-def test_an_own_rule_by_import_path_and_decisions(trained, run, tmp_path, capsys):
+def test_a_users_rule_by_import_path_with_decisions(trained, run, tmp_path, capsys):
     own = f"{__name__}.Decided"
     assert recredit_command([str(trained("uniform")), "--credit", own, "--json", str(tmp_path / "x.json")]) == 0
     record = next(read_records(trained("uniform"), [0]))
@@ -279,7 +279,7 @@ def test_an_own_rule_by_import_path_and_decisions(trained, run, tmp_path, capsys
 
 @dataclass(frozen=True)
 class Unmade(CreditAssigner):
-    """Fails when it is made."""
+    """Raises in its constructor."""
 
     def __post_init__(self):
         raise RuntimeError("no such table")
@@ -288,20 +288,20 @@ class Unmade(CreditAssigner):
 
 
 class Raises(CreditAssigner):
-    """Fails when it is asked."""
+    """Raises when it is called."""
 
     def __call__(self, evidence):
         return {}["no such key"]
 
 
 class Nothing(CreditAssigner):
-    """Forgets to return anything."""
+    """Returns None."""
 
     def __call__(self, evidence): ...
 
 
 class Narrow(CreditAssigner):
-    """Leaves the last token out."""
+    """Omits the last token."""
 
     def __call__(self, evidence):
         found = spread_credit(evidence, torch.ones(evidence.action_mask.shape))
@@ -310,19 +310,19 @@ class Narrow(CreditAssigner):
 
 @dataclass(frozen=True)
 class Odd(CreditAssigner):
-    """One weight, of the sampled token 8 in every rollout, is no number."""
+    """One weight, of the sampled token 8 in every rollout, is not finite."""
 
     weight: float = float("nan")
 
     def __call__(self, evidence):
         weights = torch.ones(evidence.action_mask.shape)
         weights[:, 8] = self.weight
-        weights[:, 0] = torch.nan  # of a prompt's token, which counts for nothing
+        weights[:, 0] = torch.nan  # of a prompt token, which does not count
         return spread_credit(evidence, weights)
 
 
 @pytest.mark.parametrize("weight", ["nan", "inf"])
-def test_credit_that_is_no_number_is_refused(run, weight, tmp_path):
+def test_non_finite_credit_is_rejected(run, weight, tmp_path):
     add(run, fake_rollout(rollout=4), iteration=6)
     out = tmp_path / "x.json"
     for rule in (["--credit", f"{__name__}.Odd", f"--credit.weight=.{weight}"],
@@ -348,7 +348,7 @@ def test_rank_correlation_variation_and_auc_by_hand():
     assert total_variation(torch.tensor([1.0, 1, 2]), torch.tensor([4.0, 2, 2])) == pytest.approx(0.25)
     assert total_variation(torch.tensor([1.0, 0]), torch.tensor([0.0, 1])) == 1
     assert total_variation(torch.zeros(2), torch.ones(2)) is None
-    # of the four pairs three are in order and one is tied: 3.5 / 4
+    # three of the four pairs are in order and one is tied: 3.5 / 4
     assert auc(torch.tensor([2.0, 1]), torch.tensor([1.0, 0])) == pytest.approx(0.875)
     assert auc(torch.zeros(2), torch.zeros(3)) is None
     assert auc(torch.ones(2), torch.zeros(0)) is None
@@ -356,7 +356,7 @@ def test_rank_correlation_variation_and_auc_by_hand():
     assert not first_wrong(torch.tensor([0, 1])).any()
 
 
-def test_figures_against_naive_loops():
+def test_figures_match_naive_loops():
     torch.manual_seed(0)
     for _ in range(50):
         a, b = (torch.randint(0, 5, (9,)).float() for _ in range(2))
@@ -370,7 +370,7 @@ def test_figures_against_naive_loops():
 
 
 def credits(record: Record, **there: torch.Tensor):
-    """The recorded credit, and another."""
+    """Return the recorded credit and another one."""
     return recorded_credit(record), recorded_credit(replace(record, tensors={**record.tensors, **there}))
 
 
@@ -393,10 +393,10 @@ def test_the_figures_of_one_rollout_by_hand(run):
     assert found["anchors"] == {"shared": 1, "only_here": 0, "only_there": 1}
     assert found["segments_per_rollout"] == {"here": 1, "there": 2}
     assert found["in_segments"] == {"here": pytest.approx(2 / 7), "there": pytest.approx(2 / 7)}
-    # fifths of 7 tokens by floor(5 i / 7): 0 0 1 2 2 3 4
+    # fifths of 7 tokens, floor(5 i / 7): 0 0 1 2 2 3 4
     assert found["weight_by_fifth"]["here"] == pytest.approx([0.75, 1.75, 1.375, 1, 1])
     assert found["weight_by_fifth"]["there"] == [1] * 5
-    # divergence is 1/16 per place: wrong at 4, 5, 8, right at 2, so all are in order here and none there
+    # divergence is 1/16 per place: wrong at 4, 5, 8, right at 2, so all pairs are in order here and none there
     assert found["decisions"]["auc"] == {"here": 1, "there": 0}
     assert (found["decisions"]["wrong"], found["decisions"]["right"]) == (3, 1)
     # the first wrong decision is tokens 4 and 5: 3.5 of 8, and 2 of 7
@@ -465,7 +465,7 @@ def test_the_page_shows_the_computed_credit(run, capsys):
     assert not (run / "credit_map.html").exists()
 
 
-def test_the_page_of_two_rules_opens_on_them(run, browser):
+def test_the_page_of_two_rules_shows_them_first(run, browser):
     add(run, fake_rollout(), fake_rollout(rollout=1))
     add(run, fake_rollout(), iteration=1)
     args = [str(run), "--credit", "RLSD", "--html", "--json", str(run / "x.json")]
@@ -481,7 +481,7 @@ def test_the_page_of_two_rules_opens_on_them(run, browser):
     browser.choose("#s-left", "0")
     browser.open(browser.js("location.href"))
     assert browser.js("[data.sets[state.left], data.sets[state.right]]") == ["recorded", "RLSD"]
-    assert recredit_command([*args, "--against", "RLSD"]) == 0  # one rule twice is two sets, too
+    assert recredit_command([*args, "--against", "RLSD"]) == 0  # the same rule twice also gives two sets
     assert page_data((run / "recredit.html").read_text())["sets"] == ["recorded", "RLSD", "RLSD (against)"]
     assert recredit_command(args) == 0
     browser.open((run / "recredit.html").as_uri())
@@ -499,7 +499,7 @@ def test_the_page_keeps_the_newest_rollouts(run):
     assert page["left_out"] == 1250
 
 
-# -- what is wrong is told --------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -534,7 +534,7 @@ def test_the_page_keeps_the_newest_rollouts(run):
         ),
     ],
 )
-def test_what_is_asked_wrongly(run, args, message, repository, monkeypatch):
+def test_invalid_arguments_are_reported(run, args, message, repository, monkeypatch):
     monkeypatch.chdir(repository)
     add(run, fake_rollout())
     with pytest.raises(UserError) as error:
@@ -542,7 +542,7 @@ def test_what_is_asked_wrongly(run, args, message, repository, monkeypatch):
     assert message in str(error.value)
 
 
-def test_records_that_cannot_be_read(run):
+def test_unreadable_records_are_reported(run):
     with pytest.raises(UserError, match="no rollout records"):
         recredit_command([str(run), "--credit", "RLSD"])
     add(run, fake_rollout(row=None))
@@ -558,7 +558,7 @@ def test_records_that_cannot_be_read(run):
         recredit_command([str(run), "--credit", "RLSD"])
 
 
-def test_files_that_do_not_belong_together(run):
+def test_inconsistent_files_are_reported(run):
     two = {name: x.repeat(2, *[1] * (x.dim() - 1)) for name, x in fake_tensors().items()}
     for iteration in range(2):
         rollouts = [fake_rollout(row=n, rollout=n, policy_version=iteration, group_id=3 * iteration) for n in range(2)]
@@ -588,10 +588,10 @@ def test_files_that_do_not_belong_together(run):
         recredit_command(ask)
 
 
-# -- files of others --------------------------------------------------------------------------------------------------
+# -- untrusted files --------------------------------------------------------------------------------------------------
 
 
-def test_a_runs_config_has_nothing_imported(run, tmp_path, monkeypatch, capsys):
+def test_a_runs_config_imports_nothing(run, tmp_path, monkeypatch, capsys):
     mark = tmp_path / "mark"
     source = f"open({str(mark)!r}, 'w')\nfrom gear_lightning.credit import RLSD\nclass Evil(RLSD): pass\n"
     (tmp_path / "evil_rule.py").write_text(source)
@@ -612,7 +612,7 @@ def test_a_runs_config_has_nothing_imported(run, tmp_path, monkeypatch, capsys):
         with pytest.raises(UserError, match=r"is in the run directory and names|config\.yaml|kappa"):
             recredit_command([str(run), "--credit", str(config)])
     assert not mark.exists()
-    config.write_text(f"model: {{credit: {inner}}}")  # named by the user, it is imported, and known as the run's
+    config.write_text(f"model: {{credit: {inner}}}")  # named by the user: imported, and recognized as the run's
     assert recredit_command([str(run), "--credit", "evil_rule.Evil"]) == 0
     assert "the run's own rule, Evil, computed anew" in capsys.readouterr().out
     assert mark.exists()
@@ -623,7 +623,7 @@ def test_a_runs_config_has_nothing_imported(run, tmp_path, monkeypatch, capsys):
     ["[1]", "{1: 2}", "{kappa: x}", "{segment_max: 1000000000000000000000000}", "{sign_rule: evil}", "{kapa: 1}",
      "{anchor_floor: .nan}", "{entropy: 5}", "{divergence: x}", "{clip: '\\e[2J'}"],
 )  # fmt: skip
-def test_nonsense_in_a_runs_config_costs_the_check_alone(run, options, capsys):
+def test_an_invalid_run_config_only_skips_the_check(run, options, capsys):
     add(run, fake_rollout(task_id="\x1b]0;owned\x07"))
     text = f"model: {{credit: {{class_path: gear_lightning.credit.GEAR, init_args: {options}}}}}"
     (run / "config.yaml").write_text(text)
@@ -637,7 +637,7 @@ def test_nonsense_in_a_runs_config_costs_the_check_alone(run, options, capsys):
 @pytest.mark.parametrize(
     "text", ["[" * 10_000, "a: &a [*a]", "\x00", "- 1", "model: 3", "\ud800".encode("utf-8", "replace").decode()]
 )
-def test_any_config_is_a_config_that_is_not_known(run, text, capsys):
+def test_any_unreadable_config_gives_an_unknown_rule(run, text, capsys):
     add(run, fake_rollout())
     (run / "config.yaml").write_text(text)
     assert recredit_command([str(run), "--credit", "RLSD"]) == 0
@@ -648,7 +648,7 @@ def test_any_config_is_a_config_that_is_not_known(run, text, capsys):
     assert shown.err.count("\n") == 1
 
 
-def test_numbers_that_are_none_are_shown(run, tmp_path, capsys):
+def test_missing_numbers_are_shown(run, tmp_path, capsys):
     weights, anchor = torch.full((1, 13), torch.nan), torch.full((1, 13), 10**12)
     shape = {"weights": weights, "token_advantages": torch.full((1, 13), torch.inf), "anchor": anchor}
     add(run, fake_rollout(), **shape, teacher_logprobs=torch.full((1, 13), torch.nan))
@@ -660,7 +660,7 @@ def test_numbers_that_are_none_are_shown(run, tmp_path, capsys):
         recredit_command([str(run), "--credit", "RLSD"])
 
 
-def test_told_is_what_departs_from_the_defaults():
+def test_told_shows_options_that_differ_from_the_defaults():
     assert told(GEAR(kappa=2.0, segment_end="turn")) == "GEAR(segment_end='turn', kappa=2.0)"
     assert told(Uniform()) == "Uniform"
     assert told(Decided()) == "Decided"

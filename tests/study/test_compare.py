@@ -136,9 +136,7 @@ def test_numbers_of_an_arm(tmp_path):
 
 def test_differences_are_paired_by_seed(tmp_path):
     base = [run(tmp_path / f"base{s}", [0.2, 0.2 + s / 10], seed=s, credit="Uniform") for s in (1, 2, 3)]
-    ours = [
-        run(tmp_path / f"ours{s}", [0.2, 0.3 + s / 10], seed=s) for s in (3, 2, 4)
-    ]  # in another order; 4 has no pair
+    ours = [run(tmp_path / f"ours{s}", [0.2, 0.3 + s / 10], seed=s) for s in (3, 2, 4)]  # another order; 4 has no pair
     arms, what = numbers(*base, *ours)
     (found,) = contrasts(arms, what)
     assert found.mean is not None
@@ -379,9 +377,7 @@ def test_axes_that_were_not_logged_are_omitted_and_reported_on_request(tmp_path)
 
 
 def test_labels_keep_their_order_and_a_distance():
-    assert _spread([0.5, 0.54, 0.1], 0.1) == pytest.approx([0.47, 0.57, 0.1]), (
-        "both move equally, and no further than needed"
-    )
+    assert _spread([0.5, 0.54, 0.1], 0.1) == pytest.approx([0.47, 0.57, 0.1]), "both move equally, as little as needed"
     assert _spread([0.0, 0.02], 0.1) == pytest.approx([0.0, 0.1])
     placed = _spread([0.98, 0.99, 1.0], 0.1)
     assert placed == pytest.approx([0.8, 0.9, 1.0])
