@@ -1,4 +1,4 @@
-"""Made-up rollouts, and what is on the credit page of them."""
+"""Fabricated rollouts, and the data of their credit page."""
 
 import json
 import re
@@ -23,7 +23,7 @@ ATTACK = "</script><script>document.title='pwned'</script><img src=x onerror=\"d
 
 
 def fake_tensors(layout: str = LAYOUT, padding: int = 2) -> dict[str, torch.Tensor]:
-    """One row of T = len(layout) + padding tokens, ids 10, 11, ...; the segment has weight 1.75, its neighbour 0.5."""
+    """Return a row of T = len(layout) + padding tokens, ids 10, 11, ...; segment weight 1.75, neighbor weight 0.5."""
     pad = "-" * padding
     shape = (1, len(layout + pad))
     action = torch.tensor([[c in "AB" for c in layout + pad]])
@@ -95,14 +95,14 @@ def decode(token: int) -> str:
 
 
 def page_data(page: str) -> dict[str, Any]:
-    """What a browser reads out of the page's data element."""
+    """Return the content of the page's data element."""
     found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     assert len(found) == 1
     return json.loads(found[0])
 
 
 def unpack(packed: str | int, length: int) -> list[int | None]:
-    """A column as the page's script reads it: one number for all, or a letter and base64 of little-endian integers."""
+    """Unpack a column like the page's script: one number for all, or a letter and base64 of little-endian integers."""
     if isinstance(packed, int):
         return [packed] * length
     code = {"s": "h", "l": "i"}[packed[0]]
@@ -113,7 +113,7 @@ def unpack(packed: str | int, length: int) -> list[int | None]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run directory with a tokenizer whose ids 10 to 20 are WORDS, and no records yet."""
+    """Return a run directory without records, with a tokenizer whose ids 10 to 20 are WORDS."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,5 +1,5 @@
-"""Pieces of the tests of laws: a policy with opinions, an environment that talks, a run that is watched, every credit
-rule of the package, and a teacher that says nothing."""
+"""Helpers for tests of invariants: a policy far from uniform, a talking environment, a recorded run, every credit rule
+of the package, and a teacher without information."""
 
 import dataclasses
 import importlib
@@ -30,8 +30,10 @@ from gear_lightning.module import GearModule
 
 @dataclass(frozen=True)
 class Sharp(FromScratch):
-    """A tiny policy far from uniform, so that temperature, top-p and new weights show in its log-probs; it ends about
-    every tenth token, and never says ``silent``."""
+    """A tiny policy far from uniform, so that temperature, top-p and changed weights affect its log-probs.
+
+    About every tenth token ends its turn. It never samples ``silent``.
+    """
 
     words: str = WORDS
     hidden_size: int = 32
@@ -57,7 +59,7 @@ class Sharp(FromScratch):
 
 @dataclass(frozen=True)
 class TalkTasks(TaskSource):
-    """Questions of very different lengths, each with a reference."""
+    """Questions with very different lengths, each with a reference."""
 
     longest: int = 20
     turns: int = 3
@@ -76,7 +78,7 @@ class TalkTasks(TaskSource):
 
 
 class Talk(Environment):
-    """Answers every turn with some words, and pays at random."""
+    """Answers every turn with some words, and gives random rewards."""
 
     opening = 0
 
@@ -94,7 +96,7 @@ class Talk(Environment):
 
 @dataclass
 class Seen:
-    """One micro-batch as it was trained on, and the optimizer steps taken before it."""
+    """One micro-batch used in training, and the number of optimizer steps before it."""
 
     batch: RolloutBatch
     outputs: dict[str, Any]
@@ -103,7 +105,7 @@ class Seen:
 
 @dataclass(eq=False)
 class Watch(L.Callback):
-    """Keeps the micro-batches of a run, the policy before it, and the policy after each optimizer step."""
+    """Records the micro-batches of a run, the initial policy, and the policy after each optimizer step."""
 
     seen: list[Seen] = field(default_factory=list)
     weights: list[list[Tensor]] = field(default_factory=list)
@@ -121,14 +123,14 @@ class Watch(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch.index >= 0).any():  # not the blank row of a micro-batch whose rollouts were all excluded
+        if (batch.index >= 0).any():  # skip the blank row of a micro-batch whose rollouts were all excluded
             self.seen.append(Seen(batch, outputs, self.before))
         if trainer.global_step > self.before:
             self._keep(pl_module)
 
 
 def watched(run: Path, model: GearModule, source: Any = None, generate: Any = None, **options: Any) -> Watch:
-    """Train, and return what was trained on."""
+    """Train, and return the recorded micro-batches and policies."""
     torch.manual_seed(0)
     watch = Watch()
     trainer(run, generate or generation(), watch, **options).fit(model, datamodule=source or data())
@@ -136,7 +138,7 @@ def watched(run: Path, model: GearModule, source: Any = None, generate: Any = No
 
 
 def untrained(model: GearModule, run: Path, **options: Any) -> GearModule:
-    """The module as it is before its first step."""
+    """Return the module in its state before the first step."""
     model.trainer = trainer(run, **options)
     model.trainer.state.fn = TrainerFn.FITTING
     model.configure_model()
@@ -144,7 +146,7 @@ def untrained(model: GearModule, run: Path, **options: Any) -> GearModule:
 
 
 def random_rows(seed: int, hints: tuple[int, ...] = (0, 3, 40, 7), vocabulary: int = 100) -> list[RolloutRow]:
-    """Rollouts with prompts, responses and hints of very different lengths."""
+    """Return rollouts with prompts, responses and hints of very different lengths."""
     rows = []
     for index, hint in enumerate(hints):
         rng = random.Random(f"{seed}/{index}")
@@ -174,7 +176,7 @@ def random_rows(seed: int, hints: tuple[int, ...] = (0, 3, 40, 7), vocabulary: i
 
 
 def rule_classes() -> list[type[CreditAssigner]]:
-    """Every credit rule in the package, found by walking it."""
+    """Return every credit rule in the package, by searching its modules."""
     found: set[type[CreditAssigner]] = set()
     for module in pkgutil.walk_packages(credit.__path__, f"{credit.__name__}."):
         for kind in vars(importlib.import_module(module.name)).values():
@@ -184,7 +186,7 @@ def rule_classes() -> list[type[CreditAssigner]]:
 
 
 def choices(kind: type[CreditAssigner]) -> dict[str, list[Any]]:
-    """Options of a rule that name one of some choices: option -> its values."""
+    """Return the options of a rule with a fixed set of values: option -> values."""
     found = {}
     for name, hint in typing.get_type_hints(kind).items():
         parts = [hint, *typing.get_args(hint)]
@@ -195,27 +197,27 @@ def choices(kind: type[CreditAssigner]) -> dict[str, list[Any]]:
 
 
 def every_rule() -> list[CreditAssigner]:
-    """Every rule with its defaults, with each of its choices, and with each scale of each divergence."""
+    """Return every rule with its defaults, with each value of its options, and with each scale of each divergence."""
     rules: list[CreditAssigner] = []
     for kind in rule_classes():
         options = choices(kind)
         sets: list[dict[str, Any]] = [{}, *({name: value} for name, values in options.items() for value in values)]
-        if "scale" in options:  # an unsigned divergence needs another sign rule beside it
+        if "scale" in options:  # an unsigned divergence also needs another sign rule
             names = ["divergence", "scale", "sign_rule", "normalise"]
-            if "scale" not in kind.__annotations__:  # its base class has all of them
+            if "scale" not in kind.__annotations__:  # its base class covers them
                 options["sign_rule"], names = ["sign_aware", "symmetric"], names[:3]
             sets += [dict(zip(names, v, strict=True)) for v in itertools.product(*(options[n] for n in names))]
         for given in sets:
             try:
                 rule = kind(**given)
-            except UserError:  # choices that do not go together
+            except UserError:  # values that cannot be combined
                 continue
             if rule not in rules:
                 rules.append(rule)
     return rules
 
 
-FLOAT32, BF16 = 1e-4, 1.0  # sizes of rounding, times that of bf16-mixed: |log-ratio| 0.018 at the median, 0.14 at p99
+FLOAT32, BF16 = 1e-4, 1.0  # rounding noise relative to bf16-mixed: |log-ratio| 0.018 at the median, 0.14 at p99
 
 
 def null_evidence(
@@ -228,16 +230,16 @@ def null_evidence(
     says: float = 0.0,
     seed: int = 0,
 ) -> Evidence:
-    """Evidence of a teacher that has the policy's weights and says nothing, but for rounding.
+    """Return evidence of a teacher with the policy's weights and no privileged text: differences are only rounding.
 
     Args:
-        size: of rounding, times that of bf16-mixed as measured on SmolLM2-135M.
-        rollouts: with advantages of 1 and -1.
-        turns: of each, as long as one another.
-        tokens: of each.
-        both_signs: let the turns of a rollout have advantages of their own, of both signs.
-        says: nats of real log-ratio (standard deviation) beside it.
-        seed: of all.
+        size: of rounding, relative to that of bf16-mixed as measured on SmolLM2-135M.
+        rollouts: number of rollouts, with advantages of 1 and -1.
+        turns: turns of each rollout, of equal length.
+        tokens: tokens of each rollout.
+        both_signs: give the turns of a rollout their own advantages, of both signs.
+        says: standard deviation of an additional real log-ratio, in nats.
+        seed: of all random numbers.
     """
     draw = torch.Generator().manual_seed(seed)
     shape, top = (rollouts, tokens), (rollouts, tokens, 20)
@@ -276,8 +278,8 @@ def null_evidence(
 
 
 def knowing_noise(rule: CreditAssigner, e: Evidence) -> Evidence:
-    """The evidence with its own 99th percentiles as the size of rounding: as measured in a run whose teacher says
-    nothing."""
+    """Return the evidence with its own 99th percentiles as rounding noise, as measured in a run whose teacher has no
+    privileged text."""
     assert e.teacher is not None
     log_ratio = float((e.policy.logprobs - e.teacher.logprobs).abs().quantile(0.99))
     divergence = float(rule(e).divergence.abs().quantile(0.99)) if rule.top_k else 0.0

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests: where it is, and a page in it to be clicked through the DevTools protocol."""
+"""Headless Chromium for tests: its executable, and a page controlled through the DevTools protocol."""
 
 import base64
 import fcntl
@@ -30,8 +30,10 @@ KEYS = {"ArrowDown": 40, "ArrowUp": 38, "ArrowRight": 39, "ArrowLeft": 37, "Home
 
 
 def chromium() -> str:
-    """The browser's program. Where there is none the test is skipped; where ``CI`` is set it is installed, or the test
-    fails."""
+    """Return the browser's executable.
+
+    If there is none, the test is skipped; if ``CI`` is set, the browser is installed, or the test fails.
+    """
     if found := _on_path():
         return found
     if not os.environ.get("CI"):
@@ -57,17 +59,17 @@ def _on_path() -> str | None:
 
 
 def dump(file: Path, profile: Path, milliseconds: int = 3000) -> str:
-    """The document of a file as it is after its scripts have run."""
+    """Return the document of a file after its scripts have run."""
     flags = [*FLAGS, f"--virtual-time-budget={milliseconds}", "--dump-dom", f"--user-data-dir={profile}"]
     command = [chromium(), *flags, file.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds(120), check=True).stdout
 
 
 class Page:
-    """One page of a browser of its own, which is spoken to over a pair of pipes.
+    """One page in its own browser, controlled over a pair of pipes.
 
     Attributes:
-        errors: what went to the console as an error or was thrown, in order.
+        errors: console errors and uncaught exceptions, in order.
     """
 
     def __init__(self, profile: Path, width: int = 1500, height: int = 950):
@@ -94,7 +96,7 @@ class Page:
         self.size(width, height)
 
     def close(self) -> None:
-        """End the browser."""
+        """Close the browser."""
         self._process.kill()
         self._process.wait()
         os.close(self._read)
@@ -121,7 +123,7 @@ class Page:
         return message
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The answer to a command of the protocol."""
+        """Send a command of the protocol, and return the response."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -136,14 +138,14 @@ class Page:
         return answer["result"]
 
     def open(self, url: str) -> None:
-        """Go to an address of a credit page and wait until it is shown."""
+        """Open an address of a credit page and wait until it is shown."""
         self.send("Page.navigate", url="about:blank")
         self.wait("location.href === 'about:blank' && document.readyState === 'complete'")
         self.send("Page.navigate", url=url)
         self.wait("document.readyState === 'complete' && !!document.documentElement.dataset.ready")
 
     def js(self, expression: str) -> Any:
-        """Value of an expression in the page; a promise is waited for."""
+        """Return the value of an expression in the page; promises are awaited."""
         done = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in done:
             raise RuntimeError(done["exceptionDetails"].get("exception", {}).get("description", "thrown"))
@@ -154,15 +156,15 @@ class Page:
         until(lambda: self.js(expression), expression, pause=0.01)
 
     def size(self, width: int, height: int = 950) -> None:
-        """Size of the window's inside, in pixels."""
+        """Set the inner size of the window, in pixels."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def scheme(self, name: str) -> None:
-        """Whether the user likes it ``light`` or ``dark``."""
+        """Set the preferred color scheme, ``light`` or ``dark``."""
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
 
     def click(self, selector: str, number: int = 0) -> None:
-        """Click in the middle of an element as a mouse does."""
+        """Click in the middle of an element with the mouse."""
         x, y = self.js(
             f"(() => {{ const e = document.querySelectorAll({json.dumps(selector)})[{number}]; "
             "e.scrollIntoView({block: 'nearest'}); const b = e.getBoundingClientRect(); "
@@ -182,25 +184,25 @@ class Page:
             self.send("Input.dispatchKeyEvent", type=kind, **about)
 
     def type(self, selector: str, text: str) -> None:
-        """Replace what stands in a text field."""
+        """Replace the content of a text field."""
         self.js(f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.focus(); e.select(); }})()")
         self.send("Input.insertText", text=text) if text else self.choose(selector, "")
 
     def choose(self, selector: str, value: str) -> None:
-        """Choose in a select, as a user who has opened it."""
+        """Choose an option of a select element, with the events of a user's choice."""
         self.js(
             f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.value = {json.dumps(value)}; "
             "for (const n of ['input', 'change']) e.dispatchEvent(new Event(n, {bubbles: true})); })()"
         )
 
     def text(self, selector: str) -> str:
-        """Text of the first element."""
+        """Return the text of the first element."""
         return self.js(f"document.querySelector({json.dumps(selector)}).textContent")
 
     def texts(self, selector: str) -> list[str]:
-        """Texts of all elements."""
+        """Return the texts of all elements."""
         return self.js(f"[...document.querySelectorAll({json.dumps(selector)})].map((e) => e.textContent)")
 
     def screenshot(self, file: Path) -> None:
-        """Write what is seen as a PNG."""
+        """Write a screenshot as PNG."""
         file.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))

@@ -1,4 +1,4 @@
-"""A browser for the credit page."""
+"""Browser fixture for the credit page."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Made-up records and credit for the tests of the credit page, as varied as a run's."""
+"""Fabricated records and credit for the tests of the credit page, as varied as those of a run."""
 
 import random
 
@@ -28,7 +28,7 @@ def record(
     judged: bool = True,
     vocabulary: int = 400,
 ) -> Record:
-    """Rollouts of random text in turns, groups of ``group`` for a task; the last one of them has no row."""
+    """Return rollouts of random text in turns, with groups of ``group`` per task; the last rollout has no row."""
     draw, random_numbers = torch.Generator().manual_seed(seed + iteration), random.Random(seed + iteration)
     shape = (rollouts, tokens)
     where = torch.arange(tokens).expand(shape)
@@ -36,7 +36,9 @@ def record(
     valid = where < lengths[:, None]
     prompt, step = 12, max(16, tokens // 6)
     turn = torch.where(where < prompt, -1, (where - prompt) // step)
-    action = valid & (where >= prompt) & ((where - prompt) % step < step - 6)  # the last six of each are an observation
+    action = (
+        valid & (where >= prompt) & ((where - prompt) % step < step - 6)
+    )  # the last six tokens of each turn are an observation
 
     def noise(scale: float) -> torch.Tensor:
         return torch.where(action, torch.randn(shape, generator=draw) * scale, 0.0)
@@ -96,7 +98,7 @@ def record(
 
 
 def segments(divergence: torch.Tensor, action: torch.Tensor, least: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and anchors: a segment of up to four sampled tokens from each token of large divergence."""
+    """Return weights and anchors: a segment of up to four sampled tokens from each token with a large divergence."""
     weights, anchor = torch.ones(divergence.shape), torch.full(divergence.shape, -1)
     for row, t in (divergence.abs() > least).nonzero().tolist():
         for u in range(t, min(t + 4, divergence.shape[1])):
@@ -107,7 +109,7 @@ def segments(divergence: torch.Tensor, action: torch.Tensor, least: float) -> tu
 
 
 def other_credit(one: Record, least: float = 2.0) -> Credit:
-    """What another rule could have made of a record."""
+    """Return possible credit of another rule for a record."""
     action, divergence = one.tensors["action_mask"], -one.tensors["divergence"]
     weights, anchor = segments(divergence, action, least)
     return Credit(weights, weights * one.tensors["base_advantages"] * action, divergence, anchor)

@@ -43,7 +43,7 @@ def fit(run: Path, model: GearModule, *, saved: Path | None = None, resume: Path
 
 @torch.no_grad()
 def stir(model, name: str = "policy", size: float = 0.3) -> None:
-    """Give an adapter an effect."""
+    """Change an adapter's weights so that it has an effect."""
     torch.manual_seed(5)
     for p in adapter_parameters(model, name):
         p.add_(size * torch.randn_like(p))
@@ -60,13 +60,13 @@ def flat(parameters) -> torch.Tensor:
 
 
 def split(path: list, model: GearModule, name: str) -> list[torch.Tensor]:
-    """The adapter of that name along a run's path."""
+    """Return the adapter of that name at every step of a run."""
     places = [i for i, (key, _) in enumerate(model.policy.named_parameters()) if f".{name}.weight" in key]
     return [flat(weights[i] for i in places) for weights in path]
 
 
 def directory(folder: Path, tie: bool = False) -> Pretrained:
-    """A model directory whose weights are not the tiny source's own."""
+    """Write a model directory with other weights than the tiny source, and return its policy source."""
     torch.manual_seed(3)
     model = tied() if tie else source(seed=7).model()
     model.save_pretrained(folder)

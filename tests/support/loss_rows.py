@@ -22,5 +22,5 @@ def random_step(seed: int, rows: int = 6, width: int = 9) -> tuple[Tensor, Tenso
 
 
 def off_sampler(seed: int, old: Tensor, spread: float = 0.6) -> Tensor:
-    """Log-probs of a sampler that does not agree with the trainer."""
+    """Return the log-probs of a sampler that does not agree with the trainer."""
     return old + spread * torch.randn(old.shape, generator=torch.Generator().manual_seed(seed + 1))

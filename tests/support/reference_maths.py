@@ -1,6 +1,6 @@
-"""Helpers for the tests of the maths: evidence from plain lists, random rollouts, and a slow left-to-right reference.
+"""Helpers for the tests of the math: evidence from plain lists, random rollouts, and a slow left-to-right reference.
 
-The reference knows no tensors, no padding and no mask: it walks over a Python list of one rollout's action tokens.
+The reference uses no tensors, no padding and no mask: it iterates over a Python list of one rollout's action tokens.
 """
 
 import math
@@ -20,8 +20,10 @@ SEEDS = st.integers(0, 10**9)
 
 @dataclass
 class Rollout:
-    """One rollout as lists over all of its columns; ``turns`` is -1 on prompt and tool output. ``turn_advantages`` are
-    those of each column, where turns have their own."""
+    """One rollout as lists over all of its columns; ``turns`` is -1 on prompt and tool output.
+
+    ``turn_advantages`` are the advantages of each column, if turns have their own.
+    """
 
     turns: list[int]
     policy: list[float]
@@ -44,16 +46,16 @@ class Rollout:
 
     @property
     def actions(self) -> list[int]:
-        """Columns of the action tokens."""
+        """Return the columns of the action tokens."""
         return [t for t, turn in enumerate(self.turns) if turn >= 0]
 
     @property
     def base(self) -> list[float]:
-        """Advantage of each column before credit."""
+        """Return the advantage of each column before credit."""
         return self.turn_advantages or [self.advantage] * len(self.turns)
 
     def only(self, keep: list[int]) -> "Rollout":
-        """The rollout with only these columns."""
+        """Return the rollout with only these columns."""
         parts = {
             name: None if (value := getattr(self, name)) is None else [value[t] for t in keep]
             for name in (
@@ -73,20 +75,20 @@ class Rollout:
 
 
 def rollout(d: list[float], **options: Any) -> Rollout:
-    """A rollout of one turn with k1 divergence ``d``: the teacher is at -1 nat, the policy d above it."""
+    """Return a rollout with one turn and k1 divergence ``d``: the teacher is at -1 nat, the policy d above it."""
     n = len(d)
     options = {"turns": [0] * n, "entropy": [0.0] * n, **options}
     return Rollout(policy=[x - 1.0 for x in d], teacher=[-1.0] * n, **options)
 
 
 def with_turn_advantages(rng: random.Random, r: Rollout) -> Rollout:
-    """The rollout with an advantage of its own for each turn, of either sign or 0."""
+    """Return the rollout with an advantage for each turn, of either sign or 0."""
     own = {k: rng.choice([-1.5, -0.5, 0.0, 0.75]) for k in sorted(set(r.turns))}
     return replace(r, turn_advantages=[own[k] for k in r.turns])
 
 
 def evidence(rows: list[Rollout], padding: int = 0, noise: RoundingNoise = RoundingNoise()) -> Evidence:
-    """Rows as a padded micro-batch, with garbage (not zeros) outside the action tokens where it must not matter."""
+    """Return the rows as a padded micro-batch, with garbage (not zeros) in ignored entries outside the action tokens."""
     width = max(len(r.turns) for r in rows) + padding
 
     def pad(lists: list[list[float]], fill: float = 7.0) -> torch.Tensor:
@@ -121,19 +123,21 @@ def evidence(rows: list[Rollout], padding: int = 0, noise: RoundingNoise = Round
 
 
 def random_rollout(rng: random.Random, *, vocabulary: int = 0) -> Rollout:
-    """Prompt, turns of 0 to 40 actions, observations between them; values on a grid, so that sums are exact and ties
-    are common. Roughly one rollout in ten has no action tokens."""
+    """Return a prompt, turns of 0 to 40 actions, and observations between them.
+
+    Values are on a grid, so that sums are exact and ties are common. About one rollout in ten has no action tokens.
+    """
     turns = [-1] * rng.randint(0, 3)
     for turn in range(rng.choice([0, 1, 1, 1, 2, 2, 3, 3, 4])):
         for _ in range(rng.choice([0, 1, 2, 4, 6, 9, 9, 40])):
-            turns += [turn] + [-1] * (rng.random() < 0.05)  # a masked token inside a turn is as good as absent
+            turns += [turn] + [-1] * (rng.random() < 0.05)  # a masked token inside a turn must have no effect
         turns += [-1] * rng.randint(0, 3)
     turns = turns or [-1]
     n = len(turns)
     spread = rng.choice([0, 4, 32, 32, 200])
     teacher = [-rng.randint(0, 64) / 16 - 12 for _ in turns]
 
-    more = random.Random(str(teacher))  # apart, so that what stands above and below does not depend on it
+    more = random.Random(str(teacher))  # a separate generator: the other values do not depend on it
     decisions: list[int] = []
     while len(decisions) < n:
         decisions += [more.choice([-1, 0, 0, 1])] * more.choice([1, 1, 2, 3])
@@ -161,22 +165,22 @@ def random_rollout(rng: random.Random, *, vocabulary: int = 0) -> Rollout:
 
 
 def some_rollouts(seed: int, n: int = 6, **options: Any) -> list[Rollout]:
-    """Random rollouts."""
+    """Return random rollouts."""
     rng = random.Random(seed)
     return [random_rollout(rng, **options) for _ in range(n)]
 
 
 def some_noise(rng: random.Random) -> RoundingNoise:
-    """None, as in float32, or as large as the signals are."""
+    """Return no noise, as in float32, or noise as large as the signals."""
     return RoundingNoise(*(rng.choice([0.0, 1e-5, 0.1, 0.5]) for _ in range(2)))
 
 
 def random_rule(rng: random.Random, divergences: list[str], cls: type[GEAR] = GEAR, **fixed: Any) -> GEAR:
-    """A GEAR with every option drawn at random."""
+    """Return a GEAR rule with random options."""
     divergence = rng.choice(divergences)
     signed = divergence == "k1"
     rule = rng.choice(["quantile", "absolute", "zscore", "rise"])
-    # z-score levels at which no 0/1 pattern of few tokens sits exactly on the threshold
+    # z-score levels for which no 0/1 pattern of few tokens is exactly at the threshold
     level = {"quantile": rng.choice([0.5, 0.8, 0.95, 1.0]), "zscore": rng.choice([1.1, 1.7]), "rise": rng.randint(1, 5)}
     options: dict[str, Any] = {
         "divergence": divergence,
@@ -184,7 +188,7 @@ def random_rule(rng: random.Random, divergences: list[str], cls: type[GEAR] = GE
         "scale": rng.choice([None, "none", "zscore"] + ([] if signed else ["saturate"])),
         "anchor_rule": rule,
         "anchor_level": level[rule] if rule == "zscore" else rng.choice([None, level.get(rule) and float(level[rule])]),
-        # a rise of 0 over the mean of equal values that are not on the grid is a matter of rounding
+        # a rise of 0 over the mean of equal values that are not on the grid depends on rounding
         "anchor_floor": rng.choice([None, 0.25, 1.0] + [0.0] * (signed or rule != "rise")),
         "anchor_at": rng.choice(["onset", "peak"]),
         "segment_end": (end := rng.choice(["entropy_high", "entropy_low", "window", "turn", "divergence", "none"])),
@@ -204,7 +208,7 @@ def random_rule(rng: random.Random, divergences: list[str], cls: type[GEAR] = GE
     }
     options |= fixed
     segments = options["segment_end"] != "none" and cls.__name__ != "Turn"
-    if not segments:  # these would do nothing, and are refused
+    if not segments:  # these would do nothing, and are rejected
         idle = ["anchor_rule", "anchor_level", "anchor_floor", "anchor_at", "segment_max", "segment_value"]
         for name in [*idle, "entropy", "entropy_quantile", *["segment_end"] * (cls.__name__ == "Turn")]:
             options.pop(name, None)
@@ -212,22 +216,22 @@ def random_rule(rng: random.Random, divergences: list[str], cls: type[GEAR] = GE
 
 
 def quantile(values: list[float], q: float) -> float:
-    """torch's own quantile, as the oracle."""
+    """Return torch's own quantile, as the reference."""
     return torch.quantile(torch.tensor(values), q).item()
 
 
 def mean(values: list[float]) -> float:
-    """Mean; exact sum."""
+    """Return the mean, with an exact sum."""
     return math.fsum(values) / len(values)
 
 
 def single(x: float) -> float:
-    """Rounded to float32."""
+    """Return the value rounded to float32."""
     return torch.tensor(x, dtype=torch.float32).item()
 
 
 def slow_divergence(rule: GEAR, r: Rollout, t: int) -> float:
-    """Divergence of policy and teacher at column t, from the definitions."""
+    """Return the divergence of policy and teacher at column t, from the definitions."""
     limit = 10.0 if rule.divergence_limit is None else rule.divergence_limit
     k1 = min(max(r.policy[t] - r.teacher[t], -limit), limit)
     if rule.divergence == "k1":
@@ -247,7 +251,7 @@ def slow_divergence(rule: GEAR, r: Rollout, t: int) -> float:
 
 
 def slow_anchors(rule: GEAR, d: list[float]) -> list[bool]:
-    """Anchors, token by token."""
+    """Return the anchors, token by token."""
     n = len(d)
     floor = (0.5 if rule.divergence == "k1" else 0.05) if rule.anchor_floor is None else rule.anchor_floor
     level = {"quantile": 0.95, "absolute": 0, "zscore": 2.0, "rise": 16}[rule.anchor_rule]
@@ -272,7 +276,7 @@ def slow_anchors(rule: GEAR, d: list[float]) -> list[bool]:
 
 
 def slow_segments(rule: GEAR, d: list[float], h: list[float], turns: list[int]) -> list[int]:
-    """Anchor (position among the action tokens) of every token, -1 outside: the scan of the specification."""
+    """Return the anchor (index among the action tokens) of every token, -1 outside: the scan of the specification."""
     n, place = len(d), [-1] * len(d)
     if n == 0 or rule.segment_end == "none":
         return place
@@ -299,19 +303,19 @@ def slow_segments(rule: GEAR, d: list[float], h: list[float], turns: list[int]) 
 
 
 def sign_of(x: float) -> int:
-    """1, 0 or -1."""
+    """Return 1, 0 or -1."""
     return (x > 0) - (x < 0)
 
 
 def trust(size: float, noise: float) -> float:
-    """How much of a signal of this size is kept."""
+    """Return the share of a signal of this size to keep."""
     if noise == 0:
         return 1.0
     return 0.0 if size == 0 else size**4 / (size**4 + noise**4)
 
 
 def slow_scale(how: str, c: list[float], noise: list[float] | None = None) -> list[float]:
-    """Scale of the credit signal of tokens that share their credit out."""
+    """Return the scaled credit signal of tokens that share their credit."""
     floor = math.sqrt(mean([x * x for x in noise])) if noise else 0.0
     if how == "saturate":
         half = max(quantile(c, 0.75), 1e-4, floor)
@@ -325,7 +329,7 @@ def slow_scale(how: str, c: list[float], noise: list[float] | None = None) -> li
 
 
 def slow_noise(rule: GEAR, noise: RoundingNoise, place: list[int]) -> list[float]:
-    """What rounding makes of the credit signal of each token, whose segments are given."""
+    """Return the rounding noise of each token's credit signal, given its segments."""
     each = noise.divergence if rule.divergence in LISTED else noise.log_ratio
     if rule.divergence == "k3":
         each = math.exp(each) - 1 - each
@@ -334,7 +338,7 @@ def slow_noise(rule: GEAR, noise: RoundingNoise, place: list[int]) -> list[float
 
 
 def moved_mean(values: list[float], advantages: list[float]) -> float:
-    """Mean in which each value counts by the size of its advantage; alike where all are 0."""
+    """Return the mean weighted by the size of the advantages; with equal weights if all are 0."""
     total = math.fsum(map(abs, advantages))
     if total == 0:
         return mean(values)
@@ -342,7 +346,7 @@ def moved_mean(values: list[float], advantages: list[float]) -> float:
 
 
 def slow_weight(rule: GEAR, c: float, average: float, advantage: float) -> float:
-    """Weight of one token before mixing."""
+    """Return the weight of one token before mixing."""
     sign = sign_of(advantage)
     if rule.sign_rule == "symmetric":
         w = 1 + rule.kappa * (c - average)
@@ -356,7 +360,7 @@ def slow_weight(rule: GEAR, c: float, average: float, advantage: float) -> float
 def slow_credit(
     rule: GEAR, r: Rollout, noise: RoundingNoise = RoundingNoise()
 ) -> tuple[list[float], list[float], list[int]]:
-    """Weights, divergence and anchors over the action tokens of one rollout; anchors are columns of the rollout."""
+    """Return weights, divergence and anchors over the action tokens of one rollout; anchors are columns."""
     where = r.actions
     n = len(where)
     if n == 0:
@@ -374,7 +378,7 @@ def slow_credit(
     rounding = slow_noise(rule, noise, place)
     share = rule.mix if rule.mix_decay is None else rule.mix * max(0.0, 1 - r.version / rule.mix_decay)
     weights = [1.0] * n
-    for sign in (-1, 0, 1):  # credit is shared out among tokens whose advantages have the same sign
+    for sign in (-1, 0, 1):  # credit moves among tokens whose advantages have the same sign
         side = [i for i, t in enumerate(where) if sign_of(r.base[t]) == sign]
         if not side:
             continue
@@ -396,5 +400,5 @@ def slow_credit(
 
 
 def on_actions(credit: Credit, e: Evidence) -> list[list[float]]:
-    """Weights of the action tokens of each row."""
+    """Return the weights of the action tokens of each row."""
     return [w[m].tolist() for w, m in zip(credit.weights, e.action_mask, strict=True)]

@@ -1,4 +1,4 @@
-"""Slow references of the credit rules of other papers: one rollout as Python lists, left to right, no tensors."""
+"""Slow references for the credit rules of other papers: one rollout as Python lists, left to right, no tensors."""
 
 import math
 
@@ -96,7 +96,7 @@ def slow_scgrpo(rule: SCGRPO, r: Rollout, noise: RoundingNoise) -> list[float]:
 
 def slow_oracle(rule: Oracle, r: Rollout, noise: RoundingNoise) -> list[float]:
     chosen, runs, inside = set(), [], None
-    for t in r.actions:  # left to right: runs of wrong tokens to blame
+    for t in r.actions:  # left to right: runs of wrong tokens
         wrong = r.decisions[t] < 0 and r.base[t] < 0
         if wrong and inside == r.turns[t]:
             runs[-1].append(t)

@@ -16,7 +16,7 @@ from gear_lightning.runs.checkpoints import CompleteCheckpoints
 
 
 class Scores(L.Callback):
-    """Logs ``score`` in evaluations, or where it says: the n-th value of a list in iteration n; None: no value."""
+    """Logs ``score`` in evaluations, or in training: the n-th value of a list in iteration n; None: no value."""
 
     def __init__(self, *values: float | None, training: bool = False):
         self.values, self.training = values, training
@@ -36,7 +36,7 @@ class Scores(L.Callback):
 
 
 class StopAt(L.Callback):
-    """Sets ``trainer.should_stop`` after the n-th micro-batch of an iteration, from one iteration on."""
+    """Sets ``trainer.should_stop`` after the n-th micro-batch of every iteration from a given one on."""
 
     def __init__(self, iteration: int, batch: int):
         self.iteration, self.batch = iteration, batch
@@ -47,7 +47,7 @@ class StopAt(L.Callback):
 
 
 def folder_of(run: Path) -> Path:
-    """Where a run's checkpoints lie."""
+    """Return the folder of a run's checkpoints."""
     return run / "checkpoints"
 
 
@@ -75,12 +75,12 @@ def fit(
 
 
 def steps(run: Path) -> dict[str, int]:
-    """Checkpoint -> its optimizer steps; of ``last`` too."""
+    """Return checkpoint -> its optimizer steps, including ``last``."""
     files = sorted(folder_of(run).glob("*.ckpt"))
     return {file.stem: torch.load(file, weights_only=True)["global_step"] for file in files}
 
 
 def weights(made: Any) -> torch.Tensor:
-    """Of the policy, as one tensor."""
+    """Return the weights of the policy as one tensor."""
     module = made.lightning_module if isinstance(made, L.Trainer) else made
     return torch.cat([p.detach().flatten().clone() for p in module.policy.parameters()])

@@ -1,4 +1,4 @@
-"""Small pieces that tests build runs from: a tiny policy, a tiny run."""
+"""Components for short test runs: a tiny policy and its data, generation and trainer."""
 
 import os
 from pathlib import Path
@@ -24,19 +24,19 @@ WORDS = "gear_lightning.environments.lookup_chain.WORDS"
 
 
 def source(**options: Any) -> FromScratch:
-    """A policy of a few thousand parameters."""
+    """Return a policy with a few thousand parameters."""
     return FromScratch(WORDS, **{"hidden_size": 32, "layers": 2, "heads": 2, "max_length": 128, **options})
 
 
 def module(credit: CreditAssigner = GEAR(), **options: Any) -> GearModule:
-    """A GearModule on the tiny policy."""
+    """Return a GearModule with the tiny policy."""
     options.setdefault("teacher", TeacherOptions(template=" <ref> {reference}"))
     options.setdefault("optimizer", lambda p: torch.optim.AdamW(p, lr=1e-2))
     return GearModule(source(), credit, **options)
 
 
 class TellsGPU(LookupChain):
-    """Lookup chain that prints which GPUs its process sees."""
+    """Lookup chain that prints the GPUs visible to its process."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class TellsGPU(LookupChain):
 
 
 class AnyCall(LookupChain):
-    """Lookup chain that also pays for well-formed calls, so that an untrained policy's groups have spread."""
+    """Lookup chain that also rewards well-formed calls, so that rewards vary in an untrained policy's groups."""
 
     def step(self, message):
         step = super().step(message)
@@ -54,21 +54,21 @@ class AnyCall(LookupChain):
 
 
 def data(**options: Any) -> RolloutDataModule:
-    """Two tasks of four rollouts an iteration."""
+    """Return data with two tasks of four rollouts per iteration."""
     defaults = {"tasks_per_iteration": 2, "group_size": 4, "micro_batch_size": 4, "val_limit": 4}
     tasks = LookupChainTasks(2)
     return RolloutDataModule(**{"train_tasks": tasks, "val_tasks": LookupChainTasks(2, "val"), **defaults, **options})
 
 
 def generation(**options: Any) -> GenerationCallback:
-    """Short rollouts."""
+    """Return a generation callback for short rollouts."""
     options.setdefault("environment", AnyCall)
     options.setdefault("budgets", Budgets(turns=4, tokens=24, turn_tokens=8, context=96))
     return GenerationCallback(**options)
 
 
 def trainer(run: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
-    """A quiet Trainer that writes metrics.csv and rollouts into ``run``."""
+    """Return a Trainer without console output that writes metrics.csv and rollouts to ``run``."""
     options.setdefault("max_epochs", 2)
     options.setdefault("limit_val_batches", 0)
     options.setdefault("enable_checkpointing", False)
@@ -89,4 +89,4 @@ def trainer(run: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
 
 class NoSpread(LookupChain):
     def step(self, message):
-        return Step(done=True, reward=0.0)  # as a tool call that cannot be read
+        return Step(done=True, reward=0.0)  # as for an unparsable tool call
