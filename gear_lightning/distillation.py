@@ -70,7 +70,7 @@ class Distillation(ABC):
     """A distillation loss. A subclass is a frozen dataclass, named in YAML by ``class_path``.
 
     Attributes:
-        coef: weight of the term beside the policy loss.
+        coef: weight of the term that is added to the policy loss.
     """
 
     coef: float

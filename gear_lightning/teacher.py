@@ -173,7 +173,7 @@ def privileged_prompt(
     return plain, True
 
 
-def _beside(part: Tensor, average: Tensor) -> Tensor:
+def _in_memory_like(part: Tensor, average: Tensor) -> Tensor:
     """Return the average in the same kind of memory as the part that scores."""
     average = average.to(part.device)
     return average.pin_memory() if part.is_pinned() else average
@@ -242,7 +242,9 @@ class Teacher(nn.Module):
         parts, newest = ([local(p) for p in side] for side in self._pair(policy))
         if self.low_precision:
             averages = self.shadow or [part.float() for part in parts]
-            averages = self.shadow = [_beside(part, average) for average, part in zip(averages, parts, strict=True)]
+            averages = self.shadow = [
+                _in_memory_like(part, average) for average, part in zip(averages, parts, strict=True)
+            ]
         else:
             averages = parts
             if all(part.device == new.device for part, new in zip(parts, newest, strict=True)):
@@ -262,7 +264,7 @@ class Teacher(nn.Module):
             torch.cuda.current_stream(visited).synchronize()  # the CPU may read them after this
 
     @contextmanager
-    def _at_hand(self, device: torch.device) -> Iterator[None]:
+    def _on_device(self, device: torch.device) -> Iterator[None]:
         """Keep a parked teacher's weights on the policy's device inside the context."""
         if self.model is None or not self.parked:
             yield
@@ -337,7 +339,7 @@ class Teacher(nn.Module):
             weights = active(policy, TEACHER if self.options.weights == "ema" else None)
         training = model.training
         model.eval()
-        with weights, self._at_hand(batch.tokens.device):
+        with weights, self._on_device(batch.tokens.device):
             stats = token_stats(
                 model,
                 batch.teacher_tokens,

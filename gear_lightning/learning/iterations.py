@@ -32,7 +32,7 @@ class Iterations(L.LightningModule):
     def on_fit_start(self) -> None:
         self.failure, self._stops = None, False
 
-    def _put_off(self) -> None:
+    def _defer_stop(self) -> None:
         self._stops |= self.trainer.should_stop
         self.trainer.should_stop = False
 
@@ -40,11 +40,11 @@ class Iterations(L.LightningModule):
         if self.failure is not None:  # trainer.min_epochs or min_steps kept the run from stopping
             raise self.failure
         self.evaluated = {}
-        self._put_off()
+        self._defer_stop()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx + 1 < self.trainer.num_training_batches:
-            self._put_off()
+            self._defer_stop()
 
     def on_train_epoch_end(self) -> None:
         self.trainer.should_stop |= self._stops

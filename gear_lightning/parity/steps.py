@@ -141,7 +141,7 @@ def compare_steps(
     """
     found = StepComparison()
     histories: dict[str, _History] = {}
-    loudest = max(step.norm for step in read_steps(reference))
+    largest_norm = max(step.norm for step in read_steps(reference))
     apart = drifts(reference, other)
     pairs = zip(read_steps(reference), read_steps(other), strict=False)
     for ours, theirs in pairs:
@@ -161,7 +161,7 @@ def compare_steps(
         found.steps += ours.norm > 0
         credit = 0.0 if allowed is None else allowed[ours.iteration]
         room = tolerance.after(apart[ours.number - 1][1])
-        _judge_gradients(found, ours, theirs, room, credit, QUIET * loudest)
+        _judge_gradients(found, ours, theirs, room, credit, QUIET * largest_norm)
         _judge_weights(found, histories, ours, theirs)
         if found.faults:  # later differences follow from these
             return found

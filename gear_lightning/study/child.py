@@ -41,7 +41,7 @@ def fit(arguments: list[str], log: str) -> None:
     main()
 
 
-def rehearse(recipes: dict[str, list[str]], told: Any) -> None:
+def check_recipes(recipes: dict[str, list[str]], told: Any) -> None:
     """Parse and check the arguments of runs, as ``fit`` does, without starting a run.
 
     Args:
@@ -51,13 +51,13 @@ def rehearse(recipes: dict[str, list[str]], told: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
     for name, arguments in recipes.items():
-        if complaint := _complaint(arguments):
-            told.send(f"{name}: {complaint}")
+        if problem := _problem(arguments):
+            told.send(f"{name}: {problem}")
             return
     told.send(None)
 
 
-def _complaint(arguments: list[str]) -> str | None:
+def _problem(arguments: list[str]) -> str | None:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..recipes.packaged import found
 
 Value = str | bool | int | float | list[Any] | dict[str, Any] | None  # str first: "{x}" is not a mapping
 
@@ -162,7 +163,7 @@ class Study:
             for point in self.points:
                 for arm, options in self.arms.items():
                     block = seed % self.blocks
-                    given = [f"--config={path}" for path in [*self.recipe, *_files(options)]]
+                    given = [f"--config={found(path)}" for path in [*self.recipe, *_files(options)]]
                     own = {key: value for key, value in options.items() if key != "config"}
                     drawn = {key: text.format(seed=seed, block=block) for key, text in self.per_seed.items()}
                     chosen = dict(zip(self.grid, point, strict=True))

@@ -20,8 +20,8 @@ from ..runs.files import hold, replace_text
 from .plan import Run
 
 PLAN, LOG = "run.json", "log.txt"  # options of a run, and its output
-HEARING = 0.5  # seconds between two checks for signals
-PATIENCE = 20.0  # seconds that a run has to end after SIGTERM
+SIGNAL_CHECK_INTERVAL = 0.5  # seconds between two checks for signals
+STOP_TIMEOUT = 20.0  # seconds that a run has to end after SIGTERM
 
 
 def is_done(run: Run) -> bool:
@@ -111,7 +111,7 @@ def carry_out(
     gpus = visible_gpus()
     context = start_context(gpus)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))  # read when the child imports torch
-    _rehearse(context, waiting, next(iter(gpus), None))
+    _check_recipes(context, waiting, next(iter(gpus), None))
     asked: list[int] = []  # signals; handled between two steps, so that every started process is tracked
     before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -121,7 +121,7 @@ def carry_out(
                     tell(f"{run}: an earlier attempt did not finish; it was moved to {aside}")
                 process = _start(context, run, least_used(gpus, [process.gpu for _, process, _ in active.values()]))
                 active[process.sentinel] = run, process, time.monotonic()
-            ended_now = wait(list(active), timeout=HEARING)
+            ended_now = wait(list(active), timeout=SIGNAL_CHECK_INTERVAL)
             if asked:
                 raise KeyboardInterrupt
             for sentinel in ended_now:
@@ -141,31 +141,31 @@ def carry_out(
         for _, process, _ in active.values():
             process.terminate()
         for _, process, _ in active.values():
-            process.join(PATIENCE)
+            process.join(STOP_TIMEOUT)
             process.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
     return failed
 
 
-def _rehearse(context: Any, runs: list[Run], gpu: str | None) -> None:
+def _check_recipes(context: Any, runs: list[Run], gpu: str | None) -> None:
     """Check the recipe of every arm at every point of the grid before any run is started."""
     recipes: dict[str, list[str]] = {}
     for run in runs:
         recipes.setdefault(" ".join([run.arm, *map(str, run.point)]), list(run.options))
     told, teller = multiprocessing.Pipe(duplex=False)
-    process = context.Process(target=_reader, args=(recipes, teller, gpu))
+    process = context.Process(target=_check_in_child, args=(recipes, teller, gpu))
     process.start()
     teller.close()
     try:
-        complaint = told.recv()
+        problem = told.recv()
     except EOFError:  # the process has died: the runs will report the reason
-        complaint = None
+        problem = None
     finally:
         process.terminate()
         process.join()
-    if complaint:
-        raise UserError(complaint)
+    if problem:
+        raise UserError(problem)
 
 
 def _last_line(log: Path) -> str:
@@ -235,12 +235,12 @@ def _start(context: Any, run: Run, gpu: str | None) -> Any:
     return process
 
 
-def _reader(recipes: dict[str, list[str]], told: Any, gpu: str | None) -> None:
+def _check_in_child(recipes: dict[str, list[str]], told: Any, gpu: str | None) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    from .child import rehearse as read
+    from .child import check_recipes
 
-    read(recipes, told)
+    check_recipes(recipes, told)
 
 
 def _child(arguments: list[str], log: str, gpu: str | None) -> None:

@@ -202,7 +202,7 @@ def make_arms(runs: list[Run], groups: dict[Path, str]) -> list[Arm]:
         The arms, named by the options that distinguish them.
     """
     varying = [key for key in _keys(runs) if not is_seed(key) and len({_at(run, key) for run in runs}) > 1]
-    told = [key for key in varying if _tells(runs, key, varying)]
+    told = [key for key in varying if _is_shown(runs, key, varying)]
     seeds = [key for key in _keys(runs) if is_seed(key) and all(key in run.config for run in runs)]
     seeds = [key for key in seeds if len({_at(run, key) for run in runs}) > 1]
     members: dict[Any, list[Run]] = {}
@@ -238,7 +238,7 @@ def _at(run: Run, key: str) -> str:
     return repr(run.config[key]) if key in run.config else ""
 
 
-def _tells(runs: list[Run], key: str, varying: list[str]) -> bool:
+def _is_shown(runs: list[Run], key: str, varying: list[str]) -> bool:
     """Return whether an option should be shown: not if it only exists because of another class."""
     if len({_at(run, key) for run in runs if key in run.config}) < 2:
         return False

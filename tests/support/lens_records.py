@@ -36,9 +36,7 @@ def record(
     valid = where < lengths[:, None]
     prompt, step = 12, max(16, tokens // 6)
     turn = torch.where(where < prompt, -1, (where - prompt) // step)
-    action = (
-        valid & (where >= prompt) & ((where - prompt) % step < step - 6)
-    )  # the last six tokens of each turn are an observation
+    action = valid & (where >= prompt) & ((where - prompt) % step < step - 6)  # the last six tokens: observation
 
     def noise(scale: float) -> torch.Tensor:
         return torch.where(action, torch.randn(shape, generator=draw) * scale, 0.0)

@@ -88,7 +88,7 @@ def with_turn_advantages(rng: random.Random, r: Rollout) -> Rollout:
 
 
 def evidence(rows: list[Rollout], padding: int = 0, noise: RoundingNoise = RoundingNoise()) -> Evidence:
-    """Return the rows as a padded micro-batch, with garbage (not zeros) in ignored entries outside the action tokens."""
+    """Return the rows as a padded micro-batch, with garbage (not zeros) in entries that must be ignored."""
     width = max(len(r.turns) for r in rows) + padding
 
     def pad(lists: list[list[float]], fill: float = 7.0) -> torch.Tensor:
