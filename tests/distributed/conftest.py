@@ -1,4 +1,4 @@
-"""Processes that the tests of one file share, and quick starts of others."""
+"""Process groups that are shared by the tests of a file, and quick starts for other processes."""
 
 import sys
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from rank_group import Group
 
-SLOW_STARTS = ("test_kill", "test_watchdog")  # they signal groups of processes
+SLOW_STARTS = ("test_kill", "test_watchdog")  # these send signals to process groups
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,7 +19,7 @@ def _start_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def pair(_start_quickly: None) -> Iterator[Group]:
-    """Two processes that stay."""
+    """A group of two processes that run for all tests of a file."""
     group = Group(2)
     yield group
     group.stop()

@@ -1,4 +1,4 @@
-"""A run that is struck while a checkpoint is being written beside training."""
+"""A run that receives a signal while a checkpoint is being written in the background."""
 
 import os
 
@@ -14,7 +14,7 @@ def names(run) -> list[str]:
     return [path.name for path, _ in known_checkpoints(run / "checkpoints")]
 
 
-def test_a_kill_leaves_the_checkpoint_before_and_the_next_start_removes_the_half(tmp_path):
+def test_a_kill_keeps_the_previous_checkpoint_and_a_restart_removes_the_partial_file(tmp_path):
     run = tmp_path / "run"
     killed, again = strike(run, "rollouts end", 3, "SIGKILL", *HELD)  # in the third iteration
     assert play(tmp_path / "first", [killed]) == [[-9]]
@@ -28,8 +28,8 @@ def test_a_kill_leaves_the_checkpoint_before_and_the_next_start_removes_the_half
     assert not list(folder.glob("*.partial"))
 
 
-def test_a_stop_finishes_the_file_then_writes_its_own(tmp_path):
-    """The signal reaches the process that does not write."""
+def test_a_stop_finishes_the_current_file_and_then_writes_its_own(tmp_path):
+    """The process that does not write receives the signal."""
     run = tmp_path / "run"
     options = (*HELD, "--trainer.strategy", "ddp")
     stopped, again = strike(run, "rollouts end", 3, "SIGTERM", *options, processes=2, rank=1)

@@ -1,4 +1,4 @@
-"""Two processes on CPU (gloo) do what one process does, through the command line."""
+"""Two processes on CPU (gloo) give the results of one process, through the command line."""
 
 import shutil
 import subprocess
@@ -24,7 +24,7 @@ def test_two_processes_equal_one(runs):
     assert_same_steps(runs / "one", runs / "two", 4)
 
 
-def test_two_processes_log_the_same_metrics_and_record_the_same_rollouts(runs):
+def test_two_processes_log_the_metrics_and_record_the_rollouts_of_one(runs):
     from gear_lightning.runs.records import read_records
 
     for a, b in zip(metrics(runs / "one"), metrics(runs / "two"), strict=True):
@@ -40,14 +40,14 @@ def test_two_processes_log_the_same_metrics_and_record_the_same_rollouts(runs):
 
 
 def test_two_processes_resume_exactly(runs, repository):
-    for number in range(3):  # the steps that the checkpoint has behind it
+    for number in range(3):  # the records of the steps before the checkpoint
         path = Path("steps", f"step_{number:06d}.safetensors")
         (runs / "resumed" / "steps").mkdir(parents=True, exist_ok=True)
         shutil.copy(runs / "two" / path, runs / "resumed" / path)
     cut = runs / "two" / "checkpoints" / "iteration=00001.ckpt"
     options = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--ckpt_path", str(cut))
     launch(runs / "resumed", *options, repository=repository)
-    # to the last bit but for rounding: DDP lays its gradient buckets out anew after a process's first step
+    # equal except for rounding: DDP rebuilds its gradient buckets after a process's first step
     assert_same_steps(runs / "two", runs / "resumed", 4)
     assert metrics(runs / "resumed")[-1] == pytest.approx(metrics(runs / "two")[-1], rel=1e-4)
 
@@ -81,7 +81,7 @@ def test_two_processes_train_the_same_adapters_as_one(tmp_path, repository):
     assert checkpoint(tmp_path / "two")["global_step"] == 3
 
 
-def test_a_target_that_matches_nothing_stops_all_processes_before_the_warm_start(tmp_path, repository):
+def test_a_lora_target_without_match_stops_all_processes_before_the_warm_start(tmp_path, repository):
     command, environment = command_line(tmp_path, "--model.lora.targets", "[q_porj]")
     command.remove("--warm_start=null")
     command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]

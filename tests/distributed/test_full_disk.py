@@ -1,4 +1,4 @@
-"""A disk that fills up under one process or two: the run ends with a word, and goes on when there is room."""
+"""A disk that fills up, with one or two processes: the run ends with a message, and resumes when space is free."""
 
 import os
 import subprocess
@@ -29,12 +29,12 @@ def fit(run: Path, repository: Path, *options: str) -> tuple[int, str]:
 
 @pytest.fixture
 def disk(tmp_path):
-    with small_disk(tmp_path / "disk", "1200k") as folder:  # room for one checkpoint of 700 kB
+    with small_disk(tmp_path / "disk", "1200k") as folder:  # enough for one checkpoint of 700 kB
         yield folder
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_full_disk_ends_the_run_on_all_processes_and_it_goes_on_when_there_is_room(disk, tmp_path, repository, name):
+def test_a_full_disk_ends_the_run_on_all_processes_and_it_resumes_when_space_is_free(disk, tmp_path, repository, name):
     run, kept, options = tmp_path / "run", disk / "checkpoints", STRATEGIES[name]
     options = (*options, "--checkpoint.dirpath", str(kept))
     status, said = fit(run, repository, *options)
@@ -44,7 +44,7 @@ def test_a_full_disk_ends_the_run_on_all_processes_and_it_goes_on_when_there_is_
     assert f"the checkpoint {kept / 'iteration=00001.ckpt'} cannot be written" in said
     assert newest_complete(kept) == kept / "iteration=00000.ckpt"
     assert sorted(p.name for p in kept.iterdir()) == ["iteration=00000.ckpt", "iteration=00000.ckpt.json", "last.ckpt"]
-    assert not (run / "crash").exists(), "nothing has crashed"
+    assert not (run / "crash").exists(), "a full disk is not a crash"
 
     subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
     status, said = fit(run, repository, *options)
@@ -54,7 +54,7 @@ def test_a_full_disk_ends_the_run_on_all_processes_and_it_goes_on_when_there_is_
     whole, trained_on = checkpoint(disk)["state_dict"], ledger(run)
     assert len(trained_on) == 6
 
-    with end.open("r+b") as file:  # damaged afterwards: the iteration is done again
+    with end.open("r+b") as file:  # damage the checkpoint: the iteration is repeated
         file.truncate(os.path.getsize(end) - 1)
     status, said = fit(run, repository, *options)
     assert status == 0, said[-3000:]

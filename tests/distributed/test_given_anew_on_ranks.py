@@ -1,4 +1,4 @@
-"""Hyperparameters that are given at a resume count under every strategy, and so do the ends of runs."""
+"""Hyperparameters changed at a resume take effect under every strategy, and finished runs train nothing."""
 
 import os
 from pathlib import Path
@@ -22,15 +22,15 @@ from gear_lightning.runs.checkpoints import CompleteCheckpoints
 from gear_lightning.teacher import TeacherOptions
 
 
-class Falls(L.Callback):
-    """Logs a score that falls."""
+class Falling(L.Callback):
+    """Logs a score that falls with every iteration."""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         pl_module.log("score", -float(trainer.current_epoch), batch_size=1)
 
 
 def fit(run: Path, name: str, lr: float, schedule: Any, resume: bool = False, **options: Any) -> dict[str, Any]:
-    """Train, and tell how the run has ended."""
+    """Train, and return the number of steps and the learning rate at the end."""
     torch.manual_seed(0)
     model = GearModule(
         Opinions(),
@@ -45,7 +45,7 @@ def fit(run: Path, name: str, lr: float, schedule: Any, resume: bool = False, **
     plugins = [] if hasattr(strategy, "shards") else [CompleteCheckpoints()]
     trainer = L.Trainer(
         accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy=strategy, default_root_dir=run, logger=False,
-        callbacks=[generation, Falls(), keeper, Resumption()], enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[generation, Falling(), keeper, Resumption()], enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0, plugins=plugins, **{"max_epochs": 2, **options},
     )  # fmt: skip
     trainer.fit(model, datamodule=data, ckpt_path=run / "c" if resume else None, weights_only=True)
@@ -58,7 +58,7 @@ def weights(run: Path) -> torch.Tensor:
 
 
 def counts(run: Path) -> set[float]:
-    """Steps that the optimizer's moments know of."""
+    """Return the step counts in the optimizer's states."""
     states = torch.load(run / "c" / "last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
     return {float(state["step"]) for state in states.values() if state["exp_avg"].any()}
 
@@ -72,16 +72,16 @@ def plateau(optimizer: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "zero1", "zero3"])
-def test_a_rate_and_a_schedule_that_are_new_are_used(pair, tmp_path, name):
+def test_a_new_learning_rate_and_schedule_take_effect_at_a_resume(pair, tmp_path, name):
     assert pair.run(fit, tmp_path, name, 1e-3, halved) == [{"steps": 2, "lr": 2.5e-4}] * 2
     before = weights(tmp_path)
     assert pair.run(fit, tmp_path, name, 1e-3, halved, True) == [{"steps": 2, "lr": 2.5e-4}] * 2, "nothing to train"
     (one, other) = pair.run(again, tmp_path, name, 0.0, halved, 3)
     assert one == other == {"steps": 3, "lr": 0.0}
-    assert torch.equal(weights(tmp_path), before), "a rate of 0 moves nothing"
+    assert torch.equal(weights(tmp_path), before), "a learning rate of 0 changes no weight"
     assert counts(tmp_path) == {3.0}
     (one, other) = pair.run(again, tmp_path, name, 1e-2, plateau, 5)
-    assert one == other == {"steps": 5, "lr": pytest.approx(1e-3)}, "score falls in the second of two iterations"
+    assert one == other == {"steps": 5, "lr": pytest.approx(1e-3)}, "the score falls in the second of two iterations"
 
 
 def again(run: Path, name: str, lr: float, schedule: Any, epochs: int) -> dict[str, Any]:

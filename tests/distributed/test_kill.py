@@ -1,4 +1,4 @@
-"""A run killed without warning and started again with the same command equals the run that was not."""
+"""A run that is killed without warning and restarted with the same command equals an uninterrupted run."""
 
 import os
 import random
@@ -16,7 +16,7 @@ ITERATIONS = 8
 
 
 def play(run, repository, *options: str, kills: list[tuple[int, float]] = ()) -> None:
-    """Start the run again until it ends by itself; kill it ``delay`` seconds after its file has so many rows."""
+    """Restart the run until it finishes; kill it ``delay`` seconds after its metrics file has ``rows`` rows."""
     command, environment = command_line(run, "--trainer.max_epochs", str(ITERATIONS), "--ckpt_path", "last", *options)
     for rows, delay in [*kills, (None, 0.0)]:
         process = subprocess.Popen(
@@ -41,7 +41,7 @@ def play(run, repository, *options: str, kills: list[tuple[int, float]] = ()) ->
 def has_rows(run, count: int) -> bool:
     try:
         return len(metrics(run)) >= count
-    except FileNotFoundError:  # not written yet, or just set aside by a start that found no checkpoint
+    except FileNotFoundError:  # not written yet, or just moved away by a start without checkpoint
         return False
 
 
@@ -52,15 +52,15 @@ def ledger(run) -> list[tuple[int, int, int, str]]:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_equals_the_whole_one(tmp_path, repository, processes):
+def test_a_killed_run_equals_an_uninterrupted_one(tmp_path, repository, processes):
     options = [RECORD, "--trainer.devices", str(processes)] + ["--trainer.strategy", "ddp"] * (processes > 1)
     rng, kills = random.Random(processes), (1, 3, 5) if processes == 1 else (2, 5)
     play(tmp_path / "whole", repository, *options)
     play(tmp_path / "killed", repository, *options, kills=[(rows, rng.uniform(0, 0.4)) for rows in kills])
-    assert ledger(tmp_path / "killed") == ledger(tmp_path / "whole"), "a task was skipped, repeated or played anew"
+    assert ledger(tmp_path / "killed") == ledger(tmp_path / "whole"), "tasks or rollouts differ"
     left, right = metrics(tmp_path / "whole"), metrics(tmp_path / "killed")
     assert [row["step"] for row in right] == [row["step"] for row in left] == list(range(ITERATIONS + 1))
-    # DDP lays its gradient buckets out anew after a process's first step: equal but for rounding
+    # DDP rebuilds its gradient buckets after a process's first step: equal except for rounding
     tolerance = {"rel": 0, "abs": 0} if processes == 1 else {"rel": 1e-3, "abs": 1e-5}
     for a, b in zip(left, right, strict=True):
         assert b == pytest.approx(a, **tolerance)
@@ -71,7 +71,7 @@ def test_a_killed_run_equals_the_whole_one(tmp_path, repository, processes):
         assert all(value.equal(other["state_dict"][name]) for name, value in one["state_dict"].items())
 
 
-def test_a_terminated_run_says_so_to_the_shell_and_goes_on(tmp_path, repository):
+def test_a_terminated_run_exits_with_status_75_and_can_be_resumed(tmp_path, repository):
     command, environment = command_line(tmp_path, "--trainer.max_epochs", "500", "--ckpt_path", "last")
     process = subprocess.Popen(command, cwd=repository, env=environment, stderr=subprocess.PIPE, text=True)
     until(lambda: has_rows(tmp_path, 3), "three rows")

@@ -1,4 +1,4 @@
-"""Ranks with very different work meet again: nobody waits for a rank that has gone another way."""
+"""Ranks with very different work call the same collectives: no rank waits forever for another."""
 
 import os
 from pathlib import Path
@@ -30,7 +30,7 @@ class Uneven(CachedEngine):
 
 
 class OneRankLearns(Chatter):
-    """Every rollout of rank 0 is worth the same."""
+    """Every rollout of rank 0 has the same reward."""
 
     def step(self, message: dict) -> Any:
         step = super().step(message)
@@ -60,7 +60,7 @@ def test_one_rank_ends_at_the_first_token_and_the_other_at_the_limit(pair, tmp_p
 
 
 class WrongOnOneRank(CachedEngine):
-    """Tells log-probs on rank 1 that are not the policy's."""
+    """Returns wrong log-probs on rank 1."""
 
     def poll(self) -> Any:
         turns = super().poll()
@@ -81,7 +81,7 @@ def wrong(run: Path, name: str, mode: str) -> str:
 def test_log_probs_that_are_wrong_on_one_rank_stop_all_before_the_first_rollout(pair, tmp_path, name, mode):
     for message in pair.run(wrong, tmp_path, name, mode):
         assert "log-probs of WrongOnOneRank and of the trainer differ by up to 0.1 nats" in message
-    pair.stop()  # the strategy was left in the middle
+    pair.stop()  # the strategy is in an undefined state
 
 
 def failing(run: Path, name: str, mode: str) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def failing(run: Path, name: str, mode: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "mode"), [("ddp", "auto"), ("fsdp", "stream"), ("zero3", "stream"), ("zero3", "gather")]
 )
-def test_no_environment_of_one_rank_can_be_played(pair, tmp_path, name, mode):
+def test_all_environments_of_one_rank_fail(pair, tmp_path, name, mode):
     none, some = pair.run(failing, tmp_path, name, mode)
     assert none["tokens"] == 0 < some["tokens"]
 
@@ -103,7 +103,7 @@ def chunked(run: Path, name: str, logits: int | None) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["fsdp", "zero3"])
 def test_ranks_with_different_numbers_of_logits_chunks(pair, tmp_path, name):
     whole, _ = pair.run(chunked, tmp_path, name, None)
-    pieces, _ = pair.run(chunked, tmp_path, name, 1000)  # a few tokens: rank 1 has many pieces, rank 0 has one
+    pieces, _ = pair.run(chunked, tmp_path, name, 1000)  # few tokens per chunk: rank 1 has many chunks, rank 0 one
     assert pieces["metrics"] == pytest.approx(whole["metrics"], rel=1e-4, abs=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Low-precision weights under every strategy: gradients are added up in float32, and adapters are float32."""
+"""Low-precision weights under every strategy: gradients are summed in float32, and adapters are float32."""
 
 import os
 from pathlib import Path
@@ -20,11 +20,11 @@ from gear_lightning.models import Float32Buffers, Pretrained
 from gear_lightning.strategies import place
 
 MICRO_BATCHES, WIDTH = 64, 4096
-ROUNDING = 0.003  # of one number to bfloat16: up to 0.39 %, 0.17 % in the mean
+ROUNDING = 0.003  # rounding one number to bfloat16: up to 0.39 %, 0.17 % on average
 
 
 class Block(nn.Module):
-    """A vector w; gives w x."""
+    """A vector w; returns w x."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Two blocks, which the strategies spread as layers."""
+    """Two blocks, which the strategies shard as layers."""
 
     _no_split_modules = ("Block",)
 
@@ -48,7 +48,7 @@ class Model(nn.Module):
 
 
 def inputs(rank: int, micro_batch: int) -> torch.Tensor:
-    """What a rank sees: one direction and noise, as gradients of rollouts have them."""
+    """Return the input of a rank: one direction plus noise, like gradients of rollouts."""
     mean = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1 + 1000 * rank + micro_batch))
     return (mean + 0.3 * noise).bfloat16()
@@ -65,7 +65,7 @@ class Data(torch.utils.data.Dataset):
 
 
 class Sums(Float32Buffers, Float32Sums, L.LightningModule):
-    """One step of SGD at rate 1 from 0: the weights are then the negative mean gradient."""
+    """One step of SGD with learning rate 1 from 0, after which the weights are the negative mean gradient."""
 
     def __init__(self, seen: list[torch.dtype]):
         super().__init__()
@@ -89,7 +89,7 @@ class Sums(Float32Buffers, Float32Sums, L.LightningModule):
 
 
 def one_step(run: Path, name: str, options: dict[str, Any]) -> tuple[float, list[torch.dtype]]:
-    """The weights' error after a step, as a share of them, and the types of gradients before it."""
+    """Return the relative error of the weights after a step, and the dtypes of the gradients before it."""
     seen: list[torch.dtype] = []
     module = Sums(seen)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -105,14 +105,14 @@ def one_step(run: Path, name: str, options: dict[str, Any]) -> tuple[float, list
     return max(float((f - exact).norm() / exact.norm()) for f in found), seen
 
 
-def test_one_process_adds_micro_batches_up_in_float32(tmp_path):
+def test_one_process_sums_micro_batches_in_float32(tmp_path):
     error, seen = one_step(tmp_path, "one", {})
     assert error < ROUNDING
-    assert seen == [torch.bfloat16] * 2, "what clips gradients, or looks at them, does not find them"
+    assert seen == [torch.bfloat16] * 2, "code that clips or reads gradients would not find them"
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
-def test_gradients_of_micro_batches_and_ranks_are_added_up_in_float32(pair, tmp_path, name):
+def test_gradients_of_micro_batches_and_ranks_are_summed_in_float32(pair, tmp_path, name):
     for error, seen in pair.run(one_step, tmp_path, name, {}):
         assert error < ROUNDING
         assert seen == ([] if "zero" in name else [torch.bfloat16] * 2)
@@ -121,7 +121,7 @@ def test_gradients_of_micro_batches_and_ranks_are_added_up_in_float32(pair, tmp_
 # -- adapters ---------------------------------------------------------------------------------------------------------
 
 LORA = LoRA(rank=4, alpha=8)
-STEP = 1e-5  # of the learning rate: on most numbers of A a bfloat16 adapter would not move
+STEP = 1e-5  # learning rate at which most values of A would not change in a bfloat16 adapter
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def base(tmp_path_factory) -> Pretrained:
 
 
 class Types(L.Callback):
-    """Precisions of base, adapters, their gradients and the optimizer's state."""
+    """Collects the dtypes of base, adapters, their gradients and the optimizer state."""
 
     def __init__(self) -> None:
         self.found: dict[str, set[torch.dtype]] = {"base": set(), "adapters": set(), "gradients": set(), "state": set()}
@@ -152,14 +152,14 @@ class Types(L.Callback):
 
 
 def adapters(run: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """One more iteration of adapters, and its checkpoint."""
+    """Train adapters for one more iteration and write a checkpoint."""
     types = Types()
     found = train(run, name, model={"lora": LORA}, callbacks=[types], whole=True, **options)
     return {"gap": found["metrics"]["train/sampler_gap_max"], **types.found}
 
 
 def chain(pair: Any, run: Path, base: Pretrained, names: list[str], precision: str, lr: float) -> list[dict[str, Any]]:
-    """The checkpoints of a run whose every iteration is under another strategy; each takes up the one before."""
+    """Run every iteration under another strategy, resuming from the previous checkpoint; return the checkpoints."""
     states, resume = [], None
     for number, name in enumerate(names):
         folder = run / f"{number}-{name}"
@@ -177,7 +177,7 @@ def chain(pair: Any, run: Path, base: Pretrained, names: list[str], precision: s
     return states
 
 
-def test_float32_adapters_on_a_bfloat16_base_go_from_strategy_to_strategy(pair, base, tmp_path):
+def test_float32_adapters_on_a_bfloat16_base_resume_under_other_strategies(pair, base, tmp_path):
     states = chain(pair, tmp_path, base, ["ddp", "fsdp", "zero1", "zero2", "zero3"], "bf16-true", STEP)
     for state in states:
         assert all(is_adapter(key) for key in state["state_dict"]), "frozen weights were saved"
@@ -189,7 +189,7 @@ def test_float32_adapters_on_a_bfloat16_base_go_from_strategy_to_strategy(pair, 
             assert (last[key] != value).float().mean() > 0.9, key
 
 
-def test_adapters_trained_under_several_strategies_are_those_of_one_process(pair, base, tmp_path):
+def test_adapters_trained_under_several_strategies_equal_those_of_one_process(pair, base, tmp_path):
     lr = 1e-3
     states = chain(pair, tmp_path, base, ["fsdp", "zero3", "one"], "32-true", lr)
     folder = tmp_path / "whole"
@@ -197,7 +197,8 @@ def test_adapters_trained_under_several_strategies_are_those_of_one_process(pair
     adapters(folder, "one", {"policy": base, "max_epochs": 3})
     whole = torch.load(folder / "end.ckpt", weights_only=True)["state_dict"]
     for key, value in states[-1]["state_dict"].items():
-        # B starts at 0 and is a few steps of Adam large, which divides rounding by its own size: 1e-4 of one of them
+        # B starts at 0 and is a few steps of Adam in size; Adam divides by the gradient's size, including that of
+        # rounding: allow 1e-4 of a step
         limit = max(2e-5 * float(value.abs().max()), 1e-4 * lr)
         assert (value - whole[key]).abs().max() <= limit, key
 
@@ -207,11 +208,11 @@ def refused(run: Path, name: str, options: dict[str, Any]) -> str:
         adapters(run, name, options)
     except UserError as error:
         return str(error)
-    return "went on"
+    return "no error"
 
 
 @pytest.mark.parametrize("name", ["fsdp", "zero3"])
-def test_adapters_of_another_base_are_refused_by_all_ranks(pair, base, tmp_path, name):
+def test_adapters_of_another_base_are_refused_on_all_ranks(pair, base, tmp_path, name):
     adapters(tmp_path, "one", {"policy": base, "max_epochs": 1})
     Opinions(seed=3).model().save_pretrained(tmp_path / "other")
     Opinions().tokenizer().save_pretrained(tmp_path / "other")

@@ -1,4 +1,4 @@
-"""A run that is asked to stop does so soon, with one whole checkpoint, and says so to the shell."""
+"""A run that is asked to stop ends soon, with one complete checkpoint and a distinct exit status."""
 
 import json
 import os
@@ -13,15 +13,15 @@ from gear_lightning.commands.status import status_of
 from gear_lightning.runs.checkpoints import newest_complete
 
 
-def test_a_stop_among_the_last_evaluation_is_made_up_for(tmp_path):
-    """Lightning itself starts nothing where no iteration is left."""
+def test_an_interrupted_last_evaluation_is_repeated_at_a_resume(tmp_path):
+    """Lightning alone would not start the loop if no iteration is left."""
     run = tmp_path / "run"
     options = ("--trainer.check_val_every_n_epoch", "3", "--first_evaluation.enabled", "false")
     life, again = strike(run, "evaluation", 2, "SIGTERM", *options, "--data.eval_batch_size", "2")
     assert play(tmp_path / "first", [life]) == [[75]]
     last = metrics(run)[-1]
     assert last["step"] == 3
-    assert "val/success" not in last, "a mean over some of the tasks was logged"
+    assert "val/success" not in last, "a mean over a part of the tasks was logged"
     assert status_of(run)["state"] == "stopped"
     assert play(tmp_path / "second", [again]) == [[0]]
     assert "val/success" in metrics(run)[-1]
@@ -30,29 +30,29 @@ def test_a_stop_among_the_last_evaluation_is_made_up_for(tmp_path):
     assert (found["state"], found["starts"], found["ends"]) == ("finished", 2, ["stopped", "finished"])
 
 
-def test_a_stop_leaves_one_checkpoint_of_its_own_and_the_next_ones_replace_it(tmp_path):
+def test_a_stop_writes_one_checkpoint_and_later_ones_replace_it(tmp_path):
     run = tmp_path / "run"
     life, again = strike(run, "tool call", 20, "SIGUSR2")
     play(tmp_path / "lives", [life])
     assert newest_complete(run / "checkpoints").name == "stopped.ckpt"
     assert "SIGUSR2: stopping at the next safe place" in said(tmp_path / "lives", 0)
     assert "to resume: run the same command with --ckpt_path last" in said(tmp_path / "lives", 0)
-    assert not (run / "crash").exists(), "a stop is no crash"
+    assert not (run / "crash").exists(), "a stop is not a crash"
     assert play(tmp_path / "lives", [again]) == [[0]]
     assert not (run / "checkpoints" / "stopped.ckpt").exists()
 
 
-def test_a_stop_that_took_long_leaves_no_crash_report(tmp_path):
-    """One is written in case that the process is killed while it waits."""
+def test_a_slow_stop_leaves_no_crash_report(tmp_path):
+    """A report is written in case the process is killed while it waits, and removed after the stop."""
     run = tmp_path / "run"
     life, _ = strike(run, "tool call", 2, "SIGTERM", "--generation.environment", "send_signal_at.Slow")
     assert play(tmp_path / "lives", [life]) == [[75]]
-    assert not list((run / "crash").glob("*")), "a stop is no crash"
+    assert not list((run / "crash").glob("*")), "a stop is not a crash"
 
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """A SLURM that notes what it is asked."""
+    """A fake ``scontrol`` that records its arguments."""
     asked = tmp_path / "asked"
     program = tmp_path / "bin" / "scontrol"
     program.parent.mkdir()
@@ -60,7 +60,7 @@ def scontrol(tmp_path, monkeypatch):
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "41")
-    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")  # no launch by SLURM
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")  # so that Lightning does not use SLURM's ranks
     return asked
 
 
@@ -68,13 +68,13 @@ def scontrol(tmp_path, monkeypatch):
     ("number", "options", "asked"),
     [("SIGUSR1", (), "requeue 41\n"), ("SIGTERM", (), None), ("SIGUSR1", ("--preemption.requeue", "false"), None)],
 )
-def test_the_usr_signals_ask_for_another_run(tmp_path, scontrol, number, options, asked):
+def test_the_usr_signals_requeue_the_job(tmp_path, scontrol, number, options, asked):
     life, _ = strike(tmp_path / "run", "update", 2, number, *options)
     assert play(tmp_path / "lives", [life]) == [[75]]
     assert (scontrol.read_text() if scontrol.exists() else None) == asked
 
 
-def test_an_array_task_asks_for_itself(tmp_path, scontrol, monkeypatch):
+def test_an_array_task_requeues_only_itself(tmp_path, scontrol, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     life, _ = strike(tmp_path / "run", "rollout", 2, "SIGUSR1")
@@ -82,7 +82,7 @@ def test_an_array_task_asks_for_itself(tmp_path, scontrol, monkeypatch):
     assert scontrol.read_text() == "requeue 40_3\n"
 
 
-def test_a_refused_requeue_is_told_and_the_checkpoint_is_there(tmp_path, scontrol, monkeypatch):
+def test_a_refused_requeue_is_reported_and_the_checkpoint_is_written(tmp_path, scontrol, monkeypatch):
     monkeypatch.setenv("REFUSE", "1")
     life, _ = strike(tmp_path / "run", "update", 2, "SIGUSR1")
     assert play(tmp_path / "lives", [life]) == [[75]]
@@ -90,7 +90,7 @@ def test_a_refused_requeue_is_told_and_the_checkpoint_is_there(tmp_path, scontro
     assert newest_complete(tmp_path / "run" / "checkpoints") is not None
 
 
-def test_a_run_without_checkpoints_says_that_nothing_was_saved(tmp_path):
+def test_a_run_without_checkpoints_reports_that_nothing_was_saved(tmp_path):
     options = ("--trainer.enable_checkpointing", "false")
     life, _ = strike(tmp_path / "run", "update", 2, "SIGTERM", *options)
     assert play(tmp_path / "lives", [life]) == [[143]]
@@ -116,7 +116,7 @@ def test_a_signal_to_one_process_stops_all(tmp_path, place):
     assert play(tmp_path / "lives", [again]) == [[0, 0]]
 
 
-def test_the_others_of_a_killed_process_say_where_they_were(tmp_path):
+def test_the_other_processes_of_a_killed_process_write_reports(tmp_path):
     run = tmp_path / "run"
     life, _ = strike(run, "update", 2, "SIGKILL", "--trainer.strategy", "ddp", processes=2, rank=1)
     ((first, second),) = play(tmp_path / "lives", [life])
@@ -127,7 +127,7 @@ def test_the_others_of_a_killed_process_say_where_they_were(tmp_path):
     assert "rank 0 of 2" in report
     assert "iteration 0, after 0 optimizer steps" in report
     assert "phase: update in iteration 0" in report
-    assert re.search(r"rank 1: \w+", report), "what the lost one was last heard to do"
+    assert re.search(r"rank 1: \w+", report), "the last known phase of the killed process is missing"
     found = status_of(run)
     assert found["state"] == "failed"
     assert list(found["crashes"]) == [str(run / "crash" / "rank_0.txt")]

@@ -1,4 +1,4 @@
-"""Parts of parameters and the whole, the teacher's average on parts, and errors that all ranks hear of."""
+"""Parts of parameters and full tensors, the teacher's average on parts, and errors that all ranks raise."""
 
 import copy
 from typing import Any
@@ -34,7 +34,7 @@ def four():
 
 
 def llama(tied: bool = True, seed: int = 0) -> Any:
-    """A Llama whose sizes no number of processes divides: 37 words, width 6, one hidden unit."""
+    """Return a Llama whose sizes are not divisible by the number of processes: 37 words, width 6, one hidden unit."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -50,8 +50,8 @@ def llama(tied: bool = True, seed: int = 0) -> Any:
     return LlamaForCausalLM(config)
 
 
-def spread(kind: str, model: Any) -> Any:
-    """The model spread over the ranks, with rank 0's values; ``whole``: as it is."""
+def sharded(kind: str, model: Any) -> Any:
+    """Return the model sharded over the ranks, with rank 0's values; unchanged for ``whole``."""
     if kind == "whole":
         connect("ddp")
         return model
@@ -60,19 +60,19 @@ def spread(kind: str, model: Any) -> Any:
 
 
 def random_like(model: Any, seed: int) -> list[torch.Tensor]:
-    """The same random tensors on every rank, one for each parameter."""
+    """Return the same random tensors on every rank, one for each parameter."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape(p), generator=generator) for p in model.parameters()]
 
 
-# -- parts and wholes -------------------------------------------------------------------------------------------------
+# -- parts and full tensors -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def round_trip(kind: str, tied: bool) -> int:
-    """Check everything that leads from parts to wholes and back. Returns the bytes that this rank holds."""
+    """Check all conversions between parts and full tensors. Return the bytes that this rank holds."""
     original = llama(tied)
-    model = spread(kind, copy.deepcopy(original))
+    model = sharded(kind, copy.deepcopy(original))
     assert is_sharded(model) == (kind != "whole")
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in original.named_parameters()]
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
@@ -94,7 +94,7 @@ def round_trip(kind: str, tied: bool) -> int:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["whole", "fsdp", "zero3"])
-def test_parts_give_the_whole_and_the_whole_its_parts(pair, kind, tied):
+def test_full_tensors_and_parts_convert_both_ways(pair, kind, tied):
     held = pair.run(round_trip, kind, tied)
     whole = state_bytes(llama(tied))
     if kind == "whole":
@@ -103,21 +103,21 @@ def test_parts_give_the_whole_and_the_whole_its_parts(pair, kind, tied):
         assert sum(held) == whole, "nothing is held twice"
         assert max(held) < 0.6 * whole
     else:
-        padding = 4 * len(list(llama(tied).parameters()))  # at most one float of each
+        padding = 4 * len(list(llama(tied).parameters()))  # at most one float per parameter
         assert whole <= sum(held) <= whole + padding
 
 
-def test_replicas_of_parts_give_the_whole(four):
+def test_full_tensors_and_parts_convert_under_hybrid_sharding(four):
     held = four.run(round_trip, "hybrid", True)
     assert sum(held) == 2 * state_bytes(llama()), "each of the two replicas holds everything once"
 
 
 @torch.no_grad()
-def prints(kind: str) -> dict[str, Any]:
-    """Fingerprints of a spread model, of the same one whole, and after small changes."""
+def fingerprints(kind: str) -> dict[str, Any]:
+    """Return fingerprints of a sharded model, of the same model unsharded, and after small changes."""
     original = llama()
-    model = spread(kind, copy.deepcopy(original))
-    found = {"whole": fingerprint(original), "spread": fingerprint(model)}
+    model = sharded(kind, copy.deepcopy(original))
+    found = {"whole": fingerprint(original), "sharded": fingerprint(model)}
     found["rounded"] = fingerprint(model, torch.bfloat16), fingerprint(original.bfloat16(), torch.bfloat16)
     found["last"] = []
     for p in model.parameters():
@@ -134,36 +134,36 @@ def prints(kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "zero3"])
-def test_a_fingerprint_does_not_depend_on_the_spread_and_sees_the_last_bit(pair, kind):
-    one, other = pair.run(prints, kind)
+def test_a_fingerprint_does_not_depend_on_sharding_and_detects_one_changed_bit(pair, kind):
+    one, other = pair.run(fingerprints, kind)
     assert one == other
-    assert one["whole"] == one["spread"] == one["again"]
+    assert one["whole"] == one["sharded"] == one["again"]
     assert one["rounded"][0] == one["rounded"][1] != one["whole"]
-    assert len({one["whole"], *one["last"]}) == 1 + len(one["last"]), "a change was not seen"
+    assert len({one["whole"], *one["last"]}) == 1 + len(one["last"]), "a change was not detected"
 
 
 def test_a_fingerprint_does_not_depend_on_replicas(four):
-    found = four.run(prints, "hybrid")
-    assert all(mine["whole"] == mine["spread"] == found[0]["whole"] for mine in found)
+    found = four.run(fingerprints, "hybrid")
+    assert all(mine["whole"] == mine["sharded"] == found[0]["whole"] for mine in found)
 
 
-def whole_prints(seeds: list[int]) -> str:
+def unsharded_fingerprint(seeds: list[int]) -> str:
     connect("ddp")
     return fingerprint(llama(seed=seeds[torch.distributed.get_rank()]))
 
 
-def test_whole_models_that_differ_have_different_fingerprints(pair):
-    one, other = pair.run(whole_prints, [0, 1])
+def test_different_unsharded_models_have_different_fingerprints(pair):
+    one, other = pair.run(unsharded_fingerprint, [0, 1])
     assert one != other
 
 
 @torch.no_grad()
-def bare(kind: str) -> None:
-    """A skeleton has the modules, ties, buffers and flags, and no values; values put in their place are those."""
+def check_skeleton(kind: str) -> None:
+    """Check that a skeleton has the modules, ties, buffers and flags but no values, and that values can be set."""
     model = llama()
     model.model.layers[0].requires_grad_(False)
     model.register_buffer("seen", torch.arange(3))
-    model = spread(kind, model) if kind != "before" else model
+    model = sharded(kind, model) if kind != "before" else model
     empty = skeleton(model)
     assert all(p.is_meta for p in empty.parameters())
     assert not is_sharded(empty) or kind == "fsdp"
@@ -186,15 +186,15 @@ def bare(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["before", "whole", "zero3"])
 def test_a_skeleton_is_the_model_without_its_values(pair, kind):
-    pair.run(bare, kind)
+    pair.run(check_skeleton, kind)
 
 
 # -- the teacher ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def let_go() -> bool:
-    """Whether a teacher holds its own parts alone after a forward, though the policy keeps what it has gathered."""
+def teacher_frees_gathered_weights() -> bool:
+    """Return whether a teacher holds only its own parts after a forward, although the policy keeps gathered weights."""
     strategy = connect("fsdp", reshard_after_forward=False)
     blank, policy = skeleton(llama()), strategy.shard(llama())
     teacher = strategy.shard(blank, like=policy)
@@ -204,13 +204,13 @@ def let_go() -> bool:
     return all(isinstance(p, DTensor) for p in teacher.parameters())
 
 
-def test_a_teacher_lets_go_of_what_it_gathered_whatever_the_policy_does(pair):
-    assert pair.run(let_go) == [True, True]
+def test_a_teacher_frees_its_gathered_weights_even_if_the_policy_keeps_them(pair):
+    assert pair.run(teacher_frees_gathered_weights) == [True, True]
 
 
 @torch.no_grad()
 def averaged(kind: str, low: bool, park: bool) -> dict[str, Any]:
-    """Fifty small steps of a policy and its teacher; the same of whole tensors, in float64."""
+    """Take fifty small steps with a policy and its teacher, and compute the same with full tensors in float64."""
     rate, dtype = 0.05, torch.bfloat16 if low else torch.float32
     blank = skeleton(llama())
     strategy = connect("ddp" if kind == "whole" else kind, precision="bf16-true" if low else "32-true")
@@ -232,7 +232,7 @@ def averaged(kind: str, low: bool, park: bool) -> dict[str, Any]:
         for mine, value, direction in zip(
             policy.parameters(), newest, random_like(whole, seed=2 if not low else step), strict=True
         ):
-            # float32: 1e-6 in one direction, as Adam moves; bfloat16: what survives rounding
+            # float32: steps of 1e-6 in one direction, like Adam; bfloat16: steps large enough to survive rounding
             value.add_((1e-6 * direction.sign()) if not low else 0.01 * direction.to(dtype) * value)
             fill(mine, value)
         teacher.update(policy, step)
@@ -254,11 +254,11 @@ def averaged(kind: str, low: bool, park: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("park", [False, True])
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("kind", ["whole", "fsdp", "zero3"])
-def test_the_average_of_parts_is_that_of_the_whole(pair, kind, low, park):
+def test_the_average_of_parts_equals_that_of_full_tensors(pair, kind, low, park):
     one, other = pair.run(averaged, kind, low, park)
     assert one == other
     assert one["error"] < (1e-6 if low else 1e-7)
-    assert one["moved"] > 2e-5, "nothing to average"
+    assert one["moved"] > 2e-5, "the average did not move"
     assert one["rounded"]
     assert one["dtype"] == (torch.bfloat16 if low else torch.float32)
     assert one["loaded"]
@@ -268,7 +268,7 @@ def test_the_average_of_parts_is_that_of_the_whole(pair, kind, low, park):
 
 
 class ReadOnFirst:
-    """Cannot be unpickled on another rank than 0."""
+    """Can be unpickled only on rank 0."""
 
     def __init__(self, rank: int):
         self.rank = rank
@@ -289,7 +289,7 @@ def gathered_on_first() -> Any:
     return found and [(read.rank, values.tolist(), str(values.device)) for read, values in found]
 
 
-def test_what_rank_zero_writes_is_read_by_rank_zero_alone(four):
+def test_gather_on_first_unpickles_only_on_rank_zero(four):
     expected = [(rank, list(range(rank + 1)), "cpu") for rank in range(4)]
     assert four.run(gathered_on_first) == [expected, None, None, None]
 
@@ -309,7 +309,7 @@ def all_or_none(failing: list[int], kind: str) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def test_an_error_on_one_rank_is_one_on_all(pair):
+def test_an_error_on_one_rank_is_raised_on_all(pair):
     assert pair.run(all_or_none, [], "user") == ["done 0", "done 1"]
     assert pair.run(all_or_none, [1], "user") == ["UserError: bad path (rank 1)", "UserError: bad path"]
     assert pair.run(all_or_none, [0, 1], "user") == ["UserError: bad path", "UserError: bad path"]
@@ -322,12 +322,12 @@ def gathered() -> list:
     return gather({"rank": rank, "text": "x" * (rank * 1000)})
 
 
-def test_every_rank_gets_the_state_of_all(pair):
+def test_gather_returns_the_states_of_all_ranks(pair):
     one, other = pair.run(gathered)
     assert one == other == [{"rank": 0, "text": ""}, {"rank": 1, "text": "x" * 1000}]
 
 
-def test_one_process_needs_no_group():
+def test_one_process_needs_no_process_group():
     assert gather(3) == [3]
     assert run_on_all_ranks(lambda: 4) == 4
     with pytest.raises(UserError, match="bad"):

@@ -1,4 +1,4 @@
-"""All ranks agree on which optimizer steps are taken, under every strategy."""
+"""All ranks skip the same optimizer steps, under every strategy."""
 
 import math
 import os
@@ -14,8 +14,8 @@ from short_runs import train
 STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
 
 
-class Lost(L.Callback):
-    """Makes the loss of rank 1 not finite in the second step, in one micro-batch only."""
+class NonFiniteLoss(L.Callback):
+    """Makes the loss of rank 1 non-finite in the second step, in one micro-batch only."""
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 1 and batch_idx == 0 and os.environ["LOCAL_RANK"] == "1":
@@ -32,23 +32,23 @@ class Metrics(L.Callback):
         self.skipped.append(float(trainer.callback_metrics["train/skipped_steps"]))
 
 
-class Silent(Chatter):
-    """Pays nothing once the first step has been taken."""
+class RewardsOnlyAtFirst(Chatter):
+    """Returns reward 0 after the first iteration."""
 
     def step(self, message: dict) -> Any:
         step = super().step(message)
-        step.reward = step.reward if Silent.paying else 0.0
+        step.reward = step.reward if RewardsOnlyAtFirst.paying else 0.0
         return step
 
     paying = True
 
 
-class StopPaying(L.Callback):
+class StopRewards(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        Silent.paying = trainer.current_epoch == 0
+        RewardsOnlyAtFirst.paying = trainer.current_epoch == 0
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        Silent.paying = True
+        RewardsOnlyAtFirst.paying = True
 
 
 class Save(L.Callback):
@@ -61,19 +61,19 @@ class Save(L.Callback):
         trainer.save_checkpoint(self.run / f"{trainer.current_epoch}.ckpt")
 
 
-def lost(run: Path, name: str) -> Any:
+def train_with_a_nan(run: Path, name: str) -> Any:
     metrics = Metrics()
-    train(run, name, callbacks=[Lost(), metrics, Save(run)])
+    train(run, name, callbacks=[NonFiniteLoss(), metrics, Save(run)])
     return metrics.skipped
 
 
-def silent(run: Path, name: str) -> Any:
-    result = train(run, name, environment=Silent, callbacks=[StopPaying(), Save(run)])
+def last_gradient_norm(run: Path, name: str) -> Any:
+    result = train(run, name, environment=RewardsOnlyAtFirst, callbacks=[StopRewards(), Save(run)])
     return result["metrics"]["train/grad_norm"]
 
 
-def same_states(run: Path) -> None:
-    """The second step has changed no weight of the policy or the teacher, and no state of the optimizer."""
+def assert_unchanged(run: Path) -> None:
+    """Assert that the second step changed no weight of the policy or the teacher, and no state of the optimizer."""
     first, second = (torch.load(run / f"{i}.ckpt", weights_only=True) for i in (0, 1))
     for name, value in first["state_dict"].items():
         assert torch.equal(value, second["state_dict"][name]), name
@@ -84,12 +84,12 @@ def same_states(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(pair, tmp_path, name):
-    assert pair.run(lost, tmp_path, name) == [[0.0, 1.0], [0.0, 1.0]]
-    same_states(tmp_path)
+def test_a_non_finite_gradient_on_one_rank_is_skipped_on_all(pair, tmp_path, name):
+    assert pair.run(train_with_a_nan, tmp_path, name) == [[0.0, 1.0], [0.0, 1.0]]
+    assert_unchanged(tmp_path)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_step_without_any_signal_moves_nothing(pair, tmp_path, name):
-    assert pair.run(silent, tmp_path, name) == [0.0, 0.0]
-    same_states(tmp_path)
+def test_a_step_with_zero_gradient_changes_nothing(pair, tmp_path, name):
+    assert pair.run(last_gradient_norm, tmp_path, name) == [0.0, 0.0]
+    assert_unchanged(tmp_path)

@@ -1,4 +1,4 @@
-"""Every strategy trains as one process does, goes on as if it had not stopped, and writes the same checkpoints."""
+"""Every strategy trains like one process, resumes exactly, and writes the same checkpoints."""
 
 import csv
 import os
@@ -27,12 +27,12 @@ from gear_lightning.commands import parity
 from gear_lightning.commands.export import export_command
 from gear_lightning.parity.compare import compare, read_rollouts
 
-SPREAD = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
-STRATEGIES = [*SPREAD, "zero3_offload"]
-TOLERANCE = 1e-3  # of averages of gradients, as a share of the largest: rounding is 1e-6, and what is wrong shows whole
+DISTRIBUTED = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
+STRATEGIES = [*DISTRIBUTED, "zero3_offload"]
+TOLERANCE = 1e-3  # for averages of gradients, relative to the largest; rounding is 1e-6, errors are of order 1
 ITERATIONS, STOP = 5, 2
-RESUMED = [  # under which strategy the first iterations were done -> under which the others
-    *((name, name) for name in SPREAD),
+RESUMED = [  # (strategy of the first iterations, strategy of the others)
+    *((name, name) for name in DISTRIBUTED),
     ("one", "fsdp"), ("one", "zero1"), ("zero3", "one"), ("fsdp", "zero3"), ("zero2", "fsdp"), ("zero1", "ddp"),
 ]  # fmt: skip
 
@@ -54,24 +54,24 @@ def train(run: Path, *options: str) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """Name of a strategy -> its run."""
+    """Map the name of a strategy to its run."""
     return side_by_side({name: partial(train, folder / name, *strategy(name)) for name in ["one", *STRATEGIES]})
 
 
 @pytest.fixture(scope="module")
 def resumed(folder, runs):
-    """(before, after) -> the run that was stopped under one strategy and went on under another."""
+    """Map (before, after) to the run that stopped under one strategy and resumed under another."""
 
-    def go_on(before: str, after: str) -> Path:
+    def resume(before: str, after: str) -> Path:
         run = folder / f"{before}-{after}"
         cut(runs[before], run)
         return train(run, *strategy(after), "--ckpt_path=last")
 
-    return side_by_side({pair: partial(go_on, *pair) for pair in RESUMED})
+    return side_by_side({pair: partial(resume, *pair) for pair in RESUMED})
 
 
 def cut(whole: Path, run: Path) -> None:
-    """Copy a run as it was after `STOP` iterations."""
+    """Copy the state of a run after `STOP` iterations."""
     for name in (f"iteration={STOP - 1:05d}.ckpt", f"iteration={STOP - 1:05d}.ckpt.json"):
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         shutil.copy(whole / "checkpoints" / name, run / "checkpoints" / name)
@@ -97,7 +97,7 @@ def column(run: Path, name: str) -> list[float]:
 
 
 def share(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Largest difference as a share of the largest value."""
+    """Return the largest difference relative to the largest value."""
     assert one.shape == other.shape
     assert one.dtype == other.dtype
     scale = float(one.abs().max()) if one.numel() else 0.0
@@ -105,7 +105,7 @@ def share(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def assert_same(one, other, where: str = "") -> None:
-    """Nested data is equal, tensors within the tolerance."""
+    """Assert that nested data is equal, with tensors within the tolerance."""
     assert type(one) is type(other), where
     if isinstance(one, torch.Tensor):
         assert share(one, other) <= TOLERANCE, where
@@ -123,8 +123,8 @@ def assert_same(one, other, where: str = "") -> None:
         assert one == other, where
 
 
-def test_the_reference_is_worth_comparing_with(runs):
-    """Turns of very different lengths, gradients that are clipped, many micro-batches, credit that weighs."""
+def test_the_reference_run_covers_the_interesting_cases(runs):
+    """It has turns of very different lengths, clipped gradients, many micro-batches, and non-uniform credit."""
     rollouts = read_rollouts(runs["one"])
     lengths = [int(tensors["action_mask"].sum()) for tensors in rollouts.values() if tensors]
     assert len(rollouts) == ITERATIONS * 16
@@ -142,13 +142,13 @@ def test_the_reference_is_worth_comparing_with(runs):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_strategy_trains_as_one_process_does(runs, name):
+def test_a_strategy_trains_like_one_process(runs, name):
     found = compare(runs["one"], runs[name])
     assert found.verdict == "equal", found
     assert found.steps == ITERATIONS
     assert {"gradient", "norm", "update", "teacher", "divergence", "weights", "train/loss"} < found.worst.keys()
     assert max(found.worst.values()) < 1e-3, found.worst
-    assert sorted({rank for _, rank, _ in records(runs[name])}) == [0, 1], "one process had all the rollouts"
+    assert sorted({rank for _, rank, _ in records(runs[name])}) == [0, 1], "one process generated all rollouts"
 
 
 MEANS = [
@@ -158,14 +158,14 @@ MEANS = [
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_means_over_uneven_ranks_are_those_of_one_process(runs, name):
+def test_means_over_uneven_ranks_equal_those_of_one_process(runs, name):
     for metric in MEANS:
         one, other = column(runs["one"], metric), column(runs[name], metric)
         assert other == pytest.approx(one, rel=1e-4, abs=1e-6), metric
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_the_size_of_rounding_is_one_number_on_all_ranks_and_in_all_iterations(runs, name):
+def test_the_noise_floor_is_equal_on_all_ranks_and_in_all_iterations(runs, name):
     from gear_lightning.lens.recredit import recorded_noise
     from gear_lightning.runs.records import read_records
 
@@ -183,14 +183,14 @@ def records(run: Path):
 
 
 @pytest.mark.parametrize("pair", RESUMED, ids="-".join)
-def test_a_run_goes_on_under_the_same_and_under_another_strategy(runs, resumed, pair):
+def test_a_run_resumes_under_the_same_and_under_another_strategy(runs, resumed, pair):
     found = compare(runs["one"], resumed[pair])
     assert found.verdict == "equal", found
     assert column(resumed[pair], "step") == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_the_optimizer_and_its_schedule_are_saved_as_plain_torch_does(runs, name):
+def test_the_optimizer_and_its_schedule_are_saved_like_those_of_plain_torch(runs, name):
     one, other = checkpoint(runs["one"]), checkpoint(runs[name])
     assert_same(one["optimizer_states"], other["optimizer_states"])
     assert_same(one["lr_schedulers"], other["lr_schedulers"])
@@ -216,7 +216,7 @@ def test_a_checkpoint_exports_to_the_same_model_directory(runs, tmp_path, name):
     assert load_file(one / "model.safetensors").keys() == load_file(other / "model.safetensors").keys()
 
 
-def test_a_checkpoint_of_a_sharded_run_is_one_of_a_single_process(runs):
+def test_checkpoints_of_sharded_runs_have_the_keys_of_those_of_one_process(runs):
     one = checkpoint(runs["one"])
     for name in STRATEGIES:
         other = checkpoint(runs[name])
@@ -225,8 +225,8 @@ def test_a_checkpoint_of_a_sharded_run_is_one_of_a_single_process(runs):
         assert one["identity"] == other["identity"], name
 
 
-def test_a_killed_run_goes_on(runs, folder):
-    """SIGKILL of all processes while the third iteration or a later one is made."""
+def test_a_killed_run_resumes_exactly(runs, folder):
+    """SIGKILL of all processes during the third iteration or a later one."""
     run = folder / "killed"
     command = fit_command(run, *strategy("zero3"), "--ckpt_path=last", python=PYTHON)
     process = start(command, run / "log.txt")
@@ -242,15 +242,15 @@ def test_a_killed_run_goes_on(runs, folder):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     done = len(column(run, "step"))
-    assert done < ITERATIONS, "it was over before it was killed"
+    assert done < ITERATIONS, "the run finished before it was killed"
     assert finish(start(command, run / "log.txt"), run / "log.txt") == 0
     found = compare(runs["one"], run)
     assert found.verdict == "equal", found
     assert column(run, "step") == [1, 2, 3, 4, 5]
 
 
-def test_one_strategy_on_one_process_is_the_run_without(runs, folder):
-    """FSDP2 on a single device, as on a single GPU."""
+def test_fsdp_on_one_process_equals_the_run_without_a_strategy(runs, folder):
+    """FSDP2 on a single device, such as a single GPU."""
     run = folder / "alone"
     fit(run, *strategy("fsdp", processes=1))
     assert compare(runs["one"], run).verdict == "equal"

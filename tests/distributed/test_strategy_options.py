@@ -1,4 +1,4 @@
-"""Options of the strategies, engines with old weights, and what stops a run before it begins."""
+"""Options of the strategies, engines with old weights, and errors that stop a run at its start."""
 
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from gear_lightning.strategies import FSDP2
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """The run of a single process."""
+    """A run of a single process."""
     run = tmp_path_factory.mktemp("one")
     return {**train(run, "one"), "run": run}
 
@@ -34,13 +34,13 @@ def equal_to_one(one: dict[str, Any], results: list[dict[str, Any]], run: Path) 
     assert not found.faults, found
     assert found.steps, "no step had a gradient"
     for mine in results:
-        for key, value in one["metrics"].items():  # the sampler's gap is rounding and nothing else
-            room = 1e-5 if "sampler_gap" in key else 1e-6
-            assert mine["metrics"][key] == pytest.approx(value, rel=1e-4, abs=room), key
+        for key, value in one["metrics"].items():  # the sampler's gap is only rounding
+            tolerance = 1e-5 if "sampler_gap" in key else 1e-6
+            assert mine["metrics"][key] == pytest.approx(value, rel=1e-4, abs=tolerance), key
 
 
 class Scaled(L.Callback):
-    """Rank 1's gradients are 2 % too large: those of the whole run are 1 % off."""
+    """Makes rank 1's gradients 2 % too large, so that those of the run are off by 1 %."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         step, factor = pl_module.training_step, 1.02 if trainer.global_rank else 1.0
@@ -53,7 +53,7 @@ class Scaled(L.Callback):
 
 
 class HalfUpdated(L.Callback):
-    """Rank 1 takes back what the first step has done to its part of one tensor."""
+    """Reverts the first step for rank 1's part of one tensor."""
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.part = local(next(p for n, p in pl_module.policy.named_parameters() if "up_proj" in n))
@@ -65,7 +65,7 @@ class HalfUpdated(L.Callback):
 
 
 @pytest.mark.parametrize(("name", "fault"), [("ddp", Scaled), ("zero3", Scaled), ("zero3", HalfUpdated)])
-def test_what_is_wrong_on_one_rank_is_found_in_the_records_of_its_steps(pair, one, tmp_path, name, fault):
+def test_an_error_on_one_rank_is_found_in_the_records_of_its_steps(pair, one, tmp_path, name, fault):
     pair.run(with_options, tmp_path, name, {"callbacks": [fault()]})
     told = {Scaled: "step 1: the gradient differs by", HalfUpdated: "up_proj.weight has an update that its gradient d"}
     assert told[fault] in compare_steps(one["run"], tmp_path).faults[0]
@@ -88,11 +88,11 @@ def with_options(run: Path, name: str, options: dict[str, Any]) -> dict[str, Any
     ],
     ids=str,
 )
-def test_options_change_nothing_but_memory_and_time(pair, one, tmp_path, name, options):
+def test_options_that_affect_only_memory_and_time_do_not_change_results(pair, one, tmp_path, name, options):
     equal_to_one(one, pair.run(with_options, tmp_path, name, options), tmp_path)
 
 
-def test_replicas_of_shards_train_as_one_process_does(one, tmp_path):
+def test_hybrid_sharding_trains_like_one_process(one, tmp_path):
     four = Group(4)
     try:
         results = four.run(with_options, tmp_path, "fsdp", {"replicas": 2})
@@ -101,11 +101,11 @@ def test_replicas_of_shards_train_as_one_process_does(one, tmp_path):
     equal_to_one(one, results, tmp_path)
 
 
-# -- the start --------------------------------------------------------------------------------------------------------
+# -- checks at the start ----------------------------------------------------------------------------------------------
 
 
-class Unspread(FSDP2):
-    """Says that each process holds a half, and has each hold all."""
+class FullCopies(FSDP2):
+    """Claims that each process holds a half, but gives each a full copy."""
 
     def setup_environment(self) -> None:
         self.replicas = self.num_nodes * self.num_processes
@@ -113,8 +113,8 @@ class Unspread(FSDP2):
         self.replicas = 1
 
 
-class Deaf(RolloutDataModule):
-    """Takes every process for the first one."""
+class SameGroupIds(RolloutDataModule):
+    """Numbers the groups of every process from 0, as if each were the first process."""
 
     def _generate(self) -> None:
         super()._generate()
@@ -125,18 +125,18 @@ class Deaf(RolloutDataModule):
 
 def checked(run: Path, what: str) -> str:
     if what == "unspread":
-        return told(partial(train, run, Unspread(), callbacks=[StartupCheck()]))
-    return told(partial(train, run, "ddp", callbacks=[StartupCheck()], data=Deaf))
+        return told(partial(train, run, FullCopies(), callbacks=[StartupCheck()]))
+    return told(partial(train, run, "ddp", callbacks=[StartupCheck()], data=SameGroupIds))
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("unspread", "Unspread should shard the policy over 2 processes, but one holds"),
+        ("unspread", "FullCopies should shard the policy over 2 processes, but one holds"),
         ("same", "ranks 0 and 1 both hold the rollouts of group 0"),
     ],
 )
-def test_what_the_start_up_check_is_for_ends_the_run(pair, tmp_path, what, message):
+def test_the_startup_check_ends_the_run(pair, tmp_path, what, message):
     for said in pair.run(checked, tmp_path, what):
         assert message in said
     pair.stop()
@@ -150,9 +150,9 @@ def evaluated(run: Path, name: str, weights: str) -> Any:
 
 
 @pytest.mark.parametrize(("name", "weights"), [("zero3", "auto"), ("fsdp", "stream"), ("zero3", "stream")])
-def test_evaluation_alone_samples_sharded_weights_or_says_how(pair, tmp_path, name, weights):
+def test_evaluation_without_training_samples_sharded_weights_or_is_refused(pair, tmp_path, name, weights):
     results = pair.run(evaluated, tmp_path, name, weights)
-    if (name, weights) == ("zero3", "stream"):  # DeepSpeed gathers layers in training alone
+    if (name, weights) == ("zero3", "stream"):  # DeepSpeed gathers layers only in training
         assert all("works under ZeRO-3 only in training; evaluate with gather" in said for said in results)
         pair.stop()
         return
@@ -166,7 +166,7 @@ def test_evaluation_alone_samples_sharded_weights_or_says_how(pair, tmp_path, na
 
 
 class Stale(CachedEngine):
-    """Keeps the first model that it was given after the first look at it."""
+    """Keeps using the model of its second `begin` (the first is the start-up check)."""
 
     kept: Any = None
     looks = 0
@@ -183,7 +183,7 @@ def stale(run: Path, name: str) -> str:
 
 
 class Drift(L.Callback):
-    """Moves one weight of rank 1 after the first step."""
+    """Changes one weight of rank 1 after the first step."""
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.global_rank == 1:
@@ -204,14 +204,14 @@ def told(function: Any) -> str:
 
 
 @pytest.mark.parametrize("name", ["fsdp", "zero3"])
-def test_an_engine_with_old_weights_is_an_error_on_all_ranks(pair, tmp_path, name):
+def test_an_engine_with_old_weights_raises_on_all_ranks(pair, tmp_path, name):
     for message in pair.run(stale, tmp_path, name):
         assert "stale engine: Stale samples with weights" in message
-    pair.stop()  # the strategy was left in the middle
+    pair.stop()  # the error left the strategy in an undefined state
 
 
 @pytest.mark.parametrize("name", ["ddp", "zero2"])
-def test_ranks_with_different_weights_are_an_error(pair, tmp_path, name):
+def test_different_weights_on_ranks_raise_an_error(pair, tmp_path, name):
     for message in pair.run(drifting, tmp_path, name):
         assert "the policy's weights differ between processes" in message
     pair.stop()
@@ -221,7 +221,7 @@ def test_ranks_with_different_weights_are_an_error(pair, tmp_path, name):
 
 
 class Unsplit(Opinions):
-    """A model that does not name its layers."""
+    """A model that does not list its layers."""
 
     def model(self) -> Any:
         model = super().model()
@@ -267,29 +267,29 @@ BAD = {
 }
 
 
-AS_A_USER = ("stage", "layers")  # started afresh, in a group of processes that can be looked at
+AS_A_USER = ("stage", "layers")  # started like by a user, in a process group that the test can inspect
 
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory):
-    """Name of a mistake -> (status, what was printed), after all of its processes have ended."""
+    """Map the name of an invalid option to (exit status, output), after all processes have ended."""
     folder = tmp_path_factory.mktemp("bad")
 
-    def play(name: str) -> tuple[int, str]:
+    def run(name: str) -> tuple[int, str]:
         which, options, _ = BAD[name]
         log, python = folder / name / "log.txt", PYTHON if name in AS_A_USER else None
         process = start(fit_command(folder / name, *strategy(which), *options, python=python), log)
         status = finish(process, log)
-        until(lambda: not members(process.pid), "the others find the same mistake by themselves")
+        until(lambda: not members(process.pid), "all processes end, because each finds the error itself")
         return status, log.read_text()
 
-    return side_by_side({name: partial(play, name) for name in BAD})
+    return side_by_side({name: partial(run, name) for name in BAD})
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_mistake_is_one_clear_message_and_no_process_stays(refused, name):
+def test_an_invalid_option_gives_one_error_and_all_processes_end(refused, name):
     status, text = refused[name]
     assert status == 2, text
-    assert text.count(f"gear-lightning: error: {BAD[name][2]}") == 1, "told before a second process is started"
+    assert text.count(f"gear-lightning: error: {BAD[name][2]}") == 1, "raised by a second process too"
     assert "Traceback" not in text
-    assert "[WARNING]" not in text, "DeepSpeed's"
+    assert "[WARNING]" not in text, "a warning of DeepSpeed"

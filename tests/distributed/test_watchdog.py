@@ -1,4 +1,4 @@
-"""A job whose processes wait for one another for ever ends, and says where each of them was."""
+"""A job whose processes wait for each other forever ends, with a report of the state of each."""
 
 import socket
 import subprocess
@@ -13,13 +13,13 @@ TWO = ("--trainer.devices", "2", "--progress.every_seconds", "1000")
 
 
 def alive(word: str) -> list[str]:
-    """Processes that have the word in their command line and are no zombies."""
+    """Return the command lines that contain the word, of processes that are not zombies."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes().decode(errors="replace")
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended
             continue
         if word in command and state != "Z":
             found.append(command)
@@ -27,7 +27,7 @@ def alive(word: str) -> list[str]:
 
 
 def finish(command, environment, repository) -> tuple[int, str]:
-    """Exit status, and what was said on stderr."""
+    """Run the command, and return its exit status and stderr."""
     done = subprocess.run(
         command, cwd=repository, env=environment, timeout=DEADLINE, capture_output=True, text=True, check=False
     )
@@ -35,12 +35,12 @@ def finish(command, environment, repository) -> tuple[int, str]:
 
 
 def watching(limit: float) -> list[str]:
-    """A watchdog's option: longer than any step takes here that is not stuck."""
+    """Return the option of a watchdog whose limit is longer than any step that is not stuck."""
     return ["--watchdog.seconds", f"{seconds(limit):g}"]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
-def test_a_process_that_holds_the_interpreter_ends_the_job(tmp_path, repository, strategy):
+def test_a_process_that_blocks_the_interpreter_ends_the_job(tmp_path, repository, strategy):
     options = ["--config", f"configs/strategy/{strategy}.yaml", *TWO, *watching(12)]
     options += ["--generation.environment", "failing_ranks.Endless", "--first_evaluation.enabled", "false"]
     status, said = finish(*command_line(tmp_path, *options), repository)
@@ -48,11 +48,11 @@ def test_a_process_that_holds_the_interpreter_ends_the_job(tmp_path, repository,
     report = (tmp_path / "crash" / "rank_0.txt").read_text()
     assert "no process has made progress for" in report
     assert "rank 1: " in report
-    assert "in step" in said, "the stack of the process that never lets go"
+    assert "in step" in said, "the stack of the process that blocks the interpreter is missing"
     assert "trouble.py" in said
 
 
-def test_one_process_alone_is_watched_too(tmp_path, repository):
+def test_a_single_process_is_watched_too(tmp_path, repository):
     command, environment = command_line(tmp_path, *watching(12), "--generation.environment", "failing_ranks.Endless")
     status, said = finish(command, {**environment, "WORLD_SIZE_ONE": "1"}, repository)
     assert status != 0
@@ -66,11 +66,11 @@ def test_a_slow_process_is_not_stuck(tmp_path, repository):
     pause, slept = seconds(6) / 3, tmp_path / "slept"
     status, said = finish(command, {**environment, "PAUSE": str(pause), "SLEPT": str(slept)}, repository)
     assert status == 0, said[-2000:]
-    assert len(slept.read_text()) * pause > 2 * seconds(6), "too few steps to show anything"
+    assert len(slept.read_text()) * pause > 2 * seconds(6), "too few slow steps for a valid test"
 
 
 def ranks(tmp_path, repository, *options: str, second: tuple[str, ...]) -> list[tuple[int, str]]:
-    """Start two processes by hand, as a cluster does, the second one with other options: statuses and what was said."""
+    """Start two processes like a cluster does, the second with other options; return exit statuses and stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -98,16 +98,16 @@ def ranks(tmp_path, repository, *options: str, second: tuple[str, ...]) -> list[
         (("--config", "configs/strategy/zero3.yaml"), ("--model.optimizer.lr", "0.5"), "model.optimizer.init_args.lr"),
     ],
 )
-def test_a_process_with_another_config_is_named_by_all(tmp_path, repository, options, second, key):
+def test_all_ranks_name_the_process_with_another_config(tmp_path, repository, options, second, key):
     for status, said in ranks(tmp_path, repository, *options, *TWO, second=second):
         assert status == 2, said[-2000:]
         assert "rank 1 has another config than rank 0" in said
         assert key in said
         assert "Traceback" not in said
-    assert not list(tmp_path.glob("rollouts/*")), "it was found before anything was sampled, and nobody waited"
+    assert not list(tmp_path.glob("rollouts/*")), "the difference must be found before anything is sampled"
 
 
-def test_a_process_that_dies_takes_the_others_along(tmp_path, repository):
+def test_a_process_that_exits_ends_the_others(tmp_path, repository):
     options = [*TWO, "--config", "configs/strategy/fsdp.yaml", "--generation.environment", "failing_ranks.Fatal"]
     command, environment = command_line(tmp_path, *options, "--trainer.max_epochs", "1000")
     process = subprocess.Popen(
@@ -122,8 +122,8 @@ def test_a_process_that_dies_takes_the_others_along(tmp_path, repository):
     until(lambda: not alive(str(tmp_path)), "the end of all processes")
 
 
-def test_a_run_that_raised_leaves_its_process_alone(tmp_path):
-    """Whoever catches the error, a notebook say, goes on."""
+def test_the_watchdog_does_not_end_a_process_that_catches_the_error(tmp_path):
+    """Code that catches the error, such as a notebook, continues."""
     script = """
 import sys, threading, time
 sys.path.insert(0, "tests/support")
@@ -139,7 +139,7 @@ watchdog.GRACE, limit = 1.0, float(sys.argv[2])
 try:
     trainer(Path(sys.argv[1]), generation(), watchdog.Watchdog(limit), Broken()).fit(module(), datamodule=data())
 except RuntimeError:
-    time.sleep(2 * (limit + watchdog.GRACE))  # past the clocks that it had set
+    time.sleep(2 * (limit + watchdog.GRACE))  # longer than the timers of the watchdog
     assert "watchdog" not in [thread.name for thread in threading.enumerate()]
     print("still here")
 """

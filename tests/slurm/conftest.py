@@ -1,4 +1,4 @@
-"""The cluster that all tests of this folder share, and the table of what they measured."""
+"""The cluster shared by all tests of this folder, and the table of their measurements."""
 
 import json
 import os
@@ -16,11 +16,11 @@ ROWS: list[dict[str, str]] = []
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes. Skipped, with the reason, where there can be none."""
+    """A cluster of two nodes. Tests are skipped, with the reason, if it cannot be started."""
     before = dict(os.environ)
     if (why := install()) is not None:
         pytest.skip(f"no Slurm cluster here: {why}")
-    made = Cluster(Path(tempfile.mkdtemp(prefix="slurm-")))  # munge wants a path that all may walk: not pytest's
+    made = Cluster(Path(tempfile.mkdtemp(prefix="slurm-")))  # munge needs a path that all users can access
     os.environ.update(PYTHONPATH=os.pathsep.join([str(ROOT), str(SUPPORT)]), OMP_WAIT_POLICY="PASSIVE")
     for name in [n for n in os.environ if n.startswith(("SLURM_", "SBATCH_"))]:
         del os.environ[name]

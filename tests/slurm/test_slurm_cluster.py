@@ -1,4 +1,4 @@
-"""Training on two nodes of a real cluster: agrees with one process, and says what is wrong at the start."""
+"""Training on two nodes of a real cluster agrees with one process, and reports errors at the start."""
 
 import shlex
 import sys
@@ -16,7 +16,7 @@ STRATEGIES = ("ddp", "fsdp", "zero2")
 
 @pytest.fixture(scope="module")
 def jobs(cluster, tmp_path_factory):
-    """The same recipe in one process and under the strategies, all at once."""
+    """Jobs with the same recipe in one process and under the strategies, submitted at once."""
     folder = tmp_path_factory.mktemp("agree")
     sent = {"one": send(folder / "one", nodes=1)}
     for name in STRATEGIES:
@@ -25,7 +25,7 @@ def jobs(cluster, tmp_path_factory):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_nodes_train_as_one_process_does(jobs, row, strategy):
+def test_two_nodes_train_like_one_process(jobs, row, strategy):
     jobs["one"].succeeds()
     jobs[strategy].succeeds()
     found = compare(jobs["one"].run, jobs[strategy].run)
@@ -37,12 +37,12 @@ def test_two_nodes_train_as_one_process_does(jobs, row, strategy):
 
 
 def fit(run, *options: str) -> str:
-    """A line of a script that somebody wrote by hand."""
+    """Return a line of a hand-written script."""
     command = [sys.executable, "-m", "gear_lightning", "fit", "--config", RECIPE, "--trainer.strategy=ddp"]
     return shlex.join([*command, f"--trainer.default_root_dir={run}", *options])
 
 
-def test_a_run_directory_that_a_node_does_not_see_is_named(cluster, tmp_path, row):
+def test_a_run_directory_that_a_node_does_not_see_is_reported(cluster, tmp_path, row):
     line = f"srun --kill-on-bad-exit=1 {fit(cluster.private / 'run', '--trainer.num_nodes=2', '--trainer.devices=1')}"
     job = send_script(tmp_path / "run", line, "--nodes=2", "--ntasks-per-node=1")
     state, took, said = job.end(), time.monotonic() - job.started, job.output()
@@ -53,7 +53,7 @@ def test_a_run_directory_that_a_node_does_not_see_is_named(cluster, tmp_path, ro
 
 
 SIZES = ("--trainer.num_nodes=2", "--trainer.devices=1")
-WRONG = {  # what is asked of sbatch, of fit, and what is told
+WRONG = {  # options of sbatch, options of fit, error message
     "nodes taken for devices": (
         ("--nodes=2", "--ntasks-per-node=1"),
         ("--trainer.devices=2",),
@@ -65,7 +65,7 @@ WRONG = {  # what is asked of sbatch, of fit, and what is told
 
 @pytest.fixture(scope="module")
 def refused(cluster, tmp_path_factory):
-    """Jobs that were asked for wrongly, all at once."""
+    """Jobs with wrong options, submitted at once."""
     folder, sent = tmp_path_factory.mktemp("wrong"), {}
     for name, (asked, options, _) in WRONG.items():
         run = folder / name.replace(" ", "_")
@@ -75,7 +75,7 @@ def refused(cluster, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_job_that_does_not_fit_its_recipe_is_refused(refused, row, name):
+def test_a_job_that_does_not_match_its_recipe_is_refused(refused, row, name):
     job = refused[name]
     state, said = job.end(), job.output()
     assert state == "FAILED", said
@@ -84,24 +84,24 @@ def test_a_job_that_does_not_fit_its_recipe_is_refused(refused, row, name):
     row(f"{name}: sbatch {' '.join(WRONG[name][0])}, fit {' '.join(WRONG[name][1])}", "refused at the start")
 
 
-def test_each_seed_of_an_array_is_a_run_of_its_own(cluster, tmp_path, row):
+def test_each_seed_of_an_array_is_a_separate_run(cluster, tmp_path, row):
     job = send(tmp_path / "run", "--seeds=3,7", nodes=1)
     tasks = {seed: Sent(f"{job.number}_{seed}", tmp_path / "run" / f"seed_{seed}") for seed in (3, 7)}
     tasks[7].has_rows(2)
-    run_command("scontrol", "requeue", tasks[7].number)  # one task comes back, and goes on with its own run
+    run_command("scontrol", "requeue", tasks[7].number)  # the requeued task resumes its own run
     for task in tasks.values():
         task.succeeds()
     took = time.monotonic() - job.started
     assert [task.restarts for task in tasks.values()] == [0, 1]
-    assert not list(tmp_path.glob("run/seed_*/earlier-*")), "the task that came back went on with its own run"
+    assert not list(tmp_path.glob("run/seed_*/earlier-*")), "the requeued task must resume its own run"
     left, right = (read_rollouts(task.run) for task in tasks.values())
     assert left.keys() == right.keys()
     assert any(left[k].keys() != right[k].keys() for k in left) or any(
         len(left[k]["tokens"]) != len(right[k]["tokens"]) for k in left if left[k]
-    ), "two seeds, the same rollouts"
+    ), "two seeds gave the same rollouts"
     again = send(tmp_path / "again", "--seed_everything=7", "--data.seed=7", nodes=1)
     again.succeeds()
     found = compare(again.run, tasks[7].run)
     same = found.verdict, max(found.worst.values())
-    assert same == ("equal", 0.0), "a seed of the array is that seed's run, requeued or not"
+    assert same == ("equal", 0.0), "a seed of the array must equal a run with that seed, requeued or not"
     row("array of 2 seeds, one of them requeued", "equal to the seed's own run, bit for bit", took)

@@ -1,4 +1,4 @@
-"""What the cluster does to a job: a node goes down, a process is killed, a process stands still."""
+"""Faults of a job on a cluster: a node goes down, a process is killed, a process is stopped."""
 
 import os
 import signal
@@ -18,14 +18,14 @@ ENDLESS = (*DDP, "--trainer.max_epochs=1000000")
 
 @pytest.fixture(scope="module")
 def whole(cluster, tmp_path_factory):
-    """A run that nothing happens to, on the node that nothing happens to."""
+    """An undisturbed run, on the node that stays up."""
     folder = tmp_path_factory.mktemp("whole")
     return send(folder / "run", *DDP, "--trainer.max_epochs=8", "--sbatch=--nodelist=n1", nodes=1, tasks=2)
 
 
 @pytest.fixture(scope="module")
 def killed(whole, tmp_path_factory):
-    """An endless job after its process of rank 1 was killed, and the seconds until both had ended."""
+    """An endless job whose process of rank 1 was killed, and the seconds until both processes had ended."""
     job = send(tmp_path_factory.mktemp("killed") / "run", *ENDLESS)
     job.has_rows(2)
     ranks = job.ranks()
@@ -39,11 +39,11 @@ def killed(whole, tmp_path_factory):
 def test_a_killed_process_ends_the_others(killed, row):
     job, took = killed
     assert job.end() == "FAILED"
-    assert job.restarts == 0, "a crash goes not back into the queue"
+    assert job.restarts == 0, "a crashed job must not be requeued"
     row("process of rank 1 killed", "the other one has ended, job FAILED", took)
 
 
-def test_the_report_of_a_crash_says_where_the_others_were(killed):
+def test_the_crash_report_names_phase_and_progress(killed):
     job, _ = killed
     job.end()
     report = (job.run / "crash" / "rank_0.txt").read_text()
@@ -51,7 +51,7 @@ def test_the_report_of_a_crash_says_where_the_others_were(killed):
         assert word in report.lower(), report
 
 
-def test_a_job_whose_node_goes_down_goes_on_from_its_last_checkpoint(whole, tmp_path, row):
+def test_a_job_whose_node_goes_down_resumes_from_its_last_checkpoint(whole, tmp_path, row):
     job = send(tmp_path / "run", *DDP, "--trainer.max_epochs=8")
     job.has_rows(3)
     begun, rows = time.monotonic(), job.rows()
@@ -75,7 +75,7 @@ def test_a_stopped_process_ends_the_job_at_the_deadline(cluster, tmp_path, row):
     begun = time.monotonic()
     assert job.end() == "FAILED"
     took = time.monotonic() - begun
-    assert not any(map(alive, ranks.values())), "the stopped process, too"
+    assert not any(map(alive, ranks.values())), "the stopped process must end too"
     report = (job.run / "crash" / "rank_0.txt").read_text()
     assert "no process has made progress" in report
     assert "rank 1: " in report

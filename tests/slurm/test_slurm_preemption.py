@@ -1,4 +1,4 @@
-"""A job that is told to go, saves one checkpoint, comes back from the queue and ends as if nothing had been."""
+"""A job that is asked to stop saves one checkpoint, is requeued, and ends like an undisturbed job."""
 
 import random
 import time
@@ -12,13 +12,13 @@ from gear_lightning.parity.compare import compare
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 STRATEGIES = ("ddp", "fsdp")
-SIGNALS = 5  # for each strategy
+SIGNALS = 5  # per strategy
 PHASES = ("rollouts", "evaluation", "checkpoint write")
 
 
 @pytest.fixture(scope="module")
 def tight(cluster, tmp_path_factory):
-    """Runs whose steps follow one another without a pause, and for each strategy a whole one to compare with."""
+    """Runs without pauses between steps, and for each strategy an undisturbed run to compare with."""
     folder = tmp_path_factory.mktemp("tight")
     options = (f"--trainer.max_epochs={3 * SIGNALS}", "--checkpoint.save_top_k=1", "--checkpoint.every_n_epochs=1000")
     return {
@@ -28,14 +28,14 @@ def tight(cluster, tmp_path_factory):
     }
 
 
-def test_told_to_go_again_and_again_in_a_tight_loop(tight, row):
+def test_repeated_stop_signals_in_a_tight_loop(tight, row):
     rng, told, took = random.Random(0), dict.fromkeys(STRATEGIES, 0), []
     wanted = dict.fromkeys(STRATEGIES, 1)
     begun: dict[str, float] = {}
     while any(told[name] < SIGNALS or name in begun for name in STRATEGIES):
         for name in STRATEGIES:
             job = tight[name]
-            if name in begun:  # it has been told, and comes back
+            if name in begun:  # the signal was sent; wait for the requeue
                 if job.restarts == told[name]:
                     took.append(time.monotonic() - begun.pop(name))
                     wanted[name] = job.rows() + 1
@@ -48,7 +48,7 @@ def test_told_to_go_again_and_again_in_a_tight_loop(tight, row):
                 begun[name] = time.monotonic()
         time.sleep(0.02)
     for name in STRATEGIES:
-        # the same strategy: another one adds in another order, and in many iterations a token is on the edge of two
+        # compare with the same strategy: another one sums in another order, which may change a token in a tie
         job, whole = tight[name], tight[f"{name}_whole"]
         whole.succeeds()
         job.succeeds()
@@ -65,8 +65,8 @@ def test_told_to_go_again_and_again_in_a_tight_loop(tight, row):
 
 @pytest.fixture(scope="module")
 def phases(cluster, tmp_path_factory):
-    """Jobs that stay long in one phase each, told to go in it, with the seconds until they were back in the queue; and
-    one that nobody tells anything."""
+    """Jobs that stay long in one phase each and are asked to stop in it, with the seconds until the requeue; and an
+    undisturbed job."""
     folder, sent = tmp_path_factory.mktemp("phases"), {}
     options = [
         "--config=configs/strategy/ddp.yaml", "--trainer.max_epochs=4", "--trainer.limit_val_batches=1.0",
@@ -82,12 +82,12 @@ def phases(cluster, tmp_path_factory):
             sent[phase] = send(run, *options)
     took = {}
     with ThreadPoolExecutor(len(PHASES)) as pool:
-        for phase, seconds in zip(PHASES, pool.map(lambda phase: _tell(sent[phase], phase), PHASES), strict=True):
+        for phase, seconds in zip(PHASES, pool.map(lambda phase: _stop(sent[phase], phase), PHASES), strict=True):
             took[phase] = seconds
     return sent, took
 
 
-def _tell(job: Sent, phase: str) -> float:
+def _stop(job: Sent, phase: str) -> float:
     job.until(job.run.with_name(f"{job.run.name}.told").exists, f"start of {phase}", pause=0.01)
     time.sleep(0.3)
     begun = time.monotonic()
@@ -97,21 +97,21 @@ def _tell(job: Sent, phase: str) -> float:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_told_to_go_in_the_middle_of_a_phase(phases, row, phase):
+def test_a_stop_signal_in_the_middle_of_a_phase(phases, row, phase):
     jobs, took = phases
     jobs["none"].succeeds()
     jobs[phase].succeeds()
     found = compare(jobs["none"].run, jobs[phase].run)
     worst = max(found.worst.values())
-    told = f"came back, {found.verdict}, largest difference {worst:.1e}"
-    row(f"USR1 during {phase}", told, took[phase])
+    result = f"came back, {found.verdict}, largest difference {worst:.1e}"
+    row(f"USR1 during {phase}", result, took[phase])
     assert jobs[phase].restarts == 1
     assert found.verdict == "equal", found
 
 
 @pytest.mark.slow
-def test_slurm_itself_tells_a_job_before_its_limit(cluster, tmp_path, row):
-    # Slurm looks every half minute, and up to a minute early
+def test_slurm_signals_a_job_before_its_time_limit(cluster, tmp_path, row):
+    # Slurm checks every half minute, and may send the signal up to a minute early
     job = send(tmp_path / "run", "--trainer.max_epochs=1000000", nodes=1, minutes=2, before=30)
     job.has_rows(1)
     took = job.until(lambda: job.restarts >= 1, "requeue by --signal", pause=0.5)
