@@ -1,4 +1,4 @@
-"""The command line in this process."""
+"""Run the command line in this process."""
 
 import logging
 import sys
@@ -20,7 +20,7 @@ FIT = ["fit", "--config", "configs/quickstart.yaml", *SHORT]
 
 @pytest.fixture
 def command(repository, monkeypatch, capsys):
-    """Run ``gear-lightning`` in this process, from the root of the checkout: (exit status, stdout, stderr)."""
+    """Runs ``gear-lightning`` in this process, from the root of the checkout; returns (exit status, stdout, stderr)."""
 
     def run(*args: object) -> tuple[int, str, str]:
         monkeypatch.chdir(repository)
@@ -42,5 +42,5 @@ def error_of(command, *args: object) -> str:
     status, _, err = command(*args)
     assert status == 2, err
     assert "Traceback" not in err
-    assert "usage:" not in err, "hundreds of options hide the error"
+    assert "usage:" not in err, "the usage with hundreds of options hides the error"
     return err

@@ -1,4 +1,4 @@
-"""Checkpoints that are written and damaged."""
+"""Write checkpoints and damage them."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""How fast this machine is now, and deadlines that follow: upper bounds, which only something that hangs reaches.
+"""Deadlines scaled to the speed of this machine: upper bounds that only a hanging test reaches.
 
-`measure` times a start-up once for each run of pytest, and leaves the factor in the environment for xdist's workers and
-for the processes that tests start. Tests read no clock: they wait for events with `until`, and hand every time-out that
-something else takes through `seconds`. ``tests/test_deadlines.py`` holds that.
+`measure` times a start-up once per run of pytest, and stores the factor in the environment for xdist's workers and for
+the processes that tests start. Tests read no clock: they wait for events with `until`, and scale every timeout that
+they pass on with `seconds`. ``tests/test_deadlines.py`` checks this.
 """
 
 import os
@@ -14,16 +14,16 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
 
-FACTOR = "GEAR_TEST_PACE"  # environment variable; set it to do without the measurement
-USUAL = 2.0  # seconds of importing torch on the machine that the limits are written for, which has two cores free
+FACTOR = "GEAR_TEST_PACE"  # environment variable; set it to skip the measurement
+USUAL = 2.0  # seconds of importing torch on the reference machine of the limits, with two free cores
 T = TypeVar("T")
 
 
 def measure() -> float:
-    """Time the start-up of torch, once; the processors that this process may use count, too.
+    """Time the import of torch once, and count the processors that this process may use.
 
     Returns:
-        The factor, at least 1: how much longer than usual things take here.
+        The factor, at least 1, by which this machine is slower than the reference machine.
     """
     if FACTOR not in os.environ:
         started = time.perf_counter()
@@ -38,36 +38,36 @@ def measure() -> float:
 
 
 def factor() -> float:
-    """What `measure` has found; 1 where nobody has measured."""
+    """Return the result of `measure`; 1 before the measurement."""
     return float(os.environ.get(FACTOR, "1"))
 
 
 def seconds(limit: float) -> float:
-    """A deadline or time-out for this machine.
+    """Return a deadline or timeout for this machine.
 
     Args:
-        limit: seconds on a machine of the usual speed. Give many times what is needed: a run on a machine that grows
-            busier after the measurement must not reach it.
+        limit: seconds on the reference machine. Give many times the expected time: the machine may become busier after
+            the measurement.
     """
     return limit * factor()
 
 
 def until(condition: Callable[[], T], why: str, limit: float = 120, pause: float = 0.02) -> T:
-    """Wait for something, and return what the condition gave.
+    """Wait until a condition is true, and return its value.
 
     Args:
-        condition: asked again and again, until it gives something true.
-        why: what did not happen; told where the test fails.
+        condition: called repeatedly until it returns a true value.
+        why: what the test waits for, for the message of a failure.
         limit: see `seconds`.
-        pause: seconds between two looks.
+        pause: seconds between two calls.
 
     Raises:
-        AssertionError: it did not happen.
+        AssertionError: the condition was not true in time.
     """
     end = time.monotonic() + seconds(limit)
     while not (found := condition()):
         if time.monotonic() > end:
-            found = condition()  # after the last look, too: this process may have stood still
+            found = condition()  # check once more, because this process may have been suspended
             assert found, f"not within {seconds(limit):.0f} s: {why}"
             return found
         time.sleep(pause)
@@ -75,7 +75,7 @@ def until(condition: Callable[[], T], why: str, limit: float = 120, pause: float
 
 
 def never(condition: Callable[[], object], looks: int = 20, pause: float = 0.05) -> bool:
-    """Whether something stays untrue for some looks: for what may only happen by mistake."""
+    """Return whether a condition stays false for a number of checks: for events that only an error causes."""
     for _ in range(looks):
         if condition():
             return False
@@ -85,22 +85,23 @@ def never(condition: Callable[[], object], looks: int = 20, pause: float = 0.05)
 
 @contextmanager
 def cheap(units: float) -> Iterator[None]:
-    """Fails where the code within takes more processor time than so many units of a fixed piece of work in this
-    process: whatever the processor, and whatever else it does. A unit is some 10 ms of a usual processor.
+    """Context that fails if its code takes more processor time than ``units`` of a fixed piece of work.
+
+    The result does not depend on the speed or the load of the processor. A unit is about 10 ms on a typical processor.
 
     Raises:
-        AssertionError: it took more.
+        AssertionError: the code took more time.
     """
     unit = _unit()
     started = time.thread_time()
     yield
     took = (time.thread_time() - started) / unit
-    assert took < units, f"it took {took:.0f} units of work, and {units:g} are allowed"
+    assert took < units, f"the code took {took:.0f} units of work, and {units:g} are allowed"
 
 
 @cache
 def _unit() -> float:
-    """Processor seconds of the fixed piece of work; the second best of five, so that no hiccup makes it long."""
+    """Return the processor seconds of the fixed piece of work: the second best of five, to exclude outliers."""
     found = []
     for _ in range(5):
         started = time.thread_time()

@@ -1,5 +1,5 @@
-"""Pieces of the tests with several processes: a policy that ends its turns early and late, and runs of it through the
-command line."""
+"""Helpers for tests with several processes: a policy with turns of different length, and runs through the command
+line."""
 
 import os
 import subprocess
@@ -18,13 +18,15 @@ from tiny_runs import WORDS
 from gear_lightning.models import FromScratch
 
 RECIPE = "tests/distributed/run.yaml"
-DEADLINE = seconds(300)  # of one run
+DEADLINE = seconds(300)  # for one run
 
 
 @dataclass(frozen=True)
 class Opinions(FromScratch):
-    """A tiny Llama far from uniform, which ends about every tenth token. The first place of its hidden states is the
-    same number everywhere, so that the head's first column is a bias."""
+    """A tiny Llama with a distribution far from uniform, which samples a stop token about every tenth token.
+
+    The first element of its hidden states is constant, so that the head's first column is a bias.
+    """
 
     words: str = WORDS
     hidden_size: int = 32
@@ -47,7 +49,7 @@ class Opinions(FromScratch):
 
 
 class Chatter(Talk):
-    """Answers every turn with some words, and pays for the words that it hears."""
+    """Answers every turn with some words, and rewards words that start with "e"."""
 
     def step(self, message: dict) -> Any:
         step, words = super().step(message), message["content"].split()
@@ -55,30 +57,30 @@ class Chatter(Talk):
         return step
 
 
-PYTHON = sys.executable  # while the tests run, it may be that of `quick_start`
+PYTHON = sys.executable  # during tests, sys.executable may be that of `quick_start`
 
 
 def strategy(name: str, processes: int = 2) -> list[str]:
-    """Options of ``fit`` for a strategy of configs/strategy; ``one`` for a single process."""
+    """Return the options of ``fit`` for a strategy of configs/strategy; ``one`` means a single process."""
     if name == "one":
         return []
     return ["--config", f"configs/strategy/{name}.yaml", f"--trainer.devices={processes}"]
 
 
 def environment() -> dict[str, str]:
-    """Of runs: this checkout's code, and one thread each."""
+    """Return the environment of runs: this checkout's code, and one thread per process."""
     paths = os.pathsep.join([str(ROOT), str(SUPPORT)])
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def fit_command(run: Path, *options: str, python: str | None = None) -> list[str]:
-    """``fit`` of the recipe of these tests; started as a user would with ``python=PYTHON``."""
+    """Return the command of ``fit`` with the recipe of these tests; with ``python=PYTHON``, without quick start."""
     command = [python or sys.executable, "-m", "gear_lightning", "fit", "--config", RECIPE, *options]
     return [*command, f"--trainer.default_root_dir={run}"]
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen:
-    """Start a command in a process group of its own, which its children belong to."""
+    """Start a command in a new process group, to which its children belong."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         return subprocess.Popen(
@@ -87,12 +89,12 @@ def start(command: list[str], log: Path) -> subprocess.Popen:
 
 
 def members(group: int) -> list[int]:
-    """Living processes of a process group."""
+    """Return the processes of a process group that are not zombies."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, leader = path.read_text().rpartition(")")[2].split()[:3]
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         if int(leader) == group and state != "Z":
             found.append(int(path.parent.name))
@@ -100,11 +102,11 @@ def members(group: int) -> list[int]:
 
 
 def finish(process: subprocess.Popen, log: Path, deadline: float = DEADLINE) -> int:
-    """Wait for the end, and return the status. Past the deadline the whole group is killed, and the test fails."""
+    """Wait for the end, and return the exit status. After the deadline, kill the process group and fail the test."""
     try:
         return process.wait(timeout=deadline)
     except subprocess.TimeoutExpired:
-        raise AssertionError(f"not done within {deadline} s: {log.read_text()[-3000:]}") from None
+        raise AssertionError(f"did not finish within {deadline} s: {log.read_text()[-3000:]}") from None
     finally:
         if process.poll() is None:
             os.killpg(process.pid, 9)
@@ -112,7 +114,7 @@ def finish(process: subprocess.Popen, log: Path, deadline: float = DEADLINE) -> 
 
 
 def fit(run: Path, *options: str, deadline: float = DEADLINE) -> str:
-    """Train, and return what was printed."""
+    """Train, and return the output."""
     log = run / "log.txt"
     status = finish(start(fit_command(run, *options), log), log, deadline)
     assert status == 0, log.read_text()[-3000:]
@@ -120,7 +122,7 @@ def fit(run: Path, *options: str, deadline: float = DEADLINE) -> str:
 
 
 def side_by_side(jobs: dict[str, Any]) -> dict[str, Any]:
-    """Call functions two at a time: a run of several processes waits for one of them half of the time."""
+    """Call functions two at a time, because a run of several processes often waits for one of them."""
     with ThreadPoolExecutor(2) as pool:
         futures = {name: pool.submit(job) for name, job in jobs.items()}
         return {name: future.result() for name, future in futures.items()}

@@ -1,4 +1,4 @@
-"""Environments that misbehave on one process, for tests of what the others do then."""
+"""Environments that misbehave on one process, for tests of the behavior of the others."""
 
 import os
 import re
@@ -12,7 +12,7 @@ def rank() -> int:
 
 
 class Slow(AnyCall):
-    """Rank 1 takes ``PAUSE`` seconds for each step: slow, and never stuck. Leaves a mark for each in ``SLEPT``."""
+    """Rank 1 takes ``PAUSE`` seconds per step: slow, but never stuck. Appends a character to ``SLEPT`` per step."""
 
     def step(self, message):
         if rank() == 1:
@@ -23,7 +23,7 @@ class Slow(AnyCall):
 
 
 class Endless(AnyCall):
-    """Rank 1 never lets go of the interpreter."""
+    """Rank 1 never releases the interpreter lock."""
 
     def step(self, message):
         if rank() == 1 or os.environ.get("WORLD_SIZE_ONE"):
@@ -32,7 +32,7 @@ class Endless(AnyCall):
 
 
 class Fatal(AnyCall):
-    """Takes the process of rank 1 with it, some time after the start-up checks and the first evaluation."""
+    """Ends the process of rank 1, some time after the start-up checks and the first evaluation."""
 
     made = 0
 

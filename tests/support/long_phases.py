@@ -1,7 +1,7 @@
-"""Pieces of runs that stay long in one phase, the first time that they come to it, and say so.
+"""Parts of runs that stay long in one phase when they first reach it, and report it.
 
-`PHASE` in the environment names it; `TOLD` is a file that appears then. What is sampled and trained is the same
-whatever they say.
+The environment variable `PHASE` names the phase. `TOLD` is the path of a file that is then created. Neither changes
+what is sampled and trained.
 """
 
 import os
@@ -21,7 +21,7 @@ LONG = seconds(2)
 
 
 def linger(phase: str, pause: float) -> None:
-    """Take so long for the first seconds of a phase, once for all lives of the job."""
+    """Pause in the first seconds of the phase, once over all starts of the job."""
     file = Path(os.environ.get("TOLD", os.devnull))
     if os.environ.get("PHASE") != phase:
         return
@@ -33,7 +33,7 @@ def linger(phase: str, pause: float) -> None:
 
 @dataclass(frozen=True)
 class HeldOut(TalkTasks):
-    """Tasks that an environment can tell from those of training."""
+    """Tasks that an environment can distinguish from training tasks."""
 
     seed: int = 1
 
@@ -43,7 +43,7 @@ class HeldOut(TalkTasks):
 
 
 class Lingering(Chatter):
-    """Steps that take long, in training or in evaluation."""
+    """An environment with slow steps, in training or in evaluation."""
 
     def reset(self, task: Task, *, seed: int) -> list[dict]:
         self.phase = "evaluation" if task.meta.get("held_out") else "rollouts"
@@ -55,7 +55,7 @@ class Lingering(Chatter):
 
 
 class LingeringSave(L.Callback):
-    """Checkpoints that take long to write."""
+    """Makes checkpoints slow to write."""
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.global_step:

@@ -1,9 +1,9 @@
-"""Starts of ``python -m gear_lightning`` without the seconds of importing: forks of a process that has done it.
+"""Start ``python -m gear_lightning`` without the seconds of importing, by forking a process that has imported it.
 
-`QuickStart` makes a file that stands for the interpreter. Called with ``-m gear_lightning...`` or ``-m nursery`` it
-hands its arguments, environment, working directory and standard streams to the server, passes signals on, and ends as
-the fork ends; when it is killed, so is the fork. Called with anything else it is the interpreter. Not for tests of
-process groups.
+`QuickStart` creates an executable that replaces the interpreter. Called with ``-m gear_lightning...`` or
+``-m nursery``, it passes its arguments, environment, working directory and standard streams to the server, forwards
+signals, and ends with the exit status of the fork; if it is killed, so is the fork. Called with other arguments, it
+runs the interpreter. It is not suitable for tests of process groups.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ os._exit(status)
 
 
 class QuickStart:
-    """A server, and ``executable``, the file that stands for the interpreter."""
+    """The server, and ``executable``, the file that replaces the interpreter."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="quick-")
@@ -55,20 +55,20 @@ class QuickStart:
             [sys.executable, __file__, address], env=environment, stdout=subprocess.PIPE, text=True
         )
         assert self._server.stdout is not None
-        assert "ready\n" in iter(self._server.stdout.readline, ""), "it did not start"
+        assert "ready\n" in iter(self._server.stdout.readline, ""), "the server did not start"
         self.executable = str(Path(self._folder.name) / "python")
         Path(self.executable).write_text(CLIENT.format(python=sys.executable, address=address))
         os.chmod(self.executable, 0o755)
 
     def stop(self) -> None:
-        """End the server; forks that live go on."""
+        """End the server. Running forks continue."""
         self._server.kill()
         self._server.wait()
         self._folder.cleanup()
 
 
 def end_with(run: Callable[[], None]) -> NoReturn:
-    """In a fork: call this, and end as an interpreter would that had run it."""
+    """Call a function in a fork, and exit like an interpreter that has run it."""
     status = 1
     try:
         run()
@@ -86,7 +86,7 @@ def end_with(run: Callable[[], None]) -> NoReturn:
 
 
 def _become(asked: bytes, streams: list[int], line: socket.socket, executable: str) -> None:
-    """Be the process that was asked for."""
+    """Become the requested process."""
     import runpy
 
     told = json.loads(asked)
@@ -103,15 +103,15 @@ def _become(asked: bytes, streams: list[int], line: socket.socket, executable: s
     paths = [told["folder"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     sys.path[:] = [*paths, *(path for path in sys.path if path not in paths)]
 
-    def die_with_the_client() -> None:
+    def end_with_the_client() -> None:
         if not line.recv(1):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=die_with_the_client, daemon=True).start()
+    threading.Thread(target=end_with_the_client, daemon=True).start()
     from lightning.fabric.utilities.rank_zero import _get_rank
     from lightning.pytorch.utilities import rank_zero_only
 
-    rank_zero_only.rank = _get_rank() or 0  # Lightning looked when it was imported
+    rank_zero_only.rank = _get_rank() or 0  # Lightning has read the rank when it was imported
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
@@ -133,12 +133,12 @@ def _serve(address: str) -> None:
         for stream in streams:
             os.close(stream)
         line.sendall(f"{child}\n".encode())
-        threading.Thread(target=_tell_end, args=(child, line), daemon=True).start()
+        threading.Thread(target=_send_exit_status, args=(child, line), daemon=True).start()
 
 
-def _tell_end(child: int, line: socket.socket) -> None:
+def _send_exit_status(child: int, line: socket.socket) -> None:
     _, status = os.waitpid(child, 0)
-    with contextlib.suppress(OSError):  # nobody waits for it
+    with contextlib.suppress(OSError):  # the client has ended
         line.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
     line.close()
 

@@ -1,4 +1,4 @@
-"""Short runs of the quick start's recipe, untrained, through the command line; and what they leave behind."""
+"""Short runs of the quick start's recipe, without warm start, through the command line, and their files."""
 
 import csv
 import os
@@ -17,7 +17,7 @@ DEADLINE = seconds(300)
 
 
 def command_line(run: Path, *options: str) -> tuple[list[str], dict[str, str]]:
-    """A short, untrained version of the quickstart: command and environment."""
+    """Return command and environment of a short version of the quickstart without warm start."""
     command = [sys.executable, "-m", "gear_lightning", "fit", "--config", "configs/quickstart.yaml"]
     command += [
         "--warm_start=null", "--trainer.default_root_dir", str(run), "--trainer.check_val_every_n_epoch", "2",
@@ -40,7 +40,10 @@ RECORD = f"--trainer.callbacks+={RECORDER}"
 
 
 def assert_same_steps(one: Path, other: Path, steps: int) -> None:
-    """Two runs took the same optimizer steps but for rounding; weights cannot tell it: Adam makes whole steps of it."""
+    """Assert that two runs took the same optimizer steps except for rounding.
+
+    Weights cannot be compared, because Adam turns rounding of small gradients into steps of full size.
+    """
     found = compare_steps(one, other)
     assert not found.faults, found
     assert 0 < found.steps <= steps
@@ -65,7 +68,17 @@ def checkpoint(run: Path, name: str = "last") -> dict:
 
 
 def lives(run: Path, strikes: list[tuple[str, int, str, int]], processes: int, *options: str) -> list[list[list[str]]]:
-    """Commands of one life per strike, and one that nothing befalls."""
+    """Return the commands of a run that is restarted after each signal, and finally runs without one.
+
+    Args:
+        run: the run directory.
+        strikes: for each start, where and when to send which signal: (place, occurrence, signal, rank).
+        processes: number of processes.
+        options: more options of ``fit``.
+
+    Returns:
+        For each start, the arguments of every rank.
+    """
     command, _ = command_line(
         run, RECORD, "--ckpt_path", "last", "--trainer.max_epochs", str(ITERATIONS), "--generation.environment",
         "send_signal_at.Struck", "--trainer.devices", str(processes), *options,

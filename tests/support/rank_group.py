@@ -1,4 +1,4 @@
-"""Processes that stay: functions run on all ranks of a gloo group, without a start for each."""
+"""Persistent processes that run functions on all ranks of a gloo group, without a start for each function."""
 
 import multiprocessing
 import os
@@ -9,12 +9,12 @@ from typing import Any
 
 from deadlines import seconds
 
-DEADLINE = seconds(300)  # of one function
-LAST_WORD = seconds(3)  # of the others, where one has failed
+DEADLINE = seconds(300)  # for one function
+LAST_WORD = seconds(3)  # for results of the other ranks after one has failed
 
 
 class Group:
-    """Processes with ranks from 0; started when a function is first run, and anew after one that failed.
+    """Processes with ranks from 0. They start when the first function runs, and again after a function has failed.
 
     Args:
         world: number of processes.
@@ -28,15 +28,15 @@ class Group:
         """Call a function on all ranks.
 
         Args:
-            function: of a module that the processes can import.
+            function: a function of a module that the processes can import.
             args: its arguments.
-            deadline: seconds.
+            deadline: maximum seconds.
 
         Returns:
             Its results, in order of rank.
 
         Raises:
-            AssertionError: it raised on a rank, or was not done in time.
+            AssertionError: it raised on a rank, or did not finish in time.
         """
         if not self.workers:
             self._start()
@@ -44,8 +44,8 @@ class Group:
             pipe.send((function, args))
         results, failed = [], []
         for rank, (_, pipe) in enumerate(self.workers):
-            if not pipe.poll(LAST_WORD if failed else deadline):  # the others wait for one that failed
-                failed.append(f"rank {rank}: not done within {deadline} s")
+            if not pipe.poll(LAST_WORD if failed else deadline):  # other ranks may wait for one that failed
+                failed.append(f"rank {rank}: did not finish within {deadline} s")
                 continue
             done, result = pipe.recv()
             (results if done else failed).append(result if done else f"rank {rank}: {result}")
@@ -85,7 +85,7 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
     import torch
     from lightning.pytorch.utilities import rank_zero_only
 
-    rank_zero_only.rank = rank  # Lightning looked when it was imported
+    rank_zero_only.rank = rank  # Lightning has read the rank when it was imported
 
     torch.set_num_threads(1)
     pipe.send("ready")
@@ -94,7 +94,7 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
             function, args = pipe.recv()
         except EOFError:
             return
-        os.environ.update({name: str(value) for name, value in place.items()})  # a Trainer drops some at its end
+        os.environ.update({name: str(value) for name, value in place.items()})  # a Trainer removes some at its end
         try:
             answer = (True, function(*args))
         except BaseException:
@@ -103,12 +103,12 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
 
 
 def connect(name: str, precision: Any = "32-true", **options: Any) -> Any:
-    """The strategy of that name, with its process group, in a process of a `Group`."""
+    """Return the strategy of that name with its process group; for use in a process of a `Group`."""
     import lightning as L
 
     class Unused(L.LightningModule):
         def configure_model(self) -> None:
-            """Lightning asks whether there is one."""
+            """Lightning checks that this hook exists."""
 
     strategy = make_strategy(name, **options)
     world = int(os.environ["WORLD_SIZE"])
@@ -122,13 +122,13 @@ def connect(name: str, precision: Any = "32-true", **options: Any) -> Any:
     strategy._lightning_module = unused = Unused()
     unused.trainer = trainer
     if isinstance(getattr(strategy, "config", None), dict):
-        strategy.config["train_micro_batch_size_per_gpu"] = 1  # else it is asked of the data
+        strategy.config["train_micro_batch_size_per_gpu"] = 1  # otherwise read from the data loader
     strategy.setup_environment()
     return strategy
 
 
 def make_strategy(name: str, **options: Any) -> Any:
-    """A strategy by its name in configs/strategy."""
+    """Return a strategy by its name in configs/strategy."""
     from lightning.pytorch.strategies import DDPStrategy
 
     from gear_lightning.strategies import FSDP2, ZeRO

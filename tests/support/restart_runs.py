@@ -1,8 +1,8 @@
-"""Lives of one run: `fit` with the same command again and again, in processes forked off one that has done the imports.
+"""Start a run repeatedly with the same command, in processes forked from one that has done the imports.
 
-Run as ``python -m restart_runs FILE``; the file holds ``{"lives": [[arguments of rank 0, of rank 1, ...], ...]}``. Ends
-with the first life whose processes all give 0, and prints the exit status of every process of every life as JSON. What
-they said goes to FILE.LIFE.RANK.txt.
+Run it as ``python -m restart_runs FILE``. The file holds ``{"lives": [[arguments of rank 0, of rank 1, ...], ...]}``,
+with one entry per start. It ends after the first start whose processes all exit with 0, and prints the exit status of
+every process of every start as JSON. The output of a process goes to FILE.START.RANK.txt.
 """
 
 import contextlib
@@ -18,14 +18,17 @@ from deadlines import until
 from lightning.pytorch.utilities import rank_zero_only
 from quick_start import end_with
 
-LIMIT = 300  # of one life, for `until`
+LIMIT = 300  # seconds for one start, for `until`
 
 
 def play(folder: Path, lives: list[list[list[str]]]) -> list[list[int]]:
-    """Live these lives in a fresh process; see above.
+    """Start these runs one after another in a fresh process; see the module's docstring.
+
+    Returns:
+        The exit status of every process of every start.
 
     Raises:
-        AssertionError: a life that did not end in time.
+        AssertionError: a start did not end in time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     spec = folder / "lives.json"
@@ -39,11 +42,11 @@ def play(folder: Path, lives: list[list[list[str]]]) -> list[list[int]]:
 
 
 def said(folder: Path, life: int, rank: int = 0) -> str:
-    """What a process said."""
+    """Return the output of a process."""
     return (folder / f"lives.json.{life}.{rank}.txt").read_text()
 
 
-def _bear(arguments: list[str], environment: dict[str, str], log: Path) -> int:
+def _fork(arguments: list[str], environment: dict[str, str], log: Path) -> int:
     child = os.fork()
     if child:
         return child
@@ -53,20 +56,20 @@ def _bear(arguments: list[str], environment: dict[str, str], log: Path) -> int:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["gear-lightning", *arguments]
-    rank_zero_only.rank = int(environment.get("LOCAL_RANK", "0"))  # Lightning looked when it was imported
+    rank_zero_only.rank = int(environment.get("LOCAL_RANK", "0"))  # Lightning has read the rank when it was imported
     from gear_lightning.__main__ import main
 
     end_with(main)
 
 
-def _live(ranks: list[list[str]], logs: list[Path]) -> list[int]:
+def _run(ranks: list[list[str]], logs: list[Path]) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     children = []
     for rank, arguments in enumerate(ranks):
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
-        children.append(_bear(arguments, place if len(ranks) > 1 else {}, logs[rank]))
+        children.append(_fork(arguments, place if len(ranks) > 1 else {}, logs[rank]))
     statuses: dict[int, int] = {}
 
     def over() -> bool:
@@ -78,7 +81,7 @@ def _live(ranks: list[list[str]], logs: list[Path]) -> list[int]:
         return len(statuses) == len(children)
 
     try:
-        until(over, "the end of a life", limit=LIMIT)
+        until(over, "the end of a start", limit=LIMIT)
     except AssertionError as error:
         for child in children:
             with contextlib.suppress(ProcessLookupError):
@@ -91,10 +94,10 @@ if __name__ == "__main__":
     import gear_lightning.recipes.cli  # noqa: F401
 
     spec = Path(sys.argv[1])
-    told = json.loads(spec.read_text())
+    starts = json.loads(spec.read_text())["lives"]
     ended: list[list[int]] = []
-    for number, ranks in enumerate(told["lives"]):
-        ended.append(_live(ranks, [Path(f"{spec}.{number}.{r}.txt") for r in range(len(ranks))]))
+    for number, ranks in enumerate(starts):
+        ended.append(_run(ranks, [Path(f"{spec}.{number}.{r}.txt") for r in range(len(ranks))]))
         if not any(ended[-1]):
             break
     print(json.dumps(ended))

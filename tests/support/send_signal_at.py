@@ -1,4 +1,4 @@
-"""A callback that sends a signal to its own process when it reaches a named place for the n-th time, once per run."""
+"""A callback that sends a signal to its own process at the n-th occurrence of a named place, once per run."""
 
 import os
 import signal
@@ -21,14 +21,14 @@ PLACES = (
 
 
 class Strike(L.Callback):
-    """Watches all places; see `PLACES`.
+    """Sends a signal at one of `PLACES`.
 
     Args:
-        place: where.
-        count: at the how-manieth time.
-        number: the signal.
-        name: of the mark that it leaves behind.
-        rank: which process does it; -1 for all.
+        place: where to send it.
+        count: at which occurrence of the place, from 1.
+        number: name of the signal.
+        name: name of the marker file that it writes into the run directory.
+        rank: rank of the process that sends it to itself; -1 for all.
     """
 
     def __init__(self, place: str, count: int = 1, number: str = "SIGKILL", rank: int = 0, name: str = "struck"):
@@ -46,8 +46,8 @@ class Strike(L.Callback):
             self.marker.write_text(place)
             number = getattr(signal, self.number)
             os.kill(os.getpid(), number)
-            if number in NOTES._before:  # else it ends the process
-                until(lambda: number in NOTES.received, "the thread that notes signals", pause=0.001)
+            if number in NOTES._before:  # without a handler the signal ends the process
+                until(lambda: number in NOTES.received, "the thread that records signals", pause=0.001)
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         self.marker = Path(trainer.default_root_dir) / self.name
@@ -102,11 +102,11 @@ class Strike(L.Callback):
         self.reach("epoch end")
 
 
-STRIKES: list[Strike] = []  # of this process
+STRIKES: list[Strike] = []  # all callbacks of this process
 
 
 class Struck(AnyCall):
-    """Reaches "rollout" when an episode begins, and "tool call" at every step of the environment."""
+    """Reports the place "rollout" when an episode begins, and "tool call" at every step of the environment."""
 
     def reset(self, task, *, seed):
         for strike in STRIKES:
@@ -120,7 +120,7 @@ class Struck(AnyCall):
 
 
 class Slow(Struck):
-    """Once struck, takes longer than the watchdog finds usual to come back."""
+    """After the signal, takes almost as long to return as the watchdog's grace period."""
 
     def step(self, message):
         step = super().step(message)
@@ -130,7 +130,7 @@ class Slow(Struck):
 
 
 class Deaf(Struck):
-    """Does not look up after it was struck: only what stops at once ends it."""
+    """After the signal, does not return, so that only a second signal, which stops at once, ends the process."""
 
     def step(self, message):
         step = super().step(message)
@@ -142,15 +142,15 @@ class Deaf(Struck):
 
 
 class HeldDisk(L.Callback):
-    """A disk on which the second iteration's checkpoint is not there before the strike."""
+    """Delays writing the second iteration's checkpoint until the signal is sent."""
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         fsync = os.fsync
 
         def held(place: int) -> None:
-            # A life without a strike does not wait for one.
+            # a start without a signal does not wait for one
             if STRIKES and os.readlink(f"/proc/self/fd/{place}").endswith("iteration=00001.ckpt.partial"):
-                until(lambda: any(strike.marker.exists() for strike in STRIKES), "the strike", limit=60)
+                until(lambda: any(strike.marker.exists() for strike in STRIKES), "the signal", limit=60)
             fsync(place)
 
         os.fsync = held

@@ -1,4 +1,4 @@
-"""A short run inside a process of a `Group`, or in this one."""
+"""A short run, inside a process of a `Group` or in this process."""
 
 import os
 from pathlib import Path
@@ -24,11 +24,11 @@ from gear_lightning.teacher import TeacherOptions
 def train(
     run: Path, name: Any, *, engine: Any = None, weights: str = "auto", logits: int | None = None, **options: Any
 ):
-    """Two iterations with an evaluation before, between and after. Returns what this rank had to do and all metrics.
+    """Train for two iterations, with evaluations before, between and after. Return this rank's work and all metrics.
 
-    ``name`` is that of a strategy, or the strategy; with ``only_evaluate`` the metrics of an evaluation come back.
-    ``resume`` is a checkpoint to go on from; with ``whole`` the one at the end can be gone on from, and there are no
-    evaluations.
+    ``name`` is the name of a strategy, or a strategy. With ``only_evaluate``, return the metrics of an evaluation.
+    ``resume`` is a checkpoint to resume from. With ``whole``, the final checkpoint can be resumed from, and there are
+    no evaluations.
     """
     only_evaluate, precision = options.pop("only_evaluate", False), options.pop("precision", "32-true")
     environment, callbacks = options.pop("environment", Chatter), options.pop("callbacks", ())

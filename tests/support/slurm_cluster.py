@@ -1,7 +1,7 @@
-"""A real Slurm cluster on this machine: the daemons of Debian's packages, as many virtual nodes as wanted, no systemd.
+"""A real Slurm cluster on this machine: daemons of Debian's packages, any number of virtual nodes, no systemd.
 
-Every node has a host name, an /etc/hosts and one directory of its own (``private``); all the rest is shared, as on a
-cluster with one file system. Nothing outside of the cluster's folder is changed.
+Every node has its own host name, /etc/hosts and one private directory (``private``); everything else is shared, as on
+a cluster with one file system. Nothing outside of the cluster's folder is changed.
 """
 
 import os
@@ -18,7 +18,7 @@ from deadlines import seconds, until
 
 PACKAGES = ("slurm-wlm", "slurm-client", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol", "unshare")
-DEADLINE = seconds(60)  # of one command
+DEADLINE = seconds(60)  # for one command
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL")
 CONF = """\
 ClusterName=ci
@@ -51,19 +51,19 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 {nodes}
 PartitionName=ci Nodes=ALL Default=YES MaxTime=INFINITE State=UP
-"""  # cred_expire: a job that was requeued waits for one second more than that (121 by default)
+"""  # cred_expire: a requeued job waits for one second more than this (121 by default)
 
 
 def install() -> str | None:
-    """Install Slurm where that is wanted and possible. Returns why there is none, or None where it is here."""
-    os.environ["PATH"] += os.pathsep + "/usr/sbin"  # daemons; an ordinary user's PATH is without
+    """Install Slurm if CI is set and it is missing. Return why it is not available, or None if it is."""
+    os.environ["PATH"] += os.pathsep + "/usr/sbin"  # contains the daemons; not in an ordinary user's PATH
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if os.geteuid() != 0:
-        return "a cluster of virtual nodes needs root (host names and mounts of their own)"
+        return "a cluster of virtual nodes needs root (for separate host names and mounts)"
     if missing and not os.environ.get("CI"):
-        return f"{', '.join(missing)} missing: apt-get install {' '.join(PACKAGES)} (done where CI is set)"
+        return f"{', '.join(missing)} missing: apt-get install {' '.join(PACKAGES)} (done automatically if CI is set)"
     if missing and shutil.which("apt-get") is None:
-        return f"{', '.join(missing)} missing, and there is no apt-get"
+        return f"{', '.join(missing)} missing, and apt-get is not available"
     if missing:
         quiet = {"env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, "capture_output": True, "text": True}
         subprocess.run(["apt-get", "update"], timeout=seconds(300), check=False, **quiet)
@@ -80,8 +80,8 @@ class Cluster:
     """Nodes n1, n2, ... of four CPUs each.
 
     Args:
-        folder: of everything that it writes; fresh.
-        nodes: how many.
+        folder: an empty folder for all files of the cluster.
+        nodes: number of nodes.
     """
 
     folder: Path
@@ -89,7 +89,7 @@ class Cluster:
 
     @property
     def private(self) -> Path:
-        """A directory that every node has for itself."""
+        """A directory that is separate on every node."""
         return self.folder / "private"
 
     @property
@@ -108,7 +108,7 @@ class Cluster:
         ]
         conf = self.folder / "slurm.conf"
         conf.write_text(CONF.format(folder=self.folder, port=port, nodes="\n".join(lines)))
-        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # no look for one; none is ever touched
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # prevents a search
         hosts = [f"127.0.1.{i} {name}" for i, name in enumerate(self.names, 1)]
         (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
         key = self.folder / "munge" / "munge.key"
@@ -128,7 +128,7 @@ class Cluster:
             raise AssertionError(f"the cluster did not come up:\n{self.logs()}") from error
 
     def start_node(self, name: str) -> None:
-        """Start a node's daemon inside of namespaces of its own."""
+        """Start a node's daemon in its own namespaces."""
         inside = f"""
             mount --bind {self.folder}/hosts /etc/hosts && mount -t tmpfs none {self.private} &&
             hostname {name} && exec slurmd -N {name}"""
@@ -147,7 +147,7 @@ class Cluster:
         os.environ.pop("SLURM_CONF", None)
 
     def logs(self) -> str:
-        """The last lines of all daemons."""
+        """Return the last log lines of all daemons."""
         found = []
         for path in sorted((self.folder / "log").glob("*.log")):
             found += [f"-- {path.name}", *path.read_text(errors="replace").splitlines()[-20:]]
@@ -155,7 +155,7 @@ class Cluster:
 
 
 def run(*command: str, check: bool = True, deadline: float = DEADLINE) -> str:
-    """Output of a command; fails with what it said."""
+    """Run a command and return its output; fail with its error output."""
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=deadline, check=False, stdin=subprocess.DEVNULL
     )
@@ -164,7 +164,7 @@ def run(*command: str, check: bool = True, deadline: float = DEADLINE) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Return ports that are not in use."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
@@ -175,7 +175,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process lives; a zombie does not."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -183,7 +183,7 @@ def alive(pid: int) -> bool:
 
 
 def end_process(pid: int) -> None:
-    """Ask a process to end, and make it."""
+    """End a process with SIGTERM, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.kill(pid, number)

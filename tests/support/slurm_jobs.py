@@ -1,4 +1,4 @@
-"""Jobs of the tests on the cluster: sent by the command, watched, and stopped."""
+"""Jobs of the tests on the cluster: submit them with the command, observe them, and stop them."""
 
 import io
 import os
@@ -21,9 +21,9 @@ class Sent:
     """A job, or one task of an array.
 
     Args:
-        number: as Slurm names it, ``7`` or ``7_1``.
+        number: job id of Slurm, ``7`` or ``7_1``.
         run: its run directory.
-        started: when it was sent.
+        started: when it was submitted.
     """
 
     number: str
@@ -31,7 +31,7 @@ class Sent:
     started: float = field(default_factory=time.monotonic)
 
     def show(self) -> dict[str, str]:
-        """What Slurm knows of it."""
+        """Return Slurm's description of the job."""
         return dict(part.partition("=")[::2] for part in run("scontrol", "-o", "show", "job", self.number).split())
 
     @property
@@ -39,7 +39,7 @@ class Sent:
         return self.show()["JobState"]
 
     def ranks(self) -> dict[int, int]:
-        """rank -> process, of those that live now."""
+        """Return rank -> process id of the running processes."""
         ids, found = {self.number, self.show()["JobId"]}, {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -47,27 +47,27 @@ class Sent:
                     item.partition("=")[::2] for item in (folder / "environ").read_bytes().decode().split("\0")
                 )
                 words = (folder / "cmdline").read_bytes().decode().split("\0")
-            except (OSError, UnicodeDecodeError):  # it has ended, or is not ours
+            except (OSError, UnicodeDecodeError):  # the process has ended, or belongs to another user
                 continue
             if variables.get("SLURM_JOB_ID") in ids and "SLURM_STEP_ID" in variables and "gear_lightning" in words:
                 rank, pid = int(variables["SLURM_PROCID"]), int(folder.name)
-                found[rank] = min(pid, found.get(rank, pid))  # a process that it started comes after it
+                found[rank] = min(pid, found.get(rank, pid))  # its child processes have larger ids
         return found
 
     def rows(self) -> int:
-        """Rows of its metrics so far."""
+        """Return the number of rows of its metrics so far."""
         file = self.run / "metrics.csv"
         return max(0, len(file.read_text().splitlines()) - 1) if file.exists() else 0
 
     def output(self) -> str:
-        """Everything that was printed."""
+        """Return the output of all its processes."""
         folder = self.run / "slurm" if (self.run / "slurm").exists() else self.run.parent / "slurm"
         return "\n".join(
             f"-- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(folder.glob("*[0-9].*"))
         )
 
     def until(self, what: Callable[[], bool], why: str, pause: float = 0.05) -> float:
-        """Wait for something; fails past the deadline, or where the job has ended. Returns the seconds that it took."""
+        """Wait for a condition, and return the seconds. Fail after the deadline, or if the job has ended."""
         begun = asked = time.monotonic()
 
         def done() -> bool:
@@ -86,18 +86,18 @@ class Sent:
         return time.monotonic() - begun
 
     def has_rows(self, count: int) -> None:
-        """Wait until it has trained for so many rows of its metrics."""
+        """Wait until its metrics have at least ``count`` rows."""
         self.until(lambda: self.rows() >= count, f"{count} rows")
 
     def end(self) -> str:
-        """Wait for the end, and return its state."""
+        """Wait for the end of the job, and return its state."""
         try:
             return until(lambda: self.state if self.state in OVER else "", "an end", limit=300, pause=0.2)
         except AssertionError as error:
             raise AssertionError(f"{self.state} still:\n{self.output()}") from error
 
     def succeeds(self) -> None:
-        """Wait for the end, which must be a good one."""
+        """Wait for the end of the job, and assert that it completed."""
         state = self.end()
         assert state == "COMPLETED", f"{state} ({self.show()['ExitCode']}):\n{self.output()}"
 
@@ -106,12 +106,12 @@ class Sent:
         return int(self.show()["Restarts"])
 
     def comes_back(self, restarts: int) -> None:
-        """Wait until it has been started again so many times, and runs."""
+        """Wait until it has been restarted ``restarts`` times and is running."""
         self.until(lambda: self.restarts == restarts, f"restart {restarts}", pause=0.2)
         self.until(lambda: self.state == "RUNNING", f"start after restart {restarts}", pause=0.2)
 
     def signal(self, name: str, *options: str) -> None:
-        """Send a signal to its processes, as Slurm does before the limit."""
+        """Send a signal to its processes, as Slurm does before the time limit."""
         run("scancel", f"--signal={name}", *options, self.number)
 
 
@@ -124,7 +124,7 @@ def send(
     minutes: int = 10,
     before: int = 30,
 ) -> Sent:
-    """Send a job by ``gear-lightning slurm --submit``."""
+    """Submit a job with ``gear-lightning slurm --submit``."""
     size = [f"--nodes={nodes}", "--gpus-per-node=0", f"--tasks-per-node={tasks}", "--cpus-per-task=1"]
     limits = [f"--time={minutes}", f"--signal={before}"]
     said = io.StringIO()
@@ -135,7 +135,7 @@ def send(
 
 
 def send_script(folder: Path, line: str, *options: str) -> Sent:
-    """Send a script that nobody has checked."""
+    """Submit a script without checks."""
     (folder / "slurm").mkdir(parents=True)
     script = folder / "slurm" / "job.sh"
     script.write_text(f"#!/bin/bash\n{line}\n")

@@ -1,4 +1,4 @@
-"""Small disks for tests of full ones."""
+"""Small disks for tests of full disks."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A folder on a small file system of its own, in memory; skips the test where none can be mounted."""
+    """A folder on a separate small file system in memory. Skips the test if it cannot be mounted."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
     if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
