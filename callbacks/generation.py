@@ -295,7 +295,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         response = len(rollout.tokens) - rollout.prompt_length
         try:
             return self._module.privileged_prompt(rollout.task, opening, said, rollout.feedback, response)
-        except OverlongError:  # model.teacher asks for this error
+        except OverlongError:  # requested by model.teacher.overlong=error
             raise
         except Exception as error:  # a task that the check before training did not cover, or a peer's messages
             if not self._warned_prompt:

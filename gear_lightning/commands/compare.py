@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories")
     parser.add_argument("--metric", default="val/success", help="column of metrics.csv (default val/success)")
     parser.add_argument(
-        "--over", choices=list(AXES), default="iterations", help="unit of the horizontal axis (default iterations)"
+        "--over", choices=list(AXES), default="iterations", help="axis of the tables (default iterations)"
     )
     parser.add_argument(
         "--threshold",
