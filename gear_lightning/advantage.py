@@ -1,4 +1,4 @@
-"""Group advantages: from the rewards of a task's rollouts to one advantage per rollout, or one per turn."""
+"""Group advantages: compute one advantage per rollout, or one per turn, from the rewards of a task's rollouts."""
 
 import math
 from abc import ABC, abstractmethod
@@ -15,64 +15,66 @@ from .errors import UserError
 
 
 class GroupAdvantage(ABC):
-    """Advantage of each rollout of one group, or of each of its turns. Arguments hold the usable rollouts only."""
+    """Computes the advantage of each rollout of one group, or of each of its turns. Arguments contain only the usable
+    rollouts."""
 
     min_group: int = 2
 
     @abstractmethod
     def __call__(self, rewards: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
-        """Advantages; zeros where the rewards have no spread or fewer than ``min_group`` rollouts are left."""
+        """Return the advantages; zeros if the rewards have no spread or there are fewer than ``min_group`` rollouts."""
 
     def of_turns(
         self, rewards: Float[Tensor, " group"], turn_rewards: list[list[float]], states: list[list[str]]
     ) -> list[list[float]] | None:
-        """Advantages of the turns of each rollout; None: every turn has its rollout's.
+        """Return the advantages of the turns of each rollout; None: every turn has its rollout's advantage.
 
         Args:
-            rewards: of each rollout.
-            turn_rewards: of each turn of each rollout; those of a rollout sum to its reward.
-            states: where each turn of each rollout began, by a name that is equal for equal states.
+            rewards: reward of each rollout.
+            turn_rewards: reward of each turn of each rollout; those of a rollout sum to its reward.
+            states: name of the state in which each turn of each rollout began; equal states have equal names.
         """
         return None
 
     def complaint(self, turn_rewards: list[list[float]]) -> str | None:
-        """What to warn of, where an iteration's rewards are not what the method is for; None: nothing.
+        """Return a warning if the method is not suited to an iteration's rewards; None if it is.
 
         Args:
-            turn_rewards: of each turn of each rollout of the iteration.
+            turn_rewards: reward of each turn of each rollout of the iteration.
         """
         return None
 
     def has_signal(
         self, rewards: Float[Tensor, " group"], turn_rewards: list[list[float]], states: list[list[str]]
     ) -> bool:
-        """Whether there is anything to learn from the group (arguments: see `of_turns`).
+        """Return whether the group has a learning signal (arguments: see `of_turns`).
 
-        Where turns have advantages of their own: whether one of them is not 0. Else: whether the rewards differ.
+        If turns have advantages of their own, one of them must not be 0. Otherwise the rewards must differ.
         """
         turns = self.of_turns(rewards, turn_rewards, states)
         return has_spread(rewards) if turns is None else any(a != 0 for rollout in turns for a in rollout)
 
     def check_group_size(self, size: int) -> None:
-        """Fail early where groups of ``size`` can never carry a signal.
+        """Raise if groups of ``size`` can never have a signal.
 
         Raises:
             UserError: the group is too small.
         """
         if size < self.min_group:
             raise UserError(
-                f"group_size={size} gives {type(self).__name__} nothing to compare; use at least {self.min_group}"
+                f"group_size={size}: {type(self).__name__} needs rollouts to compare; use at least {self.min_group}"
             )
 
 
 def has_spread(rewards: Float[Tensor, " group"]) -> bool:
-    """Whether the rewards differ at all: by equality, for the standard deviation of equal floats need not be 0."""
+    """Return whether the rewards differ. Compares for equality, because the standard deviation of equal floats need not
+    be 0."""
     return rewards.numel() > 1 and bool((rewards != rewards[0]).any())
 
 
 @dataclass(frozen=True)
 class GRPO(GroupAdvantage):
-    """(R - mean) / (std + eps), std with n - 1 (arXiv 2402.03300).
+    """(R - mean) / (std + eps), with n - 1 in the standard deviation (arXiv 2402.03300).
 
     Args:
         eps: added to the standard deviation.
@@ -114,12 +116,12 @@ class LeaveOneOut(GroupAdvantage):
 def among_equals(
     values: list[list[float]], keys: Sequence[Sequence[Hashable]], rule: GroupAdvantage
 ) -> list[list[float]]:
-    """The rule's advantage of each turn among the group's turns with an equal key; 0 for a key that is there once.
+    """Return the advantage of each turn relative to the group's turns with an equal key; 0 for a key that occurs once.
 
     Args:
-        values: of each turn of each rollout.
-        keys: of the same turns.
-        rule: what compares the values of one key.
+        values: value of each turn of each rollout.
+        keys: keys of the same turns.
+        rule: computes the advantages from the values of one key.
     """
     places: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)
     for i, row in enumerate(keys):
@@ -135,11 +137,12 @@ def among_equals(
 
 @dataclass(frozen=True)
 class TurnGRPO(GroupAdvantage):
-    """Each turn by its own reward: turn k's against that of turn k of the group's other rollouts.
+    """Compares the reward of turn k with the rewards of turn k in the group's other rollouts.
 
-    A_k = (r_k - mean) / (std + eps) over the rollouts that have a turn k, std with n - 1; 0 where only one has it. This
-    is the advantage of CREST ("Teach the Magnitude, Not the Direction", 2026). Rewards are not cumulative, so it is for
-    environments that reward each turn. The rollout's own advantage, which is recorded, is that of `GRPO`.
+    A_k = (r_k - mean) / (std + eps) over the rollouts that have a turn k, with n - 1 in the standard deviation; 0 if
+    only one rollout has a turn k. This is the advantage of CREST ("Teach the Magnitude, Not the Direction", 2026).
+    Rewards are not cumulative, so it is meant for environments that reward each turn. The recorded advantage of the
+    rollout is that of `GRPO`.
 
     Args:
         eps: added to the standard deviation.
@@ -166,22 +169,25 @@ class TurnGRPO(GroupAdvantage):
         if not paid or any(any(row[:-1]) for row in turn_rewards):
             return None
         return (
-            "data.advantage=TurnGRPO: only last turns were rewarded in this iteration. It compares turn k with turn k "
-            "of the other rollouts, so that one that succeeds later than they is blamed in the turn that ends theirs. "
-            "It is for environments that reward turns on the way."
+            "data.advantage=TurnGRPO: only last turns were rewarded in this iteration. TurnGRPO compares turn k with "
+            "turn k of the other rollouts, so a rollout that succeeds in a later turn than the others gets a negative "
+            "advantage in the turn in which the others succeed. Use TurnGRPO with environments that also reward "
+            "earlier turns."
         )
 
 
 @dataclass(frozen=True)
 class MTGRPO(GroupAdvantage):
-    """The outcome for every turn, and what the turns earned on the way for the first one (arXiv 2505.11821).
+    """The outcome advantage for every turn, plus the advantage of the earlier turns' rewards for the first turn (arXiv
+    2505.11821).
 
     First turn: A_outcome + coef A_turn; later turns: A_outcome. A rollout of one turn, which got no tool result, has
-    A_total. All three are those of `GRPO` over the group's rollouts: of the reward of the last turn (outcome), of the
-    sum of the earlier turns' rewards (turn), and of the rollout's reward (total), which is recorded as its advantage.
+    A_total. All three are computed by `GRPO` over the group's rollouts: from the reward of the last turn (outcome),
+    from the sum of the earlier turns' rewards (turn), and from the rollout's reward (total), which is recorded as its
+    advantage.
 
-    The paper has two turns and tells the two rewards apart by function; what the turn is rewarded for is here what the
-    environment pays before the last turn.
+    The paper has two turns and two separate reward functions. Here, the turn reward is the reward that the environment
+    gives before the last turn.
 
     Args:
         coef: weight of A_turn.
@@ -214,17 +220,17 @@ class MTGRPO(GroupAdvantage):
 
 @dataclass(frozen=True)
 class GiGPO(GroupAdvantage):
-    """The rollout's advantage plus that of a turn among turns that began in the same state (arXiv 2505.10978).
+    """The rollout's advantage plus the turn's advantage among turns that began in the same state (arXiv 2505.10978).
 
     A = A_episode + step_weight A_step. A_episode compares the rewards of the group's rollouts. A_step compares the
-    returns, sum_j gamma^j r_(k+j), of all turns of the group with an equal state, also where one rollout came there
-    twice; it is 0 for a state that was seen once. States are told by the environment (``Step.info``), else by what its
-    messages say; where none comes up twice beyond the first turn, only that turn gets more than A_episode.
+    returns, sum_j gamma^j r_(k+j), of all turns of the group that began in the same state, including repeated visits by
+    one rollout; it is 0 for a state that occurs once. The environment names the states (``Step.info``); by default the
+    text of its messages is the name. If no state after the first turn occurs twice, only first turns get an A_step.
 
     Args:
         step_weight: weight of A_step.
-        gamma: discount of the rewards of later turns.
-        divide_by_std: divide both deviations from the mean by the standard deviation (n - 1) + eps; false: do not.
+        gamma: discount factor of the rewards of later turns.
+        divide_by_std: divide both deviations from the mean by the standard deviation (n - 1) + eps.
         eps: added to the standard deviations.
 
     Raises:
@@ -253,7 +259,7 @@ class GiGPO(GroupAdvantage):
 
 
 def discounted(rewards: list[float], gamma: float) -> list[float]:
-    """Return of each turn: its reward, and gamma times the return of the next."""
+    """Compute the return of each turn: its reward plus gamma times the return of the next turn."""
     returns, after = [], 0.0
     for reward in reversed(rewards):
         after = reward + gamma * after

@@ -1,4 +1,4 @@
-"""The one room where the rollout wing and the learning wing meet: tensors of rollouts, and the credit given to them."""
+"""The interface between rollout generation and learning: rollouts as tensors, and the credit assigned to them."""
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -18,15 +18,15 @@ class RolloutRow:
         action_mask: True where the policy sampled the token.
         turn_ids: assistant turn of sampled tokens, -1 elsewhere.
         stop_mask: True on sampled stop tokens.
-        sampler_logprobs: nats; 0 where not sampled.
+        sampler_logprobs: nats; 0 on tokens that were not sampled.
         prompt_length: tokens before the first response token.
-        teacher_prompt: ids of the privileged prompt; the policy's own prompt where there is no privileged text.
+        teacher_prompt: ids of the privileged prompt; the policy's own prompt if there is no privileged text.
         reward: total outcome reward.
         success: whether the task counts as solved.
-        advantage: after the group baseline.
-        turn_advantages: of each assistant turn, where turns have advantages of their own; None: ``advantage``.
-        decisions: per token, 1 in a decision that was right, -1 in one that was wrong, 0 elsewhere; None: not known.
-        solved: solved rollouts of the group.
+        advantage: advantage of the rollout in its group.
+        turn_advantages: advantage of each assistant turn, if turns have their own; None: all have ``advantage``.
+        decisions: per token, 1 in a right decision, -1 in a wrong one, 0 elsewhere; None: not known.
+        solved: number of solved rollouts in the group.
         group_id: number of the group in the run.
         policy_version: optimizer steps taken before sampling.
         index: position among this rank's rollouts of the iteration.
@@ -51,18 +51,18 @@ class RolloutRow:
 
     @property
     def length(self) -> int:
-        """Tokens of the policy's view."""
+        """Number of tokens in the policy's view."""
         return len(self.tokens)
 
     @property
     def teacher_length(self) -> int:
-        """Tokens of the teacher's view: the privileged prompt, and the rollout after its own prompt."""
+        """Number of tokens in the teacher's view: the privileged prompt, and the rollout without its own prompt."""
         return len(self.teacher_prompt) + len(self.tokens) - self.prompt_length
 
     @cached_property
     def columns(self) -> dict[str, Tensor]:
-        """The token columns of `RolloutBatch`, without padding. Made once: the device waits meanwhile, and a row is
-        collated again in every inner epoch."""
+        """The token columns of `RolloutBatch`, without padding. Cached, because the device waits during collation, and
+        a row is collated again in every inner epoch."""
         tokens, turns = _tensor(self.tokens, np.int64), _tensor(self.turn_ids, np.int64)
         mask = _tensor(self.action_mask, np.bool_)
         if self.turn_advantages is None:
@@ -85,21 +85,22 @@ class RolloutRow:
 
 
 def _tensor(values: list, kind: type[np.generic]) -> Tensor:
-    # several times as fast as torch.tensor of a list
+    # several times faster than torch.tensor of a list
     return torch.from_numpy(np.fromiter(values, kind, len(values)))
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """A micro-batch of rollouts. Entry t of a ``[batch, seq]`` tensor is about token t; rows are right-padded.
+    """A micro-batch of rollouts. Entry t of a ``[batch, seq]`` tensor belongs to token t; rows are right-padded.
 
-    ``step_tokens`` and ``step_rollouts`` count the action tokens and the rollouts of the whole optimizer step, over all
-    micro-batches and ranks: the denominators of the loss. ``index`` is the row's place in its rank's iteration, -1 for
-    a blank row (a rank with nothing to learn still takes part in the step). ``privileged`` rows have a teacher's view
-    that differs from the policy's; the others get uniform credit. ``base_advantages`` are those of the action tokens
-    before credit: the rollout's, or their turn's. ``decisions`` is 1 on tokens of decisions that the environment calls
-    right, -1 on those of wrong ones; ``solved`` counts the solved rollouts of the row's group. The rows take part in
-    ``inner_epochs`` optimizer steps, and this is number ``inner_epoch`` of them, from 0.
+    ``step_tokens`` and ``step_rollouts`` are the denominators of the loss: they count the action tokens and the
+    rollouts of the whole optimizer step, over all micro-batches and ranks. ``index`` is the row's position in its
+    rank's iteration, -1 for a blank row (a rank without learnable rollouts still takes part in the step).
+    ``privileged`` rows have a teacher's view that differs from the policy's; all other rows get uniform credit.
+    ``base_advantages`` are the advantages of the action tokens before credit: those of the rollout or of the turn.
+    ``decisions`` is 1 on tokens of decisions that the environment judged right, -1 on those judged wrong, 0 elsewhere.
+    ``solved`` counts the solved rollouts of the row's group. The rows take part in ``inner_epochs`` optimizer steps;
+    ``inner_epoch`` is the index of this one, from 0.
     """
 
     tokens: Int[Tensor, "batch seq"]
@@ -128,19 +129,19 @@ class RolloutBatch:
     inner_epochs: int = 1
 
     def to(self, device: torch.device | str, **kwargs) -> "RolloutBatch":
-        """The batch with its tensors on ``device`` (Lightning calls this)."""
+        """Return the batch with its tensors on ``device`` (called by Lightning)."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.to(device, **kwargs) for k, v in values.items() if isinstance(v, Tensor)})
 
     @property
     def size(self) -> int:
-        """Number of rows, blank ones included."""
+        """Number of rows, including blank rows."""
         return self.tokens.shape[0]
 
 
 class Sealed:
-    """A batch on its way to the module, past Lightning's precision plugins: they would cast its rewards, advantages and
-    log-probs to the precision of the weights, and do not take frozen dataclasses."""
+    """Wraps a batch so that Lightning's precision plugins do not convert it: they would cast rewards, advantages and
+    log-probs to the precision of the weights, and they do not support frozen dataclasses."""
 
     def __init__(self, batch: RolloutBatch):
         self.batch = batch
@@ -148,10 +149,10 @@ class Sealed:
 
 @dataclass(frozen=True)
 class TokenStats:
-    """What one model says about each token, detached where it is evidence and attached where it is trained.
+    """Per-token statistics of one model: detached if used as evidence, attached to the graph if used for training.
 
-    ``logprobs`` and ``entropy`` (nats) are 0 outside the tokens that were asked for. ``top_ids`` and ``top_logprobs``
-    describe the distribution from which token t was drawn, by the policy's most likely tokens.
+    ``logprobs`` and ``entropy`` (nats) are 0 outside the requested tokens. ``top_ids`` and ``top_logprobs`` describe
+    the distribution of token t, restricted to the policy's most likely tokens.
     """
 
     logprobs: Float[Tensor, "batch seq"]
@@ -162,14 +163,14 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class Credit:
-    """Where the group advantage goes. All tensors are detached.
+    """Credit of each token: its share of the group advantage. All tensors are detached.
 
     Attributes:
-        weights: 1 outside the action tokens; never negative.
+        weights: never negative; 1 outside the action tokens.
         token_advantages: weight x group advantage on action tokens, 0 elsewhere.
-        divergence: as the rule used it, in nats (signed for k1); 0 outside the action tokens.
-        anchor: index of the anchor token of the segment that a token is in, -1 outside segments.
-        clipped: where the rule's clip decided the weight; None for a rule without one.
+        divergence: the divergence that the rule used, in nats (signed for k1); 0 outside the action tokens.
+        anchor: index of the anchor token of the token's segment, -1 outside segments.
+        clipped: tokens whose weight the rule's clip determined; None for a rule without a clip.
     """
 
     weights: Float[Tensor, "batch seq"]
@@ -195,7 +196,7 @@ def collate(
     inner_epoch: int = 0,
     inner_epochs: int = 1,
 ) -> RolloutBatch:
-    """Make a micro-batch of rows; no rows give one blank row that adds nothing to any sum."""
+    """Return a micro-batch of rows. Without rows, it has one blank row that contributes 0 to every sum."""
     blank = RolloutRow([0, 0], [False] * 2, [-1] * 2, [False] * 2, [0.0] * 2, 1, [0], 0.0, False, 0.0, -1, 0, -1)
     real, rows = bool(rows), rows or [blank]
     columns = {name: _pad([r.columns[name] for r in rows], -1 if name == "turn_ids" else 0) for name in rows[0].columns}

@@ -1,4 +1,4 @@
-"""Tasks in, micro-batches of rollouts out: `RolloutDataModule` and the sized stream that Lightning iterates."""
+"""Turns tasks into micro-batches of rollouts: `RolloutDataModule`, and the sized stream that Lightning iterates."""
 
 import time
 from abc import abstractmethod
@@ -27,50 +27,52 @@ Truncated = Literal["learn", "mask"]
 
 
 class RolloutGenerator(TaskChecker):
-    """Makes rollouts for the data module. `callbacks.generation.GenerationCallback` is the one in use."""
+    """Generates rollouts for the data module. Implemented by `callbacks.generation.GenerationCallback`."""
 
     temperature: float
 
     @abstractmethod
     def generate(self, jobs: list[tuple[Task, tuple[int, ...]]], stage: str) -> list[Rollout]:
-        """Play one rollout per (task, seed)."""
+        """Generate one rollout per (task, seed)."""
 
     @abstractmethod
     def teacher_prompt(self, rollout: Rollout, peer: Rollout | None) -> tuple[list[int], bool]:
-        """Ids of the privileged prompt, and whether its text was dropped for length. ``peer``: a successful rollout of
-        the same group, None where there is no other."""
+        """Return the ids of the privileged prompt, and whether its privileged text was dropped for its length.
+        ``peer``: another successful rollout of the same group; None if there is none."""
 
 
 class RolloutDataModule(L.LightningDataModule):
     """Streams rollouts: one Lightning epoch is one RL iteration.
 
     Args:
-        train_tasks: what the policy trains on.
-        val_tasks: what it is evaluated on. Null: no evaluation.
-        tasks_per_iteration: tasks rolled out before each update, over all processes.
-        group_size: rollouts of one task.
-        micro_batch_size: rollouts in one forward and backward pass on one process, on average: it sets the number of
-            micro-batches of a step. Each takes fewer long rollouts or more short ones, so that all have about as many
-            tokens.
-        inner_epochs: optimizer steps on the same rollouts; old log-probs and credit are those of the first.
-        advantage: the group baseline, of rollouts or of turns.
-        zero_spread: groups without a signal, whose rewards are all equal (with an advantage for each turn: all of
-            whose turns have 0): ``keep`` them (no gradient, but their tokens count in the loss's denominator),
-            ``drop`` them (not counted), or ``resample`` other tasks in their place.
-        resample_rounds: most rounds of generation in an iteration. Null: 4 under ``resample``.
-        truncated: rollouts that a budget cut short (``rollouts/truncated``): ``learn`` from them with the reward so
-            far, or ``mask`` them: their tokens are in no loss and no denominator, and ``rollouts/masked`` counts them
-            (DAPO's overlong filtering, arXiv 2503.14476). A masked rollout's reward still counts in the group's
-            baseline, as in TRL's ``mask_truncated_completions``, less its ``generation.overlong`` penalty; a group has
-            a signal only where a rollout that is not masked has an advantage.
-        check_limit: tasks of each source that are checked before training (prompts are rendered, rewards looked up): a
-            fixed sample, and those with the longest lines. A task that turns out bad later costs its rollouts and not
-            the run. Null: all. A check that passed is not done again for the same tasks, model and environment.
+        train_tasks: tasks for training.
+        val_tasks: tasks for evaluation. Null: no evaluation.
+        tasks_per_iteration: number of tasks with rollouts before each update, over all processes.
+        group_size: number of rollouts of each task.
+        micro_batch_size: average number of rollouts in one forward and backward pass on one process. It determines the
+            number of micro-batches of a step. A micro-batch takes fewer long rollouts or more short ones, so that all
+            have about the same number of tokens.
+        inner_epochs: number of optimizer steps on the same rollouts; old log-probs and credit are those of the first.
+        advantage: the group advantage, of rollouts or of turns.
+        zero_spread: what to do with groups without a signal, whose rewards are all equal (with an advantage for each
+            turn: whose turns all have the advantage 0): ``keep`` them (no gradient, but their tokens count in the
+            loss's denominator), ``drop`` them (not counted), or ``resample``: replace them with other tasks.
+        resample_rounds: maximum number of generation rounds in an iteration. Null: 4 with ``resample``.
+        truncated: what to do with rollouts that a budget cut short (``rollouts/truncated``): ``learn`` from them with
+            the reward so far, or ``mask`` them: their tokens count in no loss and no denominator, and
+            ``rollouts/masked`` counts them (DAPO's overlong filtering, arXiv 2503.14476). A masked rollout's reward
+            still counts in the group's baseline, as in TRL's ``mask_truncated_completions``, after its
+            ``generation.overlong`` penalty; a group has a signal only if a rollout that is not masked has a nonzero
+            advantage.
+        check_limit: number of tasks of each source that are checked before training (prompts are rendered, rewards
+            resolved): a fixed sample, and those with the longest lines. If a task turns out invalid later, its rollouts
+            fail but the run continues. Null: all. A passed check is not repeated for the same tasks, model and
+            environment.
         val_limit: number of validation tasks.
-        val_rollouts: rollouts of each validation task.
-        eval_batch_size: rollouts that are generated together in evaluation, per process.
-        seed: of the order of tasks and of all sampling, 0 to 2^32 - 1. Null: that of ``seed_everything`` on the command
-            line, 0 in Python. The other seeds are in docs/slurm.md.
+        val_rollouts: number of rollouts of each validation task.
+        eval_batch_size: number of rollouts that are generated together in evaluation, per process.
+        seed: seed of the order of tasks and of all sampling, 0 to 2^32 - 1. Null: ``seed_everything`` on the command
+            line, 0 in Python. The other seeds are described in docs/slurm.md.
     """
 
     def __init__(
@@ -104,12 +106,12 @@ class RolloutDataModule(L.LightningDataModule):
             "eval_batch_size",
         ):
             if (value := locals()[name]) is not None and value < 1:
-                raise UserError(f"data.{name}={value} must be at least 1")
+                raise UserError(f"data.{name}={value}: must be at least 1")
         if seed is not None and not 0 <= seed < 1 << 32:
-            raise UserError(f"data.seed={seed} must be at least 0, and below 2^32")
+            raise UserError(f"data.seed={seed}: must be at least 0 and below 2^32")
         advantage.check_group_size(group_size)
         if resample_rounds is not None and zero_spread != "resample":
-            raise UserError(f"data.resample_rounds does nothing with data.zero_spread={zero_spread}; leave it out")
+            raise UserError(f"data.resample_rounds does nothing with data.zero_spread={zero_spread}; remove it")
         self.train_tasks = train_tasks
         self.val_tasks = val_tasks
         self.tasks_per_iteration = tasks_per_iteration
@@ -126,24 +128,24 @@ class RolloutDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.seed = 0 if seed is None else seed
         self.generator: RolloutGenerator | None = None
-        self.resolved_config: dict[str, str] = {}  # of the command line, to be equal on all processes
+        self.resolved_config: dict[str, str] = {}  # of the command line; must be equal on all processes
         self.cursor = 0  # tasks drawn so far, over all processes
         self.groups: list[RolloutGroup] = []  # of the current iteration, on this rank
-        self.rows: list[RolloutRow] = []  # of those of its rollouts that are learned from
-        self.position = 0  # micro-batches of the current iteration handed out so far
-        self.stop: Callable[[], bool] = lambda: False  # whether the run is to stop here; called on all ranks
-        self._order: tuple[int, torch.Tensor] | None = None  # of the tasks, in the newest pass over them
+        self.rows: list[RolloutRow] = []  # of the current iteration's learnable rollouts
+        self.position = 0  # micro-batches of the current iteration yielded so far
+        self.stop: Callable[[], bool] = lambda: False  # whether the run must stop here; called on all ranks
+        self._order: tuple[int, torch.Tensor] | None = None  # order of the tasks in the newest pass over them
         self._complained = False
-        self.evaluation_due = False  # whether the newest evaluation has not come to its end
-        self._before_rollouts: dict[str, Any] | None = None  # random state, while rollouts are made
-        self._restored: dict[str, Any] | None = None  # this rank's state from a checkpoint, until it is taken up
+        self.evaluation_due = False  # whether the newest evaluation is not finished
+        self._before_rollouts: dict[str, Any] | None = None  # random state before the rollouts, during generation
+        self._restored: dict[str, Any] | None = None  # this rank's state from a checkpoint, until it is restored
         self.stats = IterationStats()
 
     # -- Lightning ------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         trainer = self._trainer
-        check_same(self.resolved_config)  # here, for this is the first thing that Lightning calls on all processes
+        check_same(self.resolved_config)  # here, because Lightning calls this first on all processes
         check_limits(option_of(trainer), self, trainer.world_size, stage)
         if stage == "fit":
             keep_iterations_whole(trainer)
@@ -151,23 +153,23 @@ class RolloutDataModule(L.LightningDataModule):
             trainer.accumulate_grad_batches = self.micro_batches
 
     def check_processes(self, processes: int, accumulate: int) -> None:
-        """Look at the sizes of an iteration.
+        """Check that the sizes of an iteration fit the number of processes.
 
         Args:
-            processes: that share the tasks.
-            accumulate: ``trainer.accumulate_grad_batches`` as given; 1 where it is not.
+            processes: number of processes that share the tasks.
+            accumulate: ``trainer.accumulate_grad_batches`` as given; 1 if it is not given.
 
         Raises:
-            UserError: the tasks do not divide over them, or an accumulation is given.
+            UserError: the tasks are not divisible by the processes, or ``accumulate`` contradicts the micro-batches.
         """
         if self.tasks_per_iteration % processes:
             raise UserError(
-                f"data.tasks_per_iteration={self.tasks_per_iteration} does not divide over {processes} processes: all "
-                f"rollouts of a task stay on one; use a multiple of {processes}"
+                f"data.tasks_per_iteration={self.tasks_per_iteration} is not divisible by {processes} processes: all "
+                f"rollouts of a task stay on one process; use a multiple of {processes}"
             )
         if accumulate not in (1, self.micro_batches_of(processes)):
             raise UserError(
-                "trainer.accumulate_grad_batches follows from data.micro_batch_size; leave it out of the config"
+                "trainer.accumulate_grad_batches follows from data.micro_batch_size; remove it from the config"
             )
 
     def train_dataloader(self) -> "RolloutStream":
@@ -202,18 +204,18 @@ class RolloutDataModule(L.LightningDataModule):
         return self.micro_batches_of(self._trainer.world_size)
 
     def micro_batches_of(self, processes: int) -> int:
-        """The same, where so many processes share the step."""
+        """Return the micro-batches of one optimizer step on one process, if ``processes`` processes share the step."""
         return -(-(self.tasks_per_iteration // processes * self.group_size) // self.micro_batch_size)
 
     def evaluation_batches(self, processes: int) -> int:
-        """Batches of an evaluation on each of so many processes."""
+        """Return the number of batches of an evaluation on each of ``processes`` processes."""
         per_rank = -(-len(self._eval_jobs()) // processes)
         return max(1, -(-per_rank // self.eval_batch_size))
 
     # -- tasks ----------------------------------------------------------------------------------------------------
 
     def train_task(self, position: int) -> Task:
-        """The task at a position of the endless training order: each pass over the source in a new order."""
+        """Return the task at a position of the endless training order. Each pass over the source has a new order."""
         size = self.train_tasks.size
         if size is None:
             return self.train_tasks[position]
@@ -229,10 +231,10 @@ class RolloutDataModule(L.LightningDataModule):
         return [(t, (self.seed, 1, t, r)) for t in range(tasks) for r in range(self.val_rollouts)]
 
     def check_tasks(self) -> None:
-        """Look at the tasks before any training (see ``check_limit``). All ranks must call it.
+        """Check the tasks before training (see ``check_limit``). All ranks must call it.
 
         Raises:
-            UserError: a task that cannot be used; names it.
+            UserError: a task cannot be used; names the task.
         """
         assert self.generator is not None
         for name, source, used in (("train", self.train_tasks, None), ("val", self.val_tasks, self.val_limit)):
@@ -242,15 +244,15 @@ class RolloutDataModule(L.LightningDataModule):
     # -- rollouts -------------------------------------------------------------------------------------------------
 
     def _iterate(self) -> Iterator[RolloutBatch]:
-        """One RL iteration: generate, then the micro-batches of each inner epoch."""
+        """Run one RL iteration: generate rollouts, then yield the micro-batches of each inner epoch."""
         assert self.generator is not None
-        first = self._take_up()
+        first = self._restore()
         if first is None:
             self._generate()
         rows = self.rows = run_on_all_ranks(self._rows)
         counts = torch.tensor([sum(map(sum, (r.action_mask for r in rows))), len(rows)], device=self._device)
         tokens, rollouts = self._trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        order = sorted(rows, key=lambda r: (r.length + r.teacher_length, r.length, r.index))  # alike ones together
+        order = sorted(rows, key=lambda r: (r.length + r.teacher_length, r.length, r.index))  # similar lengths together
         parts = balanced_split([(r.length, r.teacher_length) for r in order], self.micro_batches)
         batches = [[order[i] for i in part] for part in parts]
         plan = [(inner, batch) for inner in range(self.inner_epochs) for batch in batches]
@@ -280,7 +282,7 @@ class RolloutDataModule(L.LightningDataModule):
             tasks = list(zip(positions, self._fetch(self.train_task, positions), strict=True))
             jobs = [(task, (self.seed, 0, position, r)) for position, task in tasks for r in range(self.group_size)]
             rollouts = self.generator.generate(jobs, "fit")
-            if self.stop():  # some were not played to their end; all are played again after the resume, the same ones
+            if self.stop():  # some rollouts are incomplete; all are generated again, identically, after the resume
                 self.groups, self.cursor = [], begun
                 raise Stopped
             for i, (position, task) in enumerate(tasks):
@@ -292,22 +294,22 @@ class RolloutDataModule(L.LightningDataModule):
                 break
         self._before_rollouts = None
         self._count(time.perf_counter() - started)
-        if self.zero_spread == "resample":  # keep the newest signal first, and never more than the micro-batches hold
+        if self.zero_spread == "resample":  # prefer groups with a signal; keep no more than the micro-batches hold
             self.groups = sorted(self.groups, key=lambda g: not self._signal(g))[:share]
 
     def _fetch(self, get: Callable[[int], Task], places: Sequence[int]) -> list[Task]:
-        """This rank's tasks; fails on all ranks where the source fails on one."""
+        """Return this rank's tasks. Raise on all ranks if the source fails on one."""
         return run_on_all_ranks(lambda: [get(place) for place in places])
 
     def _signal(self, group: RolloutGroup) -> bool:
-        """Whether there is anything to learn from the group."""
-        told = _told(group)
-        if not self.advantage.has_signal(*told):
+        """Return whether the group has a learning signal."""
+        inputs = _advantage_inputs(group)
+        if not self.advantage.has_signal(*inputs):
             return False
         usable = [r for r in group.rollouts if r.learnable]
         if not any(map(self._masked, usable)):
             return True
-        turns = self.advantage.of_turns(*told) or [[a] for a in self.advantage(told[0]).tolist()]
+        turns = self.advantage.of_turns(*inputs) or [[a] for a in self.advantage(inputs[0]).tolist()]
         return any(a != 0 for r, row in zip(usable, turns, strict=True) if not self._masked(r) for a in row)
 
     def _masked(self, rollout: Rollout) -> bool:
@@ -319,21 +321,25 @@ class RolloutDataModule(L.LightningDataModule):
             self.stats.add(group, signal=self._signal(group), masked=self._masked)
 
     def _rows(self) -> list[RolloutRow]:
-        """Rows of the rollouts that count in the loss, with their advantages."""
+        """Return the rows of the rollouts that count in the loss, with their advantages."""
         assert self.generator is not None
         rows, self.stats.overlong = [], 0
         if not self._complained:
-            told = self.advantage.complaint([turns for group in self.groups for turns in _told(group)[1]])
-            self._complained = told is not None
-            if told is not None:
-                rank_zero_warn(told)
+            warning = self.advantage.complaint(
+                [turns for group in self.groups for turns in _advantage_inputs(group)[1]]
+            )
+            self._complained = warning is not None
+            if warning is not None:
+                rank_zero_warn(warning)
         for g, group in enumerate(self.groups):
             if self.zero_spread != "keep" and not self._signal(group):
                 continue
             usable = [(i, r) for i, r in enumerate(group.rollouts) if r.learnable]
-            told = _told(group)
-            of_turns = self.advantage.of_turns(*told) or [None] * len(usable)
-            for (i, rollout), advantage, turns in zip(usable, self.advantage(told[0]).tolist(), of_turns, strict=True):
+            inputs = _advantage_inputs(group)
+            of_turns = self.advantage.of_turns(*inputs) or [None] * len(usable)
+            for (i, rollout), advantage, turns in zip(
+                usable, self.advantage(inputs[0]).tolist(), of_turns, strict=True
+            ):
                 if self._masked(rollout):
                     continue
                 prompt, dropped = self.generator.teacher_prompt(rollout, group.peer(i))
@@ -345,7 +351,7 @@ class RolloutDataModule(L.LightningDataModule):
     def _evaluate(self, stage: str) -> Iterator[RolloutBatch]:
         assert self.generator is not None
         assert self.val_tasks is not None
-        counts = not self._trainer.sanity_checking  # Lightning's short one before the training is none that is due
+        counts = not self._trainer.sanity_checking  # Lightning's sanity check does not count as an evaluation
         self.evaluation_due = counts
         jobs = self._eval_jobs()[self._trainer.global_rank :: self._trainer.world_size]
         batches = self._eval_stream(stage)
@@ -374,19 +380,19 @@ class RolloutDataModule(L.LightningDataModule):
 
     @property
     def unfinished(self) -> int:
-        """Micro-batches handed out since the last optimizer step of an iteration that is not over; 0 between steps."""
+        """Micro-batches yielded since the last optimizer step of an unfinished iteration; 0 between steps."""
         over = self.position >= self.micro_batches * self.inner_epochs
         return 0 if over else self.position % self.micro_batches
 
     @property
     def done(self) -> int:
-        """Micro-batches of an iteration that is not over which a resume does not do again; 0 between iterations."""
+        """Micro-batches of an unfinished iteration that a resume does not repeat; 0 between iterations."""
         over = self.position >= self.micro_batches * self.inner_epochs
         return 0 if over else self.position - self.unfinished
 
     @property
     def in_rollouts(self) -> bool:
-        """Whether an iteration has begun whose rollouts are not all there."""
+        """Whether an iteration has begun and its rollouts are not complete."""
         return self._before_rollouts is not None
 
     def state_dict(self) -> dict[str, Any]:
@@ -397,7 +403,7 @@ class RolloutDataModule(L.LightningDataModule):
                 {"group_id": group.group_id, "rollouts": [r.state_dict() for r in group.rollouts]}
                 for group in self.groups
             ]
-        # on rank 0, which writes them
+        # gathered on rank 0, which writes the checkpoint
         return {
             "cursor": self.cursor,
             "ranks": gather_on_first(mine),
@@ -415,30 +421,31 @@ class RolloutDataModule(L.LightningDataModule):
             self._restored = ranks[trainer.global_rank]
         elif any(rank["groups"] is not None for rank in ranks):
             raise UserError(
-                f"this checkpoint was written by {len(ranks)} processes in the middle of an iteration; resume with as "
-                f"many, or from a checkpoint between iterations (now {trainer.world_size} processes)"
+                f"this checkpoint was written by {len(ranks)} processes in the middle of an iteration; resume with "
+                f"{len(ranks)} processes (now {trainer.world_size}), or from a checkpoint between iterations"
             )
 
     def _check_seed(self, before: int, within: bool) -> None:
-        """Report another seed than that of the checkpoint's run.
+        """Warn if the seed differs from that of the checkpoint's run.
 
         Raises:
-            UserError: the checkpoint holds rollouts of an iteration, whose tasks the new seed would not find again.
+            UserError: the checkpoint contains rollouts of an unfinished iteration; the new seed leads to other tasks.
         """
         if before == self.seed:
             return
         if within:
             raise UserError(
-                f"this checkpoint was written in the middle of an iteration with data.seed={before}; resume with it, "
-                f"or from a checkpoint between iterations (now data.seed={self.seed})"
+                f"this checkpoint was written in the middle of an iteration with data.seed={before}; resume with that "
+                f"seed (now data.seed={self.seed}), or from a checkpoint between iterations"
             )
         rank_zero_warn(
-            f"data.seed={self.seed} (that of seed_everything, unless it is given), and the checkpoint's run had "
-            f"{before}: from here on, tasks and rollouts are drawn with {self.seed}."
+            f"data.seed={self.seed} (default: the value of seed_everything), but the checkpoint's run used {before}: "
+            f"from now on, tasks and rollouts are drawn with {self.seed}."
         )
 
-    def _take_up(self) -> int | None:
-        """Take up this rank's state from a checkpoint: the micro-batches that are done, None to generate afresh."""
+    def _restore(self) -> int | None:
+        """Restore this rank's state from a checkpoint. Return the number of finished micro-batches; None if new
+        rollouts must be generated."""
         state, self._restored = self._restored, None
         if state is None:
             return None
@@ -455,8 +462,8 @@ class RolloutDataModule(L.LightningDataModule):
         return state["position"]
 
 
-def _told(group: RolloutGroup) -> tuple[torch.Tensor, list[list[float]], list[list[str]]]:
-    """What an advantage is made of: rewards, rewards of turns, and states, of the rollouts that count."""
+def _advantage_inputs(group: RolloutGroup) -> tuple[torch.Tensor, list[list[float]], list[list[str]]]:
+    """Return the inputs of an advantage: rewards, rewards of turns, and states of the learnable rollouts."""
     usable = [r for r in group.rollouts if r.learnable]
     rewards = torch.tensor([r.reward for r in usable], dtype=torch.float32)
     return rewards, [r.turn_rewards for r in usable], [r.states for r in usable]
@@ -471,7 +478,7 @@ def make_row(
     solved: int = 0,
     turn_advantages: list[float] | None = None,
 ) -> RolloutRow:
-    """A rollout as a row of a batch."""
+    """Return a rollout as a row of a batch."""
     return RolloutRow(
         tokens=rollout.tokens or [0],
         action_mask=rollout.action_mask or [False],
@@ -493,8 +500,8 @@ def make_row(
 
 
 class RolloutStream:
-    """A sized iterable of micro-batches. Its length matters: Lightning prefetches from iterables without one, and every
-    batch would come from the policy before last."""
+    """A sized iterable of micro-batches. The length is required: Lightning prefetches from iterables without one, and
+    then every batch would come from the policy before last."""
 
     def __init__(self, data: RolloutDataModule, stage: str, length: int):
         self.data = data

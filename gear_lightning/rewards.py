@@ -1,4 +1,4 @@
-"""Verifiable rewards: functions from a finished transcript to a number."""
+"""Verifiable rewards: functions that score a finished transcript with a number."""
 
 import importlib
 import re
@@ -13,10 +13,10 @@ from .environments.checks import as_text, refuse_async
 from .errors import UserError, require_extra
 
 Reward = Callable[[Task, list[Message]], "float | Mapping[str, float]"]
-"""``reward(task, transcript)``: the transcript is what follows the prompt, and its last message is the final answer.
-Gives a number, or the parts of one by name, which are summed and recorded one by one."""
+"""``reward(task, transcript)``: the transcript has the messages after the prompt; the last one is the final answer.
+Returns a number, or a mapping of named parts, which are summed and also recorded separately."""
 
-# a minus with a space behind it is a sign too, unless it subtracts (`12 - 5`) or begins an item of a list
+# a minus followed by a space is also a sign, unless it subtracts (`12 - 5`) or starts a list item
 _NUMBER = re.compile(
     r"(?:(?<![\w)])(?:[-−]|(?<![0-9)%}] )(?<!\n)[-−] ))?\$?(?=\.?[0-9])"
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+)?"
@@ -24,14 +24,15 @@ _NUMBER = re.compile(
 
 
 def final_answer(transcript: list[Message]) -> str:
-    """Text of the last assistant message; empty where there is none."""
+    """Return the text of the last assistant message; empty if there is none."""
     return next((m.get("content") or "" for m in reversed(transcript) if m["role"] == "assistant"), "")
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in a text, all its digits, thousands commas and currency signs aside; None where there is none.
+    """Return the last number in a text with all its digits, without thousands commas and currency signs; None if there
+    is none.
 
-    The number behind the last ``####`` (GSM8K's mark of the final answer) goes before all others.
+    A number after the last ``####`` (GSM8K's mark of the final answer) takes precedence.
     """
     before, mark, behind = text.rpartition("####")
     if mark and (first := _NUMBER.search(behind)):
@@ -45,10 +46,10 @@ def _value(number: str) -> Decimal:
 
 
 def answer_of(task: Task) -> str:
-    """The task's ``answer`` as text.
+    """Return the task's ``answer`` as text.
 
     Raises:
-        RewardError: it has none.
+        RewardError: the task has no answer.
     """
     if "answer" not in task.meta:
         raise RewardError(f"task {task.id} has no answer")
@@ -56,38 +57,39 @@ def answer_of(task: Task) -> str:
 
 
 def exact(task: Task, transcript: list[Message]) -> float:
-    """1 where the final answer is the task's ``answer``, surrounding white space and case aside."""
+    """Return 1 if the final answer equals the task's ``answer``, ignoring case and surrounding white space, else 0."""
     return float(final_answer(transcript).strip().casefold() == answer_of(task).strip().casefold())
 
 
 def contains(task: Task, transcript: list[Message]) -> float:
-    """1 where the final answer holds the task's ``answer``, case aside."""
+    """Return 1 if the final answer contains the task's ``answer``, ignoring case, else 0."""
     wanted = answer_of(task).strip().casefold()
     if not wanted:
-        raise RewardError(f"task {task.id}: its answer is empty, and every text holds that")
+        raise RewardError(f"task {task.id}: its answer is empty, which every text contains")
     return float(wanted in final_answer(transcript).casefold())
 
 
 def number(task: Task, transcript: list[Message]) -> float:
-    """1 where the last number of the final answer (or the one behind ``####``) equals the task's ``answer``.
+    """Return 1 if the last number in the final answer (or the one after ``####``) equals the task's ``answer``, else 0.
 
-    Whole answers must be met to 1e-6, however large they are; others to 5e-6 of themselves (six digits).
+    The tolerance is 1e-6 (absolute) for integer answers of any size, and 5e-6 (relative, six digits) for all others.
     """
     wanted, found = last_number(answer_of(task)), last_number(final_answer(transcript))
     if wanted is None:
-        raise RewardError(f"task {task.id}: its answer {answer_of(task)!r} holds no number")
+        raise RewardError(f"task {task.id}: its answer {answer_of(task)!r} contains no number")
     whole = wanted == wanted.to_integral_value()
     allowed = Decimal("1e-6") if whole else Decimal("5e-6") * abs(wanted)
     return float(found is not None and abs(found - wanted) <= allowed)
 
 
 def math(task: Task, transcript: list[Message]) -> float:
-    """1 where the final answer is a mathematical equal of the ``answer``, LaTeX included (extra: math-verify)."""
+    """Return 1 if the final answer is mathematically equal to the ``answer``, else 0. Supports LaTeX (extra:
+    math-verify)."""
     from .environments.math_judge import judge
 
     verdict = judge(answer_of(task), final_answer(transcript))
     if verdict == "bad gold":
-        raise RewardError(f"task {task.id}: its answer {answer_of(task)!r} is no mathematics that math-verify can read")
+        raise RewardError(f"task {task.id}: math-verify cannot read its answer {answer_of(task)!r} as mathematics")
     return float(verdict == "right")
 
 
@@ -95,11 +97,11 @@ BUILT_IN: dict[str, Reward] = {"exact": exact, "contains": contains, "number": n
 
 
 def import_function(path: str, what: str) -> Callable[..., Any]:
-    """A function by its import path, ``package.module.name``.
+    """Return a function by its import path, ``package.module.name``.
 
     Args:
         path: the import path.
-        what: what it is for, for the error.
+        what: kind of function, for the error message.
 
     Raises:
         UserError: it cannot be imported, or is not callable.
@@ -107,23 +109,24 @@ def import_function(path: str, what: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a module may raise anything
+    except Exception as error:  # importing a module can raise any exception
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{what} {path!r} cannot be imported ({reason}); give package.module.name") from error
+        raise UserError(f"{what} {path!r} cannot be imported ({reason}); use package.module.name") from error
     if not callable(found):
         raise UserError(f"{what} {path!r} is a {type(found).__name__}, not a function")
     return found
 
 
 def resolve_reward(reward: "str | Reward") -> Reward:
-    """A reward by its name or import path.
+    """Return a reward by its name or import path.
 
     Raises:
-        UserError: no such built-in, nothing to import there, no function, one that is async, or a missing extra.
+        UserError: it is not a built-in reward and cannot be imported, is not callable, is async, or an extra is
+            missing.
     """
     if not isinstance(reward, str):
         if not callable(reward):
-            raise UserError(f"reward {reward!r} is neither a name, an import path nor a function")
+            raise UserError(f"reward {reward!r} is not a name, an import path or a function")
         refuse_async(reward, f"the reward {getattr(reward, '__name__', type(reward).__name__)}")
         return reward
     if reward == "math":
@@ -138,7 +141,7 @@ def resolve_reward(reward: "str | Reward") -> Reward:
 
 
 def reward_of(task: Task, default: "str | Reward | None") -> Reward:
-    """The reward that scores a task: the one its meta names, else the default.
+    """Return the reward that scores a task: the one in its meta, else the default.
 
     Raises:
         UserError: there is neither, or it cannot be resolved; names the task.
@@ -148,8 +151,8 @@ def reward_of(task: Task, default: "str | Reward | None") -> Reward:
         reward = default
     if reward is None:
         raise UserError(
-            f"task {task.id}: nothing says how it is scored; give the task a reward ({', '.join(BUILT_IN)} or an "
-            "import path), or the environment"
+            f"task {task.id}: no reward is set; set one ({', '.join(BUILT_IN)} or an import path) in the task or in "
+            "the environment"
         )
     try:
         return resolve_reward(reward)
@@ -158,14 +161,14 @@ def reward_of(task: Task, default: "str | Reward | None") -> Reward:
 
 
 def check_reward(task: Task, default: "str | Reward | None") -> None:
-    """Look at whether a task can be scored, before any training.
+    """Check before training that a task can be scored.
 
     Raises:
-        UserError: no reward, or a built-in one that cannot use the task's answer; names the task.
+        UserError: there is no reward, or a built-in reward cannot use the task's answer; names the task.
     """
     reward = reward_of(task, default)
     try:
-        if reward is math:  # whether math-verify can read the answer is seen when it scores
+        if reward is math:  # math-verify itself only reads the answer when it scores
             answer_of(task)
         elif reward in BUILT_IN.values():
             reward(task, [])
@@ -180,13 +183,13 @@ def evaluate(reward: Reward, task: Task, transcript: list[Message]) -> tuple[flo
         The reward and its parts, all finite.
 
     Raises:
-        RewardError: the reward raised, or gave something else.
+        RewardError: the reward raised, or returned something else.
     """
     try:
         found = reward(task, transcript)
     except RewardError:
         raise
-    except (Exception, SystemExit, GeneratorExit) as error:  # a reward may not end the process either
+    except (Exception, SystemExit, GeneratorExit) as error:  # a reward must not end the process
         raise RewardError(f"task {task.id}: the reward raised {type(error).__name__}: {as_text(error)}") from error
     if isinstance(found, Mapping):
         parts = {str(name): _finite(value, task, f"{name} = ") for name, value in found.items()}
@@ -197,25 +200,25 @@ def evaluate(reward: Reward, task: Task, transcript: list[Message]) -> tuple[flo
 def _finite(value: Any, task: Task, name: str) -> float:
     try:
         number = float("nan" if isinstance(value, str | bytes) else value)
-    except Exception:  # a tensor of two elements, an integer beyond all floats, ...
+    except Exception:  # a tensor of two elements, an integer too large for a float, ...
         number = float("nan")
     if not isfinite(number):
         shown = repr(value)[:80] if isinstance(value, float | str | None) else f"a {type(value).__name__}"
-        raise RewardError(f"task {task.id}: the reward gave {name}{shown}, expected a finite number")
+        raise RewardError(f"task {task.id}: the reward returned {name}{shown}, expected a finite number")
     return number
 
 
 @dataclass(frozen=True)
 class OverlongPenalty:
-    """What a rollout's reward loses for its length (DAPO's soft overlong punishment, arXiv 2503.14476).
+    """Penalty on a rollout's reward for its length (DAPO's soft overlong punishment, arXiv 2503.14476).
 
-    factor x min(1, max(0, (sampled tokens - expected) / buffer)): nothing up to ``expected`` tokens, all of ``factor``
-    from expected + buffer on. The paper has 16384 and 4096, which together are its longest response.
+    factor x min(1, max(0, (sampled tokens - expected) / buffer)): 0 up to ``expected`` tokens, ``factor`` from
+    expected + buffer on. The paper uses 16384 and 4096, whose sum is its maximum response length.
 
     Args:
-        expected: sampled tokens, over all turns, up to which nothing is lost.
-        buffer: tokens over which the penalty grows.
-        factor: the whole penalty, in units of the reward.
+        expected: number of sampled tokens over all turns up to which the penalty is 0.
+        buffer: number of tokens over which the penalty grows.
+        factor: the full penalty, in units of the reward.
 
     Raises:
         UserError: a value out of range.
@@ -228,10 +231,10 @@ class OverlongPenalty:
     def __post_init__(self):
         if not (self.expected >= 0 and self.buffer >= 1 and 0 < self.factor < inf):
             raise UserError(
-                f"overlong.expected={self.expected} must be at least 0, overlong.buffer={self.buffer} at least 1 and "
-                f"overlong.factor={self.factor} above 0 and finite"
+                f"overlong.expected={self.expected}, overlong.buffer={self.buffer}, overlong.factor={self.factor}: "
+                "expected must be at least 0, buffer at least 1, and factor above 0 and finite"
             )
 
     def __call__(self, tokens: int) -> float:
-        """The penalty of a rollout with so many sampled tokens: between 0 and ``factor``."""
+        """Return the penalty of a rollout with ``tokens`` sampled tokens: between 0 and ``factor``."""
         return self.factor * min(1.0, max(0.0, (tokens - self.expected) / self.buffer))

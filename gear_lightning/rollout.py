@@ -1,4 +1,5 @@
-"""Rollouts and the agent loop that makes them: sampling turns, calling environments, keeping masks and budgets."""
+"""Rollouts, and the agent loop that generates them: it samples turns, calls environments, and tracks masks and
+budgets."""
 
 import copy
 import time
@@ -18,19 +19,19 @@ from .generation.engine import GenerationEngine, SampledTurn, Sampling, TurnRequ
 Status = Literal[
     "done",  # the environment ended the episode
     "truncated",  # a budget (turns, tokens, seconds, the environment's own) ended it, or cut the last turn short
-    "invalid_tool_call",  # the policy wrote a tool call that cannot be read
-    "empty_response",  # the policy ended the episode with a turn without text: a stop token alone, or white space
-    "environment_flood",  # reset, step or a tool gave more text than the budget holds
-    "prompt_too_long",  # the prompt leaves no room for an answer
+    "invalid_tool_call",  # the policy wrote an invalid tool call
+    "empty_response",  # the policy ended the episode with a turn without text: only a stop token, or white space
+    "environment_flood",  # reset, step or a tool returned more text than the budget allows
+    "prompt_too_long",  # the prompt leaves no space for a response
     "environment_error",  # reset, step or a tool raised
     "environment_timeout",  # reset, step or a tool took too long
     "invalid_reward",  # the reward is not a finite number, or raised
 ]
 STATUSES: tuple[Status, ...] = get_args(Status)
-# Ends that the policy brings about: the rollout keeps its reward so far and is learned from. An end that the policy can
-# choose and that is left out of learning is never corrected. All other ends are failures of the task or environment.
+# Statuses that the policy causes: the rollout keeps its reward so far and is used for learning. If such rollouts were
+# excluded, learning could never correct them. All other statuses are failures of the task or environment.
 LEARNABLE: frozenset[str] = frozenset({"done", "truncated", "invalid_tool_call", "empty_response", "environment_flood"})
-SLOW_CALL = 1.0  # seconds of an environment's call from which on it is reported as progress
+SLOW_CALL = 1.0  # duration of an environment's call in seconds from which on progress is reported after it
 
 
 @dataclass
@@ -43,9 +44,9 @@ class Rollout:
         action_mask  0 0 0 1 1 1 0 0 1 1
         turn_ids    -1-1-1 0 0 0-1-1 1 1
 
-    ``decisions`` is 1 on tokens of a decision that the environment called right, -1 on those of a wrong one, 0
-    elsewhere. ``turn_rewards`` and ``states`` have one entry per turn: its reward, and where it began. ``error`` is why
-    the rollout ended with its status; ``side_error`` is the first failure that changed neither status nor reward.
+    ``decisions`` is 1 on tokens of decisions that the environment judged right, -1 on those judged wrong, 0 elsewhere.
+    ``turn_rewards`` and ``states`` have one entry per turn: its reward, and the state in which it began. ``error`` is
+    the reason of the status; ``side_error`` is the first failure that changed neither status nor reward.
     """
 
     task: Task
@@ -74,7 +75,7 @@ class Rollout:
     @property
     def learnable(self) -> bool:
         """Whether the rollout takes part in its group's advantages."""
-        caused = self.status != "environment_flood" or self.turns > 0  # a reset that floods is no act of the policy
+        caused = self.status != "environment_flood" or self.turns > 0  # the policy does not cause a flood in reset
         return self.status in LEARNABLE and caused
 
     def note(self, failure: str) -> None:
@@ -82,7 +83,7 @@ class Rollout:
         self.side_error = self.side_error or failure
 
     def add_context(self, ids: list[int]) -> None:
-        """Append ids the policy did not sample."""
+        """Append ids that the policy did not sample."""
         self.tokens += ids
         self.action_mask += [False] * len(ids)
         self.turn_ids += [-1] * len(ids)
@@ -103,12 +104,12 @@ class Rollout:
         self.turns += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data, for checkpoints; without the task, which its source gives again."""
+        """Return the rollout as plain data for checkpoints, without the task, which its source can provide again."""
         return {name: value for name, value in vars(self).items() if name != "task"}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], task: Task) -> "Rollout":
-        """Inverse of `state_dict`."""
+        """Return a rollout from the result of `state_dict`."""
         return cls(task, **state)
 
 
@@ -122,11 +123,11 @@ class RolloutGroup:
 
     @property
     def solved(self) -> int:
-        """Number of its rollouts that solved the task."""
+        """Number of rollouts in the group that solved the task."""
         return sum(r.success and r.learnable for r in self.rollouts)
 
     def peer(self, index: int) -> Rollout | None:
-        """The next successful rollout of the group after ``index``, around the end, other than itself."""
+        """Return the next successful rollout of the group after ``index``, cyclically; None if there is no other."""
         others = self.rollouts[index + 1 :] + self.rollouts[:index]
         return next((r for r in others if r.success and r.learnable), None)
 
@@ -138,24 +139,24 @@ class _Episode:
     seed: tuple[int, ...]
     started: float
     sampled: int = 0
-    heard: int = 0  # bytes of the environment's text
-    state: str = ""  # where the next turn begins
-    transient: bool = False  # its failure may pass
+    heard: int = 0  # bytes of text from the environment
+    state: str = ""  # state in which the next turn begins
+    transient: bool = False  # a retry may fix its failure
 
 
 class AgentLoop:
-    """Plays tasks with a policy through an engine.
+    """Generates rollouts: runs episodes of tasks with a policy and a generation engine.
 
     Args:
-        chat: messages to ids and back.
+        chat: converts messages to ids and back.
         engine: samples turns.
-        environment: makes one environment per rollout.
+        environment: creates one environment per rollout.
         budgets: limits of a rollout.
-        sampling: how tokens are drawn.
-        success_threshold: reward from which a rollout counts as solved, where the environment does not say.
-        on_progress: called with (finished rollouts, all rollouts, sampled tokens) now and then.
-        stop: asked before every call of an environment; where it says yes, the rollouts that are not over stay as
-            they are, and those that have not begun are left out.
+        sampling: sampling options.
+        success_threshold: reward from which a rollout counts as solved if the environment does not set ``success``.
+        on_progress: called from time to time with (finished rollouts, all rollouts, sampled tokens).
+        stop: called before every call of an environment. If it returns True, unfinished rollouts stay as they are, and
+            rollouts that have not begun are omitted.
     """
 
     def __init__(
@@ -186,13 +187,13 @@ class AgentLoop:
         policy_version: int,
         check: Callable[[], None] = lambda: None,
     ) -> tuple[list[Rollout], Counter]:
-        """Play one rollout per job.
+        """Generate one rollout per job.
 
         Args:
             model: the policy; used in eval mode.
-            jobs: (task, seed) pairs; the seed decides everything random in that rollout.
-            policy_version: recorded on the rollouts.
-            check: called when the engine has the model, before it samples.
+            jobs: (task, seed) pairs; the seed determines all randomness of that rollout.
+            policy_version: recorded in the rollouts.
+            check: called after the engine has received the model and before it samples.
 
         Returns:
             The rollouts in the order of the jobs, and counts of their statuses. Failures are recorded, never raised.
@@ -227,7 +228,7 @@ class AgentLoop:
         return rollouts, Counter(r.status for r in rollouts)
 
     def _open_all(self, episodes: dict[int, _Episode], jobs: list[tuple[Task, tuple[int, ...]]], version: int) -> None:
-        """Open an episode for each job; those whose failure may pass again, after all others."""
+        """Open an episode for each job. Retry those with a transient failure after all others."""
         waiting = list(range(len(jobs)))
         for attempt in range(self.budgets.retries + 1):
             for key in waiting:
@@ -247,7 +248,7 @@ class AgentLoop:
 
         def make() -> list[Message]:
             episode.environment = self.environment()
-            mine = copy.deepcopy(task)  # what an environment does to its task stays there
+            mine = copy.deepcopy(task)  # the environment may modify its copy
             opening = episode.environment.reset(mine, seed=hash(seed) & 0x7FFFFFFF)
             return checked_messages(opening, "reset", self.budgets.output_bytes)
 
@@ -265,7 +266,7 @@ class AgentLoop:
         return episode
 
     def _guard(self, episode: _Episode, function: Callable[[], Any]) -> Any:
-        """Call the environment, or render what it said; a failure ends the rollout."""
+        """Call the environment, or render its messages. A failure ends the rollout."""
         rollout = episode.rollout
         try:
             return self._timed(function)
@@ -276,8 +277,8 @@ class AgentLoop:
         return None
 
     def _timed(self, function: Callable[[], Any]) -> Any:
-        """Call the environment for at most ``step_seconds``. A slow call, and one that was given up, is reported as
-        progress: however many of them there are, the run does not stand still."""
+        """Call the environment for at most ``step_seconds``. Report progress after slow and abandoned calls, so that
+        many such calls do not look like a run that hangs."""
         started = time.monotonic()
         try:
             return self._call(function, self.budgets.step_seconds)
@@ -286,7 +287,7 @@ class AgentLoop:
                 self.on_progress(*self._progress)
 
     def _room(self, episode: _Episode) -> int:
-        """Tokens that the next turn may have. 0: the budgets leave no next turn."""
+        """Return the maximum number of tokens of the next turn; 0 if the budgets allow no further turn."""
         budgets, rollout = self.budgets, episode.rollout
         late = budgets.seconds is not None and time.monotonic() - episode.started > budgets.seconds
         if late or rollout.turns >= budgets.turns:
@@ -295,18 +296,22 @@ class AgentLoop:
         return max(0, min(left, budgets.turn_tokens or budgets.tokens))
 
     def _request(self, key: int, episode: _Episode, otherwise: Status) -> bool:
-        """Ask for the next turn, or end the rollout where the budgets leave no room. Returns whether it asked."""
+        """Request the next turn, or end the rollout with status ``otherwise`` if the budgets allow none. Return whether
+        a turn was requested."""
         rollout, room = episode.rollout, self._room(episode)
         if not room:
             rollout.status = otherwise
             if otherwise == "prompt_too_long":
-                rollout.error = f"the prompt has {len(rollout.tokens)} tokens, the context {self.budgets.context}"
+                rollout.error = (
+                    f"the prompt has {len(rollout.tokens)} tokens, which leaves no space for a response "
+                    f"(budgets.context={self.budgets.context})"
+                )
             return False
         self.engine.submit(TurnRequest(key, list(rollout.tokens), room, (*episode.seed, rollout.turns)))
         return True
 
     def _advance(self, key: int, episode: _Episode, turn: SampledTurn) -> bool:
-        """Take a turn in, let the environment answer, and ask for the next one. Returns whether the rollout is over."""
+        """Add a sampled turn, call the environment, and request the next turn. Return whether the rollout is over."""
         rollout = episode.rollout
         rollout.states.append(episode.state)
         rollout.add_turn(turn)
@@ -319,19 +324,19 @@ class AgentLoop:
             return True
         rollout.messages.append(message)
         if not turn.stopped and message.get("tool_calls"):
-            rollout.status = "truncated"  # half a call is not carried out
+            rollout.status = "truncated"  # an incomplete call is not executed
             return True
         over = self._answer(key, episode, turn, message)
         if rollout.error is not None and turn.stopped and _empty(message):
-            # still the policy's act: what an environment does wrong with an empty answer does not hide it from learning
+            # the policy caused this end: the rollout stays learnable even if the environment fails on an empty answer
             rollout.note(rollout.error)
             rollout.status, rollout.error = "empty_response", None
         return over
 
     def _answer(self, key: int, episode: _Episode, turn: SampledTurn, message: Message) -> bool:
-        """Let the environment answer a message, and ask for the next turn. Returns whether the rollout is over."""
+        """Call the environment with a message, and request the next turn. Return whether the rollout is over."""
         rollout, room = episode.rollout, self.budgets.output_bytes - episode.heard
-        mine = copy.deepcopy(message)  # what an environment does to it, now or later, stays there
+        mine = copy.deepcopy(message)  # the environment may modify its copy, now or later
         step: CheckedStep = self._guard(episode, lambda: checked_step(episode.environment.step(mine), room))
         if rollout.error is not None:
             return True
@@ -345,7 +350,7 @@ class AgentLoop:
         if step.broken and not (ended or cut):
             rollout.status, rollout.error = step.broken, step.problem
             return True
-        if step.problem is not None:  # nobody needs what was left out
+        if step.problem is not None:  # the dropped part is not needed
             rollout.note(step.problem)
         if ended or cut:
             rollout.status = "truncated" if cut else "empty_response" if _empty(message) else "done"
@@ -353,7 +358,7 @@ class AgentLoop:
         context = self._guard(episode, lambda: self.chat.continuation(step.messages))
         if rollout.error is not None:
             return True
-        if len(rollout.tokens) + len(context) >= self.budgets.context:  # training must not see more than fits either
+        if len(rollout.tokens) + len(context) >= self.budgets.context:  # the limit also applies to training rows
             rollout.status = "truncated"
             return True
         rollout.add_context(context)
@@ -369,7 +374,7 @@ class AgentLoop:
         rollout.success = step.info.get("success", rollout.reward >= self.success_threshold)
 
     def _mark(self, rollout: Rollout, ids: list[int], decisions: list[dict[str, Any]]) -> None:
-        """Mark the tokens of the turn that was sampled last by what the environment says of its decisions."""
+        """Mark the tokens of the last sampled turn with the environment's judgments of its decisions."""
         if not decisions:
             return
         try:
@@ -380,7 +385,8 @@ class AgentLoop:
             rollout.decisions[len(rollout.decisions) - len(ids) :] = marks
 
     def _close(self, episode: _Episode) -> None:
-        """Close an episode's environment. A failure is noted and changes no outcome: that was known before."""
+        """Close an episode's environment. A failure is recorded but does not change the outcome, which is already
+        known."""
         if isinstance(episode.environment, _Unmade):
             return
         try:
@@ -390,12 +396,12 @@ class AgentLoop:
 
 
 def _empty(message: Message) -> bool:
-    """Whether an assistant message says nothing and calls nothing."""
+    """Return whether an assistant message has neither text nor tool calls."""
     return not message["content"] and not message.get("tool_calls")
 
 
 def _said(messages: list[Message]) -> str:
-    """What messages say, as the name of the state that they lead to."""
+    """Return the text of messages, which is the default name of the state after them."""
     return "\n".join(str(m.get("content")) for m in messages)
 
 
@@ -408,7 +414,7 @@ def _status_of(error: Exception) -> Status:
 
 
 class _Unmade(Environment):
-    """Stands for an environment whose constructor has not returned."""
+    """Placeholder for an environment whose constructor has not returned."""
 
     def step(self, message: Message) -> Step:
         raise NotImplementedError

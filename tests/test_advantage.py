@@ -107,7 +107,7 @@ def test_degenerate_groups_stay_finite(rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_groups_too_small_are_refused(rule):
     rule.check_group_size(2)
-    with pytest.raises(UserError, match=f"group_size=1 gives {type(rule).__name__} nothing to compare; use at least 2"):
+    with pytest.raises(UserError, match=f"group_size=1: {type(rule).__name__} needs rollouts to compare; use at least"):
         rule.check_group_size(1)
 
 

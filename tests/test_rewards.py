@@ -105,7 +105,7 @@ def test_only_the_final_answer_counts():
         ("contains", {}, "task t1 has no answer"),
         ("number", {}, "task t1 has no answer"),
         ("contains", {"answer": " "}, "task t1: its answer is empty"),
-        ("number", {"answer": "twelve"}, "task t1: its answer 'twelve' holds no number"),
+        ("number", {"answer": "twelve"}, "task t1: its answer 'twelve' contains no number"),
     ],
 )
 def test_answers_that_cannot_be_scored_are_found_before_training(reward, meta, message):
@@ -131,7 +131,7 @@ def test_rewards_come_from_the_task_else_from_the_environment():
     assert (rollout.status, rollout.reward) == ("done", 4)
     assert reward_of(task(), by_length) is by_length
     assert reward_of(task(reward=None), HERE) is by_length
-    with pytest.raises(UserError, match="task t1: nothing says how it is scored; give the task a reward"):
+    with pytest.raises(UserError, match="task t1: no reward is set; set one"):
         SingleTurn().check(task(answer="1"))
     check_reward(task(), by_length)
 
@@ -147,7 +147,7 @@ def test_rewards_come_from_the_task_else_from_the_environment():
         (".", "cannot be imported"),
         ("broken_rewards.f", "cannot be imported (SyntaxError: "),
         ("failing_rewards.f", "cannot be imported (ZeroDivisionError: division by zero)"),
-        (3, "reward 3 is neither a name, an import path nor a function"),
+        (3, "reward 3 is not a name, an import path or a function"),
     ],
 )
 def test_bad_reward_names_give_one_line_that_names_the_task(reward, message, tmp_path, monkeypatch):
@@ -176,17 +176,17 @@ def raising(task, transcript):
     [
         (raising, "task t1: the reward raised KeyError: 'lost'"),
         (lambda task: 1.0, "the reward raised TypeError"),
-        (lambda *_: None, "task t1: the reward gave None, expected a finite number"),
-        (lambda *_: float("nan"), "the reward gave nan"),
-        (lambda *_: float("-inf"), "the reward gave -inf"),
-        (lambda *_: "1", "the reward gave '1'"),
-        (lambda *_: [1.0, 2.0], "the reward gave a list"),
-        (lambda *_: torch.tensor([1.0, 2.0]), "the reward gave a Tensor"),
-        (lambda *_: 10**5000, "the reward gave a int"),
-        (lambda *_: Unprintable(), "the reward gave a Unprintable"),
-        (lambda *_: {"a": 1.0, "b": None}, "the reward gave b = None"),
-        (lambda *_: {"a": float("inf"), "b": 1.0}, "the reward gave a = inf"),
-        (lambda *_: {"a": 1e308, "b": 1e308}, "the reward gave the sum inf"),
+        (lambda *_: None, "task t1: the reward returned None, expected a finite number"),
+        (lambda *_: float("nan"), "the reward returned nan"),
+        (lambda *_: float("-inf"), "the reward returned -inf"),
+        (lambda *_: "1", "the reward returned '1'"),
+        (lambda *_: [1.0, 2.0], "the reward returned a list"),
+        (lambda *_: torch.tensor([1.0, 2.0]), "the reward returned a Tensor"),
+        (lambda *_: 10**5000, "the reward returned a int"),
+        (lambda *_: Unprintable(), "the reward returned a Unprintable"),
+        (lambda *_: {"a": 1.0, "b": None}, "the reward returned b = None"),
+        (lambda *_: {"a": float("inf"), "b": 1.0}, "the reward returned a = inf"),
+        (lambda *_: {"a": 1e308, "b": 1e308}, "the reward returned the sum inf"),
     ],
 )
 def test_a_broken_reward_costs_the_rollout_and_is_told(reward, message):
@@ -238,7 +238,7 @@ class TestMath:
         assert score("math", answer, text) == expected
 
     def test_an_answer_that_is_no_mathematics_is_told(self):
-        with pytest.raises(RewardError, match="task t1: its answer '' is no mathematics"):
+        with pytest.raises(RewardError, match="task t1: math-verify cannot read its answer ''"):
             score("math", "", "$1$")
 
     def test_a_hostile_answer_is_not_right_within_its_deadline_and_the_next_is_scored(self):

@@ -322,7 +322,7 @@ class PaysAtTheEnd(Talk):
 def test_turn_grpo_says_where_only_last_turns_are_rewarded(tmp_path):
     assert TurnGRPO().complaint([[0, 0], [0]]) is None, "nothing was paid yet"
     assert TurnGRPO().complaint([[0, 0, 1], [0.5, 0]]) is None
-    assert "is blamed in the turn that ends theirs" in str(TurnGRPO().complaint([[0, 0, 1], [0, 0]]))
+    assert "gets a negative advantage in the turn in which" in str(TurnGRPO().complaint([[0, 0, 1], [0, 0]]))
     assert all(rule.complaint([[0, 0, 1], [0, 0]]) is None for rule in [*RULES[1:], *PLAIN])
     played = GenerationCallback(PaysAtTheEnd, budgets=Budgets(4, 80, 24, 250))
     with pytest.warns(UserWarning, match="only last turns were rewarded") as told:

@@ -1,1 +1,1 @@
-"""What an exported model directory holds beside its weights."""
+"""Exports a policy as a Hugging Face model directory, with its configuration files and a model card."""

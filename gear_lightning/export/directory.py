@@ -1,4 +1,4 @@
-"""From a Lightning checkpoint to a Hugging Face model directory, or to one of adapters."""
+"""Exports a Lightning checkpoint as a Hugging Face model directory, or as a directory of adapters."""
 
 import os
 import re
@@ -19,22 +19,22 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a policy is exported.
+    """Options of an export.
 
     Args:
-        adapter: write the adapters alone, as ``PeftModel.from_pretrained`` loads them, with the tokenizer. The base
-            model is written to ``base/`` where it is no model directory or hub id (a warm start, a GGUF file).
-        dtype: of the weights. ``auto``: as the checkpoint holds them; float32 where adapters are merged, for a sum
-            rounded to bfloat16 would lose most of a small change.
-        shard_size: largest file of weights, e.g. ``5GB``. None: what transformers takes (50 GB).
-        card: write a model card, ``README.md``: recipe, data, code version, metrics (see
+        adapter: write only the adapters, in the format of ``PeftModel.from_pretrained``, and the tokenizer. The base
+            model is written to ``base/`` if it is not a model directory or hub id (a warm start, a GGUF file).
+        dtype: dtype of the weights. ``auto``: that of the checkpoint; float32 if adapters are merged, because rounding
+            the sum to bfloat16 would lose most of a small change.
+        shard_size: maximum size of a weight file, e.g. ``5GB``. None: the default of transformers (50 GB).
+        card: write a model card, ``README.md``: config, data, code version, metrics (see
             `gear_lightning.export.model_card`).
-        license: named on the card, e.g. ``apache-2.0``. None: the card names none.
-        base: directory or hub id of the model that adapters were trained on, if it has moved since. It must have the
-            same weights.
+        license: license on the card, e.g. ``apache-2.0``. None: the card names no license.
+        base: directory or hub id of the model that the adapters were trained on, if it has moved since. It must have
+            the same weights.
 
     Raises:
-        UserError: an unknown dtype, or a size that is none.
+        UserError: an unknown dtype, an invalid shard size, or ``license`` without ``card``.
     """
 
     adapter: bool = False
@@ -46,33 +46,33 @@ class ExportOptions:
 
     def __post_init__(self):
         if self.dtype not in get_args(DType):
-            raise UserError(f"--dtype {self.dtype}: give one of {', '.join(get_args(DType))}")
+            raise UserError(f"--dtype {self.dtype}: use one of {', '.join(get_args(DType))}")
         if self.shard_size is not None and not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", self.shard_size):
-            raise UserError(f"--shard-size {self.shard_size}: give a number and a unit, as 500MB or 5GB")
+            raise UserError(f"--shard-size {self.shard_size}: use a number and a unit, for example 500MB or 5GB")
         if self.license is not None and not self.card:
-            raise UserError("--license is written to the model card, which --no-card leaves out; give one of them")
+            raise UserError("--license is written to the model card, which --no-card omits; use only one of them")
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, options: ExportOptions = ExportOptions(), **changes: Any) -> str:
     """Write the policy of a checkpoint as a directory that ``AutoModelForCausalLM.from_pretrained`` loads.
 
-    Beside the weights it holds the files that the model was published with (see `gear_lightning.learning.shipped`): its
-    generation configuration, with the tokens at which sampling stopped in training, its configuration with all keys,
-    tokenizer, chat templates and terms of use.
+    The directory also contains the files that the model was published with (see `gear_lightning.learning.shipped`): its
+    generation configuration with the stop tokens of training, its configuration with all keys, tokenizer, chat
+    templates and terms of use.
 
     Args:
         checkpoint: a ``.ckpt`` file of this project; loaded with ``weights_only=True``.
-        folder: must not exist, or be empty. It is there as a whole or not at all.
-        options: how.
-        changes: of single options, as ``adapter=True``.
+        folder: the target directory; must not exist, or be empty. It is written completely or not at all.
+        options: options of the export.
+        changes: changes of single options, for example ``adapter=True``.
 
     Returns:
         The Python expression that loads the directory.
 
     Raises:
-        UserError: no such file, not one of ours, the folder holds something or cannot be written, the checkpoint has
-            no adapters, the model that they were trained on is gone or has changed, or a weight that is not finite (in
-            the dtype that was asked for).
+        UserError: the file does not exist or is not a checkpoint of this project; the folder is not empty or cannot be
+            written; the checkpoint has no adapters; the base model of the adapters is missing or has changed; or a
+            weight is not finite in the requested dtype.
     """
     from safetensors import SafetensorError
 
@@ -82,9 +82,9 @@ def export_checkpoint(checkpoint: Path, folder: Path, options: ExportOptions = E
     state = _load(checkpoint)
     lora = state.get("lora")
     if options.adapter and lora is None:
-        raise UserError(f"{checkpoint}: holds no adapters, all weights were trained; export it without --adapter")
+        raise UserError(f"{checkpoint}: contains no adapters, all weights were trained; export it without --adapter")
     if options.base is not None and not (lora or {}).get("frozen"):
-        raise UserError(f"{checkpoint}: holds all of its weights; export it without --base")
+        raise UserError(f"{checkpoint}: contains all weights of the model; export it without --base")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".partial-"))
@@ -96,14 +96,14 @@ def export_checkpoint(checkpoint: Path, folder: Path, options: ExportOptions = E
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # the second of a full disk under the weights
+    except (OSError, SafetensorError) as error:  # safetensors raises SafetensorError if the disk is full
         raise UserError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     return how
 
 
 def _open_to_others(folder: Path) -> None:
-    """Give a directory the permissions that the umask gives: temporary directories, and files of safetensors, are their
-    owner's alone."""
+    """Set the permissions of a directory and its contents according to the umask. Only the owner can read temporary
+    directories and files written by safetensors."""
     mask = os.umask(0)
     os.umask(mask)
     for path in (folder, *folder.rglob("*")):
@@ -111,10 +111,10 @@ def _open_to_others(folder: Path) -> None:
 
 
 def check_empty(folder: Path) -> None:
-    """Check that a directory can be written without touching anything.
+    """Check that a directory does not exist or is empty, without changing anything.
 
     Raises:
-        UserError: it holds something, or is no directory.
+        UserError: it is not empty, or not a directory.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not an empty directory")
@@ -137,7 +137,7 @@ def _not_ours(checkpoint: Path, error: Exception) -> UserError:
 
 
 def _write(checkpoint: Path, state: dict[str, Any], partial: Path, folder: Path, options: ExportOptions) -> str:
-    """Write everything into ``partial``, which will be ``folder``; returns what loads it."""
+    """Write everything into ``partial``, which is later renamed to ``folder``. Return the expression that loads it."""
     lora = state.get("lora")
     try:
         files = {file_name(name): data.numpy().tobytes() for name, data in state["policy_files"].items()}
@@ -168,10 +168,10 @@ def _write(checkpoint: Path, state: dict[str, Any], partial: Path, folder: Path,
 
 
 def _cast(checkpoint: Path, model: Any, dtype: DType) -> None:
-    """Give the weights another dtype, but for those that transformers keeps in float32, and check that all are finite.
+    """Cast the weights to another dtype, except those that transformers keeps in float32. Check that all are finite.
 
     Raises:
-        UserError: one is not.
+        UserError: a weight is not finite.
     """
     import torch
 
@@ -186,13 +186,13 @@ def _cast(checkpoint: Path, model: Any, dtype: DType) -> None:
                 tensor.data = tensor.data.to(wanted)
     for name, tensor in model.state_dict().items():
         if not all_finite([tensor]):
-            why = "" if dtype != "float16" else " in float16; give --dtype bfloat16"
-            raise UserError(f"{checkpoint}: {name} holds numbers that are not finite{why}")
+            why = "" if dtype != "float16" else " in float16; use --dtype bfloat16"
+            raise UserError(f"{checkpoint}: {name} contains values that are not finite{why}")
 
 
 def _write_model(model: Any, place: Path, configs: Mapping[str, dict[str, Any]], options: ExportOptions) -> None:
-    """Write weights and configurations. The configurations come from the checkpoint: those that transformers derives
-    from the model know neither its stop tokens nor its sampling defaults."""
+    """Write weights and configurations. The configurations come from the checkpoint, because those that transformers
+    derives from the model lack its stop tokens and sampling defaults."""
     from transformers import GenerationConfig
 
     model.generation_config = GenerationConfig()
@@ -204,10 +204,10 @@ def _write_model(model: Any, place: Path, configs: Mapping[str, dict[str, Any]],
 
 
 def _check_size(config: Any, policy: dict[str, Any]) -> None:
-    """Look at whether a configuration fits the weights, before a model of its size is made.
+    """Check that a configuration matches the size of the weights, before a model of its size is created.
 
     Raises:
-        ValueError: it asks for a larger model.
+        ValueError: the configuration describes a larger model.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -218,19 +218,20 @@ def _check_size(config: Any, policy: dict[str, Any]) -> None:
         bare = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     wanted, there = (sum(x.numel() for x in xs) for xs in (bare.parameters(), policy.values()))
     if wanted > there:
-        raise ValueError(f"its configuration is of {wanted:,} weights, and it holds {there:,}")
+        raise ValueError(f"its configuration describes {wanted:,} weights, but it contains {there:,}")
 
 
 def _policy(
     folder: Path, weights: dict[str, Any], lora: dict[str, Any] | None, base: str | None, *, merge: bool
 ) -> Any:
-    """The policy of a checkpoint.
+    """Return the policy of a checkpoint.
 
     Args:
-        folder: holds its configuration.
+        folder: directory with its configuration.
         weights: the checkpoint's state dict.
-        lora: what the checkpoint says about adapters; None where it has none.
-        base: what has the frozen weights now, where the checkpoint leaves them out; None: what it names.
+        lora: the checkpoint's description of its adapters; None if it has none.
+        base: directory or hub id of the base model if the checkpoint does not contain the frozen weights. None: the one
+            that the checkpoint names.
         merge: add the adapters to the weights.
     """
     import torch
@@ -264,20 +265,21 @@ def _write_adapter(
     model: Any, partial: Path, folder: Path, base: str | None, configs: Mapping[str, dict[str, Any]],
     options: ExportOptions,
 ) -> str:  # fmt: skip
-    """Write the adapters, and the base model where nothing else has it; returns what loads the base.
+    """Write the adapters, and also the base model if it is not available elsewhere. Return the path or hub id of the
+    base model.
 
     Args:
         model: the policy with its adapters.
-        partial: where to write.
-        folder: where ``partial`` will be.
-        base: directory or hub id of the base model.
-        configs: of the model, by their file names. The generation configuration stays beside the adapters: that of the
-            base may stop at other tokens.
-        options: for the base model.
+        partial: directory to write into.
+        folder: path that ``partial`` is renamed to later.
+        base: directory or hub id of the base model; None if it has none.
+        configs: configurations of the model by file name. The generation configuration stays next to the adapters,
+            because the base model's may have other stop tokens.
+        options: options for the base model.
     """
     from ..learning.lora import remove, save_adapter
 
-    (partial / CONFIG).unlink(missing_ok=True)  # beside adapters it would promise a whole model
+    (partial / CONFIG).unlink(missing_ok=True)  # a config file would mark the directory as a full model
     save_adapter(model, partial, base or str((folder / "base").resolve()))
     if base is None:
         remove(model, merge=False)

@@ -1,4 +1,4 @@
-"""A model directory to a repository of the Hugging Face hub: what is missing is told before anything is made."""
+"""Uploads a model directory to a repository of the Hugging Face hub. Missing requirements are reported first."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,14 @@ from ..errors import UserError
 
 
 def check_push(repository: str) -> None:
-    """Check what an upload needs, without making anything: the name, the network, and a token that may write.
+    """Check the requirements of an upload without creating anything: the name, the network, and a token with write
+    access.
 
     Args:
         repository: ``OWNER/NAME``.
 
     Raises:
-        UserError: something is missing; says what to do.
+        UserError: a requirement is missing; the message states what to do.
     """
     from huggingface_hub import HfApi, get_token, is_offline_mode
     from huggingface_hub.errors import HFValidationError
@@ -24,39 +25,39 @@ def check_push(repository: str) -> None:
     except HFValidationError as error:
         raise UserError(f"--push {repository}: {_line(error)}") from None
     if "/" not in repository:
-        raise UserError(f"--push {repository}: give OWNER/NAME")
+        raise UserError(f"--push {repository}: use the form OWNER/NAME")
     if is_offline_mode():
         raise UserError(
-            f"--push {repository}: the hub is switched off by HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE); unset it, or "
-            "export without --push"
+            f"--push {repository}: HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) disables the hub; unset it, or export "
+            "without --push"
         )
     if get_token() is None:
         raise UserError(
-            f"--push {repository}: there is no token for the hub; log in with `hf auth login`, or set HF_TOKEN to a "
-            "token that may write"
+            f"--push {repository}: no token for the hub; log in with `hf auth login`, or set HF_TOKEN to a token with "
+            "write access"
         )
     try:
         me: dict[str, Any] = HfApi().whoami()
     except Exception as error:
         raise UserError(f"--push {repository}: {_why(error)}") from None
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise UserError(f"--push {repository}: the token of {me.get('name')} may only read; give one that may write")
+        raise UserError(f"--push {repository}: the token of {me.get('name')} is read-only; use one with write access")
 
 
 def push(folder: Path, repository: str, *, private: bool = False) -> str:
-    """Upload a directory as one commit. Weights that are in the repository and not in the directory are deleted, for
-    files of an earlier push must not lie among those of this one.
+    """Upload a directory as one commit. Weight files in the repository that are not in the directory are deleted, so
+    files of an earlier push do not mix with those of this one.
 
     Args:
         folder: a model directory.
-        repository: ``OWNER/NAME``; made where it does not exist.
-        private: make it private, where it is made.
+        repository: ``OWNER/NAME``; created if it does not exist.
+        private: if the repository is created, make it private.
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
-        UserError: it cannot be written; the directory stays as it is.
+        UserError: the repository cannot be written; the local directory is unchanged.
     """
     from huggingface_hub import HfApi
 
@@ -71,21 +72,21 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
         )
     except Exception as error:
         raise UserError(
-            f"--push {repository}: {_why(error)}. The export is complete in {folder}; once this is mended, upload it "
-            f"with `hf upload {repository} {folder}`"
+            f"--push {repository}: {_why(error)}. The export is complete in {folder}; after fixing the problem, upload "
+            f"it with `hf upload {repository} {folder}`"
         ) from None
     return str(place)
 
 
 def _why(error: Exception) -> str:
-    """What went wrong between here and the hub, in one line."""
+    """Return the cause of a failed request to the hub in one line."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
-        return "the hub does not know the token (401); log in again with `hf auth login`, or set HF_TOKEN"
+        return "the hub rejects the token (401); log in again with `hf auth login`, or set HF_TOKEN"
     if status in (403, 404):
-        return f"the token may not write there ({status}); check the owner's name and what the token may do"
+        return f"the token has no write access there ({status}); check the owner's name and the token's permissions"
     if status is not None:
-        return f"the hub answered {status} ({_line(error)})"
+        return f"the hub returned status {status} ({_line(error)})"
     return f"the hub cannot be reached ({type(error).__name__}: {_line(error)})"
 
 

@@ -1,8 +1,8 @@
-"""The model card of an export: what was trained, from what, on what, how well, and with which code.
+"""Writes the model card of an export: base model, method, data, results, and code version.
 
-Taken from the checkpoint and from the run directory around it, as far as that is still there. The card may be
-published, and the recipe can hold what should not be: only sections that say how the policy was trained are shown,
-values under names of secrets and credentials in addresses are masked, and of paths the last part is shown.
+The information comes from the checkpoint and from the run directory around it, if that still exists. The card may be
+published, but the config can contain private values. Therefore only sections that describe the training are shown,
+values under secret-like names and credentials in URLs are masked, and only the last component of paths is shown.
 """
 
 import re
@@ -17,19 +17,19 @@ from ..errors import UserError
 from ..runs.metrics_file import read_columns
 
 SECTIONS = ("seed_everything", "model", "data", "generation", "warm_start")
-OF_TRAINER = (  # of the trainer's section, which also holds loggers and plugins
+OF_TRAINER = (  # keys of the trainer section that are shown; it also contains loggers and plugins
     "max_epochs", "max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm", "strategy", "devices",
     "num_nodes", "check_val_every_n_epoch",
 )  # fmt: skip
 METRICS = ("val/", "train/reward", "train/success", "train/response_tokens", "perf/rollouts", "perf/sampled_tokens")
-UNKNOWN = "The run's `config.yaml` was not beside the checkpoint, or not readable: recipe and data are not known."
-LARGEST = 20_000  # values in a recipe that is shown
+UNKNOWN = "The run's `config.yaml` was missing or not readable: the recipe and the data are unknown."
+LARGEST = 20_000  # maximum number of values in a config that is shown
 _SECRET = re.compile(r"(^|[_-])(key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 _IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@|(?<=[?&])(?:\w*(?:key|token|secret|signature))=[^&\s]+", re.IGNORECASE)
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML with text of several lines in one line, as escapes."""
+    """YAML dumper that writes multi-line text in one line, with escapes."""
 
 
 def _one_line(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -40,14 +40,14 @@ _Dumper.add_representer(str, _one_line)
 
 
 def model_card(checkpoint: Path, state: dict[str, Any], *, name: str, adapter: bool, license: str | None) -> str:
-    """A README.md with the hub's YAML front matter.
+    """Return the text of a README.md with the hub's YAML front matter.
 
     Args:
-        checkpoint: the file; the run directory is its folder's parent, or its folder.
-        state: what is in it.
-        name: of the model.
-        adapter: whether adapters alone are exported.
-        license: to be named. None: none is.
+        checkpoint: the checkpoint file; the run directory is the parent of its folder, or its folder.
+        state: contents of the checkpoint.
+        name: name of the model.
+        adapter: whether only adapters are exported.
+        license: license to name. None: no license is named.
     """
     from huggingface_hub import ModelCardData
 
@@ -81,7 +81,7 @@ def _about(recipe: dict[str, Any], base: str | None, version: str | None, commit
 
 
 def _run_of(checkpoint: Path) -> Path | None:
-    """The run directory that a checkpoint lies in; None where it was moved out of it."""
+    """Return the run directory that contains a checkpoint; None if the checkpoint was moved out of it."""
     for folder in (
         checkpoint.absolute().parent.parent,
         checkpoint.absolute().parent,
@@ -93,7 +93,7 @@ def _run_of(checkpoint: Path) -> Path | None:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    """The sections of a recipe that are shown, masked."""
+    """Return the sections of a config that are shown, with private values masked."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -108,8 +108,8 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 
 def _masked(value: Any, seen: Iterator[int], name: str = "") -> Any:
-    if next(seen) > LARGEST:  # a few lines of YAML can refer to one another without end
-        raise ValueError("a recipe without end")
+    if next(seen) > LARGEST:  # aliases can make a few lines of YAML expand endlessly
+        raise ValueError("the recipe is too large")
     if value is not None and _SECRET.search(name):
         return "(left out)"
     if isinstance(value, dict):
@@ -124,7 +124,7 @@ def _masked(value: Any, seen: Iterator[int], name: str = "") -> Any:
 
 
 def _name(value: Any) -> str | None:
-    """A hub id, a version or a commit from a checkpoint; None for anything else."""
+    """Return a hub id, a version or a commit from a checkpoint; None for any other value."""
     return value if isinstance(value, str) and re.fullmatch(r"[\w.+-]+(/[\w.+-]+)?", value, re.ASCII) else None
 
 
@@ -135,7 +135,7 @@ def _at(found: Any, *keys: str) -> Any:
 
 
 def _class(part: Any) -> str | None:
-    """The bare name of a class in a recipe."""
+    """Return the class name of a ``class_path`` entry in a config, without its module; None if there is none."""
     path = _at(part, "class_path")
     return path.rpartition(".")[2] if isinstance(path, str) else None
 
@@ -170,7 +170,7 @@ def _data(recipe: dict[str, Any]) -> str:
 
 
 def _results(run: Path | None, step: int) -> str:
-    """The newest value of each metric that the checkpoint's policy had, and the first one."""
+    """Return a table with the first value of each metric, and the newest value up to the checkpoint's step."""
     try:
         columns = {} if run is None else read_columns(run / "metrics.csv")
     except UserError:

@@ -1,1 +1,1 @@
-"""What is measured before a first step: rounding, the teacher's signal, the sampler against the trainer."""
+"""Measurements before the first training step: rounding, the teacher's signal, and sampler versus trainer."""

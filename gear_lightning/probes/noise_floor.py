@@ -1,15 +1,15 @@
-"""The noise floor of credit: the divergence, and the weights, that rounding alone makes.
+"""Measures the noise floor of credit: the divergence and the weights that rounding alone causes.
 
-In training the policy and the teacher score the same response ids with two forwards of different shape: the teacher's
-rows are wider, and its response tokens stand further to the right, by the length of the privileged text. Exact
-arithmetic would not notice either. Rounded arithmetic does: other matrix shapes add up in another order, and rotary
-embeddings are rounded anew at every position. So, with equal weights and the policy's own prompt on both sides, padded
-to the teacher's width and moved to the teacher's positions, whatever divergence is left is noise.
+In training, the policy and the teacher score the same response ids with two forwards of different shape: the teacher's
+rows are wider, and its response tokens are further right, by the length of the privileged text. In exact arithmetic,
+neither would change the result. With rounding, both do: other matrix shapes sum in another order, and rotary embeddings
+are rounded differently at every position. So if both sides have equal weights and the policy's own prompt, and the
+teacher's side is padded to the teacher's width and moved to the teacher's positions, any remaining divergence is noise.
 
-It is what rounding makes out of nothing. For ``k1`` that is also the error of a real divergence; the unsigned
-divergences are curved, so that the same rounding moves one that is already large by more.
+This is the noise at a divergence of zero. For ``k1`` it is also the error of a nonzero divergence. The unsigned
+divergences are curved, so the same rounding changes a divergence that is already large by more.
 
-Credit rules take its 99th percentile as a constant (`gear_lightning.credit.RoundingNoise`);
+Credit rules use the 99th percentile as a constant (`gear_lightning.credit.RoundingNoise`);
 `gear_lightning.probes.rounding` measures it for a run.
 """
 
@@ -41,22 +41,22 @@ from ..teacher import Teacher, TeacherOptions
 FILE = "noise_floor.json"
 FORMAT = 2
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
-STAND_IN = 64  # tokens of privileged text where a rollout comes without: any number gives noise of the same size
+STAND_IN = 64  # assumed tokens of privileged text if a rollout has none: any number gives noise of the same size
 NEAR_ONE = 0.01  # a weight this far from 1 still counts as 1
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What rounding does to one micro-batch: N action tokens of some rollouts.
+    """Effect of rounding on one micro-batch with n action tokens.
 
     Attributes:
-        log_ratio: log p_policy - log p_teacher at the sampled token, without its sign, nats.
-        divergence: as the rule uses it, without its sign, nats.
-        weights: credit weights it leads to.
-        spread: how far each weight is from the median weight of its rollout.
-        anchors: anchors that the rule finds in it.
-        rollouts: rows with action tokens.
-        shape: rows, columns of the policy's forward, columns of the teacher's.
+        log_ratio: absolute value of log p_policy - log p_teacher at the sampled token, nats.
+        divergence: absolute value of the divergence that the rule uses, nats.
+        weights: the resulting credit weights.
+        spread: distance of each weight from the median weight of its rollout.
+        anchors: number of anchors that the rule finds.
+        rollouts: number of rows with action tokens.
+        shape: rows, columns of the policy's forward, columns of the teacher's forward.
     """
 
     log_ratio: Float[Tensor, " n"]
@@ -69,24 +69,24 @@ class Noise:
 
 
 def anchor_tokens(rule: CreditAssigner, credit: Credit) -> Tensor:
-    """Where ``[batch, seq]`` the rule found a departure: nowhere for rules without anchors, or with fixed segments,
-    which begin whatever the divergence there."""
+    """Return a mask ``[batch, seq]`` of the tokens at which the rule found an anchor: empty for rules without anchors,
+    and for rules with fixed segments, whose starts do not depend on the divergence."""
     here = torch.arange(credit.anchor.shape[1], device=credit.anchor.device)
     return (credit.anchor == here) & (not rule.fixed_segments)
 
 
 def teacher_view(batch: RolloutBatch, widest: int | None = None) -> tuple[RolloutBatch, Int[Tensor, " batch"]]:
-    """The batch with the policy's own prompts in the teacher's place, as wide as the teacher's view is.
+    """Return the batch with the policy's own prompts in the teacher's view, padded to the width of the teacher's view.
 
-    Every row counts as privileged, an advantage of 0 as 1, and no group as solved once: else there would be no weights
-    to look at.
+    Every row counts as privileged, an advantage of 0 as 1, and all ``solved`` counts are 0; otherwise there would be no
+    weights to measure.
 
     Args:
-        batch: as trained on.
-        widest: columns that the model can take. None: any number.
+        batch: a batch as in training.
+        widest: maximum number of columns of the model. None: no maximum.
 
     Returns:
-        The batch, and by how many positions the teacher's response tokens stand further right than the policy's.
+        The batch, and by how many positions the teacher's response tokens are further right than the policy's.
     """
     shift = torch.where(batch.privileged, batch.teacher_offset, STAND_IN).clamp_min(1)
     lengths = batch.valid.sum(-1)
@@ -106,8 +106,8 @@ def teacher_view(batch: RolloutBatch, widest: int | None = None) -> tuple[Rollou
 
 
 def _moves(model: Any) -> bool:
-    """Whether a model's distributions do not depend on where a text begins, rounding aside: rotary embeddings whose
-    frequencies do not follow the length."""
+    """Return whether, except for rounding, the model's output is independent of the position at which a text starts:
+    true for rotary embeddings whose frequencies do not depend on the length."""
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     kind = getattr(rotary, "rope_type", "default")
     kinds = set(kind.values()) if isinstance(kind, dict) else {kind}
@@ -116,7 +116,7 @@ def _moves(model: Any) -> bool:
 
 @contextmanager
 def moved(model: Any, shift: Int[Tensor, " batch"]) -> Iterator[None]:
-    """Let the rows of the model's forwards begin at these positions in place of 0."""
+    """Shift the positions of the rows in the model's forwards, so that they start at ``shift`` instead of 0."""
 
     def place(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         columns = kwargs["input_ids"].shape[1]
@@ -139,14 +139,14 @@ class Scored(NamedTuple):
 
 @torch.no_grad()
 def score(policy: Any, batch: RolloutBatch, rule: CreditAssigner) -> Scored:
-    """Score a micro-batch with the policy, and again as the teacher would with equal weights and nothing privileged.
+    """Score a micro-batch with the policy, and again as a teacher with equal weights and no privileged text.
 
-    The passes are those of training (`token_stats`, `Teacher.score`), without the gradient. The caller provides the
-    precision context that training runs in, and a policy in training mode.
+    The passes are those of training (`token_stats`, `Teacher.score`), without the gradient. The caller must provide the
+    precision context of training, and a policy in training mode.
 
     Args:
         policy: the model; also the teacher's weights.
-        batch: on the policy's device; blank rows add nothing.
+        batch: the micro-batch, on the policy's device; blank rows are ignored.
         rule: the credit rule.
     """
     moves, longest = _moves(policy), longest_row(policy.config, type(policy).__name__)
@@ -162,7 +162,7 @@ def score(policy: Any, batch: RolloutBatch, rule: CreditAssigner) -> Scored:
 
 
 def noise_of(scored: Scored, rule: CreditAssigner, rounding: RoundingNoise = RoundingNoise()) -> Noise:
-    """What the rule makes of two scores of the same tokens, with this constant for the size of rounding."""
+    """Return the noise that the rule computes from two scores of the same tokens, with ``rounding`` as its constant."""
     batch, policy, teacher = scored
     credit, mask = rule(Evidence.of(batch, policy, teacher, rounding)), batch.action_mask
     return Noise(
@@ -177,42 +177,42 @@ def noise_of(scored: Scored, rule: CreditAssigner, rounding: RoundingNoise = Rou
 
 
 def measure(policy: Any, batch: RolloutBatch, rule: CreditAssigner) -> Noise:
-    """`score`, and what the rule makes of it where it does not know the size of rounding."""
+    """Return the noise of a micro-batch: `score`, then `noise_of` without a rounding constant."""
     return noise_of(score(policy, batch, rule), rule)
 
 
 def weight_spread(credit: Credit, mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
-    """How far each weight is from the median of its rollout's tokens in ``mask``: where their mean is 1, a few large
-    weights move all others of a rollout a little."""
+    """Return the distance of each weight from the median of its rollout's tokens in ``mask``. The median is used
+    because, if the mean is fixed at 1, a few large weights shift all other weights of a rollout slightly."""
     return (credit.weights - masked_quantile(credit.weights, mask, 0.5)).abs()
 
 
 def rounding_of(log_ratio: Float[Tensor, " n"], divergence: Float[Tensor, " n"], rule: CreditAssigner) -> RoundingNoise:
-    """The constant that rules take: 99th percentiles (see `p99`) of `Noise`'s values."""
+    """Return the constant that rules use: 99th percentiles (see `p99`) of the values in `Noise`."""
     return RoundingNoise(p99(log_ratio), p99(divergence) if rule.top_k else 0.0)
 
 
 def p99(values: Float[Tensor, " n"]) -> float:
-    """99th percentile of what is finite; 0 where nothing is."""
+    """Return the 99th percentile of the finite values; 0 if there are none."""
     values = values[values.isfinite()]
     return quantiles(values)["p99"] if len(values) else 0.0
 
 
 def quantiles(values: Float[Tensor, " n"]) -> dict[str, float]:
-    """The `QUANTILES` of values, linearly interpolated."""
+    """Return the `QUANTILES` of values, linearly interpolated."""
     wanted = torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
     return dict(zip(QUANTILES, values.cpu().double().quantile(wanted).tolist(), strict=True))
 
 
 def summary(parts: list[Noise]) -> dict[str, Any]:
-    """What is told of a measurement: plain data.
+    """Return the results of a measurement as plain data.
 
     Raises:
-        UserError: there are no action tokens in it, or the model gave values that are not finite.
+        UserError: there are no action tokens, or the model's values are not finite.
     """
     divergence, weights = torch.cat([p.divergence for p in parts]), torch.cat([p.weights for p in parts])
     if not len(divergence):
-        raise UserError("no rollout has a token that the policy sampled, so there is nothing to measure")
+        raise UserError("no rollout has a sampled token, so there is nothing to measure")
     if not (divergence.isfinite().all() and weights.isfinite().all()):
         raise UserError("the model's log-probs are not finite in this precision; use a wider one (trainer.precision)")
     away, rollouts = (weights - 1).abs(), sum(p.rollouts for p in parts)
@@ -231,7 +231,8 @@ def summary(parts: list[Noise]) -> dict[str, Any]:
 
 
 def conditions(trainer: L.Trainer, module: Any) -> dict[str, Any]:
-    """What a floor holds for: another precision, of the layers or of the head, or divergence has another one."""
+    """Return the conditions under which a floor is valid: precision of the layers and of the head, credit rule, and
+    kind of divergence."""
     rule, gathered = module.credit, getattr(trainer.strategy, "computes_in", None)
     head = ", head in float32" if head_in_float32(module.head_precision, str(trainer.precision)) else ""
     return {
@@ -242,7 +243,7 @@ def conditions(trainer: L.Trainer, module: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
+    """Return the versions of the packages that affect the numbers."""
     import transformers
 
     from .. import __version__
@@ -257,11 +258,11 @@ def versions() -> dict[str, str]:
 
 
 class MeasureNoise(L.Callback):
-    """Measures in place of training: takes micro-batches before the first step, then ends the fit.
+    """Measures instead of training: scores micro-batches before the first step, then ends the fit.
 
     Args:
-        micro_batches: how many to measure.
-        recorded: micro-batches of recorded rollouts; None to generate them as the run would.
+        micro_batches: number of micro-batches to measure.
+        recorded: micro-batches of recorded rollouts; None to generate rollouts as the run does.
     """
 
     def __init__(self, micro_batches: int, recorded: list[RolloutBatch] | None = None):
@@ -283,7 +284,7 @@ class MeasureNoise(L.Callback):
             torch.cat([getattr(part, name) for part in raw]) for name in ("log_ratio", "divergence")
         )
         rounding = rounding_of(log_ratio, divergence, rule)
-        parts = [noise_of(one, rule, rounding) for one in scored]  # as in a run, which knows it
+        parts = [noise_of(one, rule, rounding) for one in scored]  # with the measured constant, as in a run
         device = pl_module.device
         self.result = {
             "format": FORMAT,
@@ -297,12 +298,12 @@ class MeasureNoise(L.Callback):
 
 
 def recorded_batches(run: Path, *, micro_batch_size: int, temperature: float, vocabulary: int) -> list[RolloutBatch]:
-    """The newest recorded iteration of a run as micro-batches, alike lengths together as in training.
+    """Return the newest recorded iteration of a run as micro-batches of similar lengths, as in training.
 
-    Records do not say what the teacher saw: `teacher_view` puts a stand-in of `STAND_IN` tokens in its place.
+    Records do not contain the teacher's prompts: `teacher_view` assumes `STAND_IN` tokens of privileged text.
 
     Raises:
-        UserError: no records, none that was learned from, or ids that the policy does not know.
+        UserError: there are no records, no rollout was used for learning, or the policy's vocabulary lacks an id.
     """
     newest = max((iteration for iteration, _, _ in record_files(run)), default=0)
     rows: list[RolloutRow] = []
@@ -330,23 +331,26 @@ def recorded_batches(run: Path, *, micro_batch_size: int, temperature: float, vo
                 )
             )
     if not rows:
-        raise UserError(f"{run}: no rollout of iteration {newest} was learned from, so there is nothing to measure")
+        raise UserError(f"{run}: no rollout of iteration {newest} was used for learning: nothing to measure")
     highest = max(max(row.tokens) for row in rows)
     if highest >= vocabulary:
-        raise UserError(f"{run}: its rollouts hold id {highest}, and this policy knows {vocabulary}: another tokenizer")
+        raise UserError(
+            f"{run}: its rollouts contain id {highest}, but this policy has only {vocabulary} ids; use a policy with "
+            "the tokenizer of the run"
+        )
     rows.sort(key=lambda row: len(row.tokens))
     cuts = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
     return [collate(cut, step_tokens=1, step_rollouts=1, temperature=temperature) for cut in cuts]
 
 
 def _of_turns(turns: list[int], values: list[float]) -> list[float]:
-    """What each turn's tokens have in common."""
+    """Return the value of each turn, from per-token values that are constant within a turn."""
     found = dict(zip(turns, values, strict=True))
     return [found.get(turn, 0.0) for turn in range(max(found) + 1)]
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write a measurement, whole or not at all.
+    """Write a measurement atomically.
 
     Raises:
         UserError: the file cannot be written.
@@ -361,19 +365,21 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def read_floor(path: Path) -> dict[str, Any]:
-    """Read what ``gear-lightning noise-floor`` wrote.
+    """Read a result file of ``gear-lightning noise-floor``.
 
     Raises:
-        UserError: no such file, or not one of these.
+        UserError: the file does not exist or is not such a result.
     """
     try:
         result = json.loads(path.read_text())
         sizes = [float(result[name]["p99"]) for name in ("log_ratio", "divergence", "weight_spread")]
         whole = result["format"] == FORMAT and all(0 <= size < math.inf for size in sizes)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); make it with gear-lightning noise-floor") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); create it with gear-lightning noise-floor"
+        ) from None
     except (ValueError, TypeError, KeyError):
         whole, result = False, {}
     if not whole:
-        raise UserError(f"{path}: not a file of gear-lightning noise-floor of this version; make it anew")
+        raise UserError(f"{path}: not a result of this version of gear-lightning noise-floor; create it again")
     return result

@@ -1,8 +1,8 @@
-"""The size of rounding in a run, for its credit rule: measured once, on rollouts, the same on all ranks.
+"""Measures the size of rounding in a run, for its credit rule: once, on rollouts, with the same result on all ranks.
 
-Which rollouts are measured depends neither on how they are spread over ranks nor on how they are cut into
-micro-batches, and the percentiles are those of all ranks' tokens together. So these splits change the constant, and
-with it a gradient, by rounding alone.
+The choice of rollouts depends neither on their distribution over ranks nor on the micro-batches, and the percentiles
+are computed over the tokens of all ranks. So the number of ranks and micro-batches changes the constant, and with it a
+gradient, only by rounding.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,13 +22,13 @@ from .noise_floor import Scored, noise_of, p99, read_floor, rounding_of, score
 
 @dataclass(frozen=True)
 class Floor:
-    """What rounding alone makes in a run: 99th percentiles.
+    """Noise floor of a run: 99th percentiles of the differences that rounding alone causes.
 
     Attributes:
-        log_ratio: at sampled tokens, nats.
-        divergence: as the rule uses it, nats.
+        log_ratio: log-ratio at sampled tokens, nats.
+        divergence: divergence that the rule uses, nats.
         weights: distance of a weight from its rollout's median weight.
-        tokens: that it rests on.
+        tokens: number of measured tokens.
     """
 
     log_ratio: float
@@ -37,19 +37,19 @@ class Floor:
     tokens: int
 
     def rounding(self, rule: CreditAssigner) -> RoundingNoise:
-        """What credit rules take of it."""
+        """Return the part that credit rules use."""
         return RoundingNoise(self.log_ratio, self.divergence if rule.top_k else 0.0)
 
     def plain(self) -> dict[str, Any]:
-        """As plain data, for a checkpoint; back with ``Floor(**plain)``."""
+        """Return the floor as plain data for a checkpoint; ``Floor(**plain)`` restores it."""
         return asdict(self)
 
 
 def floor_from(path: Path) -> tuple[Floor, dict[str, Any]]:
-    """The floor in a file of ``gear-lightning noise-floor``, and all that the file holds.
+    """Return the floor in a file of ``gear-lightning noise-floor``, and the whole contents of the file.
 
     Raises:
-        UserError: no such file, or not one of these.
+        UserError: the file does not exist or is not a result of ``gear-lightning noise-floor``.
     """
     found = read_floor(path)
     sizes = (float(found[name]["p99"]) for name in ("log_ratio", "divergence", "weight_spread"))
@@ -57,13 +57,13 @@ def floor_from(path: Path) -> tuple[Floor, dict[str, Any]]:
 
 
 def chosen(rows: Sequence[RolloutRow], group_size: int, tokens: int) -> list[RolloutRow]:
-    """This rank's share of the rollouts to measure: the first of every group, then the second, until they have so many
-    sampled tokens, over all ranks. All ranks must call it.
+    """Return this rank's share of the rollouts to measure: the first of every group, then the second, and so on, until
+    they have ``tokens`` sampled tokens over all ranks. All ranks must call it.
 
     Args:
         rows: this rank's rollouts of an iteration.
-        group_size: rollouts of a group, those left out included.
-        tokens: to measure.
+        group_size: number of rollouts of a group, including excluded ones.
+        tokens: number of tokens to measure.
     """
     places = [(row.index % group_size, row.group_id) for row in rows]
     mine = [(place, sum(row.action_mask)) for place, row in zip(places, rows, strict=True)]
@@ -84,17 +84,17 @@ def measure_floor(
     temperature: float,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> Floor | None:
-    """Measure rounding on rollouts: two forwards without gradient each. All ranks must call it.
+    """Measure rounding on rollouts, with two forwards without gradient per micro-batch. All ranks must call it.
 
     Args:
         module: a `gear_lightning.module.GearModule`.
-        rows: this rank's share of the rollouts, as from `chosen`.
-        micro_batch_size: rollouts in one forward.
-        temperature: of the sampling.
-        context: makes the precision context that training runs in.
+        rows: this rank's share of the rollouts, from `chosen`.
+        micro_batch_size: number of rollouts in one forward.
+        temperature: sampling temperature.
+        context: returns the precision context of training.
 
     Returns:
-        The floor, the same on all ranks; None where no rollout of any rank has a sampled token.
+        The floor, the same on all ranks; None if no rollout of any rank has a sampled token.
     """
     rule, order = module.credit, sorted(rows, key=lambda row: (row.length + row.teacher_length, row.index))
     cuts = [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
@@ -114,5 +114,5 @@ def measure_floor(
 
 
 def _pooled(values: list[Tensor]) -> Tensor:
-    """All ranks' values in one list, in order of rank."""
+    """Return the values of all ranks in one tensor, in order of rank."""
     return torch.cat([x for theirs in gather([x.cpu() for x in values]) for x in theirs] or [torch.zeros(0)])

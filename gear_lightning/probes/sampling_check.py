@@ -1,9 +1,9 @@
-"""The start-up check that what is sampled is what is trained.
+"""Start-up check that the sampling engine and the trainer compute the same log-probs.
 
-Before a policy's first rollouts, the engine samples two conversations of different length, and they are scored as the
-update scores them. Three pairs of log-probs may differ by rounding alone (see `perturbation`): those in the update's
-mode and in the sampler's mode; those of a row alone and beside a longer one; those of the engine and of the trainer.
-The cost is bounded: two rows are sampled, and passed through the model four times without gradients.
+Before a policy's first rollouts, the engine samples two conversations of different lengths, and the trainer scores them
+as in an update. Three pairs of log-probs may differ only by rounding (see `perturbation`): those in the update's mode
+and in the sampler's mode; those of a row alone and next to a longer row; those of the engine and of the trainer. The
+cost is bounded: two rows are sampled, and passed through the model four times without gradients.
 """
 
 import math
@@ -23,18 +23,18 @@ from ..generation.perturbation import low_precision, rounded_anew
 from ..learning.token_stats import token_stats
 
 NEW = 4  # tokens sampled in a turn
-USUAL = 256  # tokens of the longer row, where nothing in the model's configuration names a longer one
-FURTHEST = 4096  # tokens of the longest such length that is tried
-BEYOND = 16  # tokens by which a row goes beyond a length that the configuration names
-TRIES = 3  # a difference counts where it shows in each: a router's near tie may fall either way in one
-# integers of a configuration that may be lengths from which the model computes something else
+USUAL = 256  # tokens of the longer row, if the model's configuration contains no longer length
+FURTHEST = 4096  # maximum length in the configuration that is tried, tokens
+BEYOND = 16  # tokens by which the row exceeds a length in the configuration
+TRIES = 3  # a difference counts only if it occurs in each try: a router may resolve a near tie either way in one
+# keys of integers in a configuration that may be lengths from which on the model computes differently
 LENGTHS = re.compile(r"window|chunk|block_size|original_max|top_?k|local|sparse|floor_scale")
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """What counts as rounding: ``factor`` x the measured rounding + a floor, nats; ``random`` bounds the median where
-    nothing but the mode differs."""
+    """Tolerances, nats: ``factor`` x the measured rounding + ``median`` or ``largest``. ``random`` is an upper limit of
+    the median tolerance if only the mode differs."""
 
     factor: float
     median: float
@@ -48,12 +48,12 @@ LOW = Allowed(4, 5e-3, 2e-2, 0.1)
 
 @dataclass(frozen=True)
 class Trial:
-    """Two conversations to try, the second the longer one.
+    """Two conversations to try; the second is longer.
 
     Attributes:
-        contexts: ids that are given before each turn, for each turn and row.
-        new: tokens to sample in a turn.
-        filler: ids that make the longer row as long as the teacher's view may be.
+        contexts: ids before each turn, for each turn and row.
+        new: number of tokens to sample in a turn.
+        filler: ids that extend the longer row to the maximum length of the teacher's view.
     """
 
     contexts: list[list[list[int]]]
@@ -63,7 +63,7 @@ class Trial:
 
 @dataclass
 class Row:
-    """A sampled conversation: ids, which of them were sampled, in which turn (-1: none), and the engine's log-probs."""
+    """A sampled conversation: ids, the turn in which each was sampled (-1: not sampled), and the engine's log-probs."""
 
     ids: list[int]
     turns: list[int]
@@ -72,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """A pair of log-probs that differ by more than rounding: what they are, and by how many nats."""
+    """A pair of log-probs that differ by more than rounding: the pair, the difference and the rounding in nats."""
 
     what: str
     nats: float
@@ -80,15 +80,15 @@ class Difference:
 
 
 def ordinary_ids(tokenizer: Any, model: Any) -> list[int]:
-    """Ids that stand for text, and the padding id, which a policy can sample as well."""
+    """Return the ids of ordinary text, and the padding id, which a policy can also sample."""
     size = min(len(tokenizer), shape(model.get_input_embeddings().weight)[0])
     special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})} - {tokenizer.pad_token_id}
     return [i for i in range(size) if i not in special] or list(range(size))
 
 
 def tried_length(config: Any, limit: int) -> int:
-    """Tokens of the longest row to try, where the budgets allow ``limit``: beyond every length that the configuration
-    names, up to `FURTHEST`."""
+    """Return the length of the longest row to try, at most ``limit`` (the budget): beyond every length up to `FURTHEST`
+    in the configuration."""
     named = [n for n in _lengths(config.get_text_config().to_dict()) if n < limit and n <= FURTHEST]
     return min(limit, max([USUAL, *(n + BEYOND for n in named)]))
 
@@ -104,20 +104,20 @@ def _lengths(config: dict[str, Any]) -> list[int]:
 
 
 def make_trial(ids: list[int], config: Any, context: int, teacher: int, turns: int, seed: int = 0) -> Trial:
-    """Conversations within the budgets, of random ids.
+    """Return conversations of random ids within the budgets.
 
     Args:
-        ids: to draw from.
-        config: of the model.
-        context: longest row of the policy, tokens.
-        teacher: longest row of the teacher's view; ``context`` without one.
-        turns: that a conversation may have.
-        seed: of the ids.
+        ids: ids to draw from.
+        config: configuration of the model.
+        context: maximum length of the policy's rows, tokens.
+        teacher: maximum length of the teacher's view, tokens; ``context`` if there is no teacher.
+        turns: maximum number of turns of a conversation.
+        seed: seed of the ids.
     """
     random = np.random.default_rng(seed)
     length, wide = tried_length(config, context), tried_length(config, max(context, teacher))
     new = max(1, min(NEW, length // 8))
-    if turns > 1 and length >= 24:  # the shorter row's second context is the longer one, so that padding changes sides
+    if turns > 1 and length >= 24:  # in the second turn the other row has the longer new context and needs no padding
         sizes = [[max(2, min(8, length // 16)), length - 2 * new - 2], [min(24, length // 4), 2]]
     else:
         sizes = [[max(1, min(8, length // 4)), max(1, length - new)]]
@@ -127,7 +127,7 @@ def make_trial(ids: list[int], config: Any, context: int, teacher: int, turns: i
 
 @torch.no_grad()
 def sample(engine: GenerationEngine, model: Any, sampling: Sampling, trial: Trial) -> list[Row]:
-    """The trial's rows, with turns sampled by the engine."""
+    """Return the trial's rows, with turns sampled by the engine."""
     rows = [Row([], [], []) for _ in trial.contexts[0]]
 
     def add(row: Row, ids: list[int], turn: int, logprobs: list[float]) -> None:
@@ -155,7 +155,7 @@ def sample(engine: GenerationEngine, model: Any, sampling: Sampling, trial: Tria
 
 @torch.no_grad()
 def scores(model: Any, rows: list[Row], filler: list[int], temperature: float) -> list[Tensor]:
-    """The trainer's log-probs [sampled] of each row's sampled tokens; the last row is made longer by the filler."""
+    """Return the trainer's log-probs [sampled] of each row's sampled tokens. The filler extends the last row."""
     device = next(model.parameters()).device
     ids = [*(row.ids for row in rows[:-1]), rows[-1].ids + filler]
     tokens = torch.zeros(len(rows), max(map(len, ids)), dtype=torch.long)
@@ -168,17 +168,17 @@ def scores(model: Any, rows: list[Row], filler: list[int], temperature: float) -
 
 
 def compare(policy: Any, sampler: Any, rows: list[Row], filler: list[int], temperature: float) -> Difference | None:
-    """The first pair of log-probs that differs by more than rounding.
+    """Return the first pair of log-probs that differs by more than rounding; None if there is none.
 
-    The caller provides the precision context of training. All ranks must call it: where weights are spread over them,
-    each forward of the policy is a collective, and every rank makes four.
+    The caller must provide the precision context of training. All ranks must call it: with sharded weights, each
+    forward of the policy is a collective, and every rank makes four.
 
     Args:
         policy: scores the rows.
         sampler: the model that the engine sampled with; the policy itself, or a copy that may be rounded.
-        rows: from `sample`.
-        filler: ids that make the longer row longer.
-        temperature: of the sampling.
+        rows: rows from `sample`.
+        filler: ids that extend the longer row.
+        temperature: sampling temperature.
     """
     training = policy.training
     trained = scores(policy.train(), rows, filler, temperature)
@@ -202,15 +202,16 @@ def compare(policy: Any, sampler: Any, rows: list[Row], filler: list[int], tempe
 
 
 def _rounding(model: Any, rows: list[Row], filler: list[int], temperature: float, known: Any = None) -> Tensor:
-    """Nats [sampled] by which rounding alone moves the model's log-probs. ``known``: the log-probs, if they are."""
+    """Return by how many nats [sampled] rounding alone changes the model's log-probs. ``known``: the log-probs, if they
+    are known."""
     known = scores(model, rows, filler, temperature) if known is None else known
     with rounded_anew(model):
         return (torch.cat(scores(model, rows, filler, temperature)) - torch.cat(known)).abs()
 
 
 def _beyond(what: str, gaps: list[Tensor], turns: list[Tensor], noise: Tensor, allowed: Allowed) -> float | None:
-    """The largest difference, where the differences are more than rounding: those of one turn by their median, or the
-    largest of all."""
+    """Return the largest difference if the differences exceed rounding, else None. Both the median of each turn and the
+    largest difference are compared with their tolerance."""
     parts = [gap[of == turn] for gap, of in zip(gaps, turns, strict=False) for turn in of.unique()]
     median, largest = (max(float(f(part)) for part in parts) for f in (torch.median, torch.max))
     limit = allowed.median + allowed.factor * float(noise.mean())
@@ -221,23 +222,23 @@ def _beyond(what: str, gaps: list[Tensor], turns: list[Tensor], noise: Tensor, a
 
 
 def explain(found: Difference, policy: Any, engine: GenerationEngine, trial: Trial) -> str:
-    """What differs, by how many nats, and what to set."""
+    """Return a message that states what differs, by how many nats, and what to do."""
     name, short = type(policy).__name__, sum(len(turn[0]) + trial.new for turn in trial.contexts)
     long = sum(len(turn[1]) + trial.new for turn in trial.contexts) + len(trial.filler)
     if found.what == "finite":
         return f"{name}: its log-probs are not finite in this precision; use a wider one (trainer.precision)"
-    size = f"differ by up to {found.nats:.2g} nats, and rounding explains {found.rounding:.1g}"
+    size = f"differ by up to {found.nats:.2g} nats, but rounding explains only {found.rounding:.1g}"
     if found.what == "mode":
         return (
-            f"{name}: log-probs of the same tokens in the update's mode and in the sampler's {size}: the model is "
-            "random, or computes something else in training, so that another policy would be trained than is sampled; "
-            "use another model.policy"
+            f"{name}: log-probs of the same tokens in training mode and in sampling mode {size}: the model is random, "
+            "or computes differently in training, so the trained policy would differ from the sampled one; use another "
+            "model.policy"
         )
     if found.what == "alone":
         return (
-            f"{name}: log-probs of a row of {short} tokens alone and beside one of {long} tokens {size}: the model's "
+            f"{name}: log-probs of a row of {short} tokens alone and next to one of {long} tokens {size}: the model's "
             "output depends on the other rows of a micro-batch; set generation.budgets.context (and "
-            f"model.teacher.max_prompt, where there is a teacher) so that no row has {long} tokens, or use another "
+            f"model.teacher.max_prompt, if there is a teacher) so that no row has {long} tokens, or use another "
             "model.policy"
         )
     kind = type(engine).__name__
@@ -247,7 +248,7 @@ def explain(found: Difference, policy: Any, engine: GenerationEngine, trial: Tri
         advice = OTHER_ENGINE
     else:
         advice = (
-            "an engine must sample with the model that `begin` gives it, and tell log-probs of softmax(logits / "
+            "an engine must sample with the model that `begin` receives, and return log-probs of softmax(logits / "
             "temperature) before top-p and top-k"
         )
     return f"{name}: log-probs of {kind} and of the trainer {size}, on rows of up to {long} tokens; {advice}"

@@ -1,8 +1,9 @@
-"""Does the teacher's divergence tell anything, before a run is trained on it?
+"""Measures before training whether the teacher's divergence contains information about the task.
 
-Rollouts of the policy are scored by the teacher with their task's own reference, and again with another task's. What is
-there with both is the way the teacher talks when it is shown something; only what needs the own one is knowledge of the
-task. And where it is known which rollouts failed, or which decisions were wrong, the divergence should be higher there.
+The teacher scores rollouts of the policy with their task's own reference, and again with another task's reference. The
+part of the divergence that appears with both references comes from the teacher's style when it sees privileged text;
+only the part that needs the task's own reference is knowledge of the task. In addition, the divergence should be higher
+in failed rollouts and at wrong decisions, if these are known.
 """
 
 from dataclasses import dataclass
@@ -29,14 +30,14 @@ VIEWS = ("own", "other")
 
 @dataclass(frozen=True)
 class Scored:
-    """A rollout and the teacher's log-ratios at its T tokens.
+    """A rollout and the teacher's log-ratios at its t tokens.
 
     Attributes:
         own: log p_policy - log p_teacher at the sampled token, with the task's own reference; nats.
-        other: the same with another task's.
-        counts: sampled tokens, stop tokens aside.
-        decisions: 1 on tokens of a decision that was right, -1 on those of a wrong one, 0 elsewhere.
-        success: whether it solved its task.
+        other: the same with another task's reference.
+        counts: True on sampled tokens, except stop tokens.
+        decisions: 1 on tokens of right decisions, -1 on those of wrong ones, 0 elsewhere.
+        success: whether the rollout solved its task.
     """
 
     own: Float[Tensor, " t"]
@@ -47,20 +48,20 @@ class Scored:
 
 
 def pairs_of(tasks: list[Task], options: TeacherOptions) -> dict[str, Task]:
-    """Each task with the text of the next one whose text is another: id -> see `shown_as`.
+    """Return each task with the text of the next task whose text differs, by task id (see `shown_as`).
 
     Raises:
         UserError: all tasks have the same text, or one has none.
     """
     texts = [privileged_text(task, options) for task in tasks]
     if (bare := next((task for task, text in zip(tasks, texts, strict=True) if text is None), None)) is not None:
-        raise UserError(f"task {bare.id} has no {options.shows}, which model.teacher.shows={options.shows} shows")
+        raise UserError(f"task {bare.id} has no {options.shows}, but model.teacher.shows={options.shows} needs one")
     found = {}
     for i, task in enumerate(tasks):
         others = (j % len(tasks) for j in range(i + 1, i + len(tasks)))
         there = next((j for j in others if texts[j] != texts[i]), None)
         if there is None:
-            raise UserError(f"all {len(tasks)} tasks have the same {options.shows}: there is no other to show")
+            raise UserError(f"all {len(tasks)} tasks have the same {options.shows}, so there is none to compare with")
         found[task.id] = shown_as(task, tasks[there])
     return found
 
@@ -70,13 +71,13 @@ def score(module: Any, rollouts: list[Rollout], pairs: dict[str, Task], temperat
     """Score rollouts with the policy, and with the teacher in both views. The caller provides the precision context.
 
     Args:
-        module: with its policy and teacher.
-        rollouts: one micro-batch.
+        module: the module with policy and teacher.
+        rollouts: rollouts of one micro-batch.
         pairs: see `pairs_of`.
-        temperature: of the sampling.
+        temperature: sampling temperature.
 
     Returns:
-        Those whose two privileged prompts were not dropped for their length.
+        The scores of the rollouts of which neither privileged text was dropped for its length.
     """
     prompts: dict[str, list[list[int]]] = {view: [] for view in VIEWS}
     kept = []
@@ -111,20 +112,21 @@ def score(module: Any, rollouts: list[Rollout], pairs: dict[str, Task], temperat
 
 
 def summary(scored: list[Scored]) -> dict[str, Any]:
-    """What is told of rollouts: plain data.
+    """Return the results for scored rollouts as plain data.
 
     Returns:
         ``rollouts``, ``tokens``, ``solved``; ``shared``: Spearman's rank correlation of the two views over all tokens;
-        and for each view ``size`` (mean absolute log-ratio, nats) and areas under the ROC curve, null where there is
-        nothing to compare: ``first_wrong`` (tokens of first wrong decisions against those of right ones before them),
-        ``last`` (last token of failed rollouts against that of solved ones) and ``mean`` (mean log-ratio of those).
+        and for each view ``size`` (mean absolute log-ratio, nats) and areas under the ROC curve, null if there is
+        nothing to compare: ``first_wrong`` (tokens of first wrong decisions versus those of right decisions before
+        them), ``last`` (last token of failed versus solved rollouts) and ``mean`` (mean log-ratio of failed versus
+        solved rollouts).
 
     Raises:
         UserError: nothing was sampled, or the log-probs are not finite.
     """
     there = [s for s in scored if s.counts.any()]
     if not there:
-        raise UserError("no rollout has a token that the policy sampled and a reference that fits: nothing to measure")
+        raise UserError("no rollout has sampled tokens and a reference that fits, so there is nothing to measure")
     flat = {view: torch.cat([getattr(s, view)[s.counts] for s in there]).double() for view in VIEWS}
     if not all(values.isfinite().all() for values in flat.values()):
         raise UserError("the model's log-probs are not finite in this precision; use a wider one (trainer.precision)")
@@ -160,14 +162,14 @@ def _stack(values: list[Tensor]) -> Tensor:
 
 
 class CheckTeacher(L.Callback):
-    """Makes one iteration's rollouts, scores them in place of training, then ends the fit."""
+    """Generates the rollouts of one iteration, scores them instead of training, then ends the fit."""
 
     def __init__(self):
         self.result: dict[str, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        next(iter(data.train_dataloader()))  # makes the rollouts
+        next(iter(data.train_dataloader()))  # generates the rollouts
         self.result = {"format": FORMAT, "shows": pl_module.teacher_options.shows, **self._measure(trainer, pl_module)}
         trainer.should_stop = True
 
@@ -176,7 +178,7 @@ class CheckTeacher(L.Callback):
         assert data.generator is not None
         pairs = pairs_of([group.task for group in data.groups], module.teacher_options)
         rollouts = [r for group in data.groups for r in group.rollouts if r.learnable]
-        rollouts.sort(key=lambda r: len(r.tokens))  # alike lengths together
+        rollouts.sort(key=lambda r: len(r.tokens))  # similar lengths together
         scored: list[Scored] = []
         for start in range(0, len(rollouts), data.micro_batch_size):
             part = rollouts[start : start + data.micro_batch_size]
@@ -189,15 +191,15 @@ class CheckTeacher(L.Callback):
 
 
 READING = (
-    "AUC: chance that the divergence is higher there than on right decisions before it, or than in a solved rollout;",
-    "0.5 is chance. A divergence that is as high, in the same places, with another task's text is the way the teacher",
-    "talks and no knowledge of the task: try another model.teacher.template or shows, or take plain GRPO.",
-    "Means tell whether it knows which rollouts fail; to place credit within one it must also know where.",
+    "AUC: probability that the divergence is higher there than on right decisions before it, or than in a solved",
+    "rollout; 0.5 is chance. If the divergence is as high, at the same tokens, with another task's text, it shows the",
+    "teacher's style and not knowledge of the task: try another model.teacher.template or shows, or use plain GRPO.",
+    "The means show whether the teacher knows which rollouts fail; to place credit within one it must also know where.",
 )
 
 
 def table(told: dict[str, Any]) -> str:
-    """A measurement as text, and how to read it."""
+    """Return a measurement as a text table, with an explanation."""
     rows = [
         ("size of the divergence (mean, absolute), nats", "size"),
         ("AUC of the first wrong decision", "first_wrong"),
@@ -211,15 +213,15 @@ def table(told: dict[str, Any]) -> str:
             if told["first_wrong"]
             else []
         ),
-        *([f"{told['empty']} more left out: only a stop token, or a failed environment"] if told["empty"] else []),
-        *([f"{told['left_out']} left out: their privileged prompts are too long"] if told["left_out"] else []),
+        *([f"{told['empty']} more excluded: only a stop token, or a failed environment"] if told["empty"] else []),
+        *([f"{told['left_out']} excluded: their privileged prompts are too long"] if told["left_out"] else []),
         *(
-            ["Areas need solved and failed rollouts: take more --tasks, or a policy that solves some."]
+            ["AUCs need solved and failed rollouts: use more --tasks, or a policy that solves some of them."]
             if told["solved"] in (0, told["rollouts"])
             else []
         ),
         "",
-        f"{'the teacher is shown the ' + told['shows'] + ' of':<46}{'the task':>10}{'another':>10}",
+        f"{'the teacher sees the ' + told['shows'] + ' of':<46}{'the task':>10}{'another':>10}",
     ]
     for what, name in rows:
         cells = ["-" if told[view][name] is None else f"{told[view][name]:.2f}" for view in VIEWS]

@@ -150,7 +150,7 @@ def test_a_measured_file_replaces_the_measurement(tmp_path):
     # the same for a file of an earlier version
     write_result(tmp_path / "noise_floor.json", {**high, "format": 1})
     said, _ = run(tmp_path, NoiseFloor(tokens=0), source=Sharp())
-    assert "not a file of gear-lightning noise-floor of this version; make it anew. It is not used." in said[0]
+    assert "not a result of this version of gear-lightning noise-floor; create it again. It is not used." in said[0]
 
 
 def test_without_measurement_and_file_nothing_is_reported(tmp_path):
@@ -330,5 +330,5 @@ def test_an_invalid_file_is_refused(tmp_path, text):
     with pytest.raises(UserError, match="cannot be read"):
         read_floor(path)
     path.write_text(text)
-    with pytest.raises(UserError, match="not a file of gear-lightning noise-floor"):
+    with pytest.raises(UserError, match="not a result of this version of gear-lightning noise-floor"):
         read_floor(path)

@@ -260,7 +260,7 @@ CPU_ONLY = Machine({**GOOD, "CUDA": None})
         (CPU_ONLY, 1, ["--trainer.accelerator=gpu"], "accelerator=gpu, but this torch is built for CPUs only"),
         (Machine(GOOD), 1, ["--trainer.accelerator=gpu"], "no CUDA device is found"),
         (replace(GPU, bf16=False), 1, ["--trainer.accelerator=gpu", "--trainer.precision=bf16-true"], "no bfloat16"),
-        (GPU, 3, [], "tasks_per_iteration=8 does not divide over 3 processes"),
+        (GPU, 3, [], "tasks_per_iteration=8 is not divisible by 3 processes"),
         (GPU, 2, ["--generation.budgets.context=512"], "context=512 is more than the 256 positions"),
         (GPU, 2, ["--generation.budgets.tokens=128"], "tokens=128 leaves no space for a prompt in context=128"),
         (GPU, 2, ["--trainer.strategy=deepspeed_stage_3_offload"], "deepspeed_stage_3_offload is Lightning's own"),
@@ -293,7 +293,7 @@ def test_problems_do_not_change_the_exit_status(capsys):
     assert doctor_command(["--config", RECIPE, "--gpus", "3", "--gpu-memory", "0.01"]) == 0
     said = capsys.readouterr().out
     assert "Problems and advice:" in said
-    assert "does not divide over 3 processes" in said
+    assert "is not divisible by 3 processes" in said
     assert "the recipe's strategy, ddp, needs more than 0.01 GiB" in said
 
 

@@ -35,7 +35,7 @@ def test_recorded_rollouts_give_the_batches_that_were_trained_on(tmp_path):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
         assert not ours.privileged.any()
     assert measure(module().source.model(), found[0], GEAR()).divergence.max() < 1e-4
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="use a policy with the tokenizer of the run"):
         recorded_batches(tmp_path, micro_batch_size=4, temperature=1.0, vocabulary=7)
 
 

@@ -29,7 +29,7 @@ def test_every_task_is_paired_with_the_next_task_that_has_another_text():
     assert [pairs_of(tasks, TeacherOptions(shows="answer"))[t.id].meta["answer"] for t in tasks] == ["2", "3", "1"]
     with pytest.raises(UserError, match="all 2 tasks have the same reference"):
         pairs_of(tasks[:2], TeacherOptions())
-    with pytest.raises(UserError, match=r"task d has no answer, which model.teacher.shows=answer shows"):
+    with pytest.raises(UserError, match=r"task d has no answer, but model.teacher.shows=answer needs one"):
         pairs_of([*tasks, task("d", "three")], TeacherOptions(shows="answer"))
 
 
@@ -69,9 +69,9 @@ def test_areas_are_none_without_comparisons_and_no_tokens_raise_an_error():
     assert told["shared"] is None
     assert [told["own"][name] for name in ("first_wrong", "last", "mean")] == [None] * 3
     shown = table({"tasks": 3, "left_out": 2, "empty": 1, "shows": "answer", **told})
-    assert "2 left out: their privileged prompts are too long" in shown
-    assert "1 more left out: only a stop token, or a failed environment" in shown
-    assert "Areas need solved and failed rollouts" in shown
+    assert "2 excluded: their privileged prompts are too long" in shown
+    assert "1 more excluded: only a stop token, or a failed environment" in shown
+    assert "AUCs need solved and failed rollouts" in shown
     with pytest.raises(UserError, match="nothing to measure"):
         summary([replace(alone, counts=torch.zeros(4, dtype=torch.bool))])
     with pytest.raises(UserError, match="not finite"):
@@ -115,7 +115,7 @@ def test_the_command_measures_a_recipe_and_writes_only_its_result(tmp_path, repo
     status, out, err = command(repository, *COMMAND, "--trainer.default_root_dir", tmp_path, "--tasks", "3")
     assert status == 0, err
     assert "6 rollouts of 3 tasks" in out
-    assert "the teacher is shown the reference of" in out
+    assert "the teacher sees the reference of" in out
     assert [p.name for p in tmp_path.iterdir()] == ["teacher_check.json"]
     assert json.loads((tmp_path / "teacher_check.json").read_text())["tasks"] == 3
 

@@ -263,7 +263,7 @@ BAD = {
         ["--trainer.accumulate_grad_batches=3"],
         "trainer.accumulate_grad_batches follows from data.micro_batch_size",
     ),
-    "tasks": ("zero1", ["--data.tasks_per_iteration=3"], "data.tasks_per_iteration=3 does not divide over 2 processes"),
+    "tasks": ("zero1", ["--data.tasks_per_iteration=3"], "data.tasks_per_iteration=3 is not divisible by 2 processes"),
 }
 
 

@@ -149,7 +149,7 @@ def test_function_tools_are_checked_before_training():
     FunctionTools(TOOLS, "exact").check(tools_task())
     with pytest.raises(UserError, match="task t1 lists the tool 'say', but FunctionTools provides only: add"):
         FunctionTools(TOOLS[:1], "exact").check(tools_task())
-    with pytest.raises(UserError, match="task t1: nothing says how it is scored"):
+    with pytest.raises(UserError, match="task t1: no reward is set"):
         FunctionTools(TOOLS).check(tools_task())
     with pytest.raises(UserError, match=rf"tool '{HERE}\.nothing' cannot be imported"):
         FunctionTools([f"{HERE}.nothing"])

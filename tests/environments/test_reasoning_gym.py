@@ -116,7 +116,7 @@ def test_a_scorer_that_raises_gives_0(monkeypatch):
         (
             "composite",
             {"datasets": [{"name": "chain_sum"}]},
-            "composite needs objects that a config file cannot contain",
+            "composite needs objects that a config file cannot",
         ),
         ("rubiks_cube", {}, "rubiks_cube provides no answers, so there is no reference for the teacher"),
     ],

@@ -216,7 +216,7 @@ def test_settings_that_cannot_work_are_told_at_the_start():
         Isolated(lambda: Unruly()).check(task())
     with pytest.raises(UserError, match="task t1 cannot be sent to another process"):
         Isolated(Unruly).check(task(extra=lambda: 0))
-    with pytest.raises(UserError, match="task t1: nothing says how it is scored"):
+    with pytest.raises(UserError, match="task t1: no reward is set"):
         Isolated(partial(FunctionTools, ["os.getcwd"])).check(task())
 
 

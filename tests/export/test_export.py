@@ -98,12 +98,12 @@ def test_weights_that_float16_cannot_hold_are_refused(run, tmp_path):
     torch.save(state, tmp_path / "large.ckpt")
     export_checkpoint(tmp_path / "large.ckpt", tmp_path / "out")
     with pytest.raises(
-        UserError, match=r"lm_head\.weight holds numbers that are not finite in float16; give --dtype bf"
+        UserError, match=r"lm_head\.weight contains values that are not finite in float16; use --dtype bf"
     ):
         export_checkpoint(tmp_path / "large.ckpt", tmp_path / "half", dtype="float16")
     state["state_dict"]["policy.lm_head.weight"][0, 0] = float("nan")
     torch.save(state, tmp_path / "nan.ckpt")
-    with pytest.raises(UserError, match=r"nan\.ckpt.*lm_head\.weight holds numbers that are not finite"):
+    with pytest.raises(UserError, match=r"nan\.ckpt.*lm_head\.weight contains values that are not finite"):
         export_checkpoint(tmp_path / "nan.ckpt", tmp_path / "nan")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["large.ckpt", "nan.ckpt", "out"]
 
@@ -120,9 +120,9 @@ def test_weights_are_cut_into_files_of_the_size_asked_for(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shard_size": "5"}, "--shard-size 5: give a number and a unit"),
+        ({"shard_size": "5"}, "--shard-size 5: use a number and a unit"),
         ({"shard_size": "0GB"}, "--shard-size 0GB"),
-        ({"dtype": "int8"}, "--dtype int8: give one of auto, float32"),
+        ({"dtype": "int8"}, "--dtype int8: use one of auto, float32"),
         ({"card": False, "license": "mit"}, "--license is written to the model card"),
     ],
 )

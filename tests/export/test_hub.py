@@ -99,12 +99,12 @@ def refused(checkpoint: Path, folder: Path, *more: str, repository: str = "me/mo
 @pytest.mark.parametrize(
     ("lacks", "told"),
     [
-        ("offline", "switched off by HF_HUB_OFFLINE"),
+        ("offline", "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) disables the hub"),
         ("token", "no token for the hub; log in with `hf auth login`, or set HF_TOKEN"),
         ("network", "the hub cannot be reached (ConnectError"),
-        ("known token", "the hub does not know the token (401)"),
-        ("writing token", "the token of me may only read; give one that may write"),
-        ("hub", "the hub answered 503"),
+        ("known token", "the hub rejects the token (401)"),
+        ("writing token", "the token of me is read-only; use one with write access"),
+        ("hub", "the hub returned status 503"),
     ],
 )
 def test_what_is_missing_is_told_in_a_line_before_anything_is_made(hub, checkpoint, tmp_path, monkeypatch, lacks, told):
@@ -134,16 +134,16 @@ def test_a_name_that_is_none_is_refused(hub, checkpoint, tmp_path, repository):
 @pytest.mark.parametrize(
     ("answers", "told"),
     [
-        ({"repos/create": 403, "models/me/model": 404}, "the token may not write there (403)"),
-        ({"commit": 403}, "the token may not write there (403)"),
-        ({"preupload": 413}, "the hub answered 413"),
+        ({"repos/create": 403, "models/me/model": 404}, "the token has no write access there (403)"),
+        ({"commit": 403}, "the token has no write access there (403)"),
+        ({"preupload": 413}, "the hub returned status 413"),
     ],
 )
 def test_a_repository_that_cannot_be_written_leaves_a_whole_export(hub, checkpoint, tmp_path, answers, told):
     hub.answers = answers
     error = refused(checkpoint, tmp_path / "out")
     assert told in error
-    assert f"complete in {tmp_path / 'out'}; once this is mended, upload it with `hf upload me/model" in error
+    assert f"complete in {tmp_path / 'out'}; after fixing the problem, upload it with `hf upload me/model" in error
     written = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= written
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -113,6 +113,6 @@ def test_a_small_change_of_bfloat16_weights_survives_the_merge(tmp_path):
 
 def test_a_checkpoint_without_adapters_has_none_to_export(tmp_path):
     fit(tmp_path, module(), saved=tmp_path / "full.ckpt", max_epochs=1)
-    with pytest.raises(UserError, match=r"full\.ckpt: holds no adapters.*without --adapter"):
+    with pytest.raises(UserError, match=r"full\.ckpt: contains no adapters.*without --adapter"):
         export_checkpoint(tmp_path / "full.ckpt", tmp_path / "out", adapter=True)
     assert not (tmp_path / "out").exists()

@@ -288,7 +288,7 @@ def test_a_run_stops_before_its_first_rollout_and_says_what_differs_and_what_to_
         def reset(self, task: Any, *, seed: int) -> Any:
             raise AssertionError("a rollout was made")
 
-    with pytest.raises(UserError, match=r"LlamaForCausalLM.* update's mode .*up to \d\.\d+ nats.*model\.policy"):
+    with pytest.raises(UserError, match=r"LlamaForCausalLM.* sampling mode .*up to \d\.\d+ nats.*model\.policy"):
         fit(tmp_path, Restless(kind="llama"), generation(environment=Never))
     with pytest.raises(UserError, match=r"LlamaForCausalLM is random"):
         fit(tmp_path, Restless(kind="llama", always=True), generation(environment=Never))
@@ -318,7 +318,7 @@ def test_the_warm_start_is_checked_before_its_first_step(tmp_path, monkeypatch):
         gear = GearModule(policy, Uniform())
         return run_warm_start(options, gear, stage, "32-true", lambda model: None, check)
 
-    with pytest.raises(UserError, match="in the update's mode"):
+    with pytest.raises(UserError, match="in training mode and in sampling mode"):
         warm(Restless(kind="llama"), generation().check_sampling)
     assert (warm(Family(kind="gpt2"), generation().check_sampling) / "model.safetensors").exists()
     with pytest.raises(UserError, match=r"the model scores rows of 8 tokens: 100 demonstrations"):

@@ -24,11 +24,11 @@ from safetensors.torch import load_file
         (["--model.credit.divergence", "reverse_kl"], "sign_rule=symmetric, or divergence=k1"),
         (["--model.objective.constant_length", "5"], "aggregation=constant and constant_length go together"),
         (["--model.teacher.weights", "frozen", "--model.teacher.rate", "0.5"], "nothing with teacher.weights=frozen"),
-        (["--data.group_size", "1"], "group_size=1 gives GRPO nothing to compare; use at least 2"),
+        (["--data.group_size", "1"], "group_size=1: GRPO needs rollouts to compare; use at least 2"),
         (["--data.resample_rounds", "2"], "resample_rounds does nothing with data.zero_spread=keep"),
         (["--config", "configs/objective/dapo.yaml", "--config", "configs/credit/opsd.yaml"],
          "data.zero_spread=resample selects groups by their rewards, but without a model.objective"),
-        (["--data.micro_batch_size", "0"], "micro_batch_size=0 must be at least 1"),
+        (["--data.micro_batch_size", "0"], "micro_batch_size=0: must be at least 1"),
         (["--trainer.accumulate_grad_batches", "3"], "accumulate_grad_batches follows from data.micro_batch_size"),
         (["--config", "configs/model/lora.yaml", "--model.teacher.park", "true"], "park does nothing with model.lora"),
         (["--generation.budgets.context", "500"], "context=500 is more than the 256 positions of LlamaForCausalLM"),
@@ -113,7 +113,7 @@ def test_a_task_without_a_reference_or_a_reward_is_named(command, tmp_path):
     args = [*FIT, "--trainer.default_root_dir", tmp_path / "run", "--data.val_tasks=null"]
     args += ["--data.train_tasks", "gear_lightning.environments.jsonl.JsonlTasks", "--data.train_tasks.path", file]
     single = ["--generation.environment", "gear_lightning.environments.single_turn.SingleTurn"]
-    assert "task mine: nothing says how it is scored" in error_of(command, *args, *single)
+    assert "task mine: no reward is set" in error_of(command, *args, *single)
     with_reward = [*args, *single, "--generation.environment.reward", "contains"]
     message = "task mine has no reference, and GEAR needs one for its teacher; use model.teacher.shows=answer, which it"
     assert message in error_of(command, *with_reward)

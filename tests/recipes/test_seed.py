@@ -46,7 +46,7 @@ def test_another_seed_gives_another_run_and_config_yaml_records_it(command, tmp_
     ("option", "message"),
     [
         ("--seed_everything=-1", "seed_everything: -1 is not in bounds"),
-        ("--data.seed=-1", "data.seed=-1 must be at least 0, and below 2^32"),
+        ("--data.seed=-1", "data.seed=-1: must be at least 0 and below 2^32"),
     ],
 )
 def test_an_invalid_seed_gives_one_error(command, tmp_path, option, message):
@@ -63,7 +63,7 @@ def test_a_resume_with_another_seed_warns(tmp_path):
     loop.fit(module(), datamodule=data())
     loop.save_checkpoint(tmp_path / "a.ckpt")
     again = trainer(tmp_path, generation(), max_epochs=2)
-    with pytest.warns(UserWarning, match=r"data\.seed=4 .*, and the checkpoint's run had 0: from here on"):
+    with pytest.warns(UserWarning, match=r"data\.seed=4 .*, but the checkpoint's run used 0: from now on"):
         again.fit(module(), datamodule=data(seed=4), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
 
 
@@ -72,5 +72,5 @@ def test_an_unfinished_iteration_is_not_resumed_with_another_seed(tmp_path):
     loop = trainer(tmp_path, generation(), SaveInTheMiddle(tmp_path / "mid.ckpt"))
     loop.fit(module(), datamodule=data(inner_epochs=2))
     again = trainer(tmp_path, generation())
-    with pytest.raises(UserError, match=r"in the middle of an iteration with data\.seed=0; resume with it"):
+    with pytest.raises(UserError, match=r"in the middle of an iteration with data\.seed=0; resume with that seed"):
         again.fit(module(), datamodule=data(inner_epochs=2, seed=4), ckpt_path=tmp_path / "mid.ckpt", weights_only=True)
