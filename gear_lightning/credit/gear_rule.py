@@ -42,7 +42,7 @@ class GEAR(CreditAssigner):
             ``anchor_rule``. Not for ``absolute``.
         anchor_floor: minimum divergence of an anchor, nats. Null: 0.5 for k1, 0.05 for the others.
         anchor_at: first token above the threshold (``onset``) or local maximum (``peak``).
-        segment_end: what closes a segment besides the next anchor, the end of the turn and ``segment_max``:
+        segment_end: event that closes a segment, besides the next anchor, the end of the turn and ``segment_max``:
             ``entropy_high`` (the next decision point), ``entropy_low``, ``divergence`` (back below the floor),
             ``window`` or ``turn`` (nothing else). ``none``: no segments, each token has its own signal.
         segment_max: maximum length of a segment, tokens.

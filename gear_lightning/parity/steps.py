@@ -156,7 +156,7 @@ def compare_steps(
             found.faults.append(f"step {ours.number} is {text} in the reference and {other_text} here")
             return found
         if ours.gradients.keys() != theirs.gradients.keys() or ours.weights.keys() != theirs.weights.keys():
-            found.faults.append(f"step {ours.number} has other parameters")
+            found.faults.append(f"step {ours.number}: the runs have different parameters")
             return found
         found.steps += ours.norm > 0
         credit = 0.0 if allowed is None else allowed[ours.iteration]
@@ -173,11 +173,11 @@ def compare_steps(
 
 def _start(found: StepComparison, histories: dict[str, _History], ours: Step, theirs: Step) -> None:
     if ours.weights.keys() != theirs.weights.keys():
-        found.faults.append("the runs start from other parameters")
+        found.faults.append("the runs start from different parameters")
         return
     for name, value in ours.weights.items():
         if not torch.equal(value, theirs.weights[name]):
-            found.faults.append(f"the runs start from other weights ({name})")
+            found.faults.append(f"the runs start from different weights ({name})")
             return
         # the coarser dtype of the two determines the rounding
         size = max(torch.finfo(v.dtype).eps for v in (value, theirs.weights[name]))

@@ -27,8 +27,8 @@ def label(results: dict[str, Any], point: int) -> str:
 def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the comparison over all points of the grid as a table: header and rows of text."""
     head = ["arm", "mean over the curve", f"against {results['baseline']}", "p (sign, Holm)", "wins"]
-    head += ["best point, mean", "against its best", "updates to threshold", "collapsed"]
-    head += ["of the headroom", "of its best's"] if results["headroom"] else []
+    head += ["best point, mean", "against the baseline's best", "updates to threshold", "collapsed"]
+    head += ["share of the headroom", "share at the best points"] if results["headroom"] else []
     body = []
     for arm, told in results["arms"].items():
         paired, best = results["paired"].get(arm), results["best_point"][arm]

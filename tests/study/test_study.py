@@ -142,7 +142,7 @@ def test_means_differences_and_headroom_by_hand(tmp_path):
     # both seeds gain 0.1 of 0.25: an interval without width
     assert results["headroom"]["all"]["intervals"]["GEAR"] == pytest.approx((0.4, 0.4))
     head, body = rows(results)
-    shares = [row[head.index("of the headroom")] for row in body]
+    shares = [row[head.index("share of the headroom")] for row in body]
     assert shares == ["", "40% [40%, 40%]", "100%"]
     assert results["headroom"]["best"] == results["headroom"]["all"]  # there is one point
     assert results["arms"]["GEAR"]["to_threshold"] == 10.0  # the lower of 20 and 10
@@ -189,7 +189,7 @@ def test_no_headroom_gives_no_shares(tmp_path):
     assert not results["headroom"]["all"]["there"]
     assert results["headroom"]["all"]["shares"] == results["headroom"]["all"]["intervals"] == {"Oracle": None}
     head, body = rows(results)
-    assert body[1][head.index("of the headroom")] == "headroom not certain"
+    assert body[1][head.index("share of the headroom")] == "headroom not certain"
 
 
 def test_one_seed_gives_no_statement_about_headroom(tmp_path):
@@ -197,7 +197,7 @@ def test_one_seed_gives_no_statement_about_headroom(tmp_path):
     _, results = by_hand(tmp_path, values, ceiling="Oracle")
     assert results["headroom"]["all"]["there"] is None
     head, body = rows(results)
-    assert body[1][head.index("of the headroom")] == "unknown"
+    assert body[1][head.index("share of the headroom")] == "unknown"
 
 
 def test_seeds_that_share_a_warm_start_are_reported(tmp_path):
