@@ -143,7 +143,7 @@ def above_noise(
 ) -> Float[Tensor, "batch #seq"]:
     """Return the share of a signal to keep, given its size relative to rounding noise: 1 / (1 + (noise / size)^4).
 
-    The share is 1/2 if the size equals the noise (its 99th percentile), below 0.01 up to a third of the noise, within
+    The share is 1/2 if the size equals the noise (its 99th percentile), about 0.01 at a third of the noise, within
     1e-3 of 1 from 5.7 times the noise, and exactly 1 if there is no noise. The formula is this project's own.
     """
     noise = torch.as_tensor(noise, dtype=size.dtype, device=size.device)

@@ -96,8 +96,8 @@ class CREST(CreditAssigner):
     lambda_t = min(lambda m_t, lambda) where sign(A) (log p_T - log p_S) > 0 (teacher and reward agree), 0 elsewhere.
     m_t = 1 + rho (2 sigmoid(z_t) - 1), z_t the z-score of the surprisal -log p_S within the rollout, over both signs of
     A (0 if surprisals differ by rounding alone): tokens of which the policy was certain count less. Weights lie in
-    [1, 1 + lambda e]; defaults are the paper's. Its other part, an advantage for each turn, is implemented by the group
-    baseline.
+    [1, 1 + lambda e]; defaults are the paper's. Its other part, an advantage for each turn, is
+    `gear_lightning.advantage.TurnGRPO`.
 
     Args:
         mix: lambda, the largest share of the weighting.

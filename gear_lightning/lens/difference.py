@@ -51,8 +51,8 @@ class Pair:
         changed: number of tokens whose weight differs by more than `CHANGED`.
         fifths: number of tokens by fifth of the rollout.
         rank: Spearman's correlation of the weights; None if one of the two gives all tokens the same weight.
-        moved: total variation between the two distributions of |token advantage| over the tokens, in [0, 1]; None if
-            one of the two has only advantages of 0.
+        moved: total variation between the two distributions of ``|token advantage|`` over the tokens, in [0, 1]; None
+            if one of the two has only advantages of 0.
     """
 
     tokens: int

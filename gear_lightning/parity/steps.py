@@ -20,7 +20,7 @@ ARITHMETIC = 1e-4  # share of a step: two implementations of one optimizer diffe
 # most (1 + |m| / sqrt(v)) x r, where |m| / sqrt(v) <= (1 - beta1) / sqrt(1 - beta2) = 3.2; for momentum 0.9 by 10 x r
 AMPLIFIED = 10.0
 ROUNDINGS = 4  # rounding errors of a weight in the two runs' steps, in units in the last place
-FEW = 1e-3  # share of a tensor's elements that may exceed the limit: e.g. an optimizer like Lion that uses only signs
+FEW = 1e-3  # share of a tensor's elements that may exceed the limit, e.g. if an optimizer like Lion uses only signs
 SMALL = 1e-2  # a tensor's gradient counts as at least this share of the average one, and a step's norm as at least
 QUIET = 1e-3  # this share of the largest one: smaller values are remainders of terms that cancel
 

@@ -104,7 +104,7 @@ def _draw(arms: list[Arm], metric: str, out: BytesIO, kind: str, **options: Any)
 def _caption(arms: list[Arm]) -> str:
     most = max(len(arm.by_seed()) for arm in arms)
     if most == 1:
-        return "One seed per arm: chance cannot be separated from the difference."
+        return "One seed per arm: the effect of chance cannot be estimated."
     told = "Lines: mean over the seeds; thin lines: runs"
     return f"{told}." if most == 2 else f"{told}; bands: 95 % bootstrap interval of the mean, for three or more seeds."
 
