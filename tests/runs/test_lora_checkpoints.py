@@ -228,7 +228,7 @@ def test_an_export_does_not_download_a_model_that_a_checkpoint_names(run, tmp_pa
 
 def test_base_is_refused_for_checkpoints_with_all_weights(run, tmp_path):
     old = whole(run[0], run[1], tmp_path / "old.ckpt")
-    with pytest.raises(UserError, match=r"old\.ckpt: holds all of its weights; export it without --base"):
+    with pytest.raises(UserError, match=r"old\.ckpt: contains all weights of the model; export it without --base"):
         export_checkpoint(old, tmp_path / "out", base=str(run[2] / "model"))
     export_checkpoint(old, tmp_path / "out")
     assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) - logits(run[0].policy)).abs().max() < 1e-4
