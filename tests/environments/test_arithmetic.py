@@ -1,4 +1,4 @@
-"""The calculator's parser: right values, bounded cost, and no text that breaks it."""
+"""The calculator's parser returns correct values at bounded cost, and no text breaks it."""
 
 import ast
 import operator
@@ -29,7 +29,7 @@ OPERATORS = {
 
 
 def reference(text: str) -> Fraction:
-    """Slow and independent: Python's own grammar over fractions."""
+    """Return the value by Python's own grammar over fractions: a slow, independent reference."""
 
     def walk(node: ast.AST) -> Fraction:
         if isinstance(node, ast.Constant):
@@ -54,14 +54,14 @@ def reference(text: str) -> Fraction:
 
 
 def timed(text: str) -> str | None:
-    """The calculator's answer, None where it has none; nothing else may happen, and it may not take long."""
+    """Return the calculator's result, or None if it raises `CalculatorError`. Check that the call is fast."""
     with cheap(100):  # the worst case takes a few milliseconds
         try:
             return calculate(text)
         except CalculatorError as error:
             message = str(error).encode()
             if not 0 < len(message) < 100:
-                pytest.fail("the message goes into the agent's context")
+                pytest.fail("the error message is too long for the agent's context")
             return None
 
 
@@ -87,7 +87,7 @@ def larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 
 @settings(max_examples=600, deadline=None)
 @given(st.recursive(NUMBERS, larger, max_leaves=12))
-def test_values_agree_with_pythons_grammar_over_fractions(text):
+def test_values_match_pythons_grammar_over_fractions(text):
     found = timed(text)
     try:
         expected = reference(text)
@@ -97,7 +97,7 @@ def test_values_agree_with_pythons_grammar_over_fractions(text):
     if abs(expected) >= 10**40 or 0 < abs(expected) < Fraction(1, 10**12):
         assert found is None
     elif found is None:
-        assert round(abs(expected), 6) == 10**40, "it has a value"
+        assert round(abs(expected), 6) == 10**40, "the expression must have a value"
     elif 10**12 % expected.denominator == 0:
         assert Fraction(found) == expected
     else:
@@ -136,7 +136,7 @@ def test_values_agree_with_pythons_grammar_over_fractions(text):
         ("123456789012345678901234567890123456789 / 8", "15432098626543209862654320986265432098.625"),
     ],
 )
-def test_what_an_agent_writes_has_the_value_it_means(text, value):
+def test_expressions_as_agents_write_them_are_evaluated(text, value):
     assert calculate(text) == value
 
 
@@ -171,14 +171,14 @@ def test_what_an_agent_writes_has_the_value_it_means(text, value):
         ("1/10**13", "too close to zero"),
     ],
 )
-def test_what_has_no_value_says_why(text, message):
+def test_invalid_expressions_raise_an_error_with_the_reason(text, message):
     with pytest.raises(CalculatorError) as caught:
         calculate(text)
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("thing", [None, 3, 2.5, ["1+1"], {"a": 1}, b"1+1"])
-def test_only_text_is_an_expression(thing):
+def test_values_other_than_text_are_rejected(thing):
     with pytest.raises(CalculatorError, match="must be text"):
         calculate(thing)
 
@@ -205,13 +205,13 @@ def test_cost_is_bounded(text, message):
     assert message in str(caught.value)
 
 
-def test_what_stays_within_the_bounds_is_calculated():
+def test_expressions_within_the_limits_are_evaluated():
     assert calculate("(" * 32 + "1" + ")" * 32) == "1"
     assert calculate("1" + "**1" * 32) == "1"
     assert calculate("-" * 499 + "1") == "-1"
     assert calculate("1" + "+1" * 249) == "250"
     assert calculate("1**256 + 1**-256") == "2"
-    assert timed("+".join(f"1/{i}" for i in range(1001, 1071))) is not None, "large denominators on the way are fine"
+    assert timed("+".join(f"1/{i}" for i in range(1001, 1071))) is not None, "intermediate denominators may be large"
 
 
 ATOMS = ["**", "//", "1,000", "1,00", "0.", ".5", "**-", "(9**9)", "%%", "1e9", "0x1f", "__import__('os')", "\ud800"]
@@ -222,14 +222,14 @@ PIECES = st.sampled_from([*"0123456789+-*/%^()×·÷−xX,._ \n", *ATOMS])
 @given(st.one_of(st.lists(PIECES, max_size=60).map("".join), st.text(st.characters(codec=None), max_size=600)))
 @example("0" * 500)
 @example("\x00")
-def test_no_text_breaks_it_and_every_result_is_an_expression_of_the_same_value(text):
+def test_no_text_breaks_the_parser_and_every_result_evaluates_to_itself(text):
     found = timed(text)
     if found is not None:
         assert calculate(found) == found
 
 
 @pytest.mark.parametrize("text", ["10**40 - 1", "(10**40 - 1) / 8", "(10**40 - 1) / 3", "-(10**39) / 7", "1/3/10**11"])
-def test_the_longest_results_are_expressions_too(text):
+def test_the_longest_results_are_valid_expressions(text):
     assert calculate(calculate(text)) == calculate(text)
 
 
@@ -241,10 +241,10 @@ def _hear(event: str, _: tuple) -> None:
         HEARD.append(event)
 
 
-sys.addaudithook(_hear)  # cannot be taken off again; silent outside the test below
+sys.addaudithook(_hear)  # an audit hook cannot be removed; it does nothing outside the test below
 
 
-def test_nothing_reaches_pythons_own_evaluation():
+def test_expressions_never_reach_pythons_eval():
     global HEARD
     HEARD = []
     try:
@@ -252,7 +252,7 @@ def test_nothing_reaches_pythons_own_evaluation():
             timed(text)
         found, HEARD = HEARD, []
         eval("1")
-        assert "compile" in HEARD, "this test needs an interpreter that reports evaluation"
+        assert "compile" in HEARD, "this test needs an interpreter whose audit hooks report evaluation"
     finally:
         HEARD = None
     assert not {"compile", "exec", "import", "open", "os.system", "subprocess.Popen"} & set(found)

@@ -1,4 +1,4 @@
-"""Async pieces are refused at the start, for nothing awaits them; one that was not seen costs its rollouts."""
+"""Async functions are rejected before training. If one is not detected, only its rollouts fail."""
 
 import functools
 
@@ -65,7 +65,7 @@ class Judge:
 
 
 @pytest.mark.parametrize(("name", "what"), [("slow_price", "is async"), ("prices", "is a generator function")])
-def test_a_tool_that_is_async_or_yields_is_refused(name, what):
+def test_an_async_tool_or_a_generator_tool_is_rejected(name, what):
     path = f"{__name__}.{name}"
     for make in (lambda: tool_schemas([path]), lambda: FunctionTools([path])):
         with pytest.raises(
@@ -75,7 +75,7 @@ def test_a_tool_that_is_async_or_yields_is_refused(name, what):
 
 
 @pytest.mark.parametrize("name", ["wrapped_price", "mapped_price"])
-def test_no_policy_reads_what_a_tool_has_not_finished(name):
+def test_a_tool_that_returns_an_awaitable_or_an_iterator_fails_the_rollout(name):
     path = f"{__name__}.{name}"
     task = Task("t1", TASK.messages, tool_schemas([path]))
     rollout = answered(task, functools.partial(FunctionTools, [path], lambda *_: 1.0), CALL % name)
@@ -85,7 +85,7 @@ def test_no_policy_reads_what_a_tool_has_not_finished(name):
 
 
 @pytest.mark.parametrize("reward", [f"{__name__}.judge", judge, Judge(), functools.partial(judge, transcript=[])])
-def test_an_async_reward_is_refused(reward):
+def test_an_async_reward_is_rejected(reward):
     with pytest.raises(UserError, match=r"reward .*is async, which is not supported"):
         resolve_reward(reward)
     with pytest.raises(UserError, match=r"task t1: .*reward .*is async"):
@@ -143,19 +143,19 @@ METHODS = [(kind, method) for kind in (AsyncStep, AsyncReset, AsyncClose, AsyncC
 
 
 @pytest.mark.parametrize(("kind", "method"), METHODS)
-def test_an_environment_with_an_async_method_is_refused_at_the_start(kind, method):
+def test_an_environment_with_an_async_method_is_rejected_before_training(kind, method):
     with pytest.raises(UserError, match=rf"{kind.__name__}\.{method} is (async|a generator function), which"):
         generation(environment=kind).attach(module(), data())
     with pytest.raises(UserError, match=rf"{kind.__name__}\.{method} is (async|a generator function)"):
         Isolated(kind, network="allow").check(TASK)
 
 
-def test_an_async_maker_of_environments_is_refused():
+def test_an_async_environment_factory_is_rejected():
     with pytest.raises(UserError, match=r"generation\.environment is an async function"):
         generation(environment=maker).attach(module(), data())
 
 
-def test_an_async_step_that_was_not_seen_costs_its_rollout_and_is_told():
+def test_an_undetected_async_step_fails_only_its_rollout_with_an_error():
     class Late(Environment):
         def step(self, message):
             return AsyncStep().step(message)
@@ -165,7 +165,7 @@ def test_an_async_step_that_was_not_seen_costs_its_rollout_and_is_told():
     assert "step returned a coroutine: it is async, which is not supported" in rollout.error
 
 
-def test_plain_functions_pass():
+def test_plain_functions_are_accepted():
     for function in (
         resolve_reward("exact"),
         Judge,

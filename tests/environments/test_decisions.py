@@ -1,4 +1,4 @@
-"""What an environment tells beyond its reward: which decisions were right, in which state a turn began, feedback."""
+"""Information from an environment besides its reward: right decisions, the state in which a turn began, feedback."""
 
 import re
 
@@ -34,7 +34,7 @@ def play(environment, *turns: str) -> Rollout:
 
 
 class Tells(Environment):
-    """Says of each turn what its class attribute says."""
+    """Returns the ``info`` of its class attribute for each turn."""
 
     told: dict = {}  # noqa: RUF012
 
@@ -49,7 +49,7 @@ def telling(**told) -> type[Tells]:
 
 
 def decided(rollout: Rollout) -> list[tuple[str, int]]:
-    """Texts of the marked runs of tokens."""
+    """Return the texts of the marked runs of tokens."""
     found, before = [], 0
     for token, mark in zip(rollout.tokens, rollout.decisions, strict=True):
         if mark and mark == before:
@@ -60,7 +60,7 @@ def decided(rollout: Rollout) -> list[tuple[str, int]]:
     return found
 
 
-def test_decisions_mark_the_tokens_that_hold_their_text():
+def test_decisions_mark_the_tokens_of_their_text():
     environment = telling(
         decisions=[
             {"text": "r1", "right": False, "occurrence": 0},
@@ -69,14 +69,14 @@ def test_decisions_mark_the_tokens_that_hold_their_text():
     )
     rollout = play(environment, f"r1 or r1 {CALL}", "done")
     assert decided(rollout) == [("r1", -1), ("e1", 1)]
-    assert rollout.decisions.index(-1) == rollout.prompt_length  # the first r1, at the beginning of the turn
+    assert rollout.decisions.index(-1) == rollout.prompt_length  # the first r1, at the start of the turn
     assert not any(mark for mark, sampled in zip(rollout.decisions, rollout.action_mask, strict=True) if not sampled)
     assert rollout.status == "done"
 
 
-def test_states_and_rewards_of_turns():
+def test_each_turn_has_a_state_and_a_reward():
     rollout = play(telling(), CALL, CALL, "done")
-    assert rollout.states == ["", "e2", "e2"]  # what was said last, where the environment has no word for it
+    assert rollout.states == ["", "e2", "e2"]  # by default the text of the last messages
     assert rollout.turn_rewards == [0.25, 0.25, 1.0]
     assert rollout.reward == 1.5
     assert rollout.feedback == "the answer is right"
@@ -97,21 +97,21 @@ def test_states_and_rewards_of_turns():
         ({"feedback": ["no"]}, "feedback .*, expected text"),
     ],
 )
-def test_nonsense_costs_itself_alone_and_is_told(told, error):
+def test_invalid_info_is_dropped_and_reported(told, error):
     rollout = play(telling(**told), CALL, "done")
     assert (rollout.status, rollout.reward, rollout.turns) == ("done", 1.25, 2)
     assert re.search(error, rollout.side_error)
-    assert not any(rollout.decisions), "where one is not found, the others are in doubt"
-    assert rollout.states == ["", "e2"], "what the messages say"
+    assert not any(rollout.decisions), "if one decision is not found, none is marked"
+    assert rollout.states == ["", "e2"], "the text of the messages"
     assert rollout.feedback == "the answer is right"
 
 
 @pytest.mark.parametrize(
     ("pieces", "text", "occurrence", "places"),
     [
-        (["look", "r1", "r12", "r1"], "r1", -1, [3]),  # whole tokens first: r12 is no r1
+        (["look", "r1", "r12", "r1"], "r1", -1, [3]),  # whole tokens first: r12 does not match r1
         (["look", "r1", "r12", "r1"], "r1", 0, [1]),
-        (["lo", "ok r", "1 now"], "r1", -1, [1, 2]),  # in pieces: all that hold a part of it
+        (["lo", "ok r", "1 now"], "r1", -1, [1, 2]),  # split into pieces: all tokens with a part of the text
         (["ab", "ab"], "b", -1, [1]),
         (["a"], "z", -1, []),
         (["", "a", ""], "a", 0, [1]),
@@ -125,7 +125,8 @@ def test_find(pieces, text, occurrence, places):
 
 
 def walk(*calls: tuple[str, ...]) -> list[list[tuple[str, bool]]]:
-    """What the environment tells of each call on one task; words stand for themselves, numbers for steps of the way."""
+    """Return the decisions that the environment reports for each call on one task. Words are calls, numbers are steps
+    of the solution."""
     task = LookupChainTasks(hops=2)[0]
     environment = LookupChain()
     environment.reset(task, seed=0)
@@ -141,23 +142,23 @@ def walk(*calls: tuple[str, ...]) -> list[list[tuple[str, bool]]]:
     return told
 
 
-def test_the_right_way_is_right():
+def test_all_decisions_of_the_solution_are_right():
     told = walk(("look", 0, 0), ("look", 1, 1), ("submit", 2))
     assert all(right for step in told for _, right in step)
     assert [len(step) for step in told] == [3, 3, 2]
 
 
-def test_a_wrong_relation_is_wrong_and_what_follows_must_go_back():
+def test_after_a_wrong_relation_only_going_back_is_right():
     task = LookupChainTasks(hops=2)[0]
     wrong = CONFUSED[task.meta["query"][0]]
     told = walk(("look", wrong, 0), ("look", 0, 0), ("look", 1, 1), ("submit", 2))
     assert [right for _, right in told[0]] == [True, False, True]
     assert all(right for step in told[1:] for _, right in step)
-    told = walk(("look", wrong, 0), ("submit", 2))  # right by luck alone: it is not time to submit
+    told = walk(("look", wrong, 0), ("submit", 2))  # the right entity only by chance: it is too early to submit
     assert told[1][0] == ("submit", False)
 
 
-def test_the_relation_of_a_thought_is_the_first_decision():
+def test_the_relation_in_a_thought_is_the_first_decision():
     task = LookupChainTasks(hops=2)[0]
     environment = LookupChain()
     environment.reset(task, seed=0)
@@ -169,7 +170,7 @@ def test_the_relation_of_a_thought_is_the_first_decision():
     assert [d["right"] for d in told[1:]] == [True, True, True]
 
 
-def test_thinking_demonstrations_are_long_and_decide_early():
+def test_demonstrations_with_thoughts_are_long_and_name_the_relation_early():
     demonstrations = LookupChainDemonstrations(hops=2, thought=3, hard_accuracy=1.0, easy_accuracy=1.0, seed=5)
     for index in range(20):
         item = demonstrations[index]
@@ -189,7 +190,7 @@ def test_thinking_demonstrations_are_long_and_decide_early():
     }  # fmt: skip
 
 
-def test_made_up_references_are_followed_and_say_nothing_of_the_words():
+def test_made_up_references_are_followed_and_do_not_reveal_the_meanings():
     made_up, right = (LookupChainDemonstrations(recovery_fraction=0.0, reference=r) for r in ("made_up", "right"))
     meant = []
     for index in range(200):
@@ -204,15 +205,15 @@ def test_made_up_references_are_followed_and_say_nothing_of_the_words():
             assert follows.setdefault(word, call["arguments"]["relation"]) == call["arguments"]["relation"]
         meant += [relation == MEANING[word] for word, relation in follows.items()]
     assert len(meant) > 200
-    assert sum(meant) / len(meant) < 0.15  # 1 of 16 by chance
+    assert sum(meant) / len(meant) < 0.15  # 1 of 16 matches by chance
 
 
 def task_words(item) -> list[str]:
     return item.task.meta["query"]
 
 
-def test_marks_of_a_word_level_policy():
-    """The whole way with the embedded tokenizer: a thought, a call, and the tokens that are marked."""
+def test_marks_with_the_built_in_tokenizer():
+    """End to end with the built-in tokenizer: a thought, a call, and the marked tokens."""
     tokenizer = FromScratch("gear_lightning.environments.lookup_chain.THINKING_WORDS").tokenizer()
     chat = Chat(tokenizer)
     task = LookupChainTasks(hops=1)[0]
@@ -233,7 +234,7 @@ def test_marks_of_a_word_level_policy():
     assert -1 not in rollout.decisions
 
 
-def test_references_of_the_lookup_chain():
+def test_lookup_chain_references_match_their_option():
     calls, answer, another = (LookupChainTasks(2, reference=kind)[7] for kind in ("calls", "answer", "another"))
     assert calls.messages == answer.messages == another.messages
     way = solution(calls)

@@ -1,4 +1,4 @@
-"""Environments and task sources: what an episode of each gives, and what its mistakes cost."""
+"""Environments and task sources: the results of their episodes, and the effect of mistakes."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ def results(rollout) -> list[str]:
     return [m["content"] for m in rollout.messages if m["role"] == "tool"]
 
 
-def test_a_single_turn_is_scored_and_over():
+def test_a_single_turn_is_scored_and_ends_the_episode():
     rollout = answered(sum_task(), lambda: SingleTurn("number"), "It is 42.", "never said")
     assert (rollout.status, rollout.reward, rollout.success, rollout.turns) == ("done", 1.0, True, 1)
     environment = SingleTurn("number")
@@ -40,7 +40,7 @@ def test_a_single_turn_is_scored_and_over():
     assert environment.step({"role": "assistant", "content": "It is 41."}).done
 
 
-def test_the_calculator_answers_until_a_message_makes_no_call():
+def test_the_calculator_answers_until_a_message_has_no_call():
     turns = ("I multiply. " + call("calculator", expression="6 * 7"), "It is 42.")
     rollout = answered(sum_task(), lambda: Calculator("number"), *turns)
     assert (rollout.status, rollout.reward, rollout.success, rollout.turns) == ("done", 1.0, True, 2)
@@ -62,7 +62,7 @@ def test_the_calculator_answers_until_a_message_makes_no_call():
         (call("p" * 99, code="1"), f"error: there is no tool '{'p' * 40}'; the tools are: calculator"),
     ],
 )
-def test_mistakes_in_a_call_are_told_and_the_episode_goes_on(said, result):
+def test_invalid_calls_get_an_error_message_and_the_episode_continues(said, result):
     rollout = answered(sum_task(), lambda: Calculator("number"), said, "It is 42.")
     assert (rollout.status, rollout.reward) == ("done", 1.0)
     assert results(rollout) == [result]
@@ -70,7 +70,7 @@ def test_mistakes_in_a_call_are_told_and_the_episode_goes_on(said, result):
 
 
 @pytest.mark.parametrize(("max_calls", "status"), [(4, "done"), (3, "truncated")])
-def test_more_than_max_calls_ends_the_episode_unscored(max_calls, status):
+def test_exceeding_max_calls_ends_the_episode_without_a_score(max_calls, status):
     two = call("calculator", 2, expression="6 * 7")
     rollout = answered(sum_task(), lambda: Calculator("number", max_calls), two, two, "42")
     assert (rollout.status, rollout.learnable, rollout.success) == (status, True, status == "done")
@@ -99,7 +99,7 @@ def say(text: str) -> str:
     Args:
         text: it.
     """
-    return "half \ud83d" if text == "half" else text  # half a surrogate pair, as a wrongly cut string holds it
+    return "half \ud83d" if text == "half" else text  # half of a surrogate pair, as in a wrongly cut string
 
 
 def refuse() -> str:
@@ -133,7 +133,7 @@ def tools_task() -> Task:
         (call("say", text="half"), "half ?"),
     ],
 )
-def test_functions_answer_calls(said, result):
+def test_python_functions_answer_calls(said, result):
     budgets = Budgets(tokens=30_000, context=60_000, step_seconds=seconds(30))
     rollout = answered(tools_task(), lambda: FunctionTools(TOOLS, "exact"), said, "ok", budgets=budgets)
     assert (rollout.status, rollout.reward) == ("done", 1.0)
@@ -176,7 +176,7 @@ def test_the_gsm8k_samples_have_answers_and_clean_references():
     assert first.messages[0]["content"] == "Think."
 
 
-def test_every_demonstration_earns_its_tasks_reward_and_the_calculator_agrees():
+def test_every_demonstration_gets_reward_1_and_matches_the_calculator():
     demonstrations, size = GSM8KDemonstrations(), 64
     shown = [demonstrations[i] for i in range(size)]
     assert len({d.task.id for d in shown}) == size
@@ -188,14 +188,14 @@ def test_every_demonstration_earns_its_tasks_reward_and_the_calculator_agrees():
             said = messages.pop(0)
             step = environment.step(said)
             assert step.messages == messages[: len(calls(said))]
-            assert step.done == (not messages), "calls come first, the answer last"
+            assert step.done == (not messages), "calls must come first, the answer last"
             del messages[: len(step.messages)]
         assert step.reward == 1
         text = " ".join(m["content"] for m in demonstration.messages if m["role"] == "assistant")
         assert not set("<>") & set(text)
 
 
-def test_demonstrations_repeat_in_a_new_order_from_the_same_seed():
+def test_demonstrations_are_reshuffled_each_epoch_and_reproducible():
     def order(seed, epoch):
         demonstrations = GSM8KDemonstrations(seed=seed)
         return [demonstrations[i].task.id for i in range(64 * epoch, 64 * (epoch + 1))]
@@ -210,7 +210,7 @@ def test_demonstrations_repeat_in_a_new_order_from_the_same_seed():
         GSM8KDemonstrations(privileged_fraction=1.5)
 
 
-def test_gsm8k_files_of_ones_own(tmp_path):
+def test_custom_gsm8k_files_are_read_and_checked(tmp_path):
     path = tmp_path / "mine.jsonl"
 
     def write(*answers):
@@ -235,7 +235,7 @@ def test_gsm8k_files_of_ones_own(tmp_path):
         GSM8KTasks(str(tmp_path / "missing.jsonl"))
 
 
-def test_a_missing_extra_gives_one_line_that_says_how_to_install_it(monkeypatch):
+def test_a_missing_extra_gives_a_one_line_error_with_the_install_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
     with pytest.raises(UserError) as caught:
         ReasoningGymTasks("chain_sum")

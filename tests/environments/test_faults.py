@@ -1,4 +1,4 @@
-"""Environments and rewards that misbehave cost one rollout each, exactly, and never the run."""
+"""An environment or reward that misbehaves fails exactly its own rollout, and never the run."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def doing(step=lambda: Step(done=True, reward=1.0), reset=lambda: []) -> type[En
 
 
 def children() -> list[int]:
-    """This process's children, the dead ones too that nobody has waited for."""
+    """Return this process's children, including exited ones that have not been waited for."""
     tasks = Path("/proc/self/task").iterdir()
     return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
 
@@ -63,7 +63,7 @@ def odd_reward(task, transcript):
 
 
 class Failing(Environment):
-    """Fails in the way that ``kinds`` names for its seed."""
+    """Fails in the way that ``kinds`` assigns to its seed."""
 
     kinds: dict[int, str]
     release: threading.Event
@@ -83,7 +83,7 @@ class Failing(Environment):
         elif self.kind == "interrupt":
             raise KeyboardInterrupt
         elif self.kind == "fork":
-            os.fork()  # parent and child go on
+            os.fork()  # parent and child continue
         elif self.kind == "flood":
             step.messages = [tool_result("look", "x" * 2_000_000)]
         elif self.kind == "no text":
@@ -102,8 +102,8 @@ STATUS = {
     "raise": "environment_error",
     "exit": "environment_error",
     "interrupt": "environment_error",
-    "fork": "done",  # the trainer's side of it has done nothing wrong
-    "flood": "done",  # the episode was over and scored: nobody reads the text
+    "fork": "done",  # the trainer's process does not fail here
+    "flood": "done",  # the episode was already over and scored, so the text is not needed
     "no text": "done",
     "no step": "invalid_reward",
     "nan": "invalid_reward",
@@ -126,7 +126,7 @@ class Generator(RolloutGenerator):
     temperature = 1.0
 
     def generate(self, jobs, stage):
-        # long enough for a healthy call on a busy machine
+        # long enough for a successful call on a busy machine
         budgets = Budgets(tokens=64, context=256, step_seconds=seconds(0.5 if len(jobs) <= 1000 else 1.0))
         loop = AgentLoop(CHAT, Scripted("hi"), Failing, budgets, Sampling())
         self.rollouts, self.counts = loop.run(torch.nn.Linear(1, 1), jobs, policy_version=0)
@@ -140,7 +140,7 @@ class Generator(RolloutGenerator):
 
 
 @pytest.mark.parametrize("size", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_one_in_a_hundred_fails_in_each_way_and_the_others_learn_as_if_nothing_had(size, tmp_path, monkeypatch):
+def test_if_one_rollout_in_a_hundred_fails_in_each_way_the_others_are_unaffected(size, tmp_path, monkeypatch):
     tasks, group, share = size // 8, 8, size // 100
     seeds = [(0, 0, position, r) for position in range(tasks) for r in range(group)]
     order = random.Random(0).sample(range(size), size)
@@ -163,7 +163,7 @@ def test_one_in_a_hundred_fails_in_each_way_and_the_others_learn_as_if_nothing_h
     expected = Counter(STATUS[kind] for kind in kinds.values())
     expected["done"] += size - len(kinds)
     assert data.generator.counts == data.stats.statuses == expected
-    assert data.stats.side_errors == 2 * share, "floods and what is no text"
+    assert data.stats.side_errors == 2 * share, "floods and invalid messages"
     assert sum(data.stats.left_out.values()) == size - expected["done"]
     assert [r.status for r in data.generator.rollouts] == [
         STATUS[kinds[i]] if i in kinds else "done" for i in range(size)
@@ -175,18 +175,18 @@ def test_one_in_a_hundred_fails_in_each_way_and_the_others_learn_as_if_nothing_h
     for start in range(0, size, group):
         mine = [i for i in range(start, start + group) if i in healthy]
         wanted = GRPO()(torch.tensor([worth(hashed[i]) for i in mine]))
-        assert [found[i] for i in mine] == wanted.tolist(), "not the advantages of a run without the others"
+        assert [found[i] for i in mine] == wanted.tolist(), "failed rollouts must not affect the others"
 
-    assert threading.active_count() - threads == share, "a thread is left for each call that hangs, and no other"
+    assert threading.active_count() - threads == share, "exactly one thread must remain per hanging call"
     Failing.release.set()
-    until(lambda: threading.active_count() == threads, "a call came back, and its thread stayed")
+    until(lambda: threading.active_count() == threads, "the threads of calls that returned to end")
     assert len(os.listdir("/proc/self/fd")) <= files
-    deadline.DeadlineRunner().close()  # as the next iteration's, should the last fork have died too late
-    assert set(children()) <= set(before), "a fork of a tool is left"
+    deadline.DeadlineRunner().close()  # as in the next iteration, if the last fork exited too late
+    assert set(children()) <= set(before), "a process that a tool forked remains"
 
 
 @pytest.mark.parametrize(("usable", "advantages"), [(0, []), (1, [0.0]), (2, [-0.7071, 0.7071])])
-def test_a_group_learns_where_two_rollouts_are_left(usable, advantages, tmp_path, monkeypatch):
+def test_a_group_has_a_signal_if_two_rollouts_remain(usable, advantages, tmp_path, monkeypatch):
     seeds = [hash((0, 0, 0, r)) & 0x7FFFFFFF for r in range(4)]
     rewards = {seed: float(i) for i, seed in enumerate(seeds)}
     monkeypatch.setitem(globals(), "worth", rewards.__getitem__)
@@ -196,13 +196,13 @@ def test_a_group_learns_where_two_rollouts_are_left(usable, advantages, tmp_path
     (batch,) = data._iterate()
     kept = batch.advantages[batch.index >= 0]
     assert kept.tolist() == pytest.approx(advantages, abs=1e-3)
-    assert data.stats.zero_spread == (usable < 2), "counted in train/zero_spread_groups"
+    assert data.stats.zero_spread == (usable < 2), "it must count in train/zero_spread_groups"
 
 
 # -- what a call may say ----------------------------------------------------------------------------------------------
 
 
-def test_text_is_counted_over_the_whole_rollout_and_what_is_too_much_is_not_kept():
+def test_output_bytes_counts_the_whole_rollout_and_excess_text_is_dropped():
     said = doing(lambda: Step([tool_result("look", "x" * 1000)]), lambda: [{"role": "user", "content": "y" * 500}])
     (rollout,) = play(said, CALL, output_bytes=3000)
     assert (rollout.status, rollout.turns, rollout.learnable) == ("environment_flood", 3, True)
@@ -210,14 +210,14 @@ def test_text_is_counted_over_the_whole_rollout_and_what_is_too_much_is_not_kept
     assert "bytes of text, the remaining limit" in rollout.error
     (rollout,) = play(said, CALL, output_bytes=500)
     assert (rollout.status, rollout.turns, len(rollout.messages)) == ("environment_flood", 0, 1)
-    assert not rollout.learnable, "not the policy's doing"
+    assert not rollout.learnable, "the policy did not cause it"
     (rollout,) = play(doing(), output_bytes=1)
-    assert rollout.status == "done", "an environment that says nothing takes nothing"
+    assert rollout.status == "done", "an environment without messages uses no budget"
     many = doing(lambda: Step([tool_result("look", "ü" * 600)]))
-    assert play(many, CALL, output_bytes=1000)[0].turns == 1, "bytes, not characters"
+    assert play(many, CALL, output_bytes=1000)[0].turns == 1, "the budget counts bytes, not characters"
 
 
-def test_a_flood_is_not_copied():
+def test_excess_text_is_not_copied():
     text = "x" * (256 << 20)
 
     class Gives(Environment):
@@ -232,7 +232,7 @@ def test_a_flood_is_not_copied():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10, "KiB"
 
 
-def test_what_grows_as_json_is_a_flood_too():
+def test_shared_text_that_expands_in_json_counts_as_a_flood():
     nested = ["x"]
     for _ in range(40):
         nested = [nested, nested]  # 2^40 letters
@@ -253,7 +253,7 @@ def raising(error):
     return step
 
 
-def test_errors_are_kept_short_and_made_in_time():
+def test_error_texts_are_shortened_and_created_within_the_deadline():
     (rollout,) = play(doing(raising(RuntimeError("x" * 5_000_000))))
     assert rollout.status == "environment_error"
     assert len(rollout.error) < 3000
@@ -267,7 +267,7 @@ def test_errors_are_kept_short_and_made_in_time():
 @pytest.mark.parametrize(
     "error", [SystemExit(1), KeyboardInterrupt(), GeneratorExit(), MemoryError(), RecursionError()]
 )
-def test_nothing_that_is_raised_ends_the_run(error):
+def test_no_exception_ends_the_run(error):
     assert play(doing(raising(error)))[0].error.startswith(type(error).__name__)
     assert play(doing(reset=raising(error)))[0].status == "environment_error"
 
@@ -275,7 +275,7 @@ def test_nothing_that_is_raised_ends_the_run(error):
 # -- what a call may do -----------------------------------------------------------------------------------------------
 
 
-def test_a_call_leaves_the_working_directory_as_it_was(tmp_path, monkeypatch):
+def test_the_working_directory_is_restored_after_each_call(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     gone = tmp_path / "gone"
 
@@ -302,10 +302,10 @@ def test_a_call_leaves_the_working_directory_as_it_was(tmp_path, monkeypatch):
     release.set()
     for thread in hanging:
         thread.join()
-    assert Path.cwd() == tmp_path, "changed by a call that came back late"
+    assert Path.cwd() == tmp_path, "an abandoned call changed it"
 
 
-def test_what_an_environment_does_to_a_message_stays_there():
+def test_an_environment_cannot_modify_the_rollouts_messages():
     class Changes(Environment):
         def step(self, message):
             message["content"] = object()
@@ -314,23 +314,23 @@ def test_what_an_environment_does_to_a_message_stays_there():
     assert play(Changes)[0].messages[-1]["content"] == "hello"
 
 
-def test_threads_of_a_call_keep_no_process_alive():
+def test_threads_that_a_call_starts_do_not_keep_the_process_alive():
     found = []
     play(doing(lambda: found.append(threading.Thread(target=time.sleep).daemon) or Step(done=True)))
     assert found == [True]
 
 
-def test_calls_that_take_their_time_are_progress():
+def test_slow_and_abandoned_calls_report_progress():
     told, release = [], threading.Event()
     hang = doing(reset=lambda: release.wait() or [])
     play(hang, jobs=3, step_seconds=seconds(0.1), retries=0, progress=lambda *numbers: told.append(numbers))
     release.set()
-    assert len(told) >= 3, "the watchdog would take many of them for a standstill"
+    assert len(told) >= 3, "without progress reports the watchdog would treat many such calls as a hang"
 
 
 @pytest.mark.parametrize(("taken", "reports"), [(2.0, 3), (0.1, 0)])
-def test_slow_calls_are_progress_and_quick_ones_are_not(monkeypatch, taken, reports):
-    """One report after each round of turns comes on top."""
+def test_slow_calls_report_progress_and_fast_ones_do_not(monkeypatch, taken, reports):
+    """In addition, there is one report after each round of turns."""
     now, told = [0.0], []
     monkeypatch.setattr("gear_lightning.rollout.time", SimpleNamespace(monotonic=lambda: now[0]))
 
@@ -343,7 +343,7 @@ def test_slow_calls_are_progress_and_quick_ones_are_not(monkeypatch, taken, repo
     assert len(before) == reports
 
 
-def test_the_whole_rollout_has_a_clock_too(monkeypatch):
+def test_a_rollout_ends_after_its_own_time_limit(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("gear_lightning.rollout.time", SimpleNamespace(monotonic=lambda: now[0]))
 
@@ -351,7 +351,7 @@ def test_the_whole_rollout_has_a_clock_too(monkeypatch):
         now[0] += 0.2
         return Step([tool_result("look", "x")])
 
-    (rollout,) = play(doing(step), CALL, seconds=0.5, turns=50)  # not waited for: the clock is the one above
+    (rollout,) = play(doing(step), CALL, seconds=0.5, turns=50)  # a fake clock: the test does not really wait
     assert (rollout.status, rollout.turns) == ("truncated", 3)
 
 
@@ -359,7 +359,7 @@ def test_the_whole_rollout_has_a_clock_too(monkeypatch):
 
 
 class Flaky(Environment):
-    """The first ``failures`` resets of each seed raise."""
+    """Raises in the first ``failures`` resets of each seed."""
 
     def __init__(self, failures, error, log):
         self.failures, self.error, self.log = failures, error, log
@@ -389,17 +389,17 @@ class Flaky(Environment):
         (1, 3, ValueError("wrong"), "environment_error", 0),
     ],
 )
-def test_a_reset_that_fails_may_be_tried_again(failures, retries, error, status, tried):
+def test_a_failed_reset_is_retried(failures, retries, error, status, tried):
     log = []
     first, second = play(lambda: Flaky(failures, error, log), jobs=2, retries=retries)
     assert (first.status, second.status) == (status, status)
     assert (first.retries, second.retries) == (tried, tried)
-    assert log.count("closed") == 2 * (tried + 1), "each one that was made is closed"
+    assert log.count("closed") == 2 * (tried + 1), "every environment must be closed"
     seeds = [entry for entry in log if entry != "closed"]
-    assert seeds == seeds[:2] * (tried + 1), "after the others had their turn"
+    assert seeds == seeds[:2] * (tried + 1), "retries come after the other rollouts"
 
 
-def test_after_the_first_token_nothing_is_tried_again():
+def test_nothing_is_retried_after_the_first_token():
     resets = []
     broken = doing(raising(ConnectionError("gone")), lambda: resets.append(1) or [])
     (rollout,) = play(broken, retries=3)

@@ -1,4 +1,4 @@
-"""Tasks from JSON lines: what a good file gives, and that a bad one says where and how."""
+"""Tasks from JSON Lines files: valid files give tasks, and invalid files give an error with line and reason."""
 
 import gzip
 import json
@@ -44,7 +44,7 @@ def write(tmp_path):
     return write
 
 
-def test_a_file_of_every_key_gives_the_tasks_a_user_expects(write):
+def test_a_file_with_every_key_gives_the_expected_tasks(write):
     path = write(
         {"prompt": "1 + 1?", "answer": 2, "reward": "number", "level": {"hard": False}},
         {"messages": [SYSTEM, USER], "id": 7, "reference": "Say hi.", "tools": [TOOL]},
@@ -71,16 +71,16 @@ def test_a_file_of_every_key_gives_the_tasks_a_user_expects(write):
     assert third.messages[1]["tool_calls"] == [CALL]
 
 
-def test_gzip_byte_order_mark_and_blank_lines_are_read_and_lines_keep_their_numbers(write):
+def test_gzip_byte_order_marks_and_blank_lines_are_supported_and_line_numbers_are_kept(write):
     lines = ["", b"\xef\xbb\xbf" + '{"prompt": "größer"}'.encode(), "  \t", {"prompt": "b"}, ""]
     for name in ("mine.jsonl", "mine.jsonl.gz"):
         source = JsonlTasks(write(*lines, name=name))
         assert [source[i].id for i in range(source.size)] == ["mine-2", "mine-4"]
         assert source[0].messages[0]["content"] == "größer"
-    assert JsonlTasks(write('{"prompt": "a"}\r\n{"prompt": "b"}\r')).size == 2, "lines may end as on Windows"
+    assert JsonlTasks(write('{"prompt": "a"}\r\n{"prompt": "b"}\r')).size == 2, "Windows line endings must be supported"
 
 
-def test_the_limit_shortens_but_the_whole_file_is_checked(write):
+def test_limit_shortens_the_source_but_the_whole_file_is_checked(write):
     assert JsonlTasks(write({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}), limit=2).size == 2
     with pytest.raises(UserError, match=r"tasks\.jsonl:3: found keys answer, expected either prompt or messages"):
         JsonlTasks(write({"prompt": "a"}, {"prompt": "b"}, {"answer": "c"}), limit=1)
@@ -88,7 +88,7 @@ def test_the_limit_shortens_but_the_whole_file_is_checked(write):
         JsonlTasks(write({"prompt": "a"}), limit=0)
 
 
-def test_a_shared_reward_is_that_of_tasks_that_name_none(write):
+def test_the_shared_reward_applies_to_tasks_without_a_reward(write):
     path = write({"prompt": "a"}, {"prompt": "b", "reward": "exact"})
     source = JsonlTasks(path, reward="number")
     assert [source[i].meta["reward"] for i in (0, 1)] == ["number", "exact"]
@@ -99,7 +99,7 @@ def test_a_shared_reward_is_that_of_tasks_that_name_none(write):
         JsonlTasks(path, reward="numbr")
 
 
-def test_shared_tools_are_described_from_their_functions(write):
+def test_schemas_of_shared_tools_come_from_their_functions(write):
     source = JsonlTasks(write({"prompt": "a", "tools": [TOOL]}), tools=[f"{__name__}.add"])
     own, shared = source[0].tools
     assert own == TOOL
@@ -176,7 +176,7 @@ def assistant(**keys):
         ({"prompt": "a", "id": "first"}, "id 'first' again (first in line 1)", "a unique id"),
     ],
 )
-def test_a_broken_line_names_file_and_line_and_what_was_found_and_expected(write, line, found, expected):
+def test_an_invalid_line_gives_an_error_with_file_line_found_and_expected(write, line, found, expected):
     path = write({"prompt": "a", "id": "first"}, "", line, {"prompt": "b"})
     with pytest.raises(UserError) as caught:
         JsonlTasks(path)
@@ -189,12 +189,12 @@ def test_a_broken_line_names_file_and_line_and_what_was_found_and_expected(write
     message.encode()
 
 
-def test_generated_ids_meet_the_files_own(write):
+def test_a_generated_id_that_equals_an_explicit_id_is_an_error(write):
     with pytest.raises(UserError, match=r":2: found id 'tasks-2' again \(first in line 1\), expected a unique id"):
         JsonlTasks(write({"prompt": "a", "id": "tasks-2"}, {"prompt": "b"}))
 
 
-def test_files_that_cannot_be_read_are_named(write, tmp_path):
+def test_the_error_names_a_file_that_cannot_be_read(write, tmp_path):
     with pytest.raises(UserError, match=re.escape(f"{tmp_path}/none.jsonl does not exist")):
         JsonlTasks(f"{tmp_path}/none.jsonl")
     with pytest.raises(UserError, match=re.escape(f"{tmp_path}: cannot be read")):
@@ -221,7 +221,7 @@ WHOLE = [
 
 @st.composite
 def nearly_whole(draw):
-    """A good line with one value, at any depth, replaced, or a key added."""
+    """Return a strategy for valid lines with one value, at any depth, replaced, or a key added."""
     line = json.loads(json.dumps(draw(st.sampled_from(WHOLE))))
     place = line
     while True:
@@ -238,7 +238,7 @@ def nearly_whole(draw):
 @settings(max_examples=1000, deadline=None)
 @given(nearly_whole())
 @example({"prompt": "a", "reward": "..x"})
-def test_any_json_is_a_whole_task_or_a_user_error(line):
+def test_any_json_line_is_a_valid_task_or_a_user_error(line):
     line = json.loads(json.dumps(line))
     try:
         task = parse_task(line, "f:1", "f-1")
@@ -256,7 +256,7 @@ def test_any_json_is_a_whole_task_or_a_user_error(line):
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=40) | st.text(st.sampled_from('{}[]",:1e9.\\ud8 n'), max_size=40).map(str.encode))
-def test_any_bytes_are_objects_or_a_user_error(tmp_path, data):
+def test_any_bytes_are_json_objects_or_a_user_error(tmp_path, data):
     for name in ("any.jsonl", "any.jsonl.gz"):
         (tmp_path / name).write_bytes(data)
         try:

@@ -1,4 +1,4 @@
-"""Large files of JSON lines: read and checked once, then by index; the cache is never wrong, and never needed."""
+"""Large JSON Lines files are read and checked once, then accessed by index. The cache is optional and correct."""
 
 import copy
 import gzip
@@ -18,7 +18,7 @@ from gear_lightning.errors import UserError
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache in which the index of every file is kept."""
+    """An empty cache that stores the index of every file."""
     monkeypatch.setenv("GEAR_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(lines, "SMALL", 0)
     return tmp_path / "cache"
@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """Counts the lines that are parsed."""
+    """The list of line numbers that are parsed."""
     found = []
     monkeypatch.setattr(jsonl, "parse_task", lambda *args, real=jsonl.parse_task: found.append(args[1]) or real(*args))
     return found
@@ -47,7 +47,7 @@ NAMES = ("tasks.jsonl", "tasks.jsonl.gz")
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("small", [0, 1 << 22])
-def test_a_line_by_index_is_the_line_of_the_file(tmp_path, cache, monkeypatch, name, small):
+def test_indexed_lines_equal_the_lines_of_the_file(tmp_path, cache, monkeypatch, name, small):
     monkeypatch.setattr(lines, "SMALL", small)
     given = tasks(300)
     source = JsonlTasks(write(tmp_path / name, "", *given[:150], "  ", *given[150:]))
@@ -63,12 +63,12 @@ def test_a_line_by_index_is_the_line_of_the_file(tmp_path, cache, monkeypatch, n
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_file_is_read_once_and_again_when_it_differs(tmp_path, cache, parsed, name):
+def test_a_file_is_read_once_and_again_after_a_change(tmp_path, cache, parsed, name):
     path = tmp_path / name
     first = JsonlTasks(write(path, *tasks(50)))
     assert len(parsed) == 50
     again = JsonlTasks(str(path))
-    assert len(parsed) == 50, "found in the cache"
+    assert len(parsed) == 50, "the index must come from the cache"
     assert again[49].id == first[49].id == "t49"
     assert again.fingerprint == first.fingerprint
     del parsed[:]
@@ -79,19 +79,19 @@ def test_a_file_is_read_once_and_again_when_it_differs(tmp_path, cache, parsed, 
     assert [t.id for t in (copy.deepcopy(other)[49], pickle.loads(pickle.dumps(other))[0])] == ["tasks-50", "t0"]
     del parsed[:]
     JsonlTasks(str(path), rewards=["gear_lightning.rewards.number"])
-    assert len(parsed) == 50, "what a line may say is another matter now"
+    assert len(parsed) == 50, "other rewards need another check"
     shutil.copy(path, renamed := tmp_path / f"other-{name}")
-    assert JsonlTasks(str(renamed))[49].id == "other-tasks-50", "ids are made of the file's name"
+    assert JsonlTasks(str(renamed))[49].id == "other-tasks-50", "ids depend on the file's name"
 
 
-def test_a_bad_line_is_told_at_every_start(tmp_path, cache):
+def test_an_invalid_line_is_reported_at_every_start(tmp_path, cache):
     path = write(tmp_path / "tasks.jsonl", *tasks(5), {"answer": 3})
     for _ in range(2):
         with pytest.raises(UserError, match=r"tasks\.jsonl:6: found keys answer, expected either prompt or messages"):
             JsonlTasks(path)
 
 
-def test_rewards_of_an_index_from_the_cache_are_looked_up_again(tmp_path, cache, monkeypatch):
+def test_rewards_are_resolved_again_with_a_cached_index(tmp_path, cache, monkeypatch):
     def missing(module):
         raise UserError(f"{module!r} is not installed")
 
@@ -104,13 +104,13 @@ def test_rewards_of_an_index_from_the_cache_are_looked_up_again(tmp_path, cache,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ids_are_compared_over_the_whole_file(tmp_path, cache, name):
+def test_ids_must_be_unique_in_the_whole_file(tmp_path, cache, name):
     path = write(tmp_path / name, *tasks(40), "", {"prompt": "x", "id": "t7"}, {"prompt": "y", "id": "t3"})
     with pytest.raises(UserError, match=r":42: found id 't7' again \(first in line 8\), expected a unique id"):
         JsonlTasks(path)
 
 
-def test_ids_with_the_same_hash_are_no_repetition(tmp_path, cache, monkeypatch):
+def test_ids_with_the_same_hash_are_not_duplicates(tmp_path, cache, monkeypatch):
     class Alike:
         def digest(self):
             return bytes(8)
@@ -121,19 +121,19 @@ def test_ids_with_the_same_hash_are_no_repetition(tmp_path, cache, monkeypatch):
         JsonlTasks(write(tmp_path / "tasks.jsonl", *tasks(20), *tasks(1)))
 
 
-def test_a_file_that_is_replaced_while_it_is_used_stays_what_it_was(tmp_path, cache):
+def test_replacing_a_file_during_use_does_not_change_the_tasks(tmp_path, cache):
     path = tmp_path / "tasks.jsonl"
     source = JsonlTasks(write(path, *tasks(9)))
     os.replace(write(tmp_path / "new", *tasks(3)), path)
     assert source[8].id == "t8"
 
 
-def test_a_file_that_is_overwritten_while_it_is_used_is_an_error(tmp_path, cache):
+def test_overwriting_a_file_during_use_is_an_error(tmp_path, cache):
     path = tmp_path / "tasks.jsonl"
     source = JsonlTasks(write(path, *tasks(9)))
     with path.open("ab") as file:
         file.write(b'{"prompt": "more"}\n')
-    assert source[8].id == "t8", "what is appended changes nothing"
+    assert source[8].id == "t8", "appended lines must not change anything"
     write(path, *reversed(tasks(9)))
     with pytest.raises(UserError, match=r"tasks\.jsonl:1: the file was changed while the run was using it"):
         source[0]
@@ -141,7 +141,7 @@ def test_a_file_that_is_overwritten_while_it_is_used_is_an_error(tmp_path, cache
 
 @pytest.mark.parametrize("name", ["index.npz", "notes.json", "text.jsonl"])
 @pytest.mark.parametrize("left", [b"{", None])
-def test_a_damaged_cache_is_made_anew(tmp_path, cache, parsed, name, left):
+def test_a_damaged_cache_is_recreated(tmp_path, cache, parsed, name, left):
     path = write(tmp_path / "tasks.jsonl.gz", *tasks(9))
     JsonlTasks(path)
     (kept,) = cache.glob(f"tasks/*/{name}")
@@ -159,7 +159,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path, cache, parsed, name, left):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, name):
+def test_a_cache_that_cannot_be_written_gives_a_warning(tmp_path, monkeypatch, name):
     monkeypatch.setattr(lines, "SMALL", 0)
     (tmp_path / "file").touch()
     monkeypatch.setenv("GEAR_LIGHTNING_CACHE", str(tmp_path / "file"))
@@ -169,14 +169,14 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, n
     assert source[8].id == "t8"
 
 
-def test_small_files_are_not_kept(tmp_path, monkeypatch):
+def test_small_files_are_not_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("GEAR_LIGHTNING_CACHE", str(tmp_path / "cache"))
     for name in NAMES:
         JsonlTasks(write(tmp_path / name, *tasks(9)))
     assert not (tmp_path / "cache").exists()
 
 
-def test_memory_is_that_of_an_index(tmp_path, cache):
+def test_memory_holds_only_the_index(tmp_path, cache):
     source = JsonlTasks(write(tmp_path / "tasks.jsonl", *({"prompt": "x" * 200} for _ in range(2000))))
     found = source._lines
     assert sum(column.nbytes for column in found.index.values()) <= 32 * 2000
@@ -187,7 +187,7 @@ def problem(i: int, answer: str) -> dict:
     return {"question": f"{i} and 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {answer}"}
 
 
-def test_gsm8k_is_read_by_index_too(tmp_path, cache):
+def test_gsm8k_files_are_read_by_index(tmp_path, cache):
     path = write(tmp_path / "gsm.jsonl", *(problem(i, str(i + 1)) for i in range(30)), problem(5, "6") | {"number": 99})
     source = GSM8KTasks(path)
     assert (source.size, source[30].id, source[4].meta["answer"]) == (31, "gsm8k-train-99", "5")
@@ -202,7 +202,7 @@ def test_gsm8k_is_read_by_index_too(tmp_path, cache):
     assert copy.deepcopy(demonstrations)[0].messages == demonstrations[0].messages
 
 
-def test_what_look_leaves_out_is_not_there(tmp_path, cache):
+def test_lines_that_look_skips_are_not_indexed(tmp_path, cache):
     path = write(tmp_path / "x.jsonl", *({"n": i} for i in range(10)))
     for notes in ({}, {}):
 

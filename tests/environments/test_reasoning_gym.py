@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym: its scorers decide, and the policy's text is never run."""
+"""Tasks of reasoning-gym: its scorers compute the reward, and the policy's text is never executed."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def score(task: Task, text: str, **options) -> float:
     return step.reward
 
 
-def test_tasks_are_the_same_by_index_and_seed():
+def test_the_same_index_and_seed_give_the_same_task():
     tasks = ReasoningGymTasks("chain_sum", size=30, instruction="Be brief.")
     assert tasks.size == 30
     again = [tasks[i] for i in (7, 0, 7)]
@@ -35,7 +35,7 @@ def test_tasks_are_the_same_by_index_and_seed():
     assert ReasoningGymTasks("chain_sum", size=30, seed=1)[7].messages != again[0].messages[1:]
 
 
-def test_the_reference_shows_the_way_where_the_generator_gives_one():
+def test_the_reference_is_the_worked_solution_if_the_generator_provides_one():
     task = ReasoningGymTasks("chain_sum", size=1)[0]
     assert re.fullmatch(r"[-+ 0-9]+ = " + re.escape(task.meta["answer"]), task.reference)
     for name in ("gsm_symbolic", "letter_counting"):
@@ -59,7 +59,7 @@ def test_the_reference_shows_the_way_where_the_generator_gives_one():
         ({"partial_credit": True}, "{}", 1),
     ],
 )
-def test_what_of_the_reply_is_the_answer(options, text, expected):
+def test_the_answer_option_selects_a_part_of_the_reply(options, text, expected):
     tasks = ReasoningGymTasks("chain_sum", size=10)
     for task in (tasks[i] for i in range(10)):
         rollout = answered(task, lambda: ReasoningGym(**options), text.format(task.meta["answer"]))
@@ -78,7 +78,7 @@ def test_a_whole_number_needs_no_decimals():
     assert score(task, f"It is {task.meta['answer']}.00.", answer="last_number") == 1
 
 
-def test_partial_credit_is_kept_only_where_asked_for():
+def test_partial_credit_is_used_only_if_requested():
     task = ReasoningGymTasks("countdown", size=1)[0]
     assert score(task, "1 + 1") == 0
     assert 0 < score(task, "1 + 1", partial_credit=True) < 1
@@ -89,12 +89,12 @@ def test_partial_credit_is_kept_only_where_asked_for():
 
 @pytest.mark.parametrize("name", ["chain_sum", "gsm_symbolic", "countdown", "coin_flip", "sudoku", "word_ladder"])
 @pytest.mark.parametrize("answer", ["all", "last_number", "tag"])
-def test_junk_scores_0(name, answer):
+def test_invalid_answers_score_0(name, answer):
     task = ReasoningGymTasks(name, size=1)[0]
     assert [score(task, text, answer=answer) for text in JUNK] == [0] * len(JUNK)
 
 
-def test_a_scorer_that_raises_gives_0(monkeypatch):
+def test_an_answer_on_which_the_scorer_raises_scores_0(monkeypatch):
     def raises(self, answer, entry):
         raise ZeroDivisionError
 
@@ -121,13 +121,13 @@ def test_a_scorer_that_raises_gives_0(monkeypatch):
         ("rubiks_cube", {}, "rubiks_cube provides no answers, so there is no reference for the teacher"),
     ],
 )
-def test_bad_data_sets_and_options_are_named(name, options, message):
+def test_the_error_names_invalid_data_sets_and_options(name, options, message):
     with pytest.raises(UserError) as caught:
         ReasoningGymTasks(name, options)
     assert message in str(caught.value)
 
 
-def test_other_tasks_and_empty_sources_are_refused():
+def test_tasks_of_other_sources_and_empty_sources_are_rejected():
     with pytest.raises(UserError, match="task t1 does not come from ReasoningGymTasks"):
         ReasoningGym().check(Task("t1", []))
     with pytest.raises(UserError, match="size=0: must be at least 1"):
@@ -135,9 +135,9 @@ def test_other_tasks_and_empty_sources_are_refused():
 
 
 @pytest.mark.parametrize("name", sorted(_SHAPES))
-def test_answers_that_python_would_run_score_0_unseen(name, tmp_path):
+def test_answers_that_python_would_execute_score_0_without_reaching_the_scorer(name, tmp_path):
     tasks = ReasoningGymTasks(name, size=5)
-    assert [score(tasks[i], tasks[i].meta["answer"]) for i in range(5)] == [1] * 5, "right answers pass"
+    assert [score(tasks[i], tasks[i].meta["answer"]) for i in range(5)] == [1] * 5, "right answers must be scored"
     ran = tmp_path / "ran"
     code = f"__import__('pathlib').Path({str(ran)!r}).touch()"
     hostile = [code, f"[{code}]", f"[{code} or 'a']", "9**9**9**9", "1 + 9* *9**9**9", "1e999999999", "[0]*9**9"]
@@ -147,16 +147,16 @@ def test_answers_that_python_would_run_score_0_unseen(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(_UNSAFE))
-def test_data_sets_whose_answers_cannot_be_told_from_code_are_refused(name):
+def test_data_sets_whose_answers_look_like_code_are_rejected(name):
     task = ReasoningGymTasks(name, size=1)[0]
     with pytest.raises(UserError, match=f"scorer of {name} runs the policy's text as Python code; use the environment"):
         ReasoningGym().check(task)
     assert answered(task, ReasoningGym, "1").status == "environment_error"
     rollout = answered(task, lambda: SingleTurn("exact"), task.meta["answer"])
-    assert (rollout.status, rollout.reward) == ("done", 1.0), "the way out that the message shows"
+    assert (rollout.status, rollout.reward) == ("done", 1.0), "the alternative in the error message must work"
 
 
-def test_every_scorer_that_evaluates_is_known():
+def test_every_scorer_that_evaluates_answers_is_handled():
     evaluates = re.compile(r"\b(?:eval|exec|parse_expr|Fraction|sympify)\((?:\w+_)?answer\b")
     root = Path(reasoning_gym.__file__).parent
     found = {path.stem for path in root.rglob("*.py") if evaluates.search(path.read_text(encoding="utf-8"))}

@@ -1,4 +1,4 @@
-"""Environments and programs in processes of their own: what they do there costs their rollout, and ends with it."""
+"""Environments and programs in separate processes: their failures affect only their rollout, and end with it."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def play(*tasks: Task, environment=None, budgets: Budgets = BUDGETS):
 
 
 def descendants(of: int) -> list[int]:
-    """Living processes that descend from one; the confined ones do as long as their keeper lives."""
+    """Return the running descendants of a process. Confined processes are included while their keeper runs."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -72,7 +72,7 @@ def descendants(of: int) -> list[int]:
 
 
 def at_rest() -> bool:
-    """Whether no rollout has a process left: each keeper has its server alone."""
+    """Return whether no process of a rollout remains: each keeper has only its server."""
     return all(len(descendants(s.keeper.pid)) == 1 for s in sandbox._servers.values())
 
 
@@ -98,7 +98,7 @@ def at_rest() -> bool:
         ("fork", "done", ""),
     ],
 )
-def test_what_an_isolated_environment_does_costs_its_rollout_alone(deed, status, error):
+def test_a_failure_of_an_isolated_environment_affects_only_its_rollout(deed, status, error):
     before, good, after = play(task(reward=0.5), task(deed), task(reward=0.25))
     assert (good.status, before.status, after.status) == (status, "done", "done")
     assert error in (good.error or "")
@@ -107,23 +107,23 @@ def test_what_an_isolated_environment_does_costs_its_rollout_alone(deed, status,
 
 
 @pytest.mark.parametrize("deed", ["hang", "spin", "fork and stay"])
-def test_what_hangs_is_ended_with_all_that_it_started(deed):
-    play(task())  # the server is there
-    until(at_rest, "the end of what came before")
+def test_a_hanging_environment_is_killed_with_all_its_processes(deed):
+    play(task())  # start the server
+    until(at_rest, "the end of earlier processes")
     hung, good = play(task(deed), task(), budgets=Budgets(step_seconds=seconds(1)))
     assert (hung.status, good.status) == ("environment_timeout", "done")
-    until(at_rest, "the end of what hung, and of all that it started")
+    until(at_rest, "the end of the hanging process and its descendants")
 
 
-def test_rollouts_share_nothing_and_are_forks_of_one_process():
+def test_rollouts_share_no_state_and_are_forked_from_one_process():
     play(task())
     servers = dict(sandbox._servers)
     rollouts = play(*[task()] * 50)
-    assert {r.reward_parts["played"] for r in rollouts} == {1.0}, "what one left in its modules reached another"
-    assert sandbox._servers == servers, "nothing was imported again"
+    assert {r.reward_parts["played"] for r in rollouts} == {1.0}, "module state leaked from one rollout to another"
+    assert sandbox._servers == servers, "the server must be reused"
 
 
-def test_the_trainers_variables_are_not_to_be_seen(monkeypatch):
+def test_the_trainers_environment_variables_are_hidden(monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "secret")
     (plain,) = play(task("look"))
     named = partial(Isolated, Unruly, LIMITS, variables=["SOME_TOKEN"])
@@ -133,22 +133,22 @@ def test_the_trainers_variables_are_not_to_be_seen(monkeypatch):
     assert "SOME_TOKEN" in told.reward_parts
 
 
-def test_a_server_that_is_gone_is_replaced():
+def test_a_server_that_has_exited_is_replaced():
     play(task())
     (server,) = [s for key, s in sandbox._servers.items() if key[1] == LIMITS and not key[3]]
     family = descendants(server.keeper.pid)
     server.keeper.kill()
     server.keeper.wait(seconds(60))
-    until(lambda: not any(alive(p) for p in family), "the server outlived its keeper")
+    until(lambda: not any(alive(p) for p in family), "the end of the server after its keeper")
     assert [r.status for r in play(task(), task())] == ["done", "done"]
 
 
-def test_an_environment_that_hangs_at_its_close_holds_nobody_up(monkeypatch):
+def test_an_environment_that_hangs_in_close_does_not_block_the_run(monkeypatch):
     monkeypatch.setattr(sandbox, "CLOSE_SECONDS", seconds(0.5))
     (rollout,) = play(task("hang at close"))
     assert (rollout.status, rollout.reward, rollout.success) == ("done", 1.0, True)
     assert rollout.side_error.startswith("close: ")
-    until(at_rest, "the end of what hung")
+    until(at_rest, "the end of the hanging process")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_an_environment_that_hangs_at_its_close_holds_nobody_up(monkeypatch):
         ("last bytes", "expected a message with role and content"),
     ],
 )
-def test_what_an_isolated_environment_says_beside_its_score_costs_itself_alone(deed, told):
+def test_invalid_messages_of_a_last_isolated_step_do_not_change_the_score(deed, told):
     (rollout,) = play(task(deed))
     assert (rollout.status, rollout.reward, rollout.success, rollout.error) == ("done", 1.0, True, None)
     assert told in rollout.side_error
@@ -182,7 +182,7 @@ environment.step({"role": "assistant", "content": ""})
 
 @contextmanager
 def running(program: str, before: Sequence[str] = ()):
-    """A trainer in a process of its own, killed at the end."""
+    """Run a trainer in a separate process, and kill it at the end."""
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [*before, sys.executable, "-c", program]
     trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables)
@@ -193,13 +193,13 @@ def running(program: str, before: Sequence[str] = ()):
         trainer.wait()
 
 
-def test_no_process_outlives_a_trainer_that_is_killed():
+def test_killing_the_trainer_ends_all_its_processes():
     with running(TRAINER) as trainer:
         assert trainer.stdout.readline() == "ready\n"
-        # the keeper, the server, the rollout's process, and three grandchildren that left its session
+        # keeper, server, the rollout's process, and three grandchildren in other sessions
         until(lambda: len(descendants(trainer.pid)) >= 6, "six processes")
         family = descendants(trainer.pid)
-    until(lambda: not any(alive(p) for p in family), "an orphan was left")
+    until(lambda: not any(alive(p) for p in family), "the end of all processes")
 
 
 def alive(process: int) -> bool:
@@ -209,7 +209,7 @@ def alive(process: int) -> bool:
         return False
 
 
-def test_settings_that_cannot_work_are_told_at_the_start():
+def test_invalid_settings_are_rejected_before_training():
     with pytest.raises(UserError, match=r"limits\.processes=0: must be above 0"):
         Limits(processes=0)
     with pytest.raises(UserError, match="use a class of an importable module"):
@@ -239,7 +239,7 @@ environment.step({"role": "assistant", "content": ""})
 """
 
 
-def test_where_the_kernel_gives_no_namespaces_the_network_must_be_allowed():
+def test_without_kernel_namespaces_the_network_must_be_allowed():
     none_left = "echo 0 > /proc/sys/user/max_user_namespaces && echo 0 > /proc/sys/user/max_pid_namespaces"
     with running(WITHOUT_NAMESPACES, ["unshare", "-Ur", "sh", "-c", none_left + ' && exec "$@"', "sh"]) as trainer:
         assert "permits no namespaces" in (said := trainer.stdout.readline())
@@ -247,10 +247,10 @@ def test_where_the_kernel_gives_no_namespaces_the_network_must_be_allowed():
         assert trainer.stdout.readline() == "ready\n"
         family = descendants(trainer.pid)
         assert len(family) == 3, "keeper, server, the rollout's process"
-    until(lambda: not any(alive(p) for p in family), "an orphan was left")
+    until(lambda: not any(alive(p) for p in family), "the end of all processes")
 
 
-def test_isolation_is_one_line_of_the_config(repository):
+def test_isolation_needs_one_line_in_the_config(repository):
     from gear_lightning.recipes.recipe import read_recipe
 
     limit = round(seconds(70))  # importing this file's tools takes seconds
@@ -300,15 +300,15 @@ def test_isolation_is_one_line_of_the_config(repository):
         ("", ""),
     ],
 )
-def test_a_program_shows_what_it_prints_and_is_held_to_its_limits(code, shown, monkeypatch):
+def test_a_programs_output_is_returned_and_its_limits_are_enforced(code, shown, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "secret")
     found = run_python(code, seconds=seconds(10))
     assert shown in found
-    assert run_python(code, seconds=seconds(10)) == found or "fork" in code, "the same program says the same"
+    assert run_python(code, seconds=seconds(10)) == found or "fork" in code, "the output must be reproducible"
     assert len(found) < 11_000
 
 
-def test_a_program_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
+def test_a_program_is_killed_with_all_its_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     quiet = len(descendants(os.getpid()))
@@ -321,13 +321,13 @@ def test_a_program_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
     print("so far", flush=True)
     while True: pass
     """
-    limit = seconds(2)  # long enough for what it says
+    limit = seconds(2)  # long enough for its output
     assert run_python(textwrap.dedent(code), seconds=limit) == f"so far\n[ended after {limit:g} s]"
     assert len(descendants(os.getpid())) == quiet
-    assert list(tmp_path.iterdir()) == [], "its directory was left"
+    assert list(tmp_path.iterdir()) == [], "its directory was not removed"
 
 
-def test_the_python_tool_answers_and_tells_the_agent_of_its_mistakes():
+def test_the_python_tool_answers_calls_and_reports_mistakes_to_the_agent():
     schema = tool_schemas(["gear_lightning.environments.python_tool.python"])
     problem = Task("t1", [{"role": "user", "content": "6 * 7?"}], schema, meta={"answer": "42"})
     environment = partial(PythonTool, "number", seconds=seconds(5))

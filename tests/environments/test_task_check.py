@@ -1,4 +1,4 @@
-"""The check of tasks before training: sampled past a limit, shared by the ranks, remembered; and what it may miss."""
+"""The check of tasks before training: sampling, sharing between ranks, caching, and invalid tasks that it misses."""
 
 import functools
 import json
@@ -35,7 +35,7 @@ class Numbers(TaskSource):
 
 
 class Looks(TaskChecker):
-    """Notes the tasks that it checks, and refuses some."""
+    """Records the tasks that it checks, and rejects some."""
 
     def __init__(self, bad=(), key="k"):
         self.bad, self.key, self.seen = bad, key, []
@@ -61,7 +61,7 @@ def remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(task_check, "REMEMBERED", 10)
 
 
-def test_a_small_source_is_checked_whole_and_a_large_one_by_a_fixed_sample(caplog):
+def test_a_small_source_is_checked_completely_and_a_large_one_by_a_fixed_sample(caplog):
     caplog.set_level(logging.INFO)
     assert check(Numbers(100)) == list(range(100))
     assert check(Numbers(5000), limit=None) == list(range(5000))
@@ -69,42 +69,42 @@ def test_a_small_source_is_checked_whole_and_a_large_one_by_a_fixed_sample(caplo
     found = check(Numbers(10**9, longest=(7, 10**8, 3)))
     assert "data.train_tasks: checked 100 of 1,000,000,000 tasks: a sample" in caplog.text
     assert len(set(found)) == len(found) == 100
-    assert found == sorted(found), "the first bad one is told"
-    assert {3, 7, 10**8} <= set(found), "the longest are among them"
+    assert found == sorted(found), "the error must name the first invalid task"
+    assert {3, 7, 10**8} <= set(found), "the sample must include the longest tasks"
     assert found[-1] > 9 * 10**8
-    assert found == check(Numbers(10**9, longest=(7, 10**8, 3))), "the same ones at every start"
-    assert set(chosen(Numbers(50, longest=range(50)), 20, 10)) <= set(range(20)), "of those that are used"
+    assert found == check(Numbers(10**9, longest=(7, 10**8, 3))), "the sample must be the same at every start"
+    assert set(chosen(Numbers(50, longest=range(50)), 20, 10)) <= set(range(20)), "only tasks that are used are sampled"
     assert check(Numbers(None)) == list(range(16))
     assert check(Numbers(40), used=8) == list(range(8))
     with pytest.raises(UserError, match="Numbers has no tasks"):
         check(Numbers(0))
 
 
-def test_ranks_share_the_tasks_and_each_checks_one_at_least(monkeypatch):
+def test_ranks_share_the_tasks_and_each_checks_at_least_one(monkeypatch):
     parts = []
     for rank in range(3):
         monkeypatch.setattr(task_check, "place", lambda rank=rank: (rank, 3))
         parts.append(check(Numbers(100)))
     assert sorted(i for part in parts for i in part) == list(range(100))
     monkeypatch.setattr(task_check, "place", lambda: (2, 3))
-    assert check(Numbers(1)) == [0], "what is wrong with a machine is told by its own ranks"
+    assert check(Numbers(1)) == [0], "the ranks of a machine must detect its problems"
 
 
-def test_a_check_that_passed_is_remembered_for_the_same_tasks_and_checks(remembered):
+def test_a_passed_check_is_cached_for_the_same_tasks_and_checker(remembered):
     source = Numbers(50, fingerprint="a")
     assert len(check(source)) == 50
-    assert check(source) == [0], "one, for what this machine may lack"
-    assert len(check(Numbers(50, fingerprint="b"))) == 50, "other tasks"
-    assert len(check(source, Looks(key="other"))) == 50, "other checks"
+    assert check(source) == [0], "one task is still checked, because this machine may differ"
+    assert len(check(Numbers(50, fingerprint="b"))) == 50, "other tasks need a check"
+    assert len(check(source, Looks(key="other"))) == 50, "another checker needs a check"
     assert len(check(source, limit=20)) == 20
-    assert len(check(Numbers(50))) == len(check(source, Looks(key=None))) == 50, "not known what it depends on"
+    assert len(check(Numbers(50))) == len(check(source, Looks(key=None))) == 50, "an unknown key must not be cached"
     for _ in range(2):
         with pytest.raises(UserError, match="task 30 is bad"):
             check(Numbers(50, fingerprint="c"), Looks(bad=[30]))
-    assert len(check(Numbers(50, fingerprint="c"))) == 50, "one that failed is not"
+    assert len(check(Numbers(50, fingerprint="c"))) == 50, "a failed check must not be cached"
 
 
-def test_a_cache_that_cannot_be_written_changes_nothing(remembered, tmp_path):
+def test_a_cache_that_cannot_be_written_has_no_effect(remembered, tmp_path):
     (tmp_path / "cache").touch()
     source = Numbers(50, fingerprint="a")
     with pytest.warns(UserWarning, match="result of the check of the tasks cannot be written"):
@@ -118,7 +118,7 @@ def key(environment=AnyCall, budgets=Budgets(context=96), **options) -> str | No
     return generate.check_key()
 
 
-def test_what_a_check_depends_on_is_in_its_key():
+def test_the_key_covers_everything_that_the_check_depends_on():
     keys = [
         key(),
         key(credit=Uniform()),
@@ -133,10 +133,10 @@ def test_what_a_check_depends_on_is_in_its_key():
     assert len(set(keys)) == len(keys)
     assert keys[0] == key()
     assert key(functools.partial(SingleTurn, lambda task, said, keys=keys: 1.0)) is not None
-    assert key(functools.partial(SingleTurn, lambda task, said: len(keys))) is None, "a closure can hold anything"
+    assert key(functools.partial(SingleTurn, lambda task, said: len(keys))) is None, "a closure can contain anything"
 
 
-def test_the_code_of_a_reward_is_in_a_sources_fingerprint(tmp_path, monkeypatch):
+def test_the_fingerprint_of_a_source_includes_the_code_of_rewards(tmp_path, monkeypatch):
     code, tasks = tmp_path / "judges.py", tmp_path / "tasks.jsonl"
     tasks.write_text('{"prompt": "a"}\n')
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -148,7 +148,7 @@ def test_the_code_of_a_reward_is_in_a_sources_fingerprint(tmp_path, monkeypatch)
 
 
 def lookups(path, n: int, **odd) -> JsonlTasks:
-    """Tasks for the tiny policy, of which the one numbered ``n // 2`` differs."""
+    """Return tasks for the tiny policy, of which task ``n // 2`` differs."""
     rows = [{"prompt": f"e{i % 32} w1", "answer": "e1", "reference": "e1"} for i in range(n)]
     rows[n // 2] |= odd
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -162,7 +162,7 @@ ODD = [
 
 
 @pytest.mark.parametrize(("odd", "metric"), ODD)
-def test_a_task_that_the_check_missed_costs_its_rollouts_and_not_the_run(tmp_path, monkeypatch, odd, metric):
+def test_an_invalid_task_that_the_check_misses_fails_its_rollouts_and_not_the_run(tmp_path, monkeypatch, odd, metric):
     environment = functools.partial(SingleTurn, "contains")
     source = data(train_tasks=lookups(tmp_path / "tasks.jsonl", 8, **odd), tasks_per_iteration=8, val_tasks=None)
     with pytest.raises(UserError, match="task tasks-5"):
@@ -175,9 +175,7 @@ def test_a_task_that_the_check_missed_costs_its_rollouts_and_not_the_run(tmp_pat
     assert fit.callback_metrics[metric] == pytest.approx(1 / 8)
 
 
-def test_a_reference_that_is_too_long_and_that_the_check_missed_ends_the_run_where_that_is_asked_for(
-    tmp_path, monkeypatch
-):
+def test_a_too_long_reference_that_the_check_misses_ends_the_run_if_overlong_is_error(tmp_path, monkeypatch):
     options = TeacherOptions(template=" <ref> {reference}", max_prompt=40, overlong="error")
     tasks = lookups(tmp_path / "tasks.jsonl", 8, reference="e1 " * 80)
     source = data(train_tasks=tasks, tasks_per_iteration=8, val_tasks=None)
@@ -194,7 +192,7 @@ def test_a_reference_that_is_too_long_and_that_the_check_missed_ends_the_run_whe
     assert fit.callback_metrics["teacher/overlong"] == 4
 
 
-def test_a_teachers_prompt_that_cannot_be_made_costs_the_teachers_view_alone(tmp_path, monkeypatch):
+def test_a_teacher_prompt_that_cannot_be_built_affects_only_the_teachers_view(tmp_path, monkeypatch):
     source = data(train_tasks=lookups(tmp_path / "tasks.jsonl", 8), tasks_per_iteration=8, val_tasks=None)
     model, make = module(), GearModule.privileged_prompt
 
@@ -213,7 +211,7 @@ def test_a_teachers_prompt_that_cannot_be_made_costs_the_teachers_view_alone(tmp
 
 
 @pytest.mark.parametrize("where", ["prompt", "reference"])
-def test_a_text_that_cannot_be_encoded_is_told_before_training(where):
+def test_text_that_cannot_be_encoded_is_rejected_before_training(where):
     half = "e1 \ud800"
 
     class Halves(Numbers):
@@ -227,7 +225,7 @@ def test_a_text_that_cannot_be_encoded_is_told_before_training(where):
         generation(environment=functools.partial(SingleTurn, "contains")).attach(module(), source)
 
 
-def test_a_run_stops_with_one_line_where_its_task_file_is_overwritten(tmp_path, monkeypatch):
+def test_overwriting_the_task_file_stops_the_run_with_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "SMALL", 0)
     monkeypatch.setenv("GEAR_LIGHTNING_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "tasks.jsonl"
@@ -245,7 +243,7 @@ def test_a_run_stops_with_one_line_where_its_task_file_is_overwritten(tmp_path, 
         trainer(tmp_path, generation(environment=Overwrites), max_epochs=4).fit(module(), datamodule=source)
 
 
-def test_the_order_of_a_large_source_is_drawn_once_for_each_pass(monkeypatch):
+def test_the_order_of_a_large_source_is_drawn_once_per_pass(monkeypatch):
     import torch
 
     drawn, real = [], torch.randperm
@@ -255,4 +253,6 @@ def test_the_order_of_a_large_source_is_drawn_once_for_each_pass(monkeypatch):
     assert len(drawn) == 2
     assert sorted(ids[:50]) == sorted(ids[50:])
     fresh = data(train_tasks=Numbers(50))
-    assert [fresh.train_task(i).id for i in (70, 3, 99)] == [ids[i] for i in (70, 3, 99)], "whatever was asked before"
+    assert [fresh.train_task(i).id for i in (70, 3, 99)] == [ids[i] for i in (70, 3, 99)], (
+        "it depends on earlier accesses"
+    )
