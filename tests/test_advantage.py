@@ -1,4 +1,4 @@
-"""Group advantages: hand-computed values, an oracle, laws, groups without a signal."""
+"""Group advantages: hand-computed values, a reference implementation, invariances, and groups without a signal."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ from gear_lightning.advantage import GRPO, DrGRPO, GroupAdvantage, LeaveOneOut, 
 from gear_lightning.errors import UserError
 
 RULES = [GRPO(), DrGRPO(), LeaveOneOut()]
-# on a grid, so that shifting and scaling them is exact
+# on a grid, so that shifting and scaling is exact
 REWARDS = st.lists(st.integers(-64, 64).map(lambda n: n / 16), min_size=2, max_size=16)
 
 
@@ -33,14 +33,14 @@ def test_golden_dr_grpo():
 
 
 def test_golden_leave_one_out():
-    # the others' means: 0, 1/3; of 1 2 6: 4, 3.5, 1.5
+    # means of the others: 0, 1/3; of 1 2 6: 4, 3.5, 1.5
     assert_close(LeaveOneOut()(group(1, 0, 0, 0)), group(1, -1 / 3, -1 / 3, -1 / 3))
     assert_close(LeaveOneOut()(group(1, 2, 6)), group(-3, -1.5, 4.5))
 
 
 @settings(deadline=None)
 @given(REWARDS)
-def test_equals_plain_python(rewards):
+def test_advantages_equal_a_plain_python_reference(rewards):
     got = [rule(group(*rewards)) for rule in RULES]
     n, mean, std = len(rewards), statistics.fmean(rewards), statistics.stdev(rewards)
     if std == 0:
@@ -57,13 +57,13 @@ def test_equals_plain_python(rewards):
 
 @settings(deadline=None)
 @given(REWARDS, st.randoms(use_true_random=False), st.integers(-5, 5))
-def test_laws(rewards, rng, shift):
+def test_advantages_satisfy_their_invariances(rewards, rng, shift):
     order = rng.sample(range(len(rewards)), len(rewards))
     r = group(*rewards)
     for rule in RULES:
         a = rule(r)
         assert_close(rule(r[order]), a[order], atol=3e-6, rtol=1e-5)
-        assert_close(rule(r + shift), a, atol=3e-6, rtol=1e-5)  # the baseline takes a constant away
+        assert_close(rule(r + shift), a, atol=3e-6, rtol=1e-5)  # the baseline removes a constant
         assert_close(rule(-r), -a, atol=3e-6, rtol=1e-5)
         assert a.double().sum().item() == pytest.approx(0, abs=1e-4)
         best, worst = r.argmax(), r.argmin()
@@ -72,7 +72,7 @@ def test_laws(rewards, rng, shift):
     assert_close(LeaveOneOut()(r), DrGRPO()(r) * len(rewards) / (len(rewards) - 1), atol=3e-6, rtol=1e-5)
 
 
-def test_only_grpo_forgets_the_scale():
+def test_only_grpo_is_invariant_to_scale():
     r = group(1, 0, 0.5, 0)
     assert_close(GRPO()(8 * r), GRPO()(r), atol=1e-5, rtol=0)
     assert_close(DrGRPO()(8 * r), 8 * DrGRPO()(r))
@@ -82,12 +82,12 @@ def test_only_grpo_forgets_the_scale():
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3, 1e-8, 3.7e7, -0.7])
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 7, 11, 64])
-def test_equal_rewards_give_exactly_nothing(rule, value, n):
+def test_equal_rewards_give_exactly_zero(rule, value, n):
     assert rule(torch.full((n,), value)).tolist() == [0.0] * n
 
 
-def test_the_standard_deviation_alone_would_not_notice():
-    # why equality is asked and not the standard deviation: of equal floats it need not be 0
+def test_the_standard_deviation_of_equal_rewards_need_not_be_zero():
+    # the reason to compare for equality: the standard deviation of equal floats need not be 0
     noisy = [n for n in range(2, 40) if torch.full((n,), 0.1).std() > 0]
     assert noisy
     for n in noisy:
@@ -96,7 +96,7 @@ def test_the_standard_deviation_alone_would_not_notice():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_degenerate_groups_stay_finite(rule):
+def test_advantages_of_degenerate_groups_are_finite(rule):
     assert rule(group()).tolist() == []
     assert rule(group(5)).tolist() == [0]
     for rewards in ((1, 1 + 2e-7), (1e-20, 0), (3e7, -3e7, 0)):
@@ -105,13 +105,13 @@ def test_degenerate_groups_stay_finite(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_groups_too_small_are_refused(rule):
+def test_too_small_groups_are_rejected(rule):
     rule.check_group_size(2)
     with pytest.raises(UserError, match=f"group_size=1: {type(rule).__name__} needs rollouts to compare; use at least"):
         rule.check_group_size(1)
 
 
-def test_a_rule_of_ones_own():
+def test_a_custom_rule_can_be_used():
     class Raw(GroupAdvantage):
         min_group = 1
 

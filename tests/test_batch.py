@@ -1,4 +1,4 @@
-"""Collating rollouts: a worked example, padding, the teacher's view, the blank row."""
+"""Collation of rollouts: a worked example, padding, the teacher's view, and blank rows."""
 
 from dataclasses import fields, replace
 
@@ -82,7 +82,7 @@ def test_turns_may_have_advantages_of_their_own():
     assert batch.solved.tolist() == [3, 0]
 
 
-def test_no_rows_give_one_blank_row():
+def test_collating_no_rows_gives_one_blank_row():
     batch = make([], step_tokens=12)
     assert batch.size == 1
     for mask in (batch.valid, batch.action_mask, batch.stop_mask, batch.teacher_valid):
@@ -90,7 +90,7 @@ def test_no_rows_give_one_blank_row():
     assert (batch.turn_ids == -1).all()
     assert batch.index.tolist() == batch.group_ids.tolist() == [-1]
     assert batch.advantages.tolist() == batch.rewards.tolist() == [0]
-    assert batch.tokens.shape[1] >= 2  # a model can be run on it
+    assert batch.tokens.shape[1] >= 2  # a model can process it
     assert batch.teacher_tokens.shape[1] >= 1
     assert batch.step_tokens.item() == 12
 
@@ -115,7 +115,7 @@ def random_row(draw) -> RolloutRow:
 
 @settings(deadline=None)
 @given(st.lists(random_row(), min_size=1, max_size=5))
-def test_rows_come_back_whole_and_the_teacher_reads_the_same_response(rows):
+def test_collation_keeps_rows_complete_and_the_teacher_sees_the_same_response(rows):
     batch = make(rows)
     for i, row in enumerate(rows):
         n, offset = len(row.tokens), int(batch.teacher_offset[i])
@@ -135,7 +135,7 @@ def test_rows_come_back_whole_and_the_teacher_reads_the_same_response(rows):
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=9), st.floats(-1e30, 1e30))
-def test_numbers_are_rounded_as_torch_rounds_them(values, advantage):
+def test_numbers_are_rounded_as_in_torch(values, advantage):
     n = len(values)
     row = replace(
         LONG,
@@ -152,8 +152,8 @@ def test_numbers_are_rounded_as_torch_rounds_them(values, advantage):
     assert torch.equal(batch.base_advantages[0], torch.tensor([advantage] * n, dtype=torch.float32))
 
 
-def test_a_row_is_read_once_however_often_it_is_collated():
-    """Every inner epoch collates it again, while the device waits."""
+def test_the_lists_of_a_row_are_converted_only_once():
+    """Every inner epoch collates the row again, while the device waits."""
 
     class Once(list):
         read = 0
@@ -169,11 +169,11 @@ def test_a_row_is_read_once_however_often_it_is_collated():
     for f in fields(first):
         if isinstance(getattr(first, f.name), torch.Tensor):
             assert torch.equal(getattr(first, f.name), getattr(second, f.name)), f.name
-    first.tokens.zero_()  # a batch is no view of the row
+    first.tokens.zero_()  # a batch must not share memory with the row
     assert make([row]).tokens.tolist() == [LONG.tokens]
 
 
-def test_collate_leaves_its_rows_alone():
+def test_collate_does_not_modify_its_rows():
     before = repr([LONG, SHORT])
     make([LONG, SHORT])
     assert repr([LONG, SHORT]) == before

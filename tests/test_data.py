@@ -1,4 +1,4 @@
-"""What the data module makes of rollouts: groups, advantages, denominators, failures, the order of tasks."""
+"""The data module: groups, advantages, denominators, failed rollouts, and the order of tasks."""
 
 from collections import Counter
 
@@ -16,7 +16,7 @@ def by_reward(task: str, rollout: int) -> float:
 
 
 @pytest.mark.parametrize("failure", ["invalid_reward", "environment_error", "environment_timeout", "prompt_too_long"])
-def test_a_failed_rollout_leaves_its_peers_advantages_as_if_it_had_not_been(tmp_path, failure):
+def test_a_failed_rollout_does_not_affect_the_advantages_of_its_group(tmp_path, failure):
     two = [1.0, 0.0, 0.0]
 
     def some_fail(task, rollout):
@@ -37,7 +37,7 @@ def test_groups_without_spread_are_kept_dropped_or_replaced(tmp_path):
 
     def outcome(task, rollout):
         flat.add(task)
-        return by_reward(task, rollout) if len(flat) % 2 == 0 else 0.1 + 0.2  # not representable: std is not exactly 0
+        return by_reward(task, rollout) if len(flat) % 2 == 0 else 0.1 + 0.2  # the std is not exactly 0
 
     (kept,), source = iteration(tmp_path, outcome)
     assert (kept.size, int(kept.step_tokens), source.stats.zero_spread) == (8, 24, 1)
@@ -49,17 +49,17 @@ def test_groups_without_spread_are_kept_dropped_or_replaced(tmp_path):
     (fresh,), source = iteration(tmp_path, outcome, zero_spread="resample")
     assert (fresh.size, int(fresh.step_tokens)) == (8, 24)
     assert (fresh.advantages != 0).all(), "a group without spread was not replaced"
-    assert source.cursor == 4, "two rounds of two tasks were played"
+    assert source.cursor == 4, "two rounds of two tasks must be generated"
 
 
-def test_resampling_ends_after_its_rounds(tmp_path):
+def test_resampling_ends_after_resample_rounds(tmp_path):
     batches, source = iteration(tmp_path, lambda *_: 0.0, zero_spread="resample", resample_rounds=3)
     assert source.cursor == 6
-    assert [b.size for b in batches] == [1], "a blank batch keeps the step going"
+    assert [b.size for b in batches] == [1], "the step needs a blank batch"
     assert not batches[0].action_mask.any()
 
 
-def test_each_pass_over_the_tasks_plays_every_task_once_in_a_new_order(tmp_path):
+def test_each_pass_over_the_tasks_uses_every_task_once_in_a_new_order(tmp_path):
     source = RolloutDataModule(Finite(10), tasks_per_iteration=5, group_size=2)
     first, second = ([source.train_task(i).id for i in range(k, k + 10)] for k in (0, 10))
     assert sorted(first) == sorted(second) == sorted(f"t{i}" for i in range(10))
@@ -72,17 +72,17 @@ def test_a_peer_is_another_solved_rollout_of_the_same_group(tmp_path):
     _, source = iteration(tmp_path, lambda task, rollout: float(rollout in (1, 2)), tasks_per_iteration=1)
     assert source.generator.peers == [1.0] * 4
     _, source = iteration(tmp_path, lambda task, rollout: float(rollout == 1), tasks_per_iteration=1)
-    assert source.generator.peers == [1.0, None, 1.0, 1.0], "a rollout is no peer of its own"
+    assert source.generator.peers == [1.0, None, 1.0, 1.0], "a rollout must not be its own peer"
 
 
-def test_micro_batches_hold_every_rollout_once(tmp_path):
+def test_micro_batches_contain_every_rollout_once(tmp_path):
     batches, _ = iteration(tmp_path, by_reward, micro_batch_size=3)
     assert len(batches) == 3
     assert sorted(i for b in batches for i in b.index.tolist()) == list(range(8))
     assert {int(b.step_tokens) for b in batches} == {24}
 
 
-def test_an_iteration_without_any_usable_rollout_changes_no_weight(tmp_path):
+def test_an_iteration_without_usable_rollouts_changes_no_weight(tmp_path):
     from gear_lightning.environments.lookup_chain import LookupChain
 
     class Broken(LookupChain):
@@ -104,7 +104,7 @@ def test_an_iteration_without_any_usable_rollout_changes_no_weight(tmp_path):
     assert fit.callback_metrics["rollouts/environment_error"] == 1
 
 
-def test_evaluation_does_not_depend_on_how_it_is_batched(tmp_path):
+def test_evaluation_does_not_depend_on_batching(tmp_path):
     def success(size: int) -> dict[str, float]:
         model, source = module(), data(eval_batch_size=size, val_limit=5, val_rollouts=2)
         (found,) = trainer(tmp_path / str(size), generation(), limit_val_batches=None).validate(

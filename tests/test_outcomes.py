@@ -1,4 +1,4 @@
-"""How rollouts end: what the policy brings about is learned from; what fails beside the outcome costs itself alone."""
+"""Ends of rollouts: those that the policy causes are learnable; failures besides the outcome do not change it."""
 
 import random
 import time
@@ -38,7 +38,7 @@ def play(environment, *turns: str, stop: bool = True, budgets: Budgets = WIDE, t
 
 
 class Pays(Environment):
-    """Pays for each call, and for the answer what ``answers`` says of its text."""
+    """Rewards each call, and the answer with the value of ``answers`` for its text."""
 
     answers: dict[str, float] = {}  # noqa: RUF012
 
@@ -72,7 +72,7 @@ def raising(error: Exception):
 # -- a law of all statuses --------------------------------------------------------------------------------------------
 
 FLOOD = "x" * 2_000_000
-# status -> (who brings it about, how)
+# status -> (cause, how the test produces it)
 WAYS = {
     "done": ("policy", partial(play, Pays, "12")),
     "truncated": ("policy", partial(play, Pays, CALL, budgets=Budgets(turns=2, tokens=4000, context=8000))),
@@ -86,20 +86,20 @@ WAYS = {
 }
 
 
-def test_every_status_that_the_policy_can_choose_is_learned_from():
-    assert WAYS.keys() == set(STATUSES), "a new status: who brings it about?"
+def test_every_status_that_the_policy_can_cause_is_learnable():
+    assert WAYS.keys() == set(STATUSES), "there is a new status: add its cause to this test"
     assert {status for status, (who, _) in WAYS.items() if who == "policy"} == LEARNABLE
     for status, (who, way) in WAYS.items():
         rollout = way()
         assert (rollout.status, rollout.learnable) == (status, who == "policy")
 
 
-def test_a_flood_before_the_first_turn_is_not_the_policys():
+def test_a_flood_before_the_first_turn_is_not_learnable():
     rollout = play(doing(reset=lambda: [{"role": "user", "content": FLOOD}]), "12")
     assert (rollout.status, rollout.turns, rollout.learnable) == ("environment_flood", 0, False)
 
 
-def test_a_flood_keeps_the_reward_so_far_that_of_its_step_included():
+def test_a_flood_keeps_the_reward_so_far_including_its_own_step():
     steps = iter([Step([tool_result("look", "e2")], reward=0.5), Step([tool_result("look", FLOOD)], reward=-1.0)])
     rollout = play(doing(lambda: next(steps)), CALL)
     assert (rollout.status, rollout.reward, rollout.turn_rewards) == ("environment_flood", -0.5, [0.5, -1.0])
@@ -112,13 +112,13 @@ def test_a_flood_keeps_the_reward_so_far_that_of_its_step_included():
 
 @pytest.mark.parametrize("text", ["", " ", "\n \t\n"])
 @pytest.mark.parametrize("calls", [0, 1, 3])
-def test_an_empty_answer_is_scored_and_learned_from_at_any_turn(text, calls):
+def test_an_empty_answer_is_scored_and_learnable_in_any_turn(text, calls):
     class Judges(Pays):
         answers = {"": -1.0}  # noqa: RUF012
 
     rollout = play(Judges, *[CALL] * calls, text)
     assert (rollout.status, rollout.learnable, rollout.success) == ("empty_response", True, False)
-    assert rollout.turn_rewards == [0.25] * calls + [-1.0], "the environment has seen it"
+    assert rollout.turn_rewards == [0.25] * calls + [-1.0], "the environment must receive it"
     assert rollout.messages[-1] == {"role": "assistant", "content": ""}
     assert rollout.action_mask[-1]
     assert rollout.stop_mask[-1]
@@ -144,7 +144,7 @@ def test_an_empty_answer_can_be_right():
         lambda: Step([tool_result("look", "half a pair: \ud800")]),
     ],
 )
-def test_what_fails_on_an_empty_answer_does_not_hide_it_from_learning(step):
+def test_an_environment_that_fails_on_an_empty_answer_leaves_it_learnable(step):
     said = []
 
     class Sometimes(Pays):
@@ -158,7 +158,7 @@ def test_what_fails_on_an_empty_answer_does_not_hide_it_from_learning(step):
     assert rollout.side_error
 
 
-def test_an_environment_may_answer_an_empty_turn():
+def test_an_environment_can_answer_an_empty_turn():
     class Asks(Environment):
         def step(self, message):
             if message["content"]:
@@ -170,7 +170,7 @@ def test_an_environment_may_answer_an_empty_turn():
     assert play(Asks, "", budgets=Budgets(turns=3, tokens=99, context=999)).status == "truncated"
 
 
-def test_a_turn_of_no_tokens_leaves_the_columns_even():
+def test_a_turn_without_tokens_keeps_the_columns_equally_long():
     class Mute(Scripted):
         def say(self, request):
             return SampledTurn(request.key, [], [], True)
@@ -181,7 +181,7 @@ def test_a_turn_of_no_tokens_leaves_the_columns_even():
 
 
 class Bandit(Scripted):
-    """Says nothing, something wrong or something right."""
+    """A policy that answers with no text, a wrong answer or the right answer."""
 
     ARMS = ("", "wrong", "right")
 
@@ -219,7 +219,7 @@ class Plays(RolloutGenerator):
         pass
 
 
-def test_a_policy_that_says_nothing_learns_to_answer(tmp_path):
+def test_a_policy_that_gives_empty_answers_learns_to_answer(tmp_path):
     logits = torch.tensor([0.90, 0.07, 0.03]).log()
     source = RolloutDataModule(Guesses(), tasks_per_iteration=8, group_size=8, micro_batch_size=64)
     source.trainer, source.generator = trainer(tmp_path), Plays(logits)
@@ -233,7 +233,7 @@ def test_a_policy_that_says_nothing_learns_to_answer(tmp_path):
                 chosen = torch.nn.functional.one_hot(torch.tensor(arm), 3)
                 logits += 0.1 * advantage * (chosen - logits.softmax(0))
     empty, _, right = logits.softmax(0).tolist()
-    assert empty < 0.05, "0.75 where empty answers are left out"
+    assert empty < 0.05, "it is 0.75 if empty answers are excluded"
     assert right > 0.9
 
 
@@ -246,7 +246,7 @@ def test_states_and_rewards_of_turns_include_an_empty_turn(tmp_path):
     source = RolloutDataModule(Guesses(), tasks_per_iteration=1, group_size=4, advantage=GiGPO())
     source.trainer, source.generator = trainer(tmp_path), Told(torch.zeros(3))
     (batch,) = source._iterate()
-    assert batch.size == 4, "all are learned from"
+    assert batch.size == 4, "all must be learnable"
 
 
 # -- answers that a budget cut ----------------------------------------------------------------------------------------
@@ -261,11 +261,11 @@ def number(task, transcript):
 @pytest.mark.parametrize(
     "environment", [partial(SingleTurn, number), partial(Calculator, number), partial(FunctionTools, [], number), Pays]
 )
-def test_a_cut_answer_is_truncated_and_keeps_what_it_earned(environment):
+def test_a_cut_answer_is_truncated_and_keeps_its_reward(environment):
     rollout = play(environment, "12 and more", stop=False, budgets=TIGHT)
     assert (rollout.status, rollout.reward, rollout.success) == ("truncated", 1.0, True)
     whole = play(environment, "12", budgets=Budgets(tokens=TIGHT.tokens + 1, context=8000))
-    assert (whole.status, whole.success) == ("done", True), "its stop token is the last that the budget allows"
+    assert (whole.status, whole.success) == ("done", True), "its stop token is the last token within the budget"
     assert whole.stop_mask[-1]
 
 
@@ -275,11 +275,11 @@ def test_the_final_answer_of_an_episode_with_tools_can_be_cut():
     assert (rollout.status, rollout.turns, rollout.reward) == ("truncated", 2, 1.25)
 
 
-def test_a_budget_of_one_token_leaves_an_answer_or_half_of_one():
+def test_a_budget_of_one_token_allows_a_complete_or_a_cut_answer():
     one = Budgets(tokens=1, context=8000)
     assert play(Pays, "", budgets=one).status == "empty_response"
     assert play(Pays, "12", budgets=one).status == "truncated"
-    assert play(Pays, " ", budgets=one).status == "truncated", "white space that was cut says nothing of an answer"
+    assert play(Pays, " ", budgets=one).status == "truncated", "cut white space is not an empty answer"
 
 
 def test_a_run_counts_cut_answers(tmp_path):
@@ -297,7 +297,7 @@ def test_a_run_counts_cut_answers(tmp_path):
 # -- failures beside the outcome --------------------------------------------------------------------------------------
 
 
-def test_a_close_that_fails_does_not_void_the_score():
+def test_a_failing_close_does_not_change_the_score():
     rollout = play(doing(close=raising(RuntimeError("connection lost"))), CALL, "12")
     assert (rollout.status, rollout.reward, rollout.success, rollout.error) == ("done", 1.25, True, None)
     assert rollout.side_error == "close: RuntimeError: connection lost"
@@ -309,7 +309,7 @@ def test_a_close_that_fails_does_not_void_the_score():
     assert failed.side_error == "close: ValueError: too"
 
 
-def test_a_close_that_fails_before_another_try_is_still_told():
+def test_a_failing_close_before_a_retry_is_recorded():
     tries = []
 
     class Flaky(Pays):
@@ -338,7 +338,7 @@ def test_a_close_that_fails_before_another_try_is_still_told():
         (Step([], 1.0, True, info={"decisions": [{"text": "r7", "right": True}]}), "does not contain"),
     ],
 )
-def test_what_a_last_step_says_beside_its_score_costs_itself_alone(step, told):
+def test_invalid_parts_of_a_last_step_do_not_change_its_score(step, told):
     rollout = play(doing(lambda: step), "12")
     assert (rollout.status, rollout.reward, rollout.success, rollout.error) == ("done", 1.0, True, None)
     assert told in rollout.side_error
@@ -350,16 +350,16 @@ BAD = (tool_result("look", "half a pair: \ud800"), tool_result("look", FLOOD), {
 
 
 @pytest.mark.parametrize("bad", BAD, ids=("surrogate", "flood", "bytes"))
-def test_an_answer_that_nobody_reads_is_not_needed(bad):
+def test_messages_that_the_policy_will_not_see_need_not_be_valid(bad):
     environment = doing(lambda: Step([bad], reward=1.0))
     rollout = play(environment, CALL, budgets=Budgets(turns=1, tokens=4000, context=8000))
-    assert (rollout.status, rollout.reward) == ("truncated", 1.0), "the turns are over"
+    assert (rollout.status, rollout.reward) == ("truncated", 1.0), "no turns are left"
     rollout = play(environment, "12 and more", stop=False, budgets=TIGHT)
-    assert (rollout.status, rollout.reward) == ("truncated", 1.0), "the tokens are over"
-    assert not play(environment, CALL).status.startswith(("done", "truncated")), "with a turn to come it is"
+    assert (rollout.status, rollout.reward) == ("truncated", 1.0), "no tokens are left"
+    assert not play(environment, CALL).status.startswith(("done", "truncated")), "it is needed if another turn follows"
 
 
-def test_a_run_counts_and_reports_failures_beside_the_outcome(tmp_path):
+def test_a_run_counts_and_reports_side_errors(tmp_path):
     class Leaks(AnyCall):
         def close(self):
             raise RuntimeError("close broke")
@@ -374,7 +374,7 @@ def test_a_run_counts_and_reports_failures_beside_the_outcome(tmp_path):
     assert all(r["row"] is not None and r["error"] is None for r in record.rollouts)
 
 
-def test_health_warns_where_most_rollouts_are_left_out(tmp_path):
+def test_health_warns_if_most_rollouts_are_excluded(tmp_path):
     class Fails(AnyCall):
         def reset(self, task, *, seed):
             if random.Random(seed).random() < 0.8:

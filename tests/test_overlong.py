@@ -1,4 +1,4 @@
-"""DAPO's penalty for length: what it takes off, from which rollouts, and what it leaves alone."""
+"""DAPO's length penalty: its values, the rollouts it applies to, and what it does not change."""
 
 import copy
 import json
@@ -20,19 +20,19 @@ PENALTY = OverlongPenalty(expected=28, buffer=40, factor=2.0)  # budgets of `tal
 
 
 def test_golden_values():
-    # the paper's: nothing up to 16384 tokens, all of it at 20480, half of it in the middle
+    # the paper's: 0 up to 16384 tokens, the full penalty at 20480, half of it in the middle
     paper = OverlongPenalty(16384, 4096)
     assert [paper(n) for n in (0, 16384, 17408, 18432, 20480, 30000)] == [0, 0, 0.25, 0.5, 1, 1]
     assert [OverlongPenalty(0, 1, 0.25)(n) for n in (0, 1, 2)] == [0, 0.25, 0.25]
 
 
 @pytest.mark.parametrize("values", [(-1, 5), (5, 0), (5, 5, 0.0), (5, 5, -1.0)])
-def test_bad_values_are_refused(values):
+def test_invalid_values_are_rejected(values):
     with pytest.raises(UserError, match=r"overlong.expected=.* overlong.buffer=.* overlong.factor="):
         OverlongPenalty(*values)
 
 
-def test_a_penalty_that_cannot_be_reached_is_refused():
+def test_a_penalty_that_cannot_be_reached_is_rejected():
     budgets = Budgets(tokens=24)
     generation(budgets=budgets, overlong=OverlongPenalty(16, 8))
     with pytest.raises(UserError, match=r"25 tokens is more than generation\.budgets\.tokens=24.*overlong\.expected"):
@@ -40,19 +40,19 @@ def test_a_penalty_that_cannot_be_reached_is_refused():
 
 
 def rollouts(folder) -> list[dict]:
-    """Records of the first iteration, with their sampled tokens."""
+    """Return the records of the first iteration, with their sampled tokens."""
     (record,) = read_records(folder, [0])
     sampled = record.tensors["action_mask"].sum(-1).tolist()
     return [{**r, "tokens": sampled[r["row"]]} for r in record.rollouts if r["row"] is not None]
 
 
-def test_a_run_takes_it_off_once_and_not_off_success(tmp_path):
-    """The first iteration of two runs that differ in nothing else."""
+def test_a_run_subtracts_the_penalty_once_and_does_not_change_success(tmp_path):
+    """Compares the first iterations of two runs that differ only in the penalty."""
     for name, penalty in (("plain", None), ("short", PENALTY)):
         watched(tmp_path / name, policy(), tasks(advantage=TurnGRPO()), talking(overlong=penalty), max_epochs=1)
     plain, short = rollouts(tmp_path / "plain"), rollouts(tmp_path / "short")
     lost = [2 * min(1, max(0, (r["tokens"] - 28) / 40)) for r in plain]
-    assert min(lost) == 0 < max(lost), "rollouts on both sides of 28 tokens"
+    assert min(lost) == 0 < max(lost), "this test needs rollouts shorter and longer than 28 tokens"
     for before, after, penalty in zip(plain, short, lost, strict=True):
         assert after["messages"] == before["messages"]
         assert after["reward"] == pytest.approx(before["reward"] - penalty)
@@ -60,10 +60,10 @@ def test_a_run_takes_it_off_once_and_not_off_success(tmp_path):
         assert after["success"] == before["success"]
         assert after["turn_rewards"][:-1] == before["turn_rewards"][:-1]
         assert sum(after["turn_rewards"]) == pytest.approx(after["reward"])
-    assert any(r["success"] and r["reward"] < 1 for r in short), "solved, though its reward fell below the threshold"
+    assert any(r["success"] and r["reward"] < 1 for r in short), "solved, although its reward is below the threshold"
 
 
-def test_evaluation_knows_no_penalty(tmp_path):
+def test_evaluation_applies_no_penalty(tmp_path):
     fit = trainer(tmp_path, talking(overlong=OverlongPenalty(0, 1)))
     fit.predict(policy(), datamodule=tasks(val_tasks=tasks().train_tasks), return_predictions=False)
     lines = [json.loads(line) for line in (tmp_path / "predictions" / "rank_0.jsonl").read_text().splitlines()]
@@ -72,7 +72,7 @@ def test_evaluation_knows_no_penalty(tmp_path):
     assert all(line["reward"] >= 0 for line in lines)
 
 
-def test_rollouts_that_do_not_count_or_never_began_stay_as_they_are():
+def test_failed_rollouts_and_rollouts_without_turns_get_no_penalty():
     task = Task("t", [])
     failed = Rollout(task, [], action_mask=[True] * 9, turn_rewards=[1.0], turns=1, reward=1.0)
     failed.status = "environment_error"

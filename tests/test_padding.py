@@ -1,4 +1,4 @@
-"""Padding changes nothing: a padded batch is its rows one at a time, and what stands in the padding does not matter."""
+"""Padding has no effect: a padded batch equals its rows one at a time, and the values in the padding do not matter."""
 
 from dataclasses import replace
 
@@ -55,17 +55,17 @@ def scored(model: GearModule, batch: RolloutBatch):
 
 
 def gradients(model: GearModule, *batches: RolloutBatch) -> torch.Tensor:
-    """Of a loss that weighs every token differently."""
+    """Return the gradients of a loss that weights every token differently."""
     model.policy.zero_grad()
     for batch in batches:
         logprobs = scored(model, batch)[0].logprobs
-        weight = torch.sin(batch.tokens.float() + 3 * batch.index[:, None])  # at actions alone: the rest is masked
+        weight = torch.sin(batch.tokens.float() + 3 * batch.index[:, None])  # only at actions: the rest is masked
         (logprobs * weight * batch.action_mask).sum().backward()
     return torch.cat([p.grad.flatten() for p in model.policy.parameters()])
 
 
 def noisy(batch: RolloutBatch) -> RolloutBatch:
-    """The batch with random ids, as far as the vocabulary goes, where there is padding."""
+    """Return the batch with random ids of the vocabulary in its padding."""
     generator = torch.Generator().manual_seed(2)
 
     def fill(tokens, valid):
@@ -78,14 +78,14 @@ def noisy(batch: RolloutBatch) -> RolloutBatch:
     )
 
 
-def test_the_rows_differ_much_in_length():
+def test_the_rows_of_this_test_differ_in_length():
     batch = batch_of(ROWS)
     for valid in (batch.valid, batch.teacher_valid):
         assert valid.sum(-1).max() > 2 * valid.sum(-1).min()
     assert set(batch.teacher_offset.tolist()) == {0, 45, 3, 12}
 
 
-def test_a_padded_batch_is_one_row_at_a_time(model):
+def test_a_padded_batch_equals_its_rows_one_at_a_time(model):
     together = scored(model, batch_of(ROWS))
     for i, row in enumerate(ROWS):
         n = len(row.tokens)
@@ -97,7 +97,7 @@ def test_a_padded_batch_is_one_row_at_a_time(model):
             assert torch.equal(ours.top_ids[i, :n], theirs.top_ids[0])
 
 
-def test_gradients_of_a_padded_batch_are_those_of_its_rows(model):
+def test_gradients_of_a_padded_batch_equal_those_of_its_rows(model):
     together = gradients(model, batch_of(ROWS))
     alone = gradients(model, *(batch_of([row]) for row in ROWS))
     assert together.abs().max() > 0.1
@@ -105,7 +105,7 @@ def test_gradients_of_a_padded_batch_are_those_of_its_rows(model):
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
-def test_credit_of_a_padded_batch_is_that_of_its_rows(model, rule):
+def test_credit_of_a_padded_batch_equals_that_of_its_rows(model, rule):
     batch = batch_of(ROWS)
     together = rule(Evidence.of(batch, *scored(model, batch)))
     assert (together.weights != 1).any()
@@ -121,7 +121,7 @@ def test_credit_of_a_padded_batch_is_that_of_its_rows(model, rule):
         assert not together.token_advantages[i, n:].any()
 
 
-def test_what_stands_in_the_padding_does_not_matter(model):
+def test_the_values_in_the_padding_do_not_matter(model):
     clean = batch_of(ROWS)
     dirty = noisy(clean)
     assert not torch.equal(clean.tokens, dirty.tokens)

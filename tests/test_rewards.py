@@ -1,4 +1,4 @@
-"""Rewards: what they score, what they refuse, and what a broken one costs."""
+"""Rewards: scores, rejected answers, and the effect of an invalid reward."""
 
 import importlib.util
 from decimal import Decimal
@@ -95,7 +95,7 @@ def test_only_the_final_answer_counts():
     assert score("number", "98", "no number here") == 0
     assert score("contains", "99", "nothing") == 0
     with_calls = [{"role": "assistant", "content": "12", "tool_calls": []}, tool_result("calculator", "13")]
-    assert evaluate(resolve_reward("number"), task(answer=12), with_calls)[0] == 1, "the last assistant message"
+    assert evaluate(resolve_reward("number"), task(answer=12), with_calls)[0] == 1, "not the last assistant message"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_only_the_final_answer_counts():
         ("number", {"answer": "twelve"}, "task t1: its answer 'twelve' contains no number"),
     ],
 )
-def test_answers_that_cannot_be_scored_are_found_before_training(reward, meta, message):
+def test_answers_that_cannot_be_scored_are_rejected_before_training(reward, meta, message):
     for environment in (SingleTurn(reward), Calculator(reward)):
         with pytest.raises(UserError) as caught:
             environment.check(task(**meta))
@@ -126,7 +126,7 @@ NOT_A_REWARD = 3
 HERE = f"{__name__}.by_length"
 
 
-def test_rewards_come_from_the_task_else_from_the_environment():
+def test_the_tasks_reward_takes_precedence_over_the_environments():
     rollout = answered(task(reward=HERE, answer="abc"), lambda: SingleTurn("exact"), "abcd")
     assert (rollout.status, rollout.reward) == ("done", 4)
     assert reward_of(task(), by_length) is by_length
@@ -150,7 +150,7 @@ def test_rewards_come_from_the_task_else_from_the_environment():
         (3, "reward 3 is not a name, an import path or a function"),
     ],
 )
-def test_bad_reward_names_give_one_line_that_names_the_task(reward, message, tmp_path, monkeypatch):
+def test_invalid_reward_names_give_a_one_line_error_with_the_task(reward, message, tmp_path, monkeypatch):
     (tmp_path / "broken_rewards.py").write_text("def f(:")
     (tmp_path / "failing_rewards.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
@@ -189,7 +189,7 @@ def raising(task, transcript):
         (lambda *_: {"a": 1e308, "b": 1e308}, "the reward returned the sum inf"),
     ],
 )
-def test_a_broken_reward_costs_the_rollout_and_is_told(reward, message):
+def test_an_invalid_reward_fails_the_rollout_and_is_reported(reward, message):
     for environment in (SingleTurn, Calculator):
         rollout = answered(task(), lambda e=environment: e(reward), "hello")
         assert (rollout.status, rollout.learnable, rollout.reward) == ("invalid_reward", False, 0)
@@ -197,7 +197,7 @@ def test_a_broken_reward_costs_the_rollout_and_is_told(reward, message):
 
 
 @pytest.mark.parametrize("value", [1, True, 0.75, torch.tensor(0.5), -2.0])
-def test_numbers_of_any_kind_are_rewards(value):
+def test_all_numeric_types_are_valid_rewards(value):
     rollout = answered(task(), lambda: SingleTurn(lambda *_: value), "hello")
     assert (rollout.status, rollout.reward, type(rollout.reward)) == ("done", float(value), float)
 
@@ -208,7 +208,7 @@ def test_parts_are_summed_and_recorded():
     assert rollout.reward_parts == {"right": 1.0, "short": -0.25}
 
 
-def test_a_missing_extra_gives_one_line_that_says_how_to_install_it(monkeypatch):
+def test_a_missing_extra_gives_a_one_line_error_with_the_install_command(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "math_verify" else find(name, *a))
     with pytest.raises(UserError) as caught:
@@ -234,22 +234,22 @@ class TestMath:
             ("12", "half a character \ud800 then $12$", 1),
         ],
     )
-    def test_answers_are_compared_as_mathematics(self, answer, text, expected):
+    def test_answers_are_compared_mathematically(self, answer, text, expected):
         assert score("math", answer, text) == expected
 
-    def test_an_answer_that_is_no_mathematics_is_told(self):
+    def test_a_gold_answer_that_is_not_mathematics_raises(self):
         with pytest.raises(RewardError, match="task t1: math-verify cannot read its answer ''"):
             score("math", "", "$1$")
 
-    def test_a_hostile_answer_is_not_right_within_its_deadline_and_the_next_is_scored(self):
+    def test_a_malicious_answer_hits_the_deadline_and_the_next_is_scored(self):
         from gear_lightning.environments import math_judge
 
         assert math_judge.judge("1", "$1$") == "right"
-        verdict = math_judge.judge("1", "$9^{9^{9^9}}$", seconds=1)  # not waited for: it would take for ever
+        verdict = math_judge.judge("1", "$9^{9^{9^9}}$", seconds=1)  # the deadline ends it: it would never finish
         assert verdict == "too long"
         assert math_judge.judge("1", "$1$") == "right"
 
-    def test_a_worker_that_was_killed_meanwhile_costs_no_right_answer(self):
+    def test_a_killed_worker_is_restarted_without_a_wrong_verdict(self):
         from gear_lightning.environments import math_judge
 
         assert math_judge.judge("1", "$1$") == "right"
@@ -258,6 +258,6 @@ class TestMath:
         math_judge._worker.process.wait()
         assert math_judge.judge("1", "$1$") == "right"
 
-    def test_hostile_answers_score_0_in_a_rollout(self):
+    def test_malicious_answers_score_0_in_a_rollout(self):
         rollout = answered(task(answer="1", reward="math"), SingleTurn, "$9^{9^{9^9}}$")
         assert (rollout.status, rollout.reward, rollout.learnable) == ("done", 0, True)

@@ -1,4 +1,4 @@
-"""The agent loop: ids are final, masks are right, budgets hold, and what fails costs one rollout."""
+"""The agent loop: ids are final, masks are correct, budgets are enforced, and a failure affects only one rollout."""
 
 import json
 import threading
@@ -20,7 +20,7 @@ CALL = '<tool_call>[{"name": "look", "arguments": {"relation": "r1", "entity": "
 
 
 class Echo(Environment):
-    """Answers calls with text; a message without calls ends the episode with reward 1."""
+    """Answers calls with text. A message without calls ends the episode with reward 1."""
 
     def step(self, message):
         if message.get("tool_calls"):
@@ -38,14 +38,14 @@ def play(engine, environment=Echo, budgets=Budgets(tokens=2000, step_seconds=sec
     return rollout
 
 
-def test_sampled_ids_are_final_and_masks_cover_them_alone():
+def test_sampled_ids_are_final_and_masks_cover_only_them():
     engine = Scripted(CALL, "the answer is twelve")
     rollout = play(engine)
     assert (rollout.status, rollout.turns, rollout.reward, rollout.success) == ("done", 2, 1.25, True)
     first, second = (engine.say(r).ids for r in engine.requests)
     prompt, between = CHAT.prompt(rollout.messages[:1], TOOLS), CHAT.continuation([tool_result("look", "e2")])
     assert rollout.tokens == prompt + first + between + second
-    assert CHAT.encode(CHAT.tokenizer.decode(first)) != first, "this test needs ids that re-encoding would change"
+    assert CHAT.encode(CHAT.tokenizer.decode(first)) != first, "this test needs ids that re-encoding changes"
     spans = [(len(prompt), False), (len(first), True), (len(between), False), (len(second), True)]
     assert rollout.action_mask == [sampled for n, sampled in spans for _ in range(n)]
     assert rollout.turn_ids == [-1] * len(prompt) + [0] * len(first) + [-1] * len(between) + [1] * len(second)
@@ -53,13 +53,13 @@ def test_sampled_ids_are_final_and_masks_cover_them_alone():
         len(prompt + first) - 1, len(rollout.tokens) - 1
     ]  # fmt: skip
     assert {rollout.tokens[i] for i, stop in enumerate(rollout.stop_mask) if stop} == {CHAT._end_mark}
-    assert engine.requests[1].ids == rollout.tokens[: len(prompt + first + between)], "the context was rebuilt"
+    assert engine.requests[1].ids == rollout.tokens[: len(prompt + first + between)], "the context was encoded again"
     assert [m["role"] for m in rollout.messages] == ["user", "assistant", "tool", "assistant"]
     assert rollout.reward_parts == {"answer": 1.0}
     assert rollout.policy_version == 3
 
 
-def test_rollouts_survive_as_plain_data():
+def test_rollouts_can_be_restored_from_plain_data():
     rollout = play(Scripted(CALL, "done"))
     again = Rollout.from_state_dict(rollout.state_dict(), rollout.task)
     assert vars(again).keys() == vars(rollout).keys()
@@ -108,14 +108,14 @@ def giving(value):
         (giving(None), "invalid_reward", "NoneType, expected a Step"),
     ],
 )
-def test_a_misbehaving_environment_costs_one_rollout(environment, status, error):
+def test_a_misbehaving_environment_fails_only_one_rollout(environment, status, error):
     rollout = play(Scripted("hello"), environment, Budgets(tokens=500, step_seconds=seconds(0.5)))
     assert rollout.status == status
     assert error in str(rollout.error)
     assert not rollout.learnable
 
 
-def test_a_hanging_tool_does_not_stop_the_others():
+def test_a_hanging_tool_does_not_block_other_rollouts():
     calls = []
 
     class Sometimes(Echo):
@@ -144,13 +144,13 @@ def test_a_hanging_tool_does_not_stop_the_others():
         ([CALL], Budgets(tokens=30), "truncated"),
     ],
 )
-def test_every_end_has_its_status(turns, budgets, status):
+def test_each_kind_of_end_has_its_status(turns, budgets, status):
     rollout = play(Scripted(*turns), budgets=budgets)
     assert rollout.status == status
     assert rollout.learnable == (status != "prompt_too_long")
 
 
-def test_budgets_hold():
+def test_budgets_are_enforced():
     rollout = play(Scripted(CALL), budgets=Budgets(turns=3, tokens=5000, context=5000))
     assert rollout.turns == 3
     rollout = play(Scripted("abcdefghijklmnop", stop=False), budgets=Budgets(tokens=7))
@@ -158,7 +158,7 @@ def test_budgets_hold():
     assert not any(rollout.stop_mask)
 
 
-def test_environments_are_closed_also_after_failures():
+def test_environments_are_closed_even_after_failures():
     closed = []
 
     class Watch(Raises):
@@ -168,10 +168,10 @@ def test_environments_are_closed_also_after_failures():
 
     rollout = play(Scripted("hello"), Watch)
     assert closed == ["environment"]
-    assert rollout.error == "RuntimeError: tool broke", "the first failure is the one to tell"
+    assert rollout.error == "RuntimeError: tool broke", "the first failure must be reported"
 
 
-def test_reference_never_reaches_the_policy():
+def test_the_reference_never_reaches_the_policy():
     tasks = LookupChainTasks(2)
     task = tasks[0]
     chat = Chat(source().tokenizer())
@@ -180,7 +180,7 @@ def test_reference_never_reaches_the_policy():
     assert not set(task.reference.split()) & set(words) - {task.meta["start"]}
 
 
-def test_lookup_chain_pays_for_the_right_entity_alone():
+def test_the_lookup_chain_rewards_only_the_right_entity():
     task = LookupChainTasks(3)[5]
     steps = task.reference.split("look ")[1:]
     last = steps[-1].split()
@@ -200,7 +200,7 @@ def test_lookup_chain_pays_for_the_right_entity_alone():
 
 
 @pytest.mark.parametrize("reward", [torch.tensor([1.0, 2.0]), 10**400, "1", None, float("nan"), [1.0]])
-def test_a_reward_that_is_no_number_costs_its_rollout_alone(reward):
+def test_an_invalid_reward_fails_only_its_rollout(reward):
     class Odd(Environment):
         def step(self, message):
             return Step(done=True, reward=reward)
@@ -211,7 +211,7 @@ def test_a_reward_that_is_no_number_costs_its_rollout_alone(reward):
 
 
 @pytest.mark.parametrize("place", ["reset", "step"])
-def test_what_cannot_be_shown_to_the_policy_costs_its_rollout_alone(place):
+def test_messages_that_cannot_be_rendered_fail_only_their_rollout(place):
     class Odd(Environment):
         def reset(self, task, *, seed):
             return [{"role": "user", "content": "\ud800"}] if place == "reset" else []
@@ -225,7 +225,7 @@ def test_what_cannot_be_shown_to_the_policy_costs_its_rollout_alone(place):
 
 
 class Opens(Environment):
-    """Its reset or its step gives what the test says."""
+    """Returns the test's values from reset or step."""
 
     def __init__(self, place, gives):
         self.place, self.gives = place, gives
@@ -259,14 +259,14 @@ CYCLE[0]["again"] = CYCLE
         Opens("step", Step(done=True, info={"success": torch.tensor([1, 0])})),
     ],
 )  # fmt: skip
-def test_answers_that_are_none_cost_their_rollout_alone(environment):
+def test_invalid_return_values_fail_only_their_rollout(environment):
     rollout = play(Scripted("done"), lambda: environment)
     assert rollout.status == "environment_error"
     assert rollout.error
     json.dumps(rollout.messages, allow_nan=False)
 
 
-def test_an_exception_without_a_text_costs_its_rollout_alone():
+def test_an_exception_whose_text_cannot_be_read_fails_only_its_rollout():
     class Bad(Environment):
         def step(self, message):
             raise Unsayable
@@ -275,7 +275,7 @@ def test_an_exception_without_a_text_costs_its_rollout_alone():
     assert (rollout.status, rollout.error) == ("environment_error", "Unsayable: (its text cannot be read)")
 
 
-def test_a_task_that_an_environment_changes_stays_what_it_was():
+def test_an_environment_cannot_modify_the_task():
     class Changes(Environment):
         def reset(self, task, *, seed):
             task.messages.append({"role": "user", "content": "more"})

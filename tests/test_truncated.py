@@ -1,4 +1,4 @@
-"""``data.truncated``: rollouts that a budget cut short are learned from, or masked out of the loss."""
+"""``data.truncated``: rollouts that a budget cut short are used for learning, or masked out of the loss."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from gear_lightning.runs.records import read_records
 
 
 def iteration(tmp_path, rewards: list[float], cut: set[int], monkeypatch, **options):
-    """One iteration of groups with these rewards, of which the rollouts ``cut`` are truncated."""
+    """Run one iteration of groups with these rewards, in which the rollouts ``cut`` are truncated."""
     played = Told.generate
 
     def generate(self, jobs, stage):
@@ -34,14 +34,14 @@ def iteration(tmp_path, rewards: list[float], cut: set[int], monkeypatch, **opti
 
 
 @pytest.mark.parametrize("advantage", [GRPO(), DrGRPO(), LeaveOneOut()])
-def test_a_masked_rollout_is_in_no_loss_and_still_in_the_baseline(tmp_path, monkeypatch, advantage):
+def test_a_masked_rollout_is_not_in_the_loss_but_in_the_baseline(tmp_path, monkeypatch, advantage):
     rewards = [1.0, 0.0, 0.5, 0.0]
     options = {"advantage": advantage, "tasks_per_iteration": 1}
     (whole,), source = iteration(tmp_path, rewards, {1, 2}, monkeypatch, **options)
     assert (whole.size, int(whole.step_tokens), int(whole.step_rollouts)) == (4, 12, 4)
-    assert (source.stats.masked, sum(source.stats.left_out.values())) == (0, 0), "learned from by default"
+    assert (source.stats.masked, sum(source.stats.left_out.values())) == (0, 0), "by default they are used for learning"
     (masked,), source = iteration(tmp_path, rewards, {1, 2}, monkeypatch, truncated="mask", **options)
-    assert (int(masked.step_tokens), int(masked.step_rollouts)) == (6, 2), "out of the denominators"
+    assert (int(masked.step_tokens), int(masked.step_rollouts)) == (6, 2), "not excluded from the denominators"
     expected = advantage(torch.tensor(rewards))
     assert dict(zip(masked.index.tolist(), masked.advantages.tolist(), strict=True)) == {
         0: expected[0].item(),
@@ -50,31 +50,31 @@ def test_a_masked_rollout_is_in_no_loss_and_still_in_the_baseline(tmp_path, monk
     assert source.stats.masked == 2
     assert source.stats.left_out == {"truncated": 2}
     assert source.stats.statuses == {"done": 2, "truncated": 2}
-    assert source.stats.rewards == rewards, "train/reward is of all"
+    assert source.stats.rewards == rewards, "train/reward must include all rollouts"
 
 
 @pytest.mark.parametrize(
     ("rewards", "cut", "signal"),
     [
         ([1.0, 0.0, 0.0, 0.0], {0}, True),
-        ([1.0, 0.0, 0.5, 0.5], {0, 1}, False),  # the others have the mean reward
+        ([1.0, 0.0, 0.5, 0.5], {0, 1}, False),  # the other rollouts have the mean reward
         ([1.0, 0.0, 0.0, 0.0], {0, 1, 2, 3}, False),
         ([0.0, 0.0, 0.0, 0.0], set(), False),
     ],
 )
-def test_a_group_has_a_signal_where_a_rollout_in_the_loss_has_an_advantage(tmp_path, monkeypatch, rewards, cut, signal):
+def test_a_group_has_a_signal_only_if_an_unmasked_rollout_has_an_advantage(tmp_path, monkeypatch, rewards, cut, signal):
     for advantage in (GRPO(), TurnGRPO()):
         options = {"truncated": "mask", "advantage": advantage}
         _, source = iteration(tmp_path, rewards, cut, monkeypatch, **options)
         assert source.stats.zero_spread == (0 if signal else 2)
         _, source = iteration(tmp_path, rewards, cut, monkeypatch, zero_spread="resample", **options)
-        assert source.cursor == (2 if signal else 8), "others take its place"
+        assert source.cursor == (2 if signal else 8), "another group must replace it"
         (batch,), _ = iteration(tmp_path, rewards, cut, monkeypatch, zero_spread="drop", **options)
         assert int(batch.step_rollouts) == (2 * (4 - len(cut)) if signal else 0)
 
 
 class Long(AnyCall):
-    """Pays for length; half of the rollouts end by themselves."""
+    """Rewards length; half of the rollouts end before the budget."""
 
     def step(self, message):
         return Step(done=True, reward=float(len(message["content"].split())))
@@ -94,5 +94,5 @@ def test_a_run_masks_records_and_counts_cut_rollouts(tmp_path):
     for r in record.rollouts:
         assert (r["row"] is None) == (r["status"] == "truncated")
         assert r["reward"] is not None
-    assert all(r["reward_parts"]["overlong"] == -1.0 for r in cut), "the whole penalty, in the baseline alone"
-    assert status_of(tmp_path)["status"]["failures"] == {"truncated": len(cut)}, "told as not learned from"
+    assert all(r["reward_parts"]["overlong"] == -1.0 for r in cut), "the full penalty, only in the baseline"
+    assert status_of(tmp_path)["status"]["failures"] == {"truncated": len(cut)}, "must be reported as excluded"

@@ -1,4 +1,4 @@
-"""Advantages of turns: hand-computed values, a slow reference, groups without a signal, the way into the batch."""
+"""Advantages of turns: hand-computed values, a slow reference, groups without a signal, and their use in a batch."""
 
 import math
 import statistics
@@ -52,7 +52,7 @@ def near(found: Turns, wanted: Turns) -> None:
 
 def test_golden_turn_grpo():
     # turn 0: 1 0 0, mean 1/3, variance (4/9 + 1/9 + 1/9) / 2 = 1/3: (2/3) / 0.57735 = 1.15470, (-1/3) / 0.57735
-    # turn 1: 2 4, mean 3, std sqrt(2); turn 2: one rollout alone
+    # turn 1: 2 4, mean 3, std sqrt(2); turn 2: only one rollout
     near(
         of_turns(TurnGRPO(), [[1, 2], [0, 4, 9], [0]]),
         [[1.15470, -0.70711], [-0.57735, 0.70711, 0], [-0.57735]],
@@ -108,7 +108,7 @@ def score(value: float, all_of_them: list[float], eps: float = 1e-6, scale: bool
 
 
 def slow(rule: GroupAdvantage, turn_rewards: Turns, states: list[list[str]]) -> Turns:
-    """Each turn for itself."""
+    """Return the advantages by a slow reference, one turn at a time."""
     out: Turns = []
     totals = [math.fsum(row) for row in turn_rewards]
     for i, row in enumerate(turn_rewards):
@@ -138,7 +138,7 @@ def slow(rule: GroupAdvantage, turn_rewards: Turns, states: list[list[str]]) -> 
 
 @st.composite
 def groups(draw):
-    """Rewards on a grid, so that sums are exact and ties are common; few states, so that they come up again."""
+    """Draw rewards on a grid, so that sums are exact and ties are common, and few states, so that they recur."""
     turns = st.lists(st.integers(-8, 8).map(lambda n: n / 4), min_size=1, max_size=4)
     rewards = draw(st.lists(turns, min_size=2, max_size=8))
     return rewards, [[draw(st.sampled_from("abc")) for _ in row] for row in rewards]
@@ -146,8 +146,8 @@ def groups(draw):
 
 @settings(deadline=None)
 @given(groups(), st.sampled_from(RULES))
-def test_equals_a_slow_reference(group, rule):
-    if isinstance(rule, GiGPO):  # on a grid too, and so exact
+def test_advantages_equal_a_slow_reference(group, rule):
+    if isinstance(rule, GiGPO):  # also on a grid, so that sums are exact
         rule = GiGPO(rule.step_weight, 0.5, rule.divide_by_std)
     for found, wanted in zip(of_turns(rule, *group), slow(rule, *group), strict=True):
         assert found == pytest.approx(wanted, abs=1e-4, rel=1e-4)
@@ -168,14 +168,14 @@ def test_rollouts_of_one_turn_have_the_advantage_of_grpo():
     plain = GRPO()(torch.tensor([1.0, 0.0, 0.5, 0.0])).tolist()
     for rule in (TurnGRPO(), MTGRPO(), GiGPO(step_weight=0.0)):
         assert of_turns(rule, rewards) == [[a] for a in plain]
-    near(of_turns(GiGPO(), rewards), [[2 * a] for a in plain])  # all began in one state: the same comparison twice
+    near(of_turns(GiGPO(), rewards), [[2 * a] for a in plain])  # all began in one state: both terms are equal
 
 
 # signal ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_equal_rewards_of_rollouts_may_hide_a_signal_in_the_turns(rule):
+def test_turns_can_have_a_signal_if_the_rollouts_have_equal_rewards(rule):
     assert rule.has_signal(*facts([[0.0, 1.0], [1.0, 0.0]]))
     assert not rule.has_signal(*facts([[0.1, 0.2], [0.1, 0.2], [0.1, 0.2]]))
     assert not rule.has_signal(*facts([[0.3]]))
@@ -185,7 +185,7 @@ def test_equal_rewards_of_rollouts_may_hide_a_signal_in_the_turns(rule):
 
 
 @pytest.mark.parametrize("rule", PLAIN)
-def test_advantages_of_rollouts_ask_for_rewards_alone(rule):
+def test_advantages_of_rollouts_use_only_rewards(rule):
     assert rule.of_turns(*facts([[0.0, 1.0], [1.0, 0.0]])) is None
     assert not rule.has_signal(*facts([[0.0, 1.0], [1.0, 0.0]]))
     assert rule.has_signal(*facts([[0.0, 1.0], [1.0, 1.0]]))
@@ -206,7 +206,7 @@ def test_advantages_of_rollouts_ask_for_rewards_alone(rule):
         ],
     ],
 )
-def test_bad_settings_are_refused(make, message):
+def test_invalid_settings_are_rejected(make, message):
     with pytest.raises(UserError, match=message):
         make()
 
@@ -215,8 +215,8 @@ def test_bad_settings_are_refused(make, message):
 
 
 class ToldTurns(Told):
-    """Rollouts whose turns have two tokens each and an observation behind them, with the rewards of turns that the test
-    says by task and rollout; None for a rollout that failed after two turns."""
+    """Generates rollouts whose turns have two tokens each and a following observation. The test sets the turn rewards
+    by task and rollout; None is a rollout that failed after two turns."""
 
     def __init__(self, rewards):
         super().__init__(lambda *_: 0.0)
@@ -239,7 +239,7 @@ class ToldTurns(Told):
 
 
 def iteration(tmp_path, rewards, **options):
-    """The batch of one iteration, and the data module."""
+    """Return the batch of one iteration, and the data module."""
     options = {"tasks_per_iteration": 1, "group_size": 4, "micro_batch_size": 64, **options}
     source = RolloutDataModule(Finite(2), **options)
     source.trainer, source.generator = trainer(tmp_path), ToldTurns(rewards)
@@ -251,7 +251,7 @@ SOME = [[1.0, 2.0], [0.0, 4.0, 9.0], [0.0], [0.5, 0.0]]
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_tokens_of_a_turn_carry_its_advantage(tmp_path, rule):
+def test_the_tokens_of_a_turn_have_its_advantage(tmp_path, rule):
     batch, _ = iteration(tmp_path, lambda task, rollout: SOME[rollout], advantage=rule)
     states = [["start", *["there"] * (len(row) - 1)] for row in SOME]
     wanted = slow(rule, SOME, states)
@@ -263,8 +263,8 @@ def test_the_tokens_of_a_turn_carry_its_advantage(tmp_path, rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_failed_rollouts_do_not_count(tmp_path, rule):
-    """The others have what they would have without it: its reward and its state 'there' are no comparison."""
+def test_failed_rollouts_do_not_affect_the_others(tmp_path, rule):
+    """Its reward and its state 'there' are excluded from the comparison."""
     batch, source = iteration(tmp_path, lambda task, rollout: [*SOME[:3], None][rollout], advantage=rule)
     assert source.stats.statuses == Counter({"done": 3, "environment_error": 1})
     assert batch.size == 3
@@ -275,7 +275,7 @@ def test_failed_rollouts_do_not_count(tmp_path, rule):
 
 
 def test_a_group_whose_signal_is_in_its_turns_is_not_dropped(tmp_path):
-    """All rollouts have reward 1; on t0, which is every second task, they earn it in different turns."""
+    """All rollouts have reward 1; on t0, which is every second task, they get it in different turns."""
 
     def rewards(task, rollout):
         flat = int(task[1:]) % 2
@@ -288,7 +288,7 @@ def test_a_group_whose_signal_is_in_its_turns_is_not_dropped(tmp_path):
     assert sizes == {GRPO(): (0, 8), **dict.fromkeys(RULES, (16, 4))}
     batch, source = iteration(tmp_path, rewards, advantage=TurnGRPO(), zero_spread="resample", tasks_per_iteration=4)
     assert batch.size == 16
-    assert source.cursor == 8, "two rounds of four tasks were played"
+    assert source.cursor == 8, "two rounds of four tasks must be generated"
     assert (batch.base_advantages[batch.action_mask] != 0).all()
 
 
@@ -307,20 +307,20 @@ def test_a_run_trains_on_the_advantages_of_its_recorded_turns(tmp_path, rule):
                 for name in ("base_advantages", "token_advantages"):
                     assert tensors[name][row].tolist() == pytest.approx(spread, abs=1e-3)
                 checked += len(set(advantages)) > 1
-    assert checked, "no rollout had turns of different advantages"
+    assert checked, "this test needs turns with different advantages"
     assert len(watch.weights) == 3
 
 
 class PaysAtTheEnd(Talk):
-    """Pays in the last turn alone."""
+    """Gives a reward only in the last turn."""
 
     def step(self, message):
         step = super().step(message)
         return step if step.done else replace(step, reward=0.0)
 
 
-def test_turn_grpo_says_where_only_last_turns_are_rewarded(tmp_path):
-    assert TurnGRPO().complaint([[0, 0], [0]]) is None, "nothing was paid yet"
+def test_turn_grpo_warns_if_only_last_turns_are_rewarded(tmp_path):
+    assert TurnGRPO().complaint([[0, 0], [0]]) is None, "there is no reward yet"
     assert TurnGRPO().complaint([[0, 0, 1], [0.5, 0]]) is None
     assert "gets a negative advantage in the turn in which" in str(TurnGRPO().complaint([[0, 0, 1], [0, 0]]))
     assert all(rule.complaint([[0, 0, 1], [0, 0]]) is None for rule in [*RULES[1:], *PLAIN])
@@ -331,7 +331,7 @@ def test_turn_grpo_says_where_only_last_turns_are_rewarded(tmp_path):
 
 
 class Opens(Environment):
-    """Begins with a message of the rollout's own."""
+    """Opens with a message that differs for each rollout."""
 
     def reset(self, task, *, seed):
         return [{"role": "user", "content": "a red door"}, {"role": "user", "content": "a key"}]
@@ -340,5 +340,5 @@ class Opens(Environment):
         return Step(done=True)
 
 
-def test_what_an_environment_opens_with_is_the_first_state():
+def test_the_opening_messages_name_the_first_state():
     assert answered(Task("t", [{"role": "user", "content": "Go."}]), Opens, "open").states == ["a red door\na key"]

@@ -1,4 +1,4 @@
-"""Checkpoints are plain data, and export makes of them a model directory that anyone can load."""
+"""Checkpoints contain only plain data, and an export is a model directory that transformers loads."""
 
 import os
 import pickle
@@ -25,7 +25,7 @@ TOKENS = torch.arange(6, 46)[None]
 
 
 def tied(folder: Path) -> Pretrained:
-    """A policy whose head is its embedding."""
+    """A policy with tied input and output embeddings."""
     from transformers import LlamaForCausalLM
 
     config = source().model().config
@@ -46,7 +46,7 @@ def fit(run: Path, model: GearModule, *callbacks: L.Callback, inner_epochs: int 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A trained module, and its checkpoint."""
+    """Return a trained module and its checkpoint."""
     folder = tmp_path_factory.mktemp("run")
     return fit(folder, module()), folder / "checkpoints" / "last.ckpt"
 
@@ -57,7 +57,7 @@ def logits(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("kind", "precision"), [("untied", "32-true"), ("untied", "bf16-true"), ("tied", "32-true")])
-def test_an_exported_policy_gives_the_trained_logits_to_the_bit(tmp_path, kind, precision):
+def test_an_exported_policy_gives_bitwise_the_trained_logits(tmp_path, kind, precision):
     model = module()
     if kind == "tied":
         options = {"teacher": TeacherOptions(template=" {reference}"), "optimizer": model.optimizer}
@@ -66,15 +66,15 @@ def test_an_exported_policy_gives_the_trained_logits_to_the_bit(tmp_path, kind, 
     fit(tmp_path, model, precision=precision)
     export_checkpoint(tmp_path / "checkpoints" / "last.ckpt", tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(logits(loaded), logits(model.policy)), "not the policy that was trained"
-    assert (logits(loaded).float() - start).abs().max() > 0.05, "training changed nothing"
+    assert torch.equal(logits(loaded), logits(model.policy)), "the export is not the trained policy"
+    assert (logits(loaded).float() - start).abs().max() > 0.05, "training did not change the policy"
     assert loaded.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
     assert loaded.config.tie_word_embeddings == (kind == "tied")
     assert loaded.generation_config.eos_token_id == model.policy.config.eos_token_id
 
 
-def test_under_bfloat16_weights_the_rotary_frequencies_stay_float32(tmp_path):
-    """Rounded to bfloat16 they are off by a radian within some hundred tokens, and no loaded model has them so."""
+def test_rotary_frequencies_stay_float32_with_bfloat16_weights(tmp_path):
+    """Rounded to bfloat16, they are off by a radian within some hundred tokens, unlike in any loaded model."""
     model = fit(tmp_path, module(), precision="bf16-true", max_epochs=1)
     right = model.source.model().model.rotary_emb.inv_freq
     for trained in (model.policy, model.teacher.model):
@@ -83,7 +83,7 @@ def test_under_bfloat16_weights_the_rotary_frequencies_stay_float32(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_weights_are_written_in_the_dtype_asked_for(run, tmp_path, dtype):
+def test_the_weights_are_written_in_the_requested_dtype(run, tmp_path, dtype):
     model, checkpoint = run
     export_checkpoint(checkpoint, tmp_path / "out", dtype=dtype)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -92,7 +92,7 @@ def test_the_weights_are_written_in_the_dtype_asked_for(run, tmp_path, dtype):
         assert torch.equal(ours.to(theirs.dtype), theirs)
 
 
-def test_weights_that_float16_cannot_hold_are_refused(run, tmp_path):
+def test_weights_that_overflow_float16_are_rejected(run, tmp_path):
     state = torch.load(run[1], weights_only=True)
     state["state_dict"]["policy.lm_head.weight"][0, 0] = 1e6
     torch.save(state, tmp_path / "large.ckpt")
@@ -108,7 +108,7 @@ def test_weights_that_float16_cannot_hold_are_refused(run, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["large.ckpt", "nan.ckpt", "out"]
 
 
-def test_weights_are_cut_into_files_of_the_size_asked_for(run, tmp_path):
+def test_weights_are_split_into_files_of_the_requested_size(run, tmp_path):
     assert export_command([str(run[1]), str(tmp_path / "out"), "--shard-size", "40KB", "--dtype", "bfloat16"]) == 0
     files = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(files) > 1
@@ -126,13 +126,13 @@ def test_weights_are_cut_into_files_of_the_size_asked_for(run, tmp_path):
         ({"card": False, "license": "mit"}, "--license is written to the model card"),
     ],
 )
-def test_a_wrong_option_is_told_before_anything_is_read(tmp_path, options, message):
+def test_an_invalid_option_is_reported_before_anything_is_read(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         export_checkpoint(tmp_path / "none.ckpt", tmp_path / "out", **options)
 
 
-def test_others_may_read_what_the_umask_lets_them(run, tmp_path):
-    """safetensors makes files that their owner alone reads; a team shares its exports."""
+def test_file_permissions_follow_the_umask(run, tmp_path):
+    """safetensors writes files that only their owner can read, but a team shares its exports."""
     before = os.umask(0o027)
     try:
         export_checkpoint(run[1], tmp_path / "out")
@@ -142,14 +142,14 @@ def test_others_may_read_what_the_umask_lets_them(run, tmp_path):
     assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()} == {0o640}
 
 
-def test_a_disk_that_is_full_is_a_line_and_leaves_nothing(run, disk):
+def test_a_full_disk_gives_a_one_line_error_and_leaves_no_files(run, disk):
     (disk / "ballast").write_bytes(b"x" * 550_000)
     with pytest.raises(UserError, match=r"out: cannot be written \(.*No space left"):
         export_checkpoint(run[1], disk / "out")
     assert [p.name for p in disk.iterdir()] == ["ballast"]
 
 
-def test_the_tokenizer_and_its_chat_template_come_along(run, tmp_path):
+def test_the_tokenizer_and_its_chat_template_are_exported(run, tmp_path):
     model, checkpoint = run
     export_checkpoint(checkpoint, tmp_path / "out")
     ours, theirs = model.chat_format.tokenizer, AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -158,17 +158,17 @@ def test_the_tokenizer_and_its_chat_template_come_along(run, tmp_path):
     assert theirs.get_vocab() == ours.get_vocab()
     for options in ({"tokenize": False}, {"add_generation_prompt": True}):
         assert theirs.apply_chat_template(messages, **options) == ours.apply_chat_template(messages, **options)
-    again = GearModule(Pretrained(str(tmp_path / "out")), teacher=model.teacher_options)  # and training can go on there
+    again = GearModule(Pretrained(str(tmp_path / "out")), teacher=model.teacher_options)
     assert again.chat_format.prompt(messages) == model.chat_format.prompt(messages)
 
 
-def test_the_command_writes_the_directory_and_says_how_to_load_it(run, tmp_path, capsys):
+def test_the_command_writes_the_directory_and_prints_how_to_load_it(run, tmp_path, capsys):
     assert export_command([str(run[1]), str(tmp_path / "deep" / "out")]) == 0
     assert f"AutoModelForCausalLM.from_pretrained({str(tmp_path / 'deep' / 'out')!r})" in capsys.readouterr().out
     assert (tmp_path / "deep" / "out" / "config.json").is_file()
 
 
-def test_a_folder_that_holds_something_is_never_written_to(run, tmp_path):
+def test_a_nonempty_folder_is_never_written_to(run, tmp_path):
     full, file, empty = tmp_path / "full", tmp_path / "file", tmp_path / "empty"
     full.mkdir()
     (full / "notes.txt").write_text("mine")
@@ -185,7 +185,7 @@ def test_a_folder_that_holds_something_is_never_written_to(run, tmp_path):
 
 
 class Dangerous:
-    """Would create a file when unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -224,14 +224,14 @@ INSIDE = ["no config", "bad config", "files are a list", "no weights", "too few 
 
 
 @pytest.mark.parametrize("kind", KINDS + INSIDE)
-def test_what_is_no_checkpoint_of_ours_is_a_user_error_and_runs_nothing(kind, run, tmp_path):
+def test_a_foreign_checkpoint_is_a_user_error_and_runs_no_code(kind, run, tmp_path):
     path, marker = tmp_path / "broken.ckpt", tmp_path / "marker"
     broken(kind, path, marker, run[1])
     with pytest.raises(UserError, match=r"broken\.ckpt: not a checkpoint of gear_lightning"):
         export_checkpoint(path, tmp_path / "out")
-    assert not marker.exists(), "code of the file was run"
+    assert not marker.exists(), "code from the file was executed"
     assert [p.name for p in tmp_path.iterdir()] == ["broken.ckpt"], "something was left behind"
-    if kind in ("danger", "pickle"):  # what the guard is for: a plain load runs it
+    if kind in ("danger", "pickle"):  # the reason for the check: a plain load executes the code
         torch.load(path, weights_only=False) if kind == "danger" else pickle.loads(path.read_bytes())
         assert marker.exists()
 
@@ -241,8 +241,8 @@ def test_a_missing_checkpoint_is_a_user_error(tmp_path):
         export_checkpoint(tmp_path / "none.ckpt", tmp_path / "out")
 
 
-def test_code_named_in_a_checkpoints_config_is_not_run(run, tmp_path):
-    """A model directory can name Python files of its own; nothing of a checkpoint may be run."""
+def test_code_that_a_checkpoints_config_names_is_not_executed(run, tmp_path):
+    """A model directory can name its own Python files, but no code from a checkpoint may be executed."""
     state, marker = torch.load(run[1], weights_only=True), tmp_path / "marker"
     code = f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass C: pass\n"
     config = b'{"model_type": "strange", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C"}}'
@@ -255,7 +255,7 @@ def test_code_named_in_a_checkpoints_config_is_not_run(run, tmp_path):
 
 
 def names(checkpoint: Path) -> set[str]:
-    """Every name that unpickling the checkpoint would import."""
+    """Return every name that unpickling the checkpoint would import."""
     found, strings = set(), []
     with zipfile.ZipFile(checkpoint) as archive:
         (inside,) = (n for n in archive.namelist() if n.endswith("data.pkl"))
@@ -269,11 +269,11 @@ def names(checkpoint: Path) -> set[str]:
     return found
 
 
-def test_checkpoints_hold_plain_data_and_tensors_alone(run, tmp_path):
+def test_checkpoints_contain_only_plain_data_and_tensors(run, tmp_path):
     fit(tmp_path, module(), SaveInTheMiddle(tmp_path / "mid.ckpt"), inner_epochs=2)
     middle = torch.load(tmp_path / "mid.ckpt", weights_only=True)
     (rank,) = middle["RolloutDataModule"]["ranks"]
-    assert rank["groups"], "this checkpoint was to hold rollouts"
+    assert rank["groups"], "this checkpoint must contain rollouts"
     assert middle["frozen"]
     for path in (run[1], tmp_path / "mid.ckpt"):
         torch.load(path, weights_only=True)
@@ -281,4 +281,4 @@ def test_checkpoints_hold_plain_data_and_tensors_alone(run, tmp_path):
         tensors = {"torch._utils._rebuild_tensor_v2", "collections.OrderedDict"}
         assert tensors <= found
         left = {n for n in found - tensors if not (n.startswith("torch.") and n.endswith("Storage"))}
-        assert not left, "checkpoints refer to code"
+        assert not left, "checkpoints must not refer to code"

@@ -1,4 +1,4 @@
-"""``export --push``: one line for whatever is missing, nothing half-done on either side, else one commit."""
+"""``export --push``: a one-line error for each missing requirement, no partial results, else one commit."""
 
 import base64
 import json
@@ -17,10 +17,10 @@ from gear_lightning.errors import UserError
 
 
 class Hub:
-    """A stand-in for the hub: what it answers, and what was asked of it."""
+    """A fake hub: configurable responses, and a record of the requests."""
 
     def __init__(self) -> None:
-        self.answers: dict[str, int] = {}  # part of a path -> status in place of 200
+        self.answers: dict[str, int] = {}  # part of a path -> status instead of 200
         self.role = "write"
         self.there: list[str] = []  # files in the repository
         self.asked: list[str] = []
@@ -70,7 +70,7 @@ class Hub:
 
 @pytest.fixture
 def hub(monkeypatch) -> Iterator[Hub]:
-    """A hub that can be reached, with a token that may write."""
+    """A reachable fake hub, and a token with write access."""
     hub = Hub()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
@@ -107,7 +107,7 @@ def refused(checkpoint: Path, folder: Path, *more: str, repository: str = "me/mo
         ("hub", "the hub returned status 503"),
     ],
 )
-def test_what_is_missing_is_told_in_a_line_before_anything_is_made(hub, checkpoint, tmp_path, monkeypatch, lacks, told):
+def test_a_missing_requirement_is_reported_before_any_change(hub, checkpoint, tmp_path, monkeypatch, lacks, told):
     if lacks == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     elif lacks == "token":
@@ -125,7 +125,7 @@ def test_what_is_missing_is_told_in_a_line_before_anything_is_made(hub, checkpoi
 
 
 @pytest.mark.parametrize("repository", ["model", "a/b/c", "me/ model", "../x", "me/model.git", ""])
-def test_a_name_that_is_none_is_refused(hub, checkpoint, tmp_path, repository):
+def test_an_invalid_repository_name_is_rejected(hub, checkpoint, tmp_path, repository):
     assert f"--push {repository}: " in refused(checkpoint, tmp_path / "out", repository=repository)
     assert not list(tmp_path.iterdir())
     assert not hub.asked
@@ -139,7 +139,7 @@ def test_a_name_that_is_none_is_refused(hub, checkpoint, tmp_path, repository):
         ({"preupload": 413}, "the hub returned status 413"),
     ],
 )
-def test_a_repository_that_cannot_be_written_leaves_a_whole_export(hub, checkpoint, tmp_path, answers, told):
+def test_if_the_repository_cannot_be_written_the_export_is_complete(hub, checkpoint, tmp_path, answers, told):
     hub.answers = answers
     error = refused(checkpoint, tmp_path / "out")
     assert told in error
@@ -150,7 +150,7 @@ def test_a_repository_that_cannot_be_written_leaves_a_whole_export(hub, checkpoi
     assert not hub.commit
 
 
-def test_a_broken_checkpoint_makes_no_repository(hub, tmp_path):
+def test_an_invalid_checkpoint_creates_no_repository(hub, tmp_path):
     (tmp_path / "bad.ckpt").write_text("no")
     assert "bad.ckpt: not a checkpoint" in refused(tmp_path / "bad.ckpt", tmp_path / "out")
     assert not any("create" in path for path in hub.asked)
@@ -166,9 +166,9 @@ def test_a_push_is_one_commit_of_the_whole_directory(hub, checkpoint, tmp_path, 
     for path in (tmp_path / "out").iterdir():
         assert base64.b64decode(sent[path.name]["content"]) == path.read_bytes()
     gone = {line["value"]["path"] for line in hub.commit if line["key"].startswith("deleted")}
-    assert gone == {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}, "shards of an earlier push"
+    assert gone == {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}, "old shards must be deleted"
 
 
-def test_private_without_push_is_refused(tmp_path):
+def test_private_without_push_is_rejected(tmp_path):
     with pytest.raises(UserError, match="--private does nothing without --push"):
         export_command([str(tmp_path / "a.ckpt"), str(tmp_path / "out"), "--private"])

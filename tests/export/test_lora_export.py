@@ -1,4 +1,4 @@
-"""Export of adapters: merged into a plain model, or as peft loads them."""
+"""Export of adapters: merged into a full model, or in peft's format."""
 
 import math
 
@@ -19,7 +19,7 @@ from gear_lightning.teacher import TeacherOptions
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A trained module, and its checkpoint."""
+    """Return a trained module and its checkpoint."""
     folder = tmp_path_factory.mktemp("lora")
     return fit(folder, module(lora=SMALL), saved=folder / "last.ckpt"), folder / "last.ckpt"
 
@@ -46,7 +46,7 @@ def test_both_exports_give_the_trained_logits(tmp_path, case):
     export_checkpoint(tmp_path / "a.ckpt", tmp_path / "merged")
     export_checkpoint(tmp_path / "a.ckpt", tmp_path / "adapter", adapter=True)
     trained = logits(model.policy)
-    assert (trained - start).abs().max() > 0.05, "training changed nothing"
+    assert (trained - start).abs().max() > 0.05, "training did not change the policy"
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), trained, atol=1e-5, rtol=1e-5)
     assert {n for n, _ in merged.named_parameters()} == {n for n, _ in policy.model().named_parameters()}
@@ -57,11 +57,11 @@ def test_both_exports_give_the_trained_logits(tmp_path, case):
     files = {p.name for p in (tmp_path / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files
     assert not {"base", "config.json", "model.safetensors"} & files
-    again = Pretrained(str(tmp_path / "merged"))  # and training can go on there
+    again = Pretrained(str(tmp_path / "merged"))  # training can continue from the export
     assert torch.equal(logits(again.model()), logits(merged))
 
 
-def test_a_base_that_nothing_else_holds_comes_along(run, tmp_path, capsys):
+def test_a_base_model_that_exists_nowhere_else_is_exported(run, tmp_path, capsys):
     model, checkpoint = run
     assert export_command([str(checkpoint), str(tmp_path / "out"), "--adapter"]) == 0
     base = tmp_path / "out" / "base"
@@ -75,7 +75,7 @@ def test_a_base_that_nothing_else_holds_comes_along(run, tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == model.chat_format.tokenizer.chat_template
 
 
-def test_adapters_lie_on_the_warm_start_and_take_it_along(tmp_path):
+def test_adapters_trained_on_a_warm_start_are_exported_with_it(tmp_path):
     policy, warm = directory(tmp_path / "model"), tmp_path / "warm"
     source(seed=8).model().save_pretrained(warm)
 
@@ -93,7 +93,7 @@ def test_adapters_lie_on_the_warm_start_and_take_it_along(tmp_path):
         assert torch.equal(logits(with_peft(tmp_path / name / "base", tmp_path / name)), logits(trained.policy))
 
 
-def test_a_small_change_of_bfloat16_weights_survives_the_merge(tmp_path):
+def test_merging_keeps_a_small_change_of_bfloat16_weights(tmp_path):
     options = {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-4), "lora": SMALL}
     model = fit(tmp_path, module(**options), saved=tmp_path / "a.ckpt", precision="bf16-true")
     export_checkpoint(tmp_path / "a.ckpt", tmp_path / "out")
@@ -104,14 +104,14 @@ def test_a_small_change_of_bfloat16_weights_survives_the_merge(tmp_path):
     rounded, base = model.policy, source().model().bfloat16()
     remove(rounded, merge=True)
     same = [torch.equal(a.bfloat16(), b) for a, b in zip(rounded.parameters(), base.parameters(), strict=True)]
-    assert sum(same) > 2, "a merge in bfloat16 would have done: nothing is proved"
+    assert sum(same) > 2, "this test needs a change that a merge in bfloat16 loses"
     export_checkpoint(tmp_path / "a.ckpt", tmp_path / "adapter", adapter=True)
     from safetensors.torch import load_file
 
     assert {v.dtype for v in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()} == {torch.float32}
 
 
-def test_a_checkpoint_without_adapters_has_none_to_export(tmp_path):
+def test_exporting_adapters_without_adapters_is_an_error(tmp_path):
     fit(tmp_path, module(), saved=tmp_path / "full.ckpt", max_epochs=1)
     with pytest.raises(UserError, match=r"full\.ckpt: contains no adapters.*without --adapter"):
         export_checkpoint(tmp_path / "full.ckpt", tmp_path / "out", adapter=True)

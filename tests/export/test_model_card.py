@@ -1,4 +1,4 @@
-"""The model card: what an export says of how it was made, and what it keeps to itself."""
+"""The model card: its description of the training, and the private values that it omits."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def card(run: Path, state: dict = STATE, **options) -> str:
     return model_card(run / "checkpoints" / "a.ckpt", state, **made)
 
 
-def test_the_hub_reads_its_front_matter(run):
+def test_the_hub_can_read_the_front_matter(run):
     data = ModelCard(card(run)).data.to_dict()
     assert data == {
         "base_model": "Qwen/Qwen3-0.6B", "library_name": "transformers", "pipeline_tag": "text-generation",
@@ -71,7 +71,7 @@ def test_the_hub_reads_its_front_matter(run):
     assert ModelCard(card(run, {"global_step": 2})).data.base_model is None
 
 
-def test_it_says_what_was_trained_by_what_and_with_which_code(run):
+def test_the_card_names_model_method_and_code_version(run):
     text = card(run)
     assert "[Qwen/Qwen3-0.6B](https://huggingface.co/Qwen/Qwen3-0.6B) after reinforcement learning with " in text
     assert "gear_lightning 9.9, commit `abc123+changes`: credit `GEAR`, objective `ClippedSurrogate`, 2 opt" in text
@@ -80,7 +80,7 @@ def test_it_says_what_was_trained_by_what_and_with_which_code(run):
     )
 
 
-def test_the_metrics_are_those_of_the_checkpoint_and_not_of_what_came_after_it(run):
+def test_the_metrics_end_at_the_step_of_the_checkpoint(run):
     text = card(run)
     assert "| val/success | 0.125 | 0.25 | 2 |" in text
     assert "| train/reward | 0.5 | 0.75 | 2 |" in text
@@ -88,7 +88,7 @@ def test_the_metrics_are_those_of_the_checkpoint_and_not_of_what_came_after_it(r
     assert "| val/success | 0.125 | 0.5 | 3 |" in card(run, {**STATE, "global_step": 3})
 
 
-def test_the_recipe_can_be_read_back(run):
+def test_the_recipe_can_be_parsed_again(run):
     text = card(run)
     shown = yaml.safe_load(text.partition("````yaml\n")[2].partition("````")[0])
     assert shown["model"] == RECIPE["model"]
@@ -96,7 +96,7 @@ def test_the_recipe_can_be_read_back(run):
     assert shown["seed_everything"] == 3
 
 
-def test_it_keeps_secrets_and_places_to_itself(run):
+def test_secrets_and_paths_are_masked(run):
     text = card(run)
     for secret in ("somebody", "secret-project", "hunter2", "abc&", "sk-1", "- t\n"):
         assert secret not in text
@@ -113,7 +113,7 @@ def test_it_keeps_secrets_and_places_to_itself(run):
         + "".join(f"  {y}: &{y} [{', '.join([f'*{x}'] * 8)}]\n" for x, y in zip("abcdefg", "bcdefgh", strict=True)),
     ],
 )  # fmt: skip
-def test_any_recipe_gives_a_card(run, config):
+def test_any_recipe_gives_a_valid_card(run, config):
     (run / "config.yaml").unlink()
     if config is not None:
         (run / "config.yaml").write_text(config)
@@ -123,7 +123,7 @@ def test_any_recipe_gives_a_card(run, config):
     assert ModelCard(text).data.library_name == "transformers"
 
 
-def test_an_export_has_a_card_unless_it_is_not_wanted(tmp_path):
+def test_an_export_has_a_card_unless_it_is_disabled(tmp_path):
     from tiny_runs import module
 
     from gear_lightning.runs.checkpoints import write_checkpoint
@@ -143,7 +143,7 @@ def test_an_export_has_a_card_unless_it_is_not_wanted(tmp_path):
     assert not (tmp_path / "without" / "README.md").exists()
 
 
-def test_a_checkpoint_knows_its_code(monkeypatch, tmp_path):
+def test_a_checkpoint_records_its_code_version(monkeypatch, tmp_path):
     from tiny_runs import data, generation, module, trainer
 
     loop = trainer(tmp_path, generation(), max_epochs=1)
@@ -154,7 +154,7 @@ def test_a_checkpoint_knows_its_code(monkeypatch, tmp_path):
     assert made_by["version"] == __version__
     import gear_lightning.runs.provenance as provenance
 
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)  # no checkout
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)  # not a git checkout
     installed = {"vcs_info": {"vcs": "git", "commit_id": "0123abc"}, "url": "https://host/repository"}
     for told, commit in ((installed, "0123abc"), ({"dir_info": {}}, None), (None, None)):
         text = None if told is None else json.dumps(told)

@@ -1,4 +1,4 @@
-"""Templates become incremental, tool calls are read, and anything unknown is named at the start."""
+"""Chat templates are applied incrementally, tool calls are parsed, and unsupported templates are rejected early."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ USER = {"role": "user", "content": "What is 5 + 7?"}
 
 
 @pytest.mark.parametrize("template", [CHATML, HERMES])
-def test_turns_extend_the_prefix(template):
+def test_each_turn_extends_the_previous_ids(template):
     chat = Chat(byte_tokenizer(template))
     ids = chat.prompt([USER], TOOLS)
     assert chat.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
@@ -28,10 +28,10 @@ def test_turns_extend_the_prefix(template):
     text = chat.tokenizer.decode(ids)
     result = "<|im_start|>tool\ne9" if template is CHATML else "<|im_start|>user\n<tool_response>\ne9\n</tool_response>"
     assert text.endswith(f"<|im_end|>\n{result}<|im_end|>\n<|im_start|>assistant\n")
-    assert "<think>" not in text, "a turn was rendered again"
+    assert "<think>" not in text, "an earlier turn was rendered again"
 
 
-def test_words_of_the_from_scratch_model():
+def test_words_syntax_of_the_from_scratch_model():
     chat = Chat(source().tokenizer())
     assert chat.syntax == "words"
     ids = chat.prompt([{"role": "user", "content": "e5 w3"}], TOOLS)
@@ -58,7 +58,7 @@ def test_words_of_the_from_scratch_model():
         ('<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}', "", [("f", {"x": 1})]),
     ],
 )  # fmt: skip
-def test_tool_calls_are_read(text, content, calls):
+def test_tool_calls_are_parsed(text, content, calls):
     found_content, found = parse_tool_calls(text)
     assert found_content == content
     assert [(c["function"]["name"], c["function"]["arguments"]) for c in found] == calls
@@ -79,7 +79,7 @@ def test_tool_calls_are_read(text, content, calls):
         '<tool_call>{"name": "f", "arguments": {"x": ' + "9" * 10_000 + "}}</tool_call>",
     ],
 )
-def test_broken_tool_calls_are_an_error_of_their_own(text):
+def test_invalid_tool_calls_raise_a_tool_call_error(text):
     with pytest.raises(ToolCallError):
         parse_tool_calls(text)
 
@@ -101,17 +101,17 @@ def test_no_text_breaks_the_parser(text):
         (CHATML + "{# tools #}", "tool_syntax"),
     ],
 )
-def test_unknown_templates_fail_at_the_start(template, message):
+def test_unsupported_templates_are_rejected_at_the_start(template, message):
     with pytest.raises(UserError, match=message):
         Chat(byte_tokenizer(template))
 
 
-def test_a_template_without_a_tool_role_is_named():
+def test_a_template_without_a_tool_role_gives_an_error():
     with pytest.raises(UserError, match="roles user, assistant, tool"):
         Chat(byte_tokenizer(NO_TOOL_ROLE)).check_tools()
 
 
-def test_tools_reach_the_policy_once():
+def test_tools_are_listed_in_the_prompt_once():
     for template in (CHATML, HERMES):
         chat = Chat(byte_tokenizer(template))
         text = chat.tokenizer.decode(chat.prompt([{"role": "system", "content": "Be brief."}, USER], TOOLS))
@@ -119,7 +119,7 @@ def test_tools_reach_the_policy_once():
         assert "Be brief." in text
 
 
-def test_syntax_can_be_forced():
+def test_the_tool_syntax_can_be_set():
     assert Chat(byte_tokenizer(CHATML), ChatOptions(tool_syntax="json")).syntax == "json"
 
 
@@ -133,8 +133,8 @@ def test_syntax_can_be_forced():
         (" ", "{{ eos_token }}"),
     ],
 )
-def test_a_turn_ends_at_the_end_token_and_not_at_the_white_space_before_it(before, end):
-    """DeepSeek-Coder's template has a newline there, Llama 2's a space: a policy stopped there could say one line."""
+def test_a_turn_ends_at_the_end_token_and_not_at_white_space_before_it(before, end):
+    """DeepSeek-Coder's template has a newline there, Llama 2's a space; a stop there would limit answers to a line."""
     chat = Chat(byte_tokenizer(ending(before, end)))
     assert chat.tokenizer.convert_ids_to_tokens(list(chat.stop_ids)) == ["<|im_end|>"]
     answer = "\none line\nand another"
@@ -143,20 +143,20 @@ def test_a_turn_ends_at_the_end_token_and_not_at_the_white_space_before_it(befor
     whole = chat.tokenizer.decode([*opening, *chat.write({"role": "assistant", "content": answer}), *closing])
     said = {"role": "assistant", "content": answer}
     rendered = chat.tokenizer.apply_chat_template([USER, said, USER], add_generation_prompt=True, tokenize=False)
-    assert whole == rendered, "a demonstration is not what the template writes"
+    assert whole == rendered, "a demonstration differs from the rendered template"
     assert chat.parse([*chat.encode(answer), *chat.stop_ids])["content"] == answer.strip()
 
 
 @pytest.mark.parametrize("end", ["### End", "</turn>", "\\n\\n### End\\n{{ eos_token }}"])
-def test_a_turn_that_ends_in_ordinary_text_is_refused(end):
+def test_a_template_that_ends_turns_with_ordinary_text_is_rejected(end):
     with pytest.raises(
         UserError, match=r"ends an assistant turn with the text .* could not end its turn; use a template that"
     ):
         Chat(byte_tokenizer(ending("", end)))
 
 
-def test_white_space_that_a_vocabulary_adds_is_no_end_of_a_turn():
+def test_added_tokens_of_white_space_do_not_end_a_turn():
     tokenizer = byte_tokenizer(ending("\\n  ", "<|im_end|>"))
-    tokenizer.add_tokens(["  ", "\n"])  # as GPT-NeoX has them
+    tokenizer.add_tokens(["  ", "\n"])  # as in GPT-NeoX
     chat = Chat(tokenizer)
     assert chat.tokenizer.convert_ids_to_tokens(list(chat.stop_ids)) == ["<|im_end|>"]

@@ -1,4 +1,4 @@
-"""What an engine samples depends on the request alone, and its log-probs are the model's."""
+"""An engine's samples depend only on the request, and its log-probs are those of the model."""
 
 import numpy as np
 import pytest
@@ -18,14 +18,14 @@ STOP = {5}
 def model():
     torch.manual_seed(0)
     model = source().model().eval()
-    with torch.no_grad():  # away from uniform, so that tokens differ and some rows stop early
+    with torch.no_grad():  # far from uniform, so that tokens differ and some rows stop early
         for p in model.parameters():
             p.mul_(3)
     return model
 
 
 def play(engine, model, prompts, turns=3, sampling=Sampling(), per_turn=6):
-    """Each conversation: ``turns`` turns, with observations of different lengths in between."""
+    """Sample ``turns`` turns of each conversation, with observations of different lengths in between."""
     engine.begin(model, sampling, STOP)
     contexts = {key: list(prompt) for key, prompt in enumerate(prompts)}
     done = dict.fromkeys(contexts, 0)
@@ -57,7 +57,7 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_p=0.9), Sampling(top_k=5), Sampling(0)])
-def test_cache_over_turns_equals_a_forward_of_the_whole_context(model, sampling):
+def test_caching_across_turns_equals_a_forward_of_the_whole_context(model, sampling):
     cached = play(CachedEngine(), model, PROMPTS, sampling=sampling)
     plain = play(GenerateEngine(), model, PROMPTS, sampling=sampling)
     for key in plain:
@@ -67,7 +67,7 @@ def test_cache_over_turns_equals_a_forward_of_the_whole_context(model, sampling)
             assert a[2] == b[2]
 
 
-def test_a_conversation_does_not_depend_on_its_neighbours(model):
+def test_a_conversation_does_not_depend_on_the_batch(model):
     together = play(CachedEngine(), model, PROMPTS)
     small = play(CachedEngine(prefill_tokens=4), model, PROMPTS)
     assert {k: [t[0] for t in v] for k, v in together.items()} == {k: [t[0] for t in v] for k, v in small.items()}
@@ -75,7 +75,7 @@ def test_a_conversation_does_not_depend_on_its_neighbours(model):
     assert [t[0] for t in alone[0]] == [t[0] for t in together[0]]
 
 
-def test_turns_end_with_a_stop_token_or_at_the_limit(model):
+def test_turns_end_with_a_stop_token_or_at_max_tokens(model):
     turns = [t for conversation in play(CachedEngine(), model, PROMPTS).values() for t in conversation]
     assert any(stopped for *_, stopped in turns)
     for ids, logprobs, stopped in turns:
@@ -86,7 +86,7 @@ def test_turns_end_with_a_stop_token_or_at_the_limit(model):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_reported_logprobs_are_those_of_training(model, temperature):
+def test_reported_logprobs_equal_those_of_the_trainer(model, temperature):
     (turn,) = play(CachedEngine(), model, [[6, 7, 8]], turns=1, sampling=Sampling(temperature, top_p=0.8))[0]
     tokens = torch.tensor([[6, 7, 8, *turn[0]]])
     wanted = torch.tensor([[False] * 3 + [True] * len(turn[0])])
@@ -100,14 +100,14 @@ def test_draw_follows_the_distribution():
     shares = torch.bincount(ids, minlength=3) / 20000
     assert torch.allclose(shares, torch.tensor([0.5, 0.2, 0.3]), atol=0.015)
     assert torch.allclose(logprobs.exp(), torch.tensor([0.5, 0.2, 0.3])[ids])
-    # the nucleus of 0.6 holds tokens 0 and 2 (0.5 + 0.3); of the two most likely, the same; greedy takes token 0
+    # top-p 0.6 keeps tokens 0 and 2 (0.5 + 0.3), and so does top-k 2; greedy takes token 0
     for sampling in (Sampling(top_p=0.6), Sampling(top_k=2)):
         ids, _ = draw(logits, torch.rand(20000), sampling)
         assert set(ids.tolist()) == {0, 2}
     assert (draw(logits, torch.rand(20000), Sampling(0))[0] == 0).all()
 
 
-def test_draw_is_never_out_of_range():
+def test_drawn_tokens_are_never_out_of_range():
     logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]])
     for u in (0.0, 0.5, 1 - 2**-53):
         token, logprob = draw(logits, torch.tensor([u], dtype=torch.float64), Sampling())
@@ -115,17 +115,17 @@ def test_draw_is_never_out_of_range():
         assert torch.isfinite(logprob)
 
 
-def test_sampling_out_of_range_is_refused():
+def test_sampling_options_out_of_range_are_rejected():
     with pytest.raises(UserError, match="top_p"):
         Sampling(top_p=0)
 
 
 @pytest.mark.parametrize("kind", ["sliding", "alibi"])
-def test_a_model_whose_cache_works_otherwise_is_refused_and_not_sampled_wrongly(kind):
+def test_a_model_with_an_unsupported_cache_is_rejected(kind):
     from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
     sizes = {"hidden_size": 32, "vocab_size": 50}
-    if kind == "alibi":  # positions come from the length of the attention mask
+    if kind == "alibi":  # derives positions from the length of the attention mask
         model = BloomForCausalLM(BloomConfig(**sizes, n_layer=2, n_head=4))
         with torch.no_grad():
             for p in model.parameters():

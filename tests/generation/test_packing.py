@@ -1,4 +1,4 @@
-"""The split into micro-batches against every possible split, and the padding that it leaves on real lengths."""
+"""Compares the split into micro-batches with all possible splits, and measures the padding on real lengths."""
 
 import csv
 import itertools
@@ -31,25 +31,25 @@ def worst_and_total(lengths, parts) -> tuple[int, int]:
 
 
 def every_split(rows: int, parts: int):
-    """All ways to cut a sequence into contiguous parts, empty ones among them."""
+    """Yield all ways to split a sequence into contiguous parts, including empty ones."""
     for cuts in itertools.combinations_with_replacement(range(rows + 1), parts - 1):
         bounds = (0, *cuts, rows)
         yield [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def slices(rows: int, parts: int):
-    """As many rows in each part as the first holds."""
+    """Split rows into parts of the same number of rows."""
     size = -(-rows // parts)
     return [range(min(i * size, rows), min((i + 1) * size, rows)) for i in range(parts)]
 
 
 @given(VIEWS, st.integers(1, 5), st.booleans())
 @settings(max_examples=300, deadline=None)
-def test_no_split_has_a_smaller_maximum_or_with_that_maximum_less_padding(lengths, parts, ordered):
+def test_no_other_split_has_a_smaller_maximum_or_less_padding_at_the_same_maximum(lengths, parts, ordered):
     lengths = sorted(lengths, key=sum) if ordered else lengths
     found = balanced_split(lengths, parts)
     assert len(found) == parts
-    assert [i for part in found for i in part] == list(range(len(lengths))), "lost, doubled or out of order"
+    assert [i for part in found for i in part] == list(range(len(lengths))), "rows are missing, repeated or reordered"
     best = min(worst_and_total(lengths, split) for split in every_split(len(lengths), parts))
     assert worst_and_total(lengths, found) == best
     assert worst_and_total(lengths, found) <= worst_and_total(lengths, slices(len(lengths), parts))
@@ -57,18 +57,18 @@ def test_no_split_has_a_smaller_maximum_or_with_that_maximum_less_padding(length
 
 
 @given(st.integers(0, 8), st.integers(1, 8))
-def test_no_part_is_empty_while_there_are_rows_enough(rows, parts):
+def test_no_part_is_empty_if_there_are_enough_rows(rows, parts):
     found = balanced_split([(3, 4)] * rows, parts)
     assert sum(1 for part in found if part) == min(rows, parts)
-    assert all(not part for part in found[rows:]), "blank parts come last"
+    assert all(not part for part in found[rows:]), "empty parts must come last"
 
 
-def test_a_part_is_required():
+def test_at_least_one_part_is_required():
     with pytest.raises(ValueError, match="parts=0"):
         balanced_split([(1, 1)], 0)
 
 
-def test_many_rows_are_split_in_a_moment():
+def test_splitting_many_rows_is_fast():
     generator = torch.Generator().manual_seed(0)
     lengths = sorted(torch.randint(50, 4000, (2048, 2), generator=generator).tolist(), key=sum)
     for parts in (1, 2, 64, 512, 2048):
@@ -79,7 +79,7 @@ def test_many_rows_are_split_in_a_moment():
 
 
 class Uneven(Told):
-    """Rollouts whose number of sampled tokens grows with their number in the group, and teacher prompts likewise."""
+    """Generates rollouts whose sampled tokens and teacher prompts grow with their index in the group."""
 
     def generate(self, jobs, stage):
         rollouts = super().generate(jobs, stage)
@@ -102,7 +102,7 @@ def uneven(tmp_path, outcome=lambda task, rollout: float(rollout == 0), **option
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 4, 8])
-def test_the_number_of_micro_batches_is_fixed_and_the_largest_is_smaller_than_by_counting_rows(
+def test_the_number_of_micro_batches_is_fixed_and_the_largest_is_smaller_than_with_equal_row_counts(
     tmp_path, micro_batch_size
 ):
     batches = uneven(tmp_path, micro_batch_size=micro_batch_size)
@@ -116,10 +116,10 @@ def test_the_number_of_micro_batches_is_fixed_and_the_largest_is_smaller_than_by
     assert largest <= plain
     if micro_batch_size in (2, 4):
         assert largest < plain
-        assert max(b.size for b in batches) > micro_batch_size, "short rollouts are more to a micro-batch"
+        assert max(b.size for b in batches) > micro_batch_size, "a micro-batch of short rollouts must have more rows"
 
 
-def test_fewer_rollouts_than_micro_batches_leave_blank_ones(tmp_path):
+def test_fewer_rollouts_than_micro_batches_give_blank_micro_batches(tmp_path):
     batches = uneven(
         tmp_path,
         lambda task, rollout: "environment_error" if rollout > 0 else 1.0,
@@ -131,14 +131,14 @@ def test_fewer_rollouts_than_micro_batches_leave_blank_ones(tmp_path):
 
 
 @pytest.mark.parametrize("credit", [GEAR(), Uniform()], ids=["teacher", "no teacher"])
-def test_the_logged_padding_is_that_of_the_forward_passes(tmp_path, credit):
+def test_the_logged_padding_equals_that_of_the_forward_passes(tmp_path, credit):
     import lightning as L
 
     class Count(L.Callback):
         places = filled = 0
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            first_epoch = batch_idx < 2  # of two micro-batches; what the teacher says is kept for the second
+            first_epoch = batch_idx < 2  # two micro-batches; the teacher's scores are cached for the second inner epoch
             for x in [batch.valid, batch.teacher_valid] if credit.needs_teacher and first_epoch else [batch.valid]:
                 self.places += x.numel()
                 self.filled += sum(map(sum, x.tolist()))
@@ -152,14 +152,14 @@ def test_the_logged_padding_is_that_of_the_forward_passes(tmp_path, credit):
 
 
 def gsm8k_lengths() -> list[list[tuple[int, int]]]:
-    """(policy, teacher) lengths of the rollouts of each iteration; `benchmarks/padding.py` says how they were made."""
+    """Return (policy, teacher) lengths of the rollouts of each iteration, recorded by `benchmarks/padding.py`."""
     with (ROOT / "benchmarks" / "results" / "gsm8k_lengths.csv").open() as file:
         rows = list(csv.DictReader(file))
     by_iteration = itertools.groupby(rows, key=lambda row: row["iteration"])
     return [[(int(r["policy"]), int(r["teacher"])) for r in group] for _, group in by_iteration]
 
 
-def test_padding_of_gsm8k_rollouts_is_under_a_tenth_at_the_recipes_settings():
+def test_padding_of_gsm8k_rollouts_is_below_a_tenth_with_the_configs_settings():
     recipe = (ROOT / "configs" / "smollm2_gsm8k.yaml").read_text()
     tasks, group, micro = (
         int(re.search(rf"{name}: (\d+)", recipe)[1])

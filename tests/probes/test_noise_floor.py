@@ -1,4 +1,4 @@
-"""The noise floor: what rounding does to credit, and the warning where anchors sit inside it."""
+"""The noise floor: the effect of rounding on credit."""
 
 from dataclasses import replace
 from typing import Any
@@ -57,18 +57,18 @@ def in_bf16(policy, batch, rule) -> Noise:
 
 
 @pytest.mark.parametrize("rule", [GEAR(), TokenOnly(), Turn(), RLSD(), GEAR("jsd", sign_rule="symmetric")], ids=repr)
-def test_float32_has_a_tiny_floor_and_bfloat16_a_larger_one(policy, batch, rule):
+def test_the_floor_is_tiny_in_float32_and_larger_in_bfloat16(policy, batch, rule):
     exact, rounded = measure(policy, batch, rule), in_bf16(policy, batch, rule)
     assert exact.divergence.max() < 1e-4
-    assert exact.anchors == rounded.anchors == 0, "the floor of an anchor is far above the noise of this model"
+    assert exact.anchors == rounded.anchors == 0, "the anchor threshold must be far above the noise of this model"
     assert rounded.divergence.max() > 100 * exact.divergence.max()
-    if getattr(rule, "signed", True):  # an unsigned divergence is scaled by the rollout's own, noise or not
+    if getattr(rule, "signed", True):  # unsigned: scaled by the rollout's own scale, even if it is noise
         assert_close(exact.weights, torch.ones_like(exact.weights), atol=1e-4, rtol=0)
         assert (rounded.weights - 1).abs().max() > 1e-3
 
 
-def test_the_floor_is_the_error_of_low_precision_on_real_privileged_text(policy, batch):
-    """Reference: the same divergence, with real privileged text, in bfloat16 and in float32."""
+def test_the_floor_equals_the_error_of_low_precision_with_real_privileged_text(policy, batch):
+    """The reference is the difference of the divergence with real privileged text between bfloat16 and float32."""
 
     def divergence() -> torch.Tensor:
         with torch.no_grad():
@@ -85,7 +85,7 @@ def test_the_floor_is_the_error_of_low_precision_on_real_privileged_text(policy,
         assert 0.5 < floor.quantile(q) / error.quantile(q) < 2
 
 
-def test_both_sides_have_the_shapes_and_places_of_training(batch):
+def test_both_forwards_have_the_shapes_and_positions_of_training(batch):
     view, shift = teacher_view(batch)
     lengths = batch.valid.sum(-1)
     assert torch.equal(shift[batch.privileged], batch.teacher_offset[batch.privileged])
@@ -94,25 +94,25 @@ def test_both_sides_have_the_shapes_and_places_of_training(batch):
     assert view.teacher_tokens.shape[1] == (lengths + shift).max()
     with_text = replace(batch, privileged=torch.ones_like(batch.privileged), teacher_offset=batch.teacher_offset + 1)
     columns = (batch.teacher_valid.sum(-1) + 1).max()
-    assert teacher_view(with_text)[0].teacher_tokens.shape[1] == columns, "as wide as the real teacher's view"
+    assert teacher_view(with_text)[0].teacher_tokens.shape[1] == columns, "must be as wide as the real teacher's view"
     for row in range(batch.size):
         n = int(lengths[row])
-        assert torch.equal(view.teacher_tokens[row, :n], batch.tokens[row, :n]), "the policy's own prompt"
+        assert torch.equal(view.teacher_tokens[row, :n], batch.tokens[row, :n]), "must have the policy's own prompt"
         assert view.teacher_valid[row].sum() == n
     for name in ("tokens", "valid", "action_mask", "turn_ids", "stop_mask", "temperature"):
         assert getattr(view, name) is getattr(batch, name)
 
 
-def test_rollouts_without_an_advantage_are_measured_as_if_they_had_one(policy, batch):
+def test_rollouts_with_advantage_0_are_measured_with_advantage_1(policy, batch):
     flat = replace(batch, base_advantages=torch.zeros_like(batch.base_advantages))
     ones = replace(batch, base_advantages=torch.ones_like(batch.base_advantages))
     assert torch.equal(in_bf16(policy, flat, GEAR()).weights, in_bf16(policy, ones, GEAR()).weights)
     assert (in_bf16(policy, flat, GEAR()).weights != 1).any()
-    once = replace(batch, solved=torch.ones_like(batch.solved))  # in training these have weight 1 under SC-GRPO
+    once = replace(batch, solved=torch.ones_like(batch.solved))  # in training, these have weight 1 with SC-GRPO
     assert (in_bf16(policy, once, SCGRPO()).weights != 1).any()
 
 
-def test_moving_a_rotary_model_changes_rounding_alone_and_leaves_nothing_behind(policy, batch):
+def test_moving_a_rotary_model_changes_only_rounding_and_is_undone(policy, batch):
     def logprobs() -> torch.Tensor:
         with torch.no_grad():
             return token_stats(policy, batch.tokens, batch.valid, batch.action_mask).logprobs
@@ -126,7 +126,7 @@ def test_moving_a_rotary_model_changes_rounding_alone_and_leaves_nothing_behind(
     assert torch.equal(logprobs(), before)
 
 
-def test_a_model_that_counts_its_positions_stays_where_it_is_and_gets_no_more_columns_than_it_has(batch):
+def test_a_model_with_absolute_positions_is_not_moved_or_padded_beyond_its_length(batch):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -147,15 +147,15 @@ def test_the_policy_keeps_its_mode_and_gets_no_gradient(policy, batch):
     policy.eval()
 
 
-def test_what_rules_take_are_the_99th_percentiles_of_what_is_finite():
+def test_rules_use_the_99th_percentiles_of_the_finite_values():
     values = torch.cat([torch.arange(101.0), torch.tensor([float("nan"), float("inf")])])
-    assert rounding_of(values, 2 * values, GEAR()) == RoundingNoise(99.0, 0.0), "it compares sampled tokens alone"
+    assert rounding_of(values, 2 * values, GEAR()) == RoundingNoise(99.0, 0.0), "it must compare only sampled tokens"
     assert rounding_of(values, 2 * values, SCGRPO()) == RoundingNoise(99.0, 198.0)
     assert rounding_of(values[:0], values[-1:], SCGRPO()) == RoundingNoise()
 
 
 @pytest.mark.parametrize("rule", [TurnSight(), GEAR(scale="zscore"), PBSD()], ids=lambda rule: type(rule).__name__)
-def test_a_rule_that_knows_rounding_makes_no_credit_of_it(policy, batch, rule):
+def test_a_rule_with_the_rounding_constant_gives_noise_no_credit(policy, batch, rule):
     with BF16:
         scored = score(policy, batch, rule)
     untold = noise_of(scored, rule)
@@ -164,7 +164,7 @@ def test_a_rule_that_knows_rounding_makes_no_credit_of_it(policy, batch, rule):
     assert (untold.weights - 1).abs().mean() > 2 * (told.weights - 1).abs().mean()
 
 
-def test_a_weights_spread_is_from_the_median_of_its_rollout():
+def test_the_spread_of_a_weight_is_its_distance_from_the_rollouts_median():
     mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
     weights = torch.tensor([[1.0, 0.8, 1.9, 7.0], [0.5, 1.5, 7.0, 7.0]])
     credit = Credit(weights, weights, weights, torch.full((2, 4), -1))
@@ -179,7 +179,7 @@ def test_a_blank_micro_batch_has_no_noise(policy):
         summary([noise])
 
 
-def test_summary_against_numpy():
+def test_summary_matches_numpy():
     rng = np.random.default_rng(0)
     parts = [
         Noise(
@@ -223,7 +223,7 @@ def test_anchors_are_the_first_tokens_of_segments_but_not_of_turns():
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_the_pass_without_gradient_is_that_of_training_bit_for_bit(tmp_path, precision):
+def test_the_forward_without_gradient_is_bitwise_that_of_training(tmp_path, precision):
     class Both(L.Callback):
         pairs: list = []  # noqa: RUF012
 
@@ -241,7 +241,7 @@ def test_the_pass_without_gradient_is_that_of_training_bit_for_bit(tmp_path, pre
 
 
 @pytest.mark.parametrize(("precision", "size"), [("32-true", 1e-4), ("bf16-mixed", 1.0), ("bf16-true", 1.0)])
-def test_measuring_takes_the_recipes_precision_and_takes_no_step(tmp_path, precision, size):
+def test_measuring_uses_the_recipes_precision_and_makes_no_optimizer_step(tmp_path, precision, size):
     probe = MeasureNoise(micro_batches=1)
     fit = trainer(tmp_path, generation(), probe, precision=precision)
     model = module()

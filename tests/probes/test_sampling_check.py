@@ -1,4 +1,4 @@
-"""What is sampled is what is trained: nothing is random in training, and a start-up check compares both."""
+"""Sampling and training agree: no model is random in training, and a start-up check compares their log-probs."""
 
 import copy
 import csv
@@ -39,7 +39,7 @@ def logprobs(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", RANDOM)
 def test_no_family_is_random_in_training(kind):
-    """Dropout, layerdrop, jitter and sampling routers, under any name."""
+    """Covers dropout, layerdrop, jitter and sampling routers, under any name."""
     torch.manual_seed(0)
     model = Family(kind=kind).model().train()
     before = model.config.to_dict()
@@ -54,10 +54,10 @@ def test_no_family_is_random_in_training(kind):
         assert torch.equal(trained, logprobs(changed.train(True)))
     trained.sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in changed.parameters())
-    assert model.config.to_dict() == before, "the rates that the model was published with"
+    assert model.config.to_dict() == before, "the rates of the published model must be kept"
 
 
-def test_a_run_neither_drops_out_nor_forgets_the_rates(tmp_path):
+def test_a_run_disables_dropout_and_exports_the_original_rates(tmp_path):
     rates = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
     model = GearModule(Family(kind="gpt2"), Uniform(), optimizer=lambda p: torch.optim.SGD(p, lr=1e-2))
     fit = trainer(tmp_path, generation())
@@ -78,7 +78,7 @@ def test_adapters_are_not_random_either(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt layerdrop", "mixtral", "phimoe", "bloom"])
-def test_layers_that_are_computed_again_give_the_same_gradients(kind):
+def test_gradient_checkpointing_gives_the_same_gradients(kind):
     grads, kept = [], []
     for checkpointed in (False, True):
         model = without_dropout(Family(kind=kind).model()).train()
@@ -98,14 +98,14 @@ def test_layers_that_are_computed_again_give_the_same_gradients(kind):
 
 
 def checked(model: Any, engine: Any = None, context: int = 96, teacher: int = 0, turns: int = 4, **options: Any) -> Any:
-    """What the check finds, and the rows that it looked at."""
+    """Return the result of the check, and the rows that it compared."""
     trial = make_trial(list(range(6, 100)), model.config, context, teacher, turns)
     rows = sample(engine or CachedEngine(), model, Sampling(**options), trial)
     return compare(model, model, rows, trial.filler, options.get("temperature", 1.0)), rows
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_every_family_passes(kind):
+def test_every_model_family_passes(kind):
     model = without_dropout(Family(kind=kind).model()).train()
     check_head(model)
     try:
@@ -122,13 +122,13 @@ def test_every_family_passes(kind):
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.7, "top_p": 0.8}, {"temperature": 1.5, "top_k": 5}])
-def test_other_samplings_pass(options):
+def test_other_sampling_options_pass(options):
     assert checked(without_dropout(Family(kind="llama").model()), **options)[0] is None
 
 
 @pytest.mark.parametrize("precision", ["mixed", "true"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3_moe", "phimoe", "deepseek_v3", "smollm3"])
-def test_rounding_in_bfloat16_is_no_difference(kind, precision):
+def test_rounding_in_bfloat16_is_not_reported(kind, precision):
     model = without_dropout(Family(kind=kind).model())
     model = model.to(torch.bfloat16) if precision == "true" else model
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "mixed"):
@@ -136,7 +136,7 @@ def test_rounding_in_bfloat16_is_no_difference(kind, precision):
 
 
 class Off(CachedEngine):
-    """Tells log-probs that are off by ``nats`` where the context is longer than ``beyond`` tokens."""
+    """Reports log-probs that are off by ``nats`` if the context is longer than ``beyond`` tokens."""
 
     nats, beyond, at_temperature = 0.01, 11, False
 
@@ -159,7 +159,7 @@ def off(nats: float, beyond: int) -> CachedEngine:
 
 
 @pytest.mark.parametrize("beyond", [11, 24, 80])
-def test_an_engine_that_is_wrong_beyond_some_length_is_found(beyond):
+def test_an_engine_that_is_wrong_beyond_some_length_is_detected(beyond):
     model = without_dropout(Family(kind="llama").model())
     found, rows = checked(model, off(1e-3, beyond))
     assert found is not None
@@ -170,7 +170,7 @@ def test_an_engine_that_is_wrong_beyond_some_length_is_found(beyond):
 
 
 @pytest.mark.parametrize("precision", ["mixed", "true"])
-def test_a_wrong_engine_is_found_in_bfloat16(precision):
+def test_a_wrong_engine_is_detected_in_bfloat16(precision):
     model = without_dropout(Family(kind="llama").model())
     model = model.to(torch.bfloat16) if precision == "true" else model
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "mixed"):
@@ -179,8 +179,8 @@ def test_a_wrong_engine_is_found_in_bfloat16(precision):
     assert found.what == "engine"
 
 
-def test_a_cache_that_does_not_know_all_that_the_model_does_is_found():
-    """Doge keeps the keys with the largest scores of a window; up to the window's length nothing shows."""
+def test_a_cache_that_does_not_support_the_models_attention_is_detected():
+    """Doge keeps the keys with the largest scores of a window; up to the window's length there is no difference."""
     for window, wrong in ((1000, False), (48, True)):
         model = without_dropout(Family(kind="doge", options=(("keep_window_size", window),)).model())
         found, _ = checked(model)
@@ -200,21 +200,21 @@ def rope(kind: str, original: int, positions: int = 256, **options: Any) -> tupl
     [("phi3", rope("longrope", 48)), ("llama", rope("longrope", 48)), ("llama", rope("dynamic", 48, 48))],
     ids=["phi3 longrope", "llama longrope", "dynamic"],
 )
-def test_rotary_frequencies_that_depend_on_the_longest_row_are_found(kind, options, engine):
+def test_rotary_frequencies_that_depend_on_the_longest_row_are_detected(kind, options, engine):
     model = without_dropout(Family(kind=kind, options=options).model())
     found, _ = checked(model, engine(), context=96)
     assert found is not None
     assert found.what == "alone"
     assert found.nats > 1e-3
     assert checked(model, engine(), context=48)[0] is None
-    found, _ = checked(model, engine(), context=40, teacher=90)  # the teacher's view alone is too long
+    found, _ = checked(model, engine(), context=40, teacher=90)  # only the teacher's view is too long
     assert found is not None
     assert found.what == "alone"
 
 
 @dataclass(frozen=True)
 class Restless(Family):
-    """Its last norm adds noise, in the update alone or always."""
+    """A model whose last norm adds noise, only in training mode or always."""
 
     always: bool = False
     size: float = 0.1
@@ -231,14 +231,14 @@ class Restless(Family):
 
 
 @pytest.mark.parametrize("always", [False, True])
-def test_a_model_that_is_random_all_the_same_is_found(always):
+def test_a_random_model_is_detected(always):
     torch.manual_seed(0)
     found, _ = checked(without_dropout(Restless(kind="llama", always=always).model()), GenerateEngine())
     assert found is not None
     assert found.what == "mode"
 
 
-def test_log_probs_that_are_not_finite_are_found():
+def test_log_probs_that_are_not_finite_are_detected():
     model = without_dropout(Family(kind="llama").model())
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.inf
@@ -249,7 +249,7 @@ def test_log_probs_that_are_not_finite_are_found():
     assert found.what == "finite"
 
 
-def test_the_lengths_tried_are_those_that_the_configuration_names_and_bounded():
+def test_the_tried_lengths_come_from_the_configuration_and_are_bounded():
     config = Family(kind="llama").config()
     assert tried_length(config, 100) == 100
     assert tried_length(config, 32768) == 256
@@ -283,7 +283,7 @@ def fit(run: Any, policy: Any, generate: Any = None, precision: str = "32-true",
     return model
 
 
-def test_a_run_stops_before_its_first_rollout_and_says_what_differs_and_what_to_set(tmp_path):
+def test_a_run_stops_before_its_first_rollout_with_the_difference_and_a_solution(tmp_path):
     class Never(Talk):
         def reset(self, task: Any, *, seed: int) -> Any:
             raise AssertionError("a rollout was made")
@@ -296,7 +296,7 @@ def test_a_run_stops_before_its_first_rollout_and_says_what_differs_and_what_to_
         fit(tmp_path, Family(kind="llama"), generation(environment=Never, engine=off(0.2, 11)))
 
 
-def test_a_difference_that_does_not_show_again_stops_nothing(tmp_path):
+def test_a_difference_that_is_not_reproducible_is_ignored(tmp_path):
     class Once(Off):
         times = 0
 

@@ -1,4 +1,4 @@
-"""Sampler and trainer agree on log-probs, and the sampler always has the newest weights."""
+"""Sampler and trainer compute the same log-probs, and the sampler always has the newest weights."""
 
 import csv
 import math
@@ -31,13 +31,13 @@ SAMPLINGS = [
 
 
 def gaps(seen) -> torch.Tensor:
-    """Policy minus sampler log-prob of every sampled token, nats."""
+    """Return the policy's minus the sampler's log-prob of every sampled token, nats."""
     policy = seen.outputs["policy"].logprobs.detach()
     return (policy - seen.batch.sampler_logprobs)[seen.batch.action_mask]
 
 
 def logprobs(model, weights, batch, temperature) -> torch.Tensor:
-    """Of the sampled tokens, under other weights."""
+    """Return the log-probs of the sampled tokens with other weights."""
     named = dict(zip([n for n, _ in model.named_parameters()], weights, strict=True))
     again = Sharp().model()
     again.load_state_dict(named)
@@ -47,7 +47,7 @@ def logprobs(model, weights, batch, temperature) -> torch.Tensor:
 
 @pytest.mark.parametrize("engine", [CachedEngine, GenerateEngine])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_the_samplers_logprobs_are_the_trainers_in_every_iteration(tmp_path, engine, sampling):
+def test_the_samplers_logprobs_equal_the_trainers_in_every_iteration(tmp_path, engine, sampling):
     model = policy()
     watch = watched(tmp_path, model, tasks(), talking(engine=engine(), sampling=sampling), max_epochs=3)
     assert {s.steps for s in watch.seen} == {0, 1, 2}
@@ -58,16 +58,16 @@ def test_the_samplers_logprobs_are_the_trainers_in_every_iteration(tmp_path, eng
         assert ratio.numel() > 10
         torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-4, rtol=0)
         sampled = seen.batch.sampler_logprobs[seen.batch.action_mask]
-        if sampling.temperature != 1:  # had the temperature been left out on one side, this would have shown it
+        if sampling.temperature != 1:  # detects a temperature that is missing on one side
             cold = logprobs(model.policy, watch.weights[seen.steps], seen.batch, 1.0)
             assert (cold - sampled).abs().max() > 0.1
-        if seen.steps:  # had the engine kept its weights from the start, this would have shown it
+        if seen.steps:  # detects an engine that keeps its initial weights
             stale = logprobs(model.policy, watch.weights[0], seen.batch, sampling.temperature)
             assert (stale - sampled).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("engine", [CachedEngine, GenerateEngine])
-def test_an_engine_follows_weights_that_change_between_phases(engine):
+def test_an_engine_uses_weights_that_change_between_phases(engine):
     from gear_lightning.generation.chat import Chat
     from gear_lightning.rollout import AgentLoop
 
@@ -82,7 +82,7 @@ def test_an_engine_follows_weights_that_change_between_phases(engine):
     before, again = play(), play()
     assert before == again
     kept = {name: value.clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(other.state_dict())  # in place, as an optimizer step does
+    model.load_state_dict(other.state_dict())  # in place, like an optimizer step
     after = play()
     assert after[0] != before[0]
     model.load_state_dict(kept)
@@ -90,7 +90,7 @@ def test_an_engine_follows_weights_that_change_between_phases(engine):
 
 
 class Ordered(GenerationCallback):
-    """Also writes down when it generates, and with which weights."""
+    """Also records when it generates, and with which weights."""
 
     def generate(self, jobs, stage):
         weights = [p.detach().clone() for p in self._module.policy.parameters()]
@@ -99,7 +99,7 @@ class Ordered(GenerationCallback):
 
 
 class Steps(Watch):
-    """Also writes down the optimizer steps."""
+    """Also records the optimizer steps."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -108,7 +108,7 @@ class Steps(Watch):
 
 
 @pytest.mark.parametrize(("micro_batch_size", "inner_epochs"), [(8, 1), (3, 1), (4, 3)])
-def test_generation_and_optimizer_steps_take_turns(tmp_path, micro_batch_size, inner_epochs):
+def test_generation_and_optimizer_steps_alternate(tmp_path, micro_batch_size, inner_epochs):
     torch.manual_seed(0)
     generate, watch = talking(Ordered), Steps()
     generate.watch, watch.events = watch, []
@@ -120,7 +120,7 @@ def test_generation_and_optimizer_steps_take_turns(tmp_path, micro_batch_size, i
         expected.append(("generate", iteration * inner_epochs))
         expected += [("step", next(steps)) for _ in range(inner_epochs)]
     assert [(name, count) for name, count, _ in watch.events] == expected
-    for name, count, weights in watch.events:  # the weights that generated are those of the newest step
+    for name, count, weights in watch.events:  # generation used the weights of the newest step
         if name == "generate":
             assert all(map(torch.equal, weights, watch.weights[count]))
     assert watch.seen
@@ -130,7 +130,7 @@ def test_generation_and_optimizer_steps_take_turns(tmp_path, micro_batch_size, i
 
 
 class Loud(GenerationCallback):
-    """Reports the log-probs of a sampler that is not the trainer."""
+    """Reports log-probs that differ from those of the trainer."""
 
     def generate(self, jobs, stage):
         rollouts = super().generate(jobs, stage)
@@ -141,7 +141,7 @@ class Loud(GenerationCallback):
 
 @dataclass(frozen=True)
 class Noted(ClippedSurrogate):
-    """Keeps what it was called with."""
+    """Records its arguments."""
 
     calls: list = field(default_factory=list, compare=False)
 
@@ -151,8 +151,8 @@ class Noted(ClippedSurrogate):
         return terms
 
 
-def test_the_samplers_ratio_is_that_of_the_frozen_old_logprobs_and_is_logged(tmp_path):
-    """Also after the first inner epoch, when the policy has moved on."""
+def test_the_sampler_ratio_uses_the_frozen_old_logprobs_and_is_logged(tmp_path):
+    """This also holds after the first inner epoch, when the policy has changed."""
     loss = Noted(sampler_cap=1.5)
     model = policy()
     model.objective = loss
@@ -172,7 +172,7 @@ def test_the_samplers_ratio_is_that_of_the_frozen_old_logprobs_and_is_logged(tmp
         expected = np.minimum(np.exp((first[key] - sampler).double().numpy()), 1.5)
         assert terms.sampler_ratio.item() == pytest.approx(expected.sum(), rel=1e-4)
         assert terms.sampler_truncated == (expected == 1.5).sum()
-        assert 0 < terms.sampler_truncated < len(old), "a third of the ratios is exp(0.5), above the cap"
+        assert 0 < terms.sampler_truncated < len(old), "a third of the ratios is exp(0.5), which is above the cap"
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     for row in rows:
@@ -180,7 +180,7 @@ def test_the_samplers_ratio_is_that_of_the_frozen_old_logprobs_and_is_logged(tmp
         assert float(row["train/sampler_truncated_fraction"]) == pytest.approx(1 / 3, abs=0.05)
 
 
-def test_without_a_cap_nothing_is_logged_of_the_samplers_ratio(tmp_path):
+def test_without_a_cap_the_sampler_ratio_is_not_logged(tmp_path):
     watched(tmp_path, policy(), tasks(), talking(Loud), max_epochs=1)
     with (tmp_path / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)
@@ -188,9 +188,9 @@ def test_without_a_cap_nothing_is_logged_of_the_samplers_ratio(tmp_path):
     assert float(row["train/sampler_gap_max"]) == pytest.approx(0.5, abs=1e-4)
 
 
-def test_stale_rollouts_are_refused(tmp_path):
+def test_stale_rollouts_are_rejected(tmp_path):
     class Late(GenerationCallback):
-        """Hands out each iteration's rollouts one iteration late, as a prefetching loop would."""
+        """Returns each iteration's rollouts one iteration late, as a prefetching loop would."""
 
         kept = None
 

@@ -1,13 +1,13 @@
-"""Coverage-guided fuzzing of what reads the policy's text: the tool-call parser and the calculator.
+"""Coverage-guided fuzzing of the parsers of the policy's text: tool calls and the calculator.
 
-Not a part of the test suite, and atheris is no dependency of the project (it has wheels for Linux, Python 3.11):
+Not a part of the test suite. atheris is not a dependency of the project (it has wheels for Linux, Python 3.11):
 
     python3.11 -m venv fuzz && fuzz/bin/pip install atheris
     PYTHONPATH=.:tests/support fuzz/bin/python tests/security/fuzz_parsers.py tool_calls -max_total_time=180
     PYTHONPATH=.:tests/support fuzz/bin/python tests/security/fuzz_parsers.py calculator -max_total_time=180
 
-Options after the target are libFuzzer's. A finding ends the run and leaves its input in ``crash-...``; give that file
-as the last argument to see it again.
+Options after the target are those of libFuzzer. A finding ends the run and writes its input to ``crash-...``; pass that
+file as the last argument to reproduce it.
 """
 
 import ast
@@ -59,7 +59,7 @@ EXACT = {
 
 
 def tool_calls(text: str) -> None:
-    """Text is read or is a `ToolCallError`; calls have a name and arguments, and are read again as they are written."""
+    """Check that text is parsed or raises `ToolCallError`, and that written calls are parsed to the same calls."""
     for read in (parse_tool_calls, lambda text: parse_words(text, WORDS)):
         try:
             _, found = read(text)
@@ -71,13 +71,13 @@ def tool_calls(text: str) -> None:
         for call in found:
             assert isinstance(call["function"]["name"], str)
             assert isinstance(call["function"]["arguments"], dict)
-        if "tool_call>" not in json.dumps(found):  # a tag inside of an argument ends the call early
+        if "tool_call>" not in json.dumps(found):  # a tag inside an argument ends the call early
             written = "".join(f"<tool_call>{json.dumps(c['function'])}</tool_call>" for c in found)
             assert parse_tool_calls(written) == ("", found)
 
 
 def calculator(text: str) -> None:
-    """Text has a value or is a `CalculatorError`; a value is its own value, and the one that exact arithmetic gives."""
+    """Check that text has a value or raises `CalculatorError`, and that a value evaluates to itself and is exact."""
     try:
         value = calculate(text)
     except CalculatorError:
@@ -86,14 +86,14 @@ def calculator(text: str) -> None:
     if set(text) <= set("0123456789.+-*/() "):
         try:
             tree = ast.parse(text.strip(), mode="eval")
-        except SyntaxError:  # 007, which Python does not take
+        except SyntaxError:  # 007, which Python rejects
             return
         exact = evaluated(tree.body, text.strip())
         assert exact is None or format_number(exact) == value, (text, value, exact)
 
 
 def evaluated(node: ast.AST, text: str) -> Fraction | None:
-    """Value of plain arithmetic as Python's own parser understands it; None for what no oracle is needed for."""
+    """Return the value of plain arithmetic by Python's own parser; None for expressions without a reference value."""
     if isinstance(node, ast.Constant):
         return Fraction(ast.get_source_segment(text, node) or "")
     if isinstance(node, ast.UnaryOp):
@@ -113,7 +113,7 @@ def main() -> None:
     target = {"tool_calls": tool_calls, "calculator": calculator}[sys.argv[1]]
 
     def once(data: bytes) -> None:
-        with cheap(200):  # instrumentation included
+        with cheap(200):  # including the overhead of the instrumentation
             target(data.decode("utf-8", "replace"))
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The credit page of rollouts that attack it, in a real browser."""
+"""The credit page of rollouts with malicious text, in a real browser."""
 
 from pathlib import Path
 
@@ -26,14 +26,14 @@ ATTACKS = [
 
 
 def browse(page: str, folder: Path) -> str:
-    """The document as it is after its scripts have run."""
+    """Return the document after its scripts have run."""
     file = folder / "page.html"
     file.write_text(page)
     return dump(file, folder / "profile")
 
 
 def attacked() -> str:
-    """A page in which every text is an attack: tokens, ids, errors, roles, messages, tool names, the title."""
+    """A page in which every text is malicious: tokens, ids, errors, roles, messages, tool names, the title."""
     call = [{"function": {"name": attack, "arguments": {attack: attack}}} for attack in ATTACKS]
     messages = [{"role": a, "content": a, "tool_calls": call, a: a} for a in ATTACKS]
     text = {name: " ".join(ATTACKS) for name in ("task_id", "status", "error")}
@@ -44,7 +44,7 @@ def attacked() -> str:
 
 
 @pytest.mark.parametrize("traced", [True, False])
-def test_no_script_of_a_rollout_runs_and_all_of_it_is_shown(tmp_path, traced):
+def test_scripts_in_rollouts_do_not_run_and_their_text_is_shown(tmp_path, traced):
     page = attacked()
     if not traced:
         record = Record(0, 0, [fake_rollout(row=None, messages=[{"role": a, "content": a} for a in ATTACKS])], {})
@@ -55,12 +55,12 @@ def test_no_script_of_a_rollout_runs_and_all_of_it_is_shown(tmp_path, traced):
     assert "<img" not in body
     assert "<iframe" not in body
     assert "javascript:" not in "".join(part.partition(">")[0] for part in body.split("<a ")[1:])
-    assert "2 rollouts" in body if traced else "1 rollout" in body  # the page's own script did its work
+    assert "2 rollouts" in body if traced else "1 rollout" in body  # the page's own script has run
     assert "&lt;img src=x onerror=" in body
 
 
-def test_the_policy_of_the_page_stops_what_escapes(tmp_path):
-    """Markup put into the page by force does not run either; without the policy it does."""
+def test_the_content_security_policy_blocks_injected_markup(tmp_path):
+    """Markup injected into the page does not run either; without the policy it does."""
     page = render_credit_page([Record(0, 0, [fake_rollout()], fake_tensors())], lambda token: f" {token}")
     forced = page.replace("<body>", f'<body><script>{PWN}</script><img src=x onerror="{PWN}">')
     assert 'data-pwned="yes"' not in browse(forced, tmp_path)

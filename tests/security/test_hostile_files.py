@@ -1,4 +1,4 @@
-"""Checkpoints, model directories, runs, tasks and recipes that were made to do harm: an error, and no harm."""
+"""Malicious checkpoints, model directories, runs, tasks and recipes cause an error and no damage."""
 
 import builtins
 import json
@@ -29,7 +29,7 @@ from gear_lightning.runs.records import read_records
 
 
 class Call:
-    """Unpickled, it calls a function."""
+    """Calls a function when it is unpickled."""
 
     def __init__(self, function: Any, *arguments: Any):
         self.call = (function, arguments)
@@ -39,7 +39,7 @@ class Call:
 
 
 def attacks(mark: Path) -> dict[str, Any]:
-    """Objects that make the file ``mark`` when they are unpickled without care."""
+    """Return objects that create the file ``mark`` when they are unpickled without protection."""
     code = f"open({str(mark)!r}, 'w')"
     inner = mark.with_suffix(".inner")
     torch.save(Call(builtins.exec, code), inner)
@@ -63,7 +63,7 @@ def keeper(folder: Path) -> IterationCheckpoint:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """The checkpoint of a short run."""
+    """Return the checkpoint of a short run."""
     folder = tmp_path_factory.mktemp("run")
     loop = trainer(folder, generation(), keeper(folder), enable_checkpointing=True, max_epochs=1)
     loop.fit(module(), datamodule=data())
@@ -77,7 +77,7 @@ def resume(checkpoint: Path, run: Path, **options: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("place", ["beside", "within", "alone"])
-def test_no_pickle_in_a_checkpoint_runs(checkpoint, tmp_path, name, place):
+def test_no_pickle_in_a_checkpoint_executes_code(checkpoint, tmp_path, name, place):
     mark, bad = tmp_path / "mark", tmp_path / "bad.ckpt"
     attack = attacks(mark)[name]
     state = torch.load(checkpoint, weights_only=True)
@@ -93,8 +93,8 @@ def test_no_pickle_in_a_checkpoint_runs(checkpoint, tmp_path, name, place):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_attacks_are_real(tmp_path):
-    """Loaded without care, all but the last two of them do what they are made for."""
+def test_the_attacks_work_without_protection(tmp_path):
+    """Loaded without protection, all but the last two attacks succeed."""
     for name, attack in attacks(tmp_path / "mark").items():
         torch.save(attack, tmp_path / "x")
         (tmp_path / "mark").unlink(missing_ok=True)
@@ -102,7 +102,7 @@ def test_the_attacks_are_real(tmp_path):
         assert (tmp_path / "mark").exists() == (name not in ("getattr", "a class")), name
 
 
-def test_no_pickle_runs_from_the_command_line(checkpoint, tmp_path, command):
+def test_no_pickle_executes_code_from_the_command_line(checkpoint, tmp_path, command):
     mark = tmp_path / "mark"
     torch.save({**torch.load(checkpoint, weights_only=True), "x": attacks(mark)["exec"]}, tmp_path / "bad.ckpt")
     for args in (
@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_an_error(checkpoint, tmp_path):
             export_checkpoint(bad, tmp_path / "out")
         except UserError:
             assert not (tmp_path / "out").exists()
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)  # where no bit that counts was hit
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)  # no bit that matters was changed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.ckpt"]
 
 
@@ -143,7 +143,7 @@ BYTES = torch.frombuffer(bytearray(b"import os; os.system('true')"), dtype=torch
     ["../../x", "/tmp/gear_lightning_x", "..", "", "a/b.json", "..\\x.json", "x.json\0", "x.py", "pytorch_model.bin",
      "model.safetensors", "adapter_config.json", ".bashrc", "tokenizer.pkl", "x" * 300 + ".json", 7],
 )  # fmt: skip
-def test_export_writes_no_file_that_a_checkpoint_makes_up(checkpoint, tmp_path, name):
+def test_export_writes_no_unexpected_file_of_a_checkpoint(checkpoint, tmp_path, name):
     state = torch.load(checkpoint, weights_only=True)
     state["policy_files"][name] = BYTES
     torch.save(state, tmp_path / "bad.ckpt")
@@ -159,7 +159,7 @@ def test_export_writes_no_file_that_a_checkpoint_makes_up(checkpoint, tmp_path, 
     [{"vocab_size": 10**12}, {"num_hidden_layers": 10**9}, {"hidden_size": 10**8}, {"model_type": "no_such"},
      {"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}, "model_type": "evil"}],
 )  # fmt: skip
-def test_a_configuration_that_does_not_fit_its_weights_makes_no_model(checkpoint, tmp_path, change):
+def test_a_configuration_that_does_not_match_its_weights_creates_no_model(checkpoint, tmp_path, change):
     state = torch.load(checkpoint, weights_only=True)
     config = json.loads(state["policy_files"]["config.json"].numpy().tobytes()) | change
     state["policy_files"]["config.json"] = torch.frombuffer(bytearray(json.dumps(config).encode()), dtype=torch.uint8)
@@ -169,7 +169,7 @@ def test_a_configuration_that_does_not_fit_its_weights_makes_no_model(checkpoint
 
 
 @pytest.mark.parametrize("how", ["parent", "protocol", "elsewhere"])
-def test_a_checkpoint_has_no_file_deleted_but_older_checkpoints(checkpoint, tmp_path, how):
+def test_a_checkpoint_can_cause_the_deletion_only_of_older_checkpoints(checkpoint, tmp_path, how):
     run, victim = tmp_path / "run", tmp_path / "precious.ckpt"
     run.mkdir()
     victim.write_text("data")
@@ -184,7 +184,7 @@ def test_a_checkpoint_has_no_file_deleted_but_older_checkpoints(checkpoint, tmp_
     assert (run / "epoch=1.ckpt").exists()
 
 
-def test_a_checkpoint_changes_no_recipe(checkpoint, tmp_path, command, monkeypatch):
+def test_a_checkpoint_cannot_change_the_recipe(checkpoint, tmp_path, command, monkeypatch):
     (tmp_path / "evil_credit.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass Evil: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     state = torch.load(checkpoint, weights_only=True)
@@ -206,7 +206,7 @@ def model_folder(tmp_path) -> Path:
     return folder
 
 
-def test_a_model_directory_runs_nothing(model_folder, tmp_path, monkeypatch):
+def test_a_model_directory_executes_no_code(model_folder, tmp_path, monkeypatch):
     mark = tmp_path / "mark"
     (model_folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass C: pass\n")
     names = {"AutoConfig": "evil.C", "AutoTokenizer": ["evil.C", "evil.C"], "AutoModelForCausalLM": "evil.C"}
@@ -214,14 +214,14 @@ def test_a_model_directory_runs_nothing(model_folder, tmp_path, monkeypatch):
         file = model_folder / name
         file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": names}))
 
-    asked = []  # whether to run remote code
+    asked = []  # the prompt to run remote code
     monkeypatch.setattr(builtins, "input", lambda *words: asked.append(words) or "n")
     run = tmp_path / "run"
     shutil.copytree(model_folder, run / "tokenizer")
     for load in (Pretrained(str(model_folder)).tokenizer, Pretrained(str(model_folder)).model,
                  Pretrained(str(model_folder)).skeleton, lambda: load_decoder(run)):  # fmt: skip
-        load()  # transformers' own classes in place of the named ones
-    for folder in (model_folder, run / "tokenizer"):  # and where transformers has none, an error
+        load()  # transformers' own classes instead of the named ones
+    for folder in (model_folder, run / "tokenizer"):  # an error if transformers has no such class
         for file, key in (
             (folder / "config.json", "model_type"),
             (folder / "tokenizer_config.json", "tokenizer_class"),
@@ -238,7 +238,7 @@ def test_a_model_directory_runs_nothing(model_folder, tmp_path, monkeypatch):
     assert not asked
 
 
-def test_pickled_weights_run_nothing(model_folder, tmp_path):
+def test_pickled_weights_execute_no_code(model_folder, tmp_path):
     mark = tmp_path / "mark"
     (model_folder / "model.safetensors").unlink()
     torch.save({"lm_head.weight": attacks(mark)["exec"]}, model_folder / "pytorch_model.bin")
@@ -252,7 +252,7 @@ def test_pickled_weights_run_nothing(model_folder, tmp_path):
     ["", "\0.gguf", "a" * 5000 + ".gguf", "package:", "package:.x/y.gguf", "package:os/../../x.gguf", "package:../x",
      "../" * 40 + "etc/passwd", "file:///etc/passwd", "$(touch x).gguf", "/dev/null", "~root/x/y"],
 )  # fmt: skip
-def test_any_model_path_is_an_error(path, tmp_path, monkeypatch):
+def test_any_malicious_model_path_is_an_error(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for load in (Pretrained(path).tokenizer, Pretrained(path).model):
         with pytest.raises(UserError):
@@ -260,7 +260,7 @@ def test_any_model_path_is_an_error(path, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_any_gguf_file_is_an_error(tmp_path, monkeypatch):
+def test_any_invalid_gguf_file_is_an_error(tmp_path, monkeypatch):
     gguf = pytest.importorskip("gguf")
     monkeypatch.setenv("GEAR_LIGHTNING_CACHE", str(tmp_path / "cache"))
     writer = gguf.GGUFWriter(tmp_path / "whole.gguf", "llama")
@@ -302,7 +302,7 @@ def test_any_gguf_file_is_an_error(tmp_path, monkeypatch):
         ("{% include '/etc/passwd' %}", "no loader"),
     ],
 )
-def test_a_chat_template_reaches_nothing_and_does_not_run_on(template, message):
+def test_a_chat_template_is_sandboxed_and_bounded(template, message):
     with pytest.raises(UserError, match=message):
         Chat(byte_tokenizer(template + CHATML))
 
@@ -310,7 +310,7 @@ def test_a_chat_template_reaches_nothing_and_does_not_run_on(template, message):
 # -- tasks, recipes, records ------------------------------------------------------------------------------------------
 
 
-def test_a_task_file_has_nothing_imported(tmp_path, monkeypatch):
+def test_a_task_file_cannot_import_code(tmp_path, monkeypatch):
     (tmp_path / "evil_reward.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\ndef good(*_): return 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "tasks.jsonl"
@@ -327,7 +327,7 @@ def test_a_task_file_has_nothing_imported(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "tag", ["object/apply:os.system [touch {}]", "object/new:os.system [touch {}]", "name:os.system"]
 )
-def test_a_recipes_yaml_makes_no_objects(tag, tmp_path, command):
+def test_yaml_tags_in_a_recipe_create_no_objects(tag, tmp_path, command):
     (tmp_path / "bad.yaml").write_text(f"seed_everything: !!python/{tag.format(tmp_path / 'mark')}\n")
     assert command("fit", "--config", tmp_path / "bad.yaml")[0] == 2
     assert not (tmp_path / "mark").exists()
@@ -335,7 +335,7 @@ def test_a_recipes_yaml_makes_no_objects(tag, tmp_path, command):
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A run directory with one record."""
+    """Return a run directory with one record."""
     source().tokenizer().save_pretrained(tmp_path / "tokenizer")
     add(tmp_path, fake_rollout())
     return tmp_path
@@ -348,7 +348,7 @@ def run(tmp_path) -> Path:
      json.dumps(fake_rollout(row=True)), json.dumps(fake_rollout(messages=["x"])),
      json.dumps(fake_rollout(reward="1"))],
 )  # fmt: skip
-def test_a_record_that_is_none_is_an_error_of_one_line(run, line):
+def test_an_invalid_record_gives_a_one_line_error(run, line):
     file = run / "rollouts" / "iter_000000.rank_0.jsonl"
     file.write_bytes(line.encode(errors="surrogateescape") + b"\n")
     for show in (lambda: list(read_records(run)), lambda: write_credit_page(run), lambda: credit_command([str(run)])):
@@ -356,14 +356,14 @@ def test_a_record_that_is_none_is_an_error_of_one_line(run, line):
             show()
 
 
-def test_tensors_of_a_record_are_no_pickle(run):
+def test_tensors_of_a_record_are_not_pickled(run):
     torch.save(attacks(run / "mark")["exec"], run / "rollouts" / "iter_000000.rank_0.safetensors")
     with pytest.raises(UserError, match=r"rank_0\.safetensors: cannot be read"):
         list(read_records(run))
     assert not (run / "mark").exists()
 
 
-def test_an_error_steers_no_terminal(run, command):
+def test_errors_contain_no_terminal_control_sequences(run, command):
     add(run, fake_rollout(task_id="\x1b]0;owned\x07\x1b[2J\x9b31m\r"))
     _, _, err = command("credit", run, "--task", "other")
     assert err.startswith("gear-lightning: error: ")

@@ -1,4 +1,4 @@
-"""Chat templates for tests, in the styles of the field: tools in the template or not, thinking dropped or not."""
+"""Chat templates for tests, in common styles: with or without tools, with or without dropping old thinking."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# lists tools, wraps calls and results in tags, and shows thinking only in the last turn: earlier turns are rewritten
+# lists tools, wraps calls and results in tags, and drops thinking from earlier turns, which rewrites them
 HERMES = (
     "{% if tools %}<|im_start|>system\nTools:{% for t in tools %}\n{{ t | tojson }}{% endfor %}\n"
     "Answer with <tool_call>...</tool_call> to call one.<|im_end|>\n{% endif %}"
@@ -29,7 +29,7 @@ NO_END_MARK = (
 
 
 def ending(before: str, end: str) -> str:
-    """A template in which an answer is followed by ``before`` and the text ``end``."""
+    """Return a template in which ``before`` and the text ``end`` follow an answer."""
     return (
         "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}\n{% else %}<|im_start|>assistant\n"
         "{{ m.content + '" + before + "' }}" + end + "\n{% endif %}{% endfor %}"
@@ -38,7 +38,7 @@ def ending(before: str, end: str) -> str:
 
 
 def byte_tokenizer(template: str | None) -> Any:
-    """A byte-level BPE tokenizer with merges, so that text can be cut into ids in more than one way."""
+    """Return a byte-level BPE tokenizer with merges, so that text has more than one tokenization."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,6 +1,6 @@
-"""How many cases the fuzz tests draw, and the text that they draw from.
+"""The number of cases of the fuzz tests, and the texts that they draw from.
 
-``GEAR_FUZZ_CASES=1000000`` runs a million over all tests of `test_fuzz.py` in place of the ordinary 12,000.
+``GEAR_FUZZ_CASES=1000000`` runs a million cases over all tests of `test_fuzz.py` instead of the default 12,000.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ CASES = int(os.environ.get("GEAR_FUZZ_CASES", "12000"))
 
 
 def cases(share: float) -> settings:
-    """Settings of a test that takes this share of all cases."""
+    """Return the settings of a test with this fraction of all cases."""
     return settings(
         max_examples=max(1, round(CASES * share)), deadline=None, suppress_health_check=list(HealthCheck), database=None
     )
@@ -23,8 +23,8 @@ def cases(share: float) -> settings:
 
 @contextlib.contextmanager
 def soon() -> Iterator[None]:
-    """Fails where the code within takes longer than any text may make it take."""
-    with cheap(500):  # what is too slow by nature is so by far more
+    """Fail if the code in this context takes longer than any text may make it take."""
+    with cheap(500):  # code with a real problem exceeds this limit by far
         yield
 
 

@@ -1,4 +1,4 @@
-"""Environments that misbehave in one way each, told by the task; light to import, for processes of their own."""
+"""Environments that misbehave in the way that the task names. Fast to import for separate processes."""
 
 import ctypes
 import os
@@ -45,7 +45,7 @@ def write_much(environment):
 
 
 def call_the_network(environment):
-    socket.create_connection(("1.1.1.1", 53), timeout=5)  # not waited for: there is no network
+    socket.create_connection(("1.1.1.1", 53), timeout=5)  # returns immediately, because there is no network
 
 
 def crash(environment):
@@ -85,7 +85,7 @@ DEEDS = {
 
 
 class Unruly(Environment):
-    """Does what ``task.meta["deed"]`` names at its step, or nothing, and then gives the task's reward."""
+    """Executes the action in ``task.meta["deed"]`` in its step, if there is one, and then returns the task's reward."""
 
     played = 0
 

@@ -1,4 +1,4 @@
-"""Tiny models of many transformers families, as policies."""
+"""Tiny policies of many transformers model families."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}
 BART = {"d_model": 32, "max_position_embeddings": 256}
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 BERT = {**LLAMA, "is_decoder": True}
-# random in training: dropout as a module, a number of a layer or of the config; layers, routers
+# random in training: dropout as a module, as a number of a layer or of the config; layerdrop; routers
 RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {**GPT, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}),
     "gpt2 attention": ("GPT2", {**GPT, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.3}),

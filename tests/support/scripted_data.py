@@ -1,4 +1,4 @@
-"""Data modules with rollouts that are made up."""
+"""Data modules with scripted rollouts."""
 
 from tiny_runs import trainer
 
@@ -20,7 +20,7 @@ class Finite(TaskSource):
 
 
 class Told(RolloutGenerator):
-    """Rollouts of three sampled tokens with the rewards that the test says, by task and rollout."""
+    """Generates rollouts of three sampled tokens with the test's rewards by task and rollout."""
 
     temperature = 1.0
 
@@ -53,7 +53,7 @@ class Told(RolloutGenerator):
 
 
 def iteration(tmp_path, outcome, **options):
-    """The rows of one iteration's batches, and the data module."""
+    """Return the rows of one iteration's batches, and the data module."""
     source = RolloutDataModule(
         **{"train_tasks": Finite(64), "tasks_per_iteration": 2, "group_size": 4, "micro_batch_size": 8, **options}
     )

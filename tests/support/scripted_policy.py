@@ -1,4 +1,4 @@
-"""A policy that says what it is told, and rollouts of one task with it."""
+"""An engine with scripted turns, and rollouts of one task with it."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ CHAT = Chat(byte_tokenizer(CHATML))
 
 
 class Scripted(GenerationEngine):
-    """Says what it is told, token by token cut in an unusual way, so that re-encoding its text would give other ids."""
+    """Returns scripted turns, tokenized in an unusual way, so that re-encoding the text gives other ids."""
 
     def __init__(self, *turns: str, stop: bool = True):
         self.turns, self.stop = turns, stop
@@ -51,7 +51,7 @@ def answered(
     *turns: str,
     budgets: Budgets = Budgets(tokens=8000, context=16000, step_seconds=seconds(30)),
 ) -> Rollout:
-    """The rollout of a task whose policy says these turns, the last one again and again."""
+    """Return the rollout of a task with these turns of the policy; the last one is repeated."""
     loop = AgentLoop(CHAT, Scripted(*turns), environment, budgets, Sampling())
     (rollout,), _ = loop.run(torch.nn.Linear(1, 1), [(task, (0, 0, 0, 0))], policy_version=0)
     return rollout

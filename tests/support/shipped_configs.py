@@ -1,4 +1,4 @@
-"""The recipes and pieces under configs/, parsed as the command line parses them."""
+"""The configs under configs/, parsed as on the command line."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ QUICKSTART = CONFIGS / "quickstart.yaml"
 
 
 class Parsed(GearCLI):
-    """Reads the command line, and makes nothing of it."""
+    """Parses the command line, and creates nothing."""
 
     def instantiate_classes(self) -> None:
         self.datamodule = self.model = self.trainer = None
@@ -33,7 +33,7 @@ class Parsed(GearCLI):
 
 
 class Built(GearCLI):
-    """Makes everything that the command line asks for, and trains nothing."""
+    """Creates all objects that the command line requests, and does not train."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Train nothing."""

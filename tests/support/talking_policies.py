@@ -1,4 +1,4 @@
-"""Policies and tasks for runs in which the environment talks."""
+"""Policies and tasks for runs whose environment answers with text."""
 
 from typing import Any
 
