@@ -245,7 +245,7 @@ class TestMath:
         from gear_lightning.environments import math_judge
 
         assert math_judge.judge("1", "$1$") == "right"
-        verdict = math_judge.judge("1", "$9^{9^{9^9}}$", seconds=1)  # the deadline ends it: it would never finish
+        verdict = math_judge.judge("1", "$9^{9^{9^9}}$", seconds=1)  # not waited for: it would never finish
         assert verdict == "too long"
         assert math_judge.judge("1", "$1$") == "right"
 

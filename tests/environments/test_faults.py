@@ -351,7 +351,7 @@ def test_a_rollout_ends_after_its_own_time_limit(monkeypatch):
         now[0] += 0.2
         return Step([tool_result("look", "x")])
 
-    (rollout,) = play(doing(step), CALL, seconds=0.5, turns=50)  # a fake clock: the test does not really wait
+    (rollout,) = play(doing(step), CALL, seconds=0.5, turns=50)  # not waited for: a fake clock
     assert (rollout.status, rollout.turns) == ("truncated", 3)
 
 
