@@ -31,7 +31,8 @@ class SampleTable(L.Callback):
     def __init__(self, every_n_iterations: int = 20, rows: int = 4, print_table: bool = True):
         if every_n_iterations < 0 or rows < 1:
             raise UserError(
-                f"samples.every_n_iterations={every_n_iterations}: must not be negative, rows={rows} at least 1"
+                f"samples.every_n_iterations={every_n_iterations} must not be negative, and samples.rows={rows} must "
+                "be at least 1"
             )
         self.every_n_iterations = every_n_iterations
         self.rows = rows

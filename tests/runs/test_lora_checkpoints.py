@@ -221,7 +221,7 @@ def test_an_export_does_not_download_a_model_that_a_checkpoint_names(run, tmp_pa
     torch.save(states, tmp_path / "bad.ckpt")
     asked = []
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: asked.append(k) or 1 / 0)
-    with pytest.raises(UserError, match=r"that, someone/some-model, cannot be loaded"):
+    with pytest.raises(UserError, match=r"that model, someone/some-model, cannot be loaded"):
         export_checkpoint(tmp_path / "bad.ckpt", tmp_path / "out")
     assert asked[0]["local_files_only"] is True
 
