@@ -580,7 +580,7 @@ def test_inconsistent_files_are_reported(run):
     with pytest.raises(UserError, match=r"iter_000001\.rank_0\.safetensors: row 0 has group_id 0, but .*jsonl:1 has 3"):
         recredit_command(ask)
     lines.write_text(text.replace('"group_id": 3', '"group_id": 0'))
-    with pytest.raises(UserError, match=r"safetensors: row 0 has policy_version 0, and .*jsonl:1 says 1: these files"):
+    with pytest.raises(UserError, match=r"safetensors: row 0 has policy_version 0, but .*jsonl:1 has 1: these files"):
         recredit_command(ask)
     tensors.write_bytes(content)
     lines.write_text(text.replace('"row": 1', '"row": 7'))
@@ -614,7 +614,7 @@ def test_a_runs_config_imports_nothing(run, tmp_path, monkeypatch, capsys):
     assert not mark.exists()
     config.write_text(f"model: {{credit: {inner}}}")  # named by the user: imported, and recognized as the run's
     assert recredit_command([str(run), "--credit", "evil_rule.Evil"]) == 0
-    assert "the run's own rule, Evil, computed anew" in capsys.readouterr().out
+    assert "the run's own rule, Evil, recomputed" in capsys.readouterr().out
     assert mark.exists()
 
 
