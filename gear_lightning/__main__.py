@@ -16,6 +16,10 @@ train and evaluate (options: gear-lightning COMMAND --help)
   test       the same, logged as test/...
   predict    write rollouts of the validation tasks
 
+begin
+  recipes    list the recipes that the package brings along; --config takes their names
+  init       write a small project that trains at once:  gear-lightning init my_project
+
 inspect models and runs
   template   check a model's chat template:  gear-lightning template MODEL
   teacher-check  check that the teacher's divergence is informative:  gear-lightning teacher-check --config RECIPE
@@ -46,6 +50,8 @@ COMMANDS = {  # module of `gear_lightning.commands`; its `NAME_command` takes th
     "study": "study",
     "teacher-check": "teacher_check",
     "noise-floor": "noise_floor",
+    "recipes": "recipes",
+    "init": "init",
 }
 
 
@@ -68,6 +74,7 @@ def main() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
     sys.path.append(os.getcwd())  # to import a user's own environments and rewards, as with `python -m`
     from .errors import UserError, one_line, printable
+    from .recipes.packaged import with_packaged
 
     command, rest = args[0], args[1:]
     if command == "fit":  # record stop signals that arrive before training starts; training acts on them
@@ -75,6 +82,7 @@ def main() -> None:
 
         NOTES.watch(signal.SIGUSR1, signal.SIGUSR2)
     try:
+        rest = with_packaged(rest)
         if command in LIGHTNING:
             from .recipes.cli import main as run
 

@@ -33,7 +33,7 @@ def recipes_command(argv: list[str]) -> int:
         return 0
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    table.add_column(no_wrap=True, overflow="ellipsis")
     for kind, title in KINDS.items():
         table.add_row(f"[bold]{title}[/bold]", "")
         for path in sorted((configs() / kind).glob("*.yaml")):
