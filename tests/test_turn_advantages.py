@@ -180,7 +180,7 @@ def test_turns_can_have_a_signal_if_the_rollouts_have_equal_rewards(rule):
     assert not rule.has_signal(*facts([[0.1, 0.2], [0.1, 0.2], [0.1, 0.2]]))
     assert not rule.has_signal(*facts([[0.3]]))
     assert not rule.has_signal(*facts([]))
-    with pytest.raises(UserError, match="group_size=1 gives"):
+    with pytest.raises(UserError, match="group_size=1: "):
         rule.check_group_size(1)
 
 

@@ -149,7 +149,7 @@ def test_if_one_rollout_in_a_hundred_fails_in_each_way_the_others_are_unaffected
     assert len(set(hashed)) == size
     monkeypatch.setattr(Failing, "kinds", {hashed[i]: kind for i, kind in kinds.items()}, raising=False)
     monkeypatch.setattr(Failing, "release", threading.Event(), raising=False)
-    monkeypatch.setattr(deadline, "_told", False)
+    monkeypatch.setattr(deadline, "_warned", False)
 
     data = RolloutDataModule(Endless(), tasks_per_iteration=tasks, group_size=group, micro_batch_size=256)
     data.trainer, data.generator = trainer(tmp_path), Generator()
@@ -157,7 +157,7 @@ def test_if_one_rollout_in_a_hundred_fails_in_each_way_the_others_are_unaffected
     if share < deadline.MANY:
         batches = list(data._iterate())
     else:
-        with pytest.warns(UserWarning, match=f"{deadline.MANY} calls of environments, .* have not come back"):
+        with pytest.warns(UserWarning, match=f"{deadline.MANY} calls of environments, .* have not returned"):
             batches = list(data._iterate())
 
     expected = Counter(STATUS[kind] for kind in kinds.values())
@@ -408,7 +408,7 @@ def test_nothing_is_retried_after_the_first_token():
 
 
 def test_budgets_are_checked():
-    with pytest.raises(UserError, match=r"budgets\.retries=-1 must be at least 0"):
+    with pytest.raises(UserError, match=r"budgets\.retries=-1: must be at least 0"):
         Budgets(retries=-1)
     with pytest.raises(UserError, match=r"budgets\.output_bytes=0: must be above 0"):
         Budgets(output_bytes=0)

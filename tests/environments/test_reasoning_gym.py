@@ -107,8 +107,8 @@ def test_an_answer_on_which_the_scorer_raises_scores_0(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("chain_summ", {}, "no data set 'chain_summ'; there are chain_sum"),
-        ("nothing", {}, "no data set 'nothing'; there are "),
+        ("chain_summ", {}, "no data set 'chain_summ'; use one of chain_sum"),
+        ("nothing", {}, "no data set 'nothing'; use one of "),
         ("chain_sum", {"terms": 3}, "chain_sum does not accept {'terms': 3}"),
         ("chain_sum", {"min_terms": 5, "max_terms": 2}, "chain_sum does not accept {'min_terms': 5, 'max_terms': 2}"),
         ("chain_sum", {"min_terms": "two"}, "chain_sum does not accept {'min_terms': 'two'}"),

@@ -103,7 +103,7 @@ def test_weights_that_overflow_float16_are_rejected(run, tmp_path):
         export_checkpoint(tmp_path / "large.ckpt", tmp_path / "half", dtype="float16")
     state["state_dict"]["policy.lm_head.weight"][0, 0] = float("nan")
     torch.save(state, tmp_path / "nan.ckpt")
-    with pytest.raises(UserError, match=r"nan\.ckpt.*lm_head\.weight contains values that are not finite"):
+    with pytest.raises(UserError, match=r"nan\.ckpt.*lm_head\.weight .* not finite"):
         export_checkpoint(tmp_path / "nan.ckpt", tmp_path / "nan")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["large.ckpt", "nan.ckpt", "out"]
 
