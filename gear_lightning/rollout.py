@@ -139,7 +139,7 @@ class _Episode:
     seed: tuple[int, ...]
     started: float
     sampled: int = 0
-    heard: int = 0  # bytes of text from the environment
+    environment_bytes: int = 0  # bytes of text from the environment
     state: str = ""  # state in which the next turn begins
     transient: bool = False  # a retry may fix its failure
 
@@ -244,7 +244,7 @@ class AgentLoop:
 
     def _open(self, key: int, task: Task, seed: tuple[int, ...], version: int, attempt: int) -> _Episode:
         rollout = Rollout(task, list(task.messages), policy_version=version, retries=attempt)
-        episode = _Episode(rollout, _Unmade(), seed, time.monotonic())
+        episode = _Episode(rollout, _NotCreated(), seed, time.monotonic())
 
         def make() -> list[Message]:
             episode.environment = self.environment()
@@ -254,8 +254,8 @@ class AgentLoop:
 
         opening = self._guard(episode, make)
         if rollout.error is None:
-            episode.heard = text_bytes(opening, self.budgets.output_bytes)
-            episode.state = _said(opening)
+            episode.environment_bytes = text_bytes(opening, self.budgets.output_bytes)
+            episode.state = _text_of(opening)
             rollout.messages += opening
             rollout.opening_messages = len(rollout.messages)
             prompt = self._guard(episode, lambda: self.chat.prompt(rollout.messages, task.tools))
@@ -286,7 +286,7 @@ class AgentLoop:
             if time.monotonic() - started >= min(SLOW_CALL, self.budgets.step_seconds):
                 self.on_progress(*self._progress)
 
-    def _room(self, episode: _Episode) -> int:
+    def _turn_limit(self, episode: _Episode) -> int:
         """Return the maximum number of tokens of the next turn; 0 if the budgets allow no further turn."""
         budgets, rollout = self.budgets, episode.rollout
         late = budgets.seconds is not None and time.monotonic() - episode.started > budgets.seconds
@@ -298,8 +298,8 @@ class AgentLoop:
     def _request(self, key: int, episode: _Episode, otherwise: Status) -> bool:
         """Request the next turn, or end the rollout with status ``otherwise`` if the budgets allow none. Return whether
         a turn was requested."""
-        rollout, room = episode.rollout, self._room(episode)
-        if not room:
+        rollout, limit = episode.rollout, self._turn_limit(episode)
+        if not limit:
             rollout.status = otherwise
             if otherwise == "prompt_too_long":
                 rollout.error = (
@@ -307,7 +307,7 @@ class AgentLoop:
                     f"(budgets.context={self.budgets.context})"
                 )
             return False
-        self.engine.submit(TurnRequest(key, list(rollout.tokens), room, (*episode.seed, rollout.turns)))
+        self.engine.submit(TurnRequest(key, list(rollout.tokens), limit, (*episode.seed, rollout.turns)))
         return True
 
     def _advance(self, key: int, episode: _Episode, turn: SampledTurn) -> bool:
@@ -335,18 +335,18 @@ class AgentLoop:
 
     def _answer(self, key: int, episode: _Episode, turn: SampledTurn, message: Message) -> bool:
         """Call the environment with a message, and request the next turn. Return whether the rollout is over."""
-        rollout, room = episode.rollout, self.budgets.output_bytes - episode.heard
+        rollout, limit = episode.rollout, self.budgets.output_bytes - episode.environment_bytes
         mine = copy.deepcopy(message)  # the environment may modify its copy, now or later
-        step: CheckedStep = self._guard(episode, lambda: checked_step(episode.environment.step(mine), room))
+        step: CheckedStep = self._guard(episode, lambda: checked_step(episode.environment.step(mine), limit))
         if rollout.error is not None:
             return True
         self._score(rollout, step)
         self._mark(rollout, turn.ids, step.info["decisions"])
-        episode.heard += text_bytes(step.messages, room)
-        episode.state = step.info.get("state", _said(step.messages))
+        episode.environment_bytes += text_bytes(step.messages, limit)
+        episode.state = step.info.get("state", _text_of(step.messages))
         rollout.messages += step.messages
         ended = step.done or not (step.messages or step.broken)
-        cut = step.truncated or not turn.stopped or not (ended or self._room(episode))
+        cut = step.truncated or not turn.stopped or not (ended or self._turn_limit(episode))
         if step.broken and not (ended or cut):
             rollout.status, rollout.error = step.broken, step.problem
             return True
@@ -387,7 +387,7 @@ class AgentLoop:
     def _close(self, episode: _Episode) -> None:
         """Close an episode's environment. A failure is recorded but does not change the outcome, which is already
         known."""
-        if isinstance(episode.environment, _Unmade):
+        if isinstance(episode.environment, _NotCreated):
             return
         try:
             self._timed(episode.environment.close)
@@ -400,7 +400,7 @@ def _empty(message: Message) -> bool:
     return not message["content"] and not message.get("tool_calls")
 
 
-def _said(messages: list[Message]) -> str:
+def _text_of(messages: list[Message]) -> str:
     """Return the text of messages, which is the default name of the state after them."""
     return "\n".join(str(m.get("content")) for m in messages)
 
@@ -413,7 +413,7 @@ def _status_of(error: Exception) -> Status:
     return "invalid_reward" if isinstance(error, RewardError) else "environment_error"
 
 
-class _Unmade(Environment):
+class _NotCreated(Environment):
     """Placeholder for an environment whose constructor has not returned."""
 
     def step(self, message: Message) -> Step:

@@ -54,23 +54,23 @@ def refuse_async_methods(environment: Any) -> None:
             refuse_async(method, f"{type(environment).__name__}.{name}")
 
 
-def checked_messages(messages: Any, what: str, room: int) -> list[Message]:
+def checked_messages(messages: Any, what: str, limit: int) -> list[Message]:
     """Return an environment's messages as plain JSON data, which can be shown, recorded and checkpointed.
 
     Args:
         messages: what the environment returned.
         what: the method that returned them.
-        room: largest allowed size in bytes (`text_bytes`).
+        limit: largest allowed size in bytes (`text_bytes`).
 
     Raises:
         TypeError: not a list of messages with a role and text.
         ValueError: a value that JSON cannot represent.
-        FloodError: larger than ``room``.
+        FloodError: larger than ``limit``.
     """
     if not isinstance(messages, list):
         raise TypeError(f"{what} returned {type(messages).__name__}, expected a list of messages")
-    if text_bytes(messages, room) > room:  # before anything is copied
-        raise FloodError(f"{what} returned more than {room:,} bytes of text, the remaining limit")
+    if text_bytes(messages, limit) > limit:  # before anything is copied
+        raise FloodError(f"{what} returned more than {limit:,} bytes of text, the remaining limit")
     for message in messages:
         plain = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not plain or not isinstance(message.get("content") or "", str):
@@ -78,9 +78,9 @@ def checked_messages(messages: Any, what: str, room: int) -> list[Message]:
     return json.loads(json.dumps(messages, allow_nan=False))
 
 
-def text_bytes(value: Any, room: int) -> int:
+def text_bytes(value: Any, limit: int) -> int:
     """Return the size of messages in bytes: all text as UTF-8, and one byte for every other value. Stop counting above
-    ``room``.
+    ``limit``.
 
     Nothing large is copied. A value that contains itself is counted once; writing it as JSON raises later.
     """
@@ -90,13 +90,13 @@ def text_bytes(value: Any, room: int) -> int:
         nonlocal total
         if isinstance(value, str):
             # ASCII text has one byte per character; text longer than the limit need not be encoded
-            plain = value.isascii() or len(value) > room
+            plain = value.isascii() or len(value) > limit
             total += len(value) if plain else len(value.encode("utf-8", "surrogatepass"))
         elif isinstance(value, dict | list | tuple) and id(value) not in inside:
             inside.add(id(value))
             parts = (part for pair in value.items() for part in pair) if isinstance(value, dict) else value
             for part in parts:
-                if total > room:
+                if total > limit:
                     break
                 count(part)
             inside.discard(id(value))
@@ -119,12 +119,12 @@ class CheckedStep(Step):
     broken: Literal["environment_error", "environment_flood"] | None = None
 
 
-def checked_step(step: Any, room: int) -> CheckedStep:
+def checked_step(step: Any, limit: int) -> CheckedStep:
     """Return an environment's step as plain data. Invalid parts other than the score are dropped.
 
     Args:
         step: what the environment returned.
-        room: largest allowed size of its messages in bytes (`text_bytes`).
+        limit: largest allowed size of its messages in bytes (`text_bytes`).
 
     Raises:
         RewardError: not a Step, or the reward or a part of it is not a finite number below `MAX_REWARD`.
@@ -147,36 +147,36 @@ def checked_step(step: Any, room: int) -> CheckedStep:
         ) from error
     if not isinstance(found := info.get("success", False), bool | np.bool_):
         raise TypeError(f"step returned success {as_text(found)}, expected true or false")
-    told: dict[str, Any] = {"success": bool(found)} if "success" in info else {}
-    told |= {"reward_parts": parts, "decisions": []}
-    out = CheckedStep([], reward, bool(step.done), bool(step.truncated), told)
+    kept: dict[str, Any] = {"success": bool(found)} if "success" in info else {}
+    kept |= {"reward_parts": parts, "decisions": []}
+    out = CheckedStep([], reward, bool(step.done), bool(step.truncated), kept)
     if isinstance(step, CheckedStep):  # already checked in another process
         out.problem, out.broken = step.problem, step.broken
     try:
-        out.messages = checked_messages(step.messages, "step", room)
+        out.messages = checked_messages(step.messages, "step", limit)
     except Exception as error:
         out.problem = as_failure(error)
         out.broken = "environment_flood" if isinstance(error, FloodError) else "environment_error"
     for name, check in (("state", _text), ("feedback", _text), ("decisions", _decisions)):
         try:
             if info.get(name) is not None:
-                told[name] = check(info[name], name, room)
+                kept[name] = check(info[name], name, limit)
         except Exception as error:
             out.problem = out.problem or as_failure(error)
     return out
 
 
-def _text(value: Any, name: str, room: int) -> str:
+def _text(value: Any, name: str, limit: int) -> str:
     if not isinstance(value, str):
         raise TypeError(f"step returned {name} {as_text(value)}, expected text")
-    if text_bytes([value], room) > room:
-        raise FloodError(f"step returned a {name} of more than {room:,} bytes, the remaining limit")
+    if text_bytes([value], limit) > limit:
+        raise FloodError(f"step returned a {name} of more than {limit:,} bytes, the remaining limit")
     return value
 
 
-def _decisions(value: Any, name: str, room: int) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or text_bytes(value, room) > room:
-        raise TypeError(f"step returned {name} {as_text(value)}, expected a list of at most {room:,} bytes")
+def _decisions(value: Any, name: str, limit: int) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or text_bytes(value, limit) > limit:
+        raise TypeError(f"step returned {name} {as_text(value)}, expected a list of at most {limit:,} bytes")
     for one in value:
         right = isinstance(one, dict) and isinstance(one.get("text"), str) and isinstance(one.get("right"), bool)
         if not right or not one["text"] or type(one.get("occurrence", -1)) is not int:

@@ -143,18 +143,18 @@ class LookupChain(Environment):
         if len(made) != 1:
             return Step(done=True, info={"success": False})
         name, arguments = made[0]
-        told = self._decisions(message.get("content") or "", name, arguments)
+        decisions = self._decisions(message.get("content") or "", name, arguments)
         self.calls_left -= 1
         if name == "submit":
             right = arguments.get("entity") == self.steps[-1][2]
-            return Step(done=True, reward=float(right), info={"success": right, "decisions": told})
+            return Step(done=True, reward=float(right), info={"success": right, "decisions": decisions})
         relation, entity = arguments.get("relation"), arguments.get("entity")
         known = name == "look" and relation in RELATIONS and entity in ENTITIES
         answer = look(self.task.meta["table"], str(relation), str(entity)) if known else "error"
         if known and self.walked < len(self.steps) and (relation, entity) == self.steps[self.walked][:2]:
             self.walked += 1
         over = self.calls_left <= 0
-        return Step([tool_result(name, answer)], done=over, truncated=over, info={"decisions": told})
+        return Step([tool_result(name, answer)], done=over, truncated=over, info={"decisions": decisions})
 
     def _decisions(self, thought: str, name: str, arguments: dict[str, str]) -> list[dict]:
         """Return the decisions of a turn: the first relation in the thought, the tool, and its arguments.
@@ -163,14 +163,14 @@ class LookupChain(Environment):
         """
         over = self.walked == len(self.steps)
         relation, entity = (None, self.steps[-1][2]) if over else self.steps[self.walked][:2]
-        told = []
+        found = []
         if considered := next((word for word in thought.split() if word in RELATIONS), None):
-            told.append({"text": considered, "right": considered == relation, "occurrence": 0})
-        told.append({"text": name, "right": name == ("submit" if over else "look")})
+            found.append({"text": considered, "right": considered == relation, "occurrence": 0})
+        found.append({"text": name, "right": name == ("submit" if over else "look")})
         for key, wanted in (("relation", relation), ("entity", entity)):
             if isinstance(value := arguments.get(key), str) and value:
-                told.append({"text": value, "right": value == wanted})
-        return told
+                found.append({"text": value, "right": value == wanted})
+        return found
 
 
 @dataclass(frozen=True)

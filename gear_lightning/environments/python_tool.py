@@ -52,7 +52,7 @@ def run_python(
             raise ToolError("the program holds half a character") from None
         environ = plain_variables() | {"HOME": folder, "TMPDIR": folder}
         command = [sys.executable, "-I", "-B", "-X", "utf8", "main.py"]
-        options = {"network": network == "allow", "limits": limits.told(), "command": command}
+        options = {"network": network == "allow", "limits": limits.as_dict(), "command": command}
         keeper, line = start(options, environ, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
             printed, note = _read(keeper, seconds, output_bytes)

@@ -45,11 +45,11 @@ class Limits:
     processes: int = 16
 
     def __post_init__(self):
-        for name, value in self.told().items():
+        for name, value in self.as_dict().items():
             if not 0 < value < math.inf:
                 raise UserError(f"limits.{name}={value}: must be above 0 and finite")
 
-    def told(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float]:
         """Return the limits as a dict, in the format of `confine`."""
         return {
             "cpu_seconds": self.cpu_seconds,
@@ -189,11 +189,11 @@ def hang_up(line: socket.socket) -> None:
 # -- processes --------------------------------------------------------------------------------------------------------
 
 
-def start(told: dict[str, Any], environ: dict[str, str], **options: Any) -> tuple[subprocess.Popen, socket.socket]:
+def start(config: dict[str, Any], environ: dict[str, str], **options: Any) -> tuple[subprocess.Popen, socket.socket]:
     """Start a confined process.
 
     Args:
-        told: options of the process, see `confine.main`.
+        config: options of the process, see `confine.main`.
         environ: its environment variables.
         options: options of `subprocess.Popen`.
 
@@ -202,10 +202,10 @@ def start(told: dict[str, Any], environ: dict[str, str], **options: Any) -> tupl
     """
     mine, theirs = socket.socketpair()
     with theirs:
-        told = {"trainer": os.getpid(), "line": theirs.fileno(), **told}
-        site = [] if "call" in told else ["-S"]
+        config = {"trainer": os.getpid(), "line": theirs.fileno(), **config}
+        site = [] if "call" in config else ["-S"]
         keeper = subprocess.Popen(
-            [sys.executable, "-I", *site, confine.__file__, json.dumps(told)],
+            [sys.executable, "-I", *site, confine.__file__, json.dumps(config)],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env=environ,
@@ -232,7 +232,7 @@ def require_confinement(network: Network) -> None:
         raise UserError("processes with resource limits need Linux")
     options = {
         "network": network == "allow",
-        "limits": Limits().told(),
+        "limits": Limits().as_dict(),
         "command": [sys.executable, "-I", "-S", "-c", ""],
     }
     keeper, line = start(options, plain_variables(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -252,10 +252,10 @@ class _Server:
 
     def __init__(self, factory: bytes, limits: Limits, network: Network, variables: tuple[str, ...]):
         require_confinement(network)
-        told = {"network": network == "allow", "limits": limits.told(), "path": sys.path}
-        told["call"] = [serve.__module__, serve.__name__]
+        config = {"network": network == "allow", "limits": limits.as_dict(), "path": sys.path}
+        config["call"] = [serve.__module__, serve.__name__]
         nothing = subprocess.DEVNULL
-        self.keeper, self.line = start(told, plain_variables(variables), stdout=nothing, stderr=nothing)
+        self.keeper, self.line = start(config, plain_variables(variables), stdout=nothing, stderr=nothing)
         self.owner = os.getpid()
         self.line.settimeout(START_SECONDS)
         try:

@@ -87,7 +87,7 @@ class _Server:
         limits: dict[str, float],
     ):
         self.control, self.factory, self.namespaces, self.limits = control, factory, namespaces, limits
-        self.playing: dict[int, tuple[int, socket.socket]] = {}  # file descriptor -> process, socket to the trainer
+        self.rollouts: dict[int, tuple[int, socket.socket]] = {}  # file descriptor -> process, socket to the trainer
         self.poll = select.poll()
 
     def run(self) -> None:
@@ -108,15 +108,15 @@ class _Server:
                             os.read(woken, 1 << 10)
                     elif place != self.control.fileno():
                         self.poll.unregister(place)  # the trainer has closed this rollout's socket
-                        end(self.playing[place][0])
-                    elif not self.take():
+                        end(self.rollouts[place][0])
+                    elif not self.accept():
                         return
                 self.reap()
         finally:
-            for process, _ in self.playing.values():
+            for process, _ in self.rollouts.values():
                 end(process)
 
-    def take(self) -> bool:
+    def accept(self) -> bool:
         """Start a process for the next rollout. Return False if the trainer has closed its socket."""
         data, places, _, _ = socket.recv_fds(self.control, 1, 1)
         if not data:
@@ -127,12 +127,12 @@ class _Server:
         try:
             process = self.namespaces.fork_apart()
         except OSError as error:
-            tell(line, {"died": f"no process could be started for the rollout: {error}"})
+            send_json(line, {"died": f"no process could be started for the rollout: {error}"})
             line.close()
             return True
         if process == 0:
-            self.play(line)
-        self.playing[line.fileno()] = process, line
+            self.run_rollout(line)
+        self.rollouts[line.fileno()] = process, line
         self.poll.register(line, 0)  # reports only hang-up: the rollout's process reads the data
         return True
 
@@ -145,13 +145,13 @@ class _Server:
                 return
             if process == 0:
                 return
-            for place, (known, line) in list(self.playing.items()):
+            for place, (known, line) in list(self.rollouts.items()):
                 if known == process:
                     with suppress(KeyError):
                         self.poll.unregister(place)
-                    tell(line, {"died": self.cause(status, used.ru_utime + used.ru_stime)})
+                    send_json(line, {"died": self.cause(status, used.ru_utime + used.ru_stime)})
                     line.close()
-                    del self.playing[place]
+                    del self.rollouts[place]
 
     def cause(self, status: int, seconds: float) -> str:
         code = os.waitstatus_to_exitcode(status)
@@ -161,13 +161,13 @@ class _Server:
             return f"it used more processor time than limits.cpu_seconds={self.limits['cpu_seconds']:g}"
         return f"killed by {signal.Signals(-code).name}"
 
-    def play(self, line: socket.socket) -> NoReturn:
+    def run_rollout(self, line: socket.socket) -> NoReturn:
         """Run one rollout, in this forked process."""
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self.control.close()
-            for _, other in self.playing.values():
+            for _, other in self.rollouts.values():
                 other.close()
             self.namespaces.confine(self.limits)
             answers = _Rollout(self.factory)
@@ -175,12 +175,12 @@ class _Server:
                 answer = answers(*pickle.loads(call))
                 if os.getpid() != answers.process:  # the environment forked, and this is the child
                     break
-                tell(line, answer)
+                send_json(line, answer)
         finally:
             os._exit(0)
 
 
-def tell(line: socket.socket, answer: dict[str, Any]) -> None:
+def send_json(line: socket.socket, answer: dict[str, Any]) -> None:
     """Send an answer as JSON. Ignore errors: the trainer may have closed the socket."""
     with suppress(OSError):
         send(line, json.dumps(answer).encode())

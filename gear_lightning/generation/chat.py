@@ -301,8 +301,8 @@ class Chat:
         elif calls:
             parts.append(f"<tool_call>{json.dumps(calls)}</tool_call>")
         separator = " " if self.syntax == "words" else "\n"
-        said = separator.join(p for p in parts if p) + self._before_end
-        return [*self.encode(said), self._end_mark]
+        text = separator.join(p for p in parts if p) + self._before_end
+        return [*self.encode(text), self._end_mark]
 
 
 def ignored_stops(chat: Chat) -> str:

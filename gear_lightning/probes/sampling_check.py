@@ -143,8 +143,8 @@ def sample(engine: GenerationEngine, model: Any, sampling: Sampling, trial: Tria
             waiting = len(rows)
             while waiting and (done := engine.poll()):
                 waiting -= len(done)
-                for said in done:
-                    add(rows[said.key], said.ids, turn, said.logprobs)
+                for sampled in done:
+                    add(rows[sampled.key], sampled.ids, turn, sampled.logprobs)
         for key in range(len(rows)):
             engine.release(key)
     finally:
@@ -192,9 +192,9 @@ def compare(policy: Any, sampler: Any, rows: list[Row], filler: list[int], tempe
         low = low or low_precision(sampler)
     if not torch.cat(trained).isfinite().all():
         return Difference("finite", math.nan, math.nan)
-    said = [torch.tensor([x for x, t in zip(r.logprobs, r.turns, strict=True) if t >= 0]) for r in rows]
+    reported = [torch.tensor([x for x, t in zip(r.logprobs, r.turns, strict=True) if t >= 0]) for r in rows]
     turns = [torch.tensor([t for t in row.turns if t >= 0]) for row in rows]
-    for what, ours, theirs in (("mode", trained, evaluated), ("alone", alone, trained), ("engine", said, trained)):
+    for what, ours, theirs in (("mode", trained, evaluated), ("alone", alone, trained), ("engine", reported, trained)):
         gaps = [(a - b).abs() for a, b in zip(ours, theirs, strict=False)]
         if (largest := _beyond(what, gaps, turns, noise, LOW if low else FLOAT32)) is not None:
             return Difference(what, largest, float(noise.max()))

@@ -130,7 +130,7 @@ def summary(scored: list[Scored]) -> dict[str, Any]:
     flat = {view: torch.cat([getattr(s, view)[s.counts] for s in there]).double() for view in VIEWS}
     if not all(values.isfinite().all() for values in flat.values()):
         raise UserError("the model's log-probs are not finite in this precision; use a wider one (trainer.precision)")
-    told: dict[str, Any] = {
+    result: dict[str, Any] = {
         "rollouts": len(there),
         "tokens": len(flat["own"]),
         "solved": sum(s.success for s in there),
@@ -145,7 +145,7 @@ def summary(scored: list[Scored]) -> dict[str, Any]:
             last, mean = sides[s.success]
             last.append(gap[s.counts][-1])
             mean.append(gap[s.counts].mean())
-        told[view] = {
+        result[view] = {
             "size": float(flat[view].abs().mean()),
             "first_wrong": auc(torch.cat(wrong), torch.cat(right)),
             **{
@@ -153,8 +153,8 @@ def summary(scored: list[Scored]) -> dict[str, Any]:
                 for place, name in enumerate(("last", "mean"))
             },
         }
-        told["first_wrong"], told["right_before"] = len(torch.cat(wrong)), len(torch.cat(right))
-    return told
+        result["first_wrong"], result["right_before"] = len(torch.cat(wrong)), len(torch.cat(right))
+    return result
 
 
 def _stack(values: list[Tensor]) -> Tensor:
@@ -184,10 +184,10 @@ class CheckTeacher(L.Callback):
             part = rollouts[start : start + data.micro_batch_size]
             with trainer.strategy.precision_plugin.train_step_context():
                 scored += score(module, part, pairs, data.generator.temperature)
-        told, left_out = summary(scored), len(rollouts) - len(scored)
+        result, left_out = summary(scored), len(rollouts) - len(scored)
         made = sum(len(group.rollouts) for group in data.groups)
-        empty = made - left_out - told["rollouts"]
-        return {"tasks": len(data.groups), "left_out": left_out, "empty": empty, **told}
+        empty = made - left_out - result["rollouts"]
+        return {"tasks": len(data.groups), "left_out": left_out, "empty": empty, **result}
 
 
 READING = (
@@ -198,7 +198,7 @@ READING = (
 )
 
 
-def table(told: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Return a measurement as a text table, with an explanation."""
     rows = [
         ("size of the divergence (mean, absolute), nats", "size"),
@@ -207,24 +207,25 @@ def table(told: dict[str, Any]) -> str:
         ("AUC of the mean of failed rollouts", "mean"),
     ]
     lines = [
-        f"{told['rollouts']} rollouts of {told['tasks']} tasks, {told['solved']} solved, {told['tokens']} tokens",
+        f"{result['rollouts']} rollouts of {result['tasks']} tasks, {result['solved']} solved, "
+        f"{result['tokens']} tokens",
         *(
-            [f"first wrong decisions: {told['first_wrong']} tokens; right ones before them: {told['right_before']}"]
-            if told["first_wrong"]
+            [f"first wrong decisions: {result['first_wrong']} tokens; right ones before them: {result['right_before']}"]
+            if result["first_wrong"]
             else []
         ),
-        *([f"{told['empty']} more excluded: only a stop token, or a failed environment"] if told["empty"] else []),
-        *([f"{told['left_out']} excluded: their privileged prompts are too long"] if told["left_out"] else []),
+        *([f"{result['empty']} more excluded: only a stop token, or a failed environment"] if result["empty"] else []),
+        *([f"{result['left_out']} excluded: their privileged prompts are too long"] if result["left_out"] else []),
         *(
             ["AUCs need solved and failed rollouts: use more --tasks, or a policy that solves some of them."]
-            if told["solved"] in (0, told["rollouts"])
+            if result["solved"] in (0, result["rollouts"])
             else []
         ),
         "",
-        f"{'the teacher sees the ' + told['shows'] + ' of':<46}{'the task':>10}{'another':>10}",
+        f"{'the teacher sees the ' + result['shows'] + ' of':<46}{'the task':>10}{'another':>10}",
     ]
     for what, name in rows:
-        cells = ["-" if told[view][name] is None else f"{told[view][name]:.2f}" for view in VIEWS]
+        cells = ["-" if result[view][name] is None else f"{result[view][name]:.2f}" for view in VIEWS]
         lines.append(f"{what:<46}{cells[0]:>10}{cells[1]:>10}")
-    shared = "-" if told["shared"] is None else f"{told['shared']:.2f}"
+    shared = "-" if result["shared"] is None else f"{result['shared']:.2f}"
     return "\n".join([*lines, f"{'rank correlation of the two':<46}{shared:>10}", "", *READING])
