@@ -86,7 +86,7 @@ def main() -> None:
         if command in LIGHTNING:
             from .recipes.cli import main as run
 
-            run(args)
+            run([command, *rest])
         elif command in COMMANDS:
             name = COMMANDS[command]
             module = import_module(f".commands.{name}", __package__)

@@ -32,7 +32,8 @@ def recipes_command(argv: list[str]) -> int:
         print(configs())
         return 0
     table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
+    longest = max(len(str(path.relative_to(configs()))) for path in configs().rglob("*.yaml"))
+    table.add_column(no_wrap=True, min_width=longest)
     table.add_column(no_wrap=True, overflow="ellipsis")
     for kind, title in KINDS.items():
         table.add_row(f"[bold]{title}[/bold]", "")
