@@ -7,15 +7,20 @@ RUN_ENV := OMP_WAIT_POLICY=PASSIVE
 # Two files of tests at a time; `make test BESIDE=` for one.
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install quickstart smollm2 test test-slow test-gpu test-slurm check format lock clean
+.PHONY: install quickstart smollm2 test test-slow test-gpu test-slurm check docs dist format lock clean
 install: $(STAMP)
 
 $(STAMP): requirements/packages.lock requirements/torch.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); sys.exit(0 if ok else "Python 3.11-3.13 is needed, found %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])'
-	$(PYTHON) -m venv $(VENV)
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements/packages.lock
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/torch.lock
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@echo "Installing into $(VENV); this takes some minutes, once."
+	@echo "1/4  a virtual environment"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "2/4  $$(grep -c '==' requirements/packages.lock) locked packages"
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements/packages.lock
+	@echo "3/4  torch"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/torch.lock
+	@echo "4/4  gear_lightning itself"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
 quickstart: install
@@ -41,7 +46,15 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(MAKE) docs
 	$(MAKE) test
+
+# The documentation site, with warnings as errors: build/docs/index.html.
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
+dist: install
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 
 format: install
 	$(BIN)/ruff check --fix .
