@@ -26,7 +26,7 @@ exclude_patterns = ["_build", "runs", "evidence/**"]  # reports are included by 
 source_suffix = {".md": "markdown"}
 nitpicky = False  # types of third parties have no inventory offline
 
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
+myst_enable_extensions = ["colon_fence", "deflist", "attrs_inline"]
 myst_heading_anchors = 4
 myst_fence_as_directive = ["mermaid"]
 
