@@ -207,8 +207,10 @@ def table(result: dict[str, Any]) -> str:
         ("AUC of the mean of failed rollouts", "mean"),
     ]
     lines = [
-        f"{result['rollouts']} rollouts of {result['tasks']} tasks, {result['solved']} solved, "
-        f"{result['tokens']} tokens",
+        (
+            f"{result['rollouts']} rollouts of {result['tasks']} tasks, {result['solved']} solved, "
+            f"{result['tokens']} tokens"
+        ),
         *(
             [f"first wrong decisions: {result['first_wrong']} tokens; right ones before them: {result['right_before']}"]
             if result["first_wrong"]
