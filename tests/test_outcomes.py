@@ -328,7 +328,7 @@ def test_a_failing_close_before_a_retry_is_recorded():
 
 
 @pytest.mark.parametrize(
-    ("step", "told"),
+    ("step", "error"),
     [
         (Step([tool_result("look", FLOOD)], 1.0, True), "bytes of text"),
         (Step([{"role": "tool", "content": b"x"}], 1.0, True), "expected a message"),
@@ -338,10 +338,10 @@ def test_a_failing_close_before_a_retry_is_recorded():
         (Step([], 1.0, True, info={"decisions": [{"text": "r7", "right": True}]}), "does not contain"),
     ],
 )
-def test_invalid_parts_of_a_last_step_do_not_change_its_score(step, told):
+def test_invalid_parts_of_a_last_step_do_not_change_its_score(step, error):
     rollout = play(doing(lambda: step), "12")
     assert (rollout.status, rollout.reward, rollout.success, rollout.error) == ("done", 1.0, True, None)
-    assert told in rollout.side_error
+    assert error in rollout.side_error
     assert rollout.messages[-1]["role"] == "assistant"
     assert not any(rollout.decisions)
 
@@ -382,6 +382,6 @@ def test_health_warns_if_most_rollouts_are_excluded(tmp_path):
             return super().reset(task, seed=seed)
 
     fit = trainer(tmp_path, generation(environment=Fails), Health(), max_epochs=2)
-    with pytest.warns(UserWarning, match=r"of the iteration's 8 rollouts are left out .* environment_error") as told:
+    with pytest.warns(UserWarning, match=r"of the iteration's 8 rollouts are left out .* environment_error") as warned:
         fit.fit(module(), datamodule=data())
-    assert sum("left out of learning" in str(w.message) for w in told) == 1
+    assert sum("left out of learning" in str(w.message) for w in warned) == 1

@@ -325,9 +325,9 @@ def test_turn_grpo_warns_if_only_last_turns_are_rewarded(tmp_path):
     assert "gets a negative advantage in the turn in which" in str(TurnGRPO().complaint([[0, 0, 1], [0, 0]]))
     assert all(rule.complaint([[0, 0, 1], [0, 0]]) is None for rule in [*RULES[1:], *PLAIN])
     played = GenerationCallback(PaysAtTheEnd, budgets=Budgets(4, 80, 24, 250))
-    with pytest.warns(UserWarning, match="only last turns were rewarded") as told:
+    with pytest.warns(UserWarning, match="only last turns were rewarded") as warned:
         watched(tmp_path, policy(), tasks(advantage=TurnGRPO()), played, max_epochs=3)
-    assert sum("only last turns" in str(one.message) for one in told) == 1
+    assert sum("only last turns" in str(one.message) for one in warned) == 1
 
 
 class Opens(Environment):

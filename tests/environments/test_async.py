@@ -118,7 +118,7 @@ class AsyncCheck(AsyncClose):
         pass
 
     async def check(self, task):  # pyright: ignore[reportIncompatibleMethodOverride]
-        raise UserError("nobody hears this")
+        raise UserError("this must never run")
 
 
 class AsyncCall(ToolEnvironment):

@@ -36,16 +36,16 @@ def play(environment, *turns: str) -> Rollout:
 class Tells(Environment):
     """Returns the ``info`` of its class attribute for each turn."""
 
-    told: dict = {}  # noqa: RUF012
+    info: dict = {}  # noqa: RUF012
 
     def step(self, message):
         if message.get("tool_calls"):
-            return Step([{"role": "tool", "name": "look", "content": "e2"}], reward=0.25, info=self.told)
+            return Step([{"role": "tool", "name": "look", "content": "e2"}], reward=0.25, info=self.info)
         return Step(done=True, reward=1.0, info={"feedback": "the answer is right"})
 
 
-def telling(**told) -> type[Tells]:
-    return type("Telling", (Tells,), {"told": told})
+def telling(**info) -> type[Tells]:
+    return type("Telling", (Tells,), {"info": info})
 
 
 def decided(rollout: Rollout) -> list[tuple[str, int]]:
@@ -84,7 +84,7 @@ def test_each_turn_has_a_state_and_a_reward():
 
 
 @pytest.mark.parametrize(
-    ("told", "error"),
+    ("info", "error"),
     [
         ({"decisions": [{"text": "r7", "right": True}]}, "the decision 'r7', which the turn does not contain"),
         ({"decisions": [{"text": "r1", "right": True, "occurrence": 5}]}, "the decision 'r1'"),
@@ -97,8 +97,8 @@ def test_each_turn_has_a_state_and_a_reward():
         ({"feedback": ["no"]}, "feedback .*, expected text"),
     ],
 )
-def test_invalid_info_is_dropped_and_reported(told, error):
-    rollout = play(telling(**told), CALL, "done")
+def test_invalid_info_is_dropped_and_reported(info, error):
+    rollout = play(telling(**info), CALL, "done")
     assert (rollout.status, rollout.reward, rollout.turns) == ("done", 1.25, 2)
     assert re.search(error, rollout.side_error)
     assert not any(rollout.decisions), "if one decision is not found, none is marked"
@@ -131,31 +131,31 @@ def walk(*calls: tuple[str, ...]) -> list[list[tuple[str, bool]]]:
     environment = LookupChain()
     environment.reset(task, seed=0)
     way = solution(task)
-    told = []
+    decisions = []
     for name, *arguments in calls:
         values = dict(zip(["relation", "entity"] if name == "look" else ["entity"], arguments, strict=False))
         for key, value in values.items():
             if isinstance(value, int):
                 values[key] = way[value][0 if key == "relation" else 1] if value < len(way) else way[-1][2]
         step = environment.step(tool_call(name, values))
-        told.append([(d["text"], d["right"]) for d in step.info["decisions"]])
-    return told
+        decisions.append([(d["text"], d["right"]) for d in step.info["decisions"]])
+    return decisions
 
 
 def test_all_decisions_of_the_solution_are_right():
-    told = walk(("look", 0, 0), ("look", 1, 1), ("submit", 2))
-    assert all(right for step in told for _, right in step)
-    assert [len(step) for step in told] == [3, 3, 2]
+    decisions = walk(("look", 0, 0), ("look", 1, 1), ("submit", 2))
+    assert all(right for step in decisions for _, right in step)
+    assert [len(step) for step in decisions] == [3, 3, 2]
 
 
 def test_after_a_wrong_relation_only_going_back_is_right():
     task = LookupChainTasks(hops=2)[0]
     wrong = CONFUSED[task.meta["query"][0]]
-    told = walk(("look", wrong, 0), ("look", 0, 0), ("look", 1, 1), ("submit", 2))
-    assert [right for _, right in told[0]] == [True, False, True]
-    assert all(right for step in told[1:] for _, right in step)
-    told = walk(("look", wrong, 0), ("submit", 2))  # the right entity only by chance: it is too early to submit
-    assert told[1][0] == ("submit", False)
+    decisions = walk(("look", wrong, 0), ("look", 0, 0), ("look", 1, 1), ("submit", 2))
+    assert [right for _, right in decisions[0]] == [True, False, True]
+    assert all(right for step in decisions[1:] for _, right in step)
+    decisions = walk(("look", wrong, 0), ("submit", 2))  # the right entity only by chance: it is too early to submit
+    assert decisions[1][0] == ("submit", False)
 
 
 def test_the_relation_in_a_thought_is_the_first_decision():
@@ -165,9 +165,9 @@ def test_the_relation_in_a_thought_is_the_first_decision():
     relation, entity, _ = solution(task)[0]
     word = task.meta["query"][0]
     message = tool_call("look", {"relation": relation, "entity": entity}, f"{word} {CONFUSED[word]} t0 t1")
-    told = environment.step(message).info["decisions"]
-    assert told[0] == {"text": CONFUSED[word], "right": False, "occurrence": 0}
-    assert [d["right"] for d in told[1:]] == [True, True, True]
+    decisions = environment.step(message).info["decisions"]
+    assert decisions[0] == {"text": CONFUSED[word], "right": False, "occurrence": 0}
+    assert [d["right"] for d in decisions[1:]] == [True, True, True]
 
 
 def test_demonstrations_with_thoughts_are_long_and_name_the_relation_early():

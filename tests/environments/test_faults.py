@@ -321,25 +321,25 @@ def test_threads_that_a_call_starts_do_not_keep_the_process_alive():
 
 
 def test_slow_and_abandoned_calls_report_progress():
-    told, release = [], threading.Event()
+    reports, release = [], threading.Event()
     hang = doing(reset=lambda: release.wait() or [])
-    play(hang, jobs=3, step_seconds=seconds(0.1), retries=0, progress=lambda *numbers: told.append(numbers))
+    play(hang, jobs=3, step_seconds=seconds(0.1), retries=0, progress=lambda *numbers: reports.append(numbers))
     release.set()
-    assert len(told) >= 3, "without progress reports the watchdog would treat many such calls as a hang"
+    assert len(reports) >= 3, "without progress reports the watchdog would treat many such calls as a hang"
 
 
 @pytest.mark.parametrize(("taken", "reports"), [(2.0, 3), (0.1, 0)])
 def test_slow_calls_report_progress_and_fast_ones_do_not(monkeypatch, taken, reports):
     """In addition, there is one report after each round of turns."""
-    now, told = [0.0], []
+    now, reports = [0.0], []
     monkeypatch.setattr("gear_lightning.rollout.time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def step():
         now[0] += taken
         return Step(done=True, reward=1.0)
 
-    play(doing(step), jobs=3, progress=lambda *numbers: told.append(numbers))
-    before = [numbers for numbers in told if numbers[0] == 0]
+    play(doing(step), jobs=3, progress=lambda *numbers: reports.append(numbers))
+    before = [numbers for numbers in reports if numbers[0] == 0]
     assert len(before) == reports
 
 

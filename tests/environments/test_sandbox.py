@@ -127,10 +127,10 @@ def test_the_trainers_environment_variables_are_hidden(monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "secret")
     (plain,) = play(task("look"))
     named = partial(Isolated, Unruly, LIMITS, variables=["SOME_TOKEN"])
-    (told,) = play(task("look"), environment=named)
+    (passed,) = play(task("look"), environment=named)
     assert "PATH" in plain.reward_parts
     assert "SOME_TOKEN" not in plain.reward_parts
-    assert "SOME_TOKEN" in told.reward_parts
+    assert "SOME_TOKEN" in passed.reward_parts
 
 
 def test_a_server_that_has_exited_is_replaced():
@@ -152,17 +152,17 @@ def test_an_environment_that_hangs_in_close_does_not_block_the_run(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("deed", "told"),
+    ("deed", "error"),
     [
         ("last flood", "returned more than 67,108,864 bytes of text"),
         ("last long", "step returned more than 1,000,000 bytes of text"),
         ("last bytes", "expected a message with role and content"),
     ],
 )
-def test_invalid_messages_of_a_last_isolated_step_do_not_change_the_score(deed, told):
+def test_invalid_messages_of_a_last_isolated_step_do_not_change_the_score(deed, error):
     (rollout,) = play(task(deed))
     assert (rollout.status, rollout.reward, rollout.success, rollout.error) == ("done", 1.0, True, None)
-    assert told in rollout.side_error
+    assert error in rollout.side_error
 
 
 TRAINER = """

@@ -40,12 +40,12 @@ class Hub:
                 path = self.path.partition("?")[0]
                 hub.asked.append(path)
                 status = next((s for part, s in hub.answers.items() if part in path), 200)
-                told = json.dumps({"error": "no"} if status != 200 else hub.reply(path, sent)).encode()
+                body = json.dumps({"error": "no"} if status != 200 else hub.reply(path, sent)).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(told)))
+                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(told)
+                self.wfile.write(body)
 
             do_GET = do_POST = answer
 
@@ -97,7 +97,7 @@ def refused(checkpoint: Path, folder: Path, *more: str, repository: str = "me/mo
 
 
 @pytest.mark.parametrize(
-    ("lacks", "told"),
+    ("lacks", "message"),
     [
         ("offline", "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) disables the hub"),
         ("token", "no token for the hub; log in with `hf auth login`, or set HF_TOKEN"),
@@ -107,7 +107,7 @@ def refused(checkpoint: Path, folder: Path, *more: str, repository: str = "me/mo
         ("hub", "the hub returned status 503"),
     ],
 )
-def test_a_missing_requirement_is_reported_before_any_change(hub, checkpoint, tmp_path, monkeypatch, lacks, told):
+def test_a_missing_requirement_is_reported_before_any_change(hub, checkpoint, tmp_path, monkeypatch, lacks, message):
     if lacks == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     elif lacks == "token":
@@ -119,7 +119,7 @@ def test_a_missing_requirement_is_reported_before_any_change(hub, checkpoint, tm
         hub.role = "read"
     else:
         hub.answers["whoami"] = 401 if lacks == "known token" else 503
-    assert told in refused(checkpoint, tmp_path / "out")
+    assert message in refused(checkpoint, tmp_path / "out")
     assert not list(tmp_path.iterdir()), "something was left behind"
     assert not hub.made
 
@@ -132,17 +132,17 @@ def test_an_invalid_repository_name_is_rejected(hub, checkpoint, tmp_path, repos
 
 
 @pytest.mark.parametrize(
-    ("answers", "told"),
+    ("answers", "message"),
     [
         ({"repos/create": 403, "models/me/model": 404}, "the token has no write access there (403)"),
         ({"commit": 403}, "the token has no write access there (403)"),
         ({"preupload": 413}, "the hub returned status 413"),
     ],
 )
-def test_if_the_repository_cannot_be_written_the_export_is_complete(hub, checkpoint, tmp_path, answers, told):
+def test_if_the_repository_cannot_be_written_the_export_is_complete(hub, checkpoint, tmp_path, answers, message):
     hub.answers = answers
     error = refused(checkpoint, tmp_path / "out")
-    assert told in error
+    assert message in error
     assert f"complete in {tmp_path / 'out'}; after fixing the problem, upload it with `hf upload me/model" in error
     written = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= written

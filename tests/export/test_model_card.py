@@ -16,7 +16,7 @@ from gear_lightning.runs.provenance import code_version
 RECIPE = {
     "seed_everything": 3,
     "trainer": {
-        "max_epochs": 12, "precision": "bf16-mixed", "default_root_dir": "/home/somebody/run",
+        "max_epochs": 12, "precision": "bf16-mixed", "default_root_dir": "/home/someuser/run",
         "logger": {"class_path": "WandbLogger", "init_args": {"project": "secret-project"}},
     },
     "model": {
@@ -29,7 +29,7 @@ RECIPE = {
     "data": {
         "train_tasks": {
             "class_path": "gear_lightning.environments.jsonl.JsonlTasks",
-            "init_args": {"path": "/home/somebody/data/train.jsonl", "reward": "math"},
+            "init_args": {"path": "/home/someuser/data/train.jsonl", "reward": "math"},
         },
         "val_tasks": {"class_path": "my.Served", "init_args": {"url": "https://me:hunter2@host/x?api_key=abc&n=2"}},
         "group_size": 8,
@@ -98,7 +98,7 @@ def test_the_recipe_can_be_parsed_again(run):
 
 def test_secrets_and_paths_are_masked(run):
     text = card(run)
-    for secret in ("somebody", "secret-project", "hunter2", "abc&", "sk-1", "- t\n"):
+    for secret in ("someuser", "secret-project", "hunter2", "abc&", "sk-1", "- t\n"):
         assert secret not in text
     assert "group_size: 8" in text
     assert "n=2" in text
@@ -156,8 +156,8 @@ def test_a_checkpoint_records_its_code_version(monkeypatch, tmp_path):
 
     monkeypatch.setattr(provenance, "ROOT", tmp_path)  # not a git checkout
     installed = {"vcs_info": {"vcs": "git", "commit_id": "0123abc"}, "url": "https://host/repository"}
-    for told, commit in ((installed, "0123abc"), ({"dir_info": {}}, None), (None, None)):
-        text = None if told is None else json.dumps(told)
+    for record, commit in ((installed, "0123abc"), ({"dir_info": {}}, None), (None, None)):
+        text = None if record is None else json.dumps(record)
         monkeypatch.setattr(
             provenance, "distribution", lambda name, t=text: type("D", (), {"read_text": lambda s, n: t})()
         )

@@ -158,10 +158,10 @@ def test_rules_use_the_99th_percentiles_of_the_finite_values():
 def test_a_rule_with_the_rounding_constant_gives_noise_no_credit(policy, batch, rule):
     with BF16:
         scored = score(policy, batch, rule)
-    untold = noise_of(scored, rule)
-    told = noise_of(scored, rule, rounding_of(untold.log_ratio, untold.divergence, rule))
-    assert (told.weights - 1).abs().mean() < 0.02
-    assert (untold.weights - 1).abs().mean() > 2 * (told.weights - 1).abs().mean()
+    unknown = noise_of(scored, rule)
+    known = noise_of(scored, rule, rounding_of(unknown.log_ratio, unknown.divergence, rule))
+    assert (known.weights - 1).abs().mean() < 0.02
+    assert (unknown.weights - 1).abs().mean() > 2 * (known.weights - 1).abs().mean()
 
 
 def test_the_spread_of_a_weight_is_its_distance_from_the_rollouts_median():
@@ -192,7 +192,7 @@ def test_summary_matches_numpy():
         )
         for n, a, r in ((300, 2, 4), (41, 1, 2))
     ]
-    told = summary(parts)
+    result = summary(parts)
     divergence, weights = (np.concatenate([getattr(p, k).numpy() for p in parts]) for k in ("divergence", "weights"))
     percent = {"p50": 50, "p90": 90, "p95": 95, "p99": 99, "p99.9": 99.9, "max": 100}
     log_ratio, spread = (np.concatenate([getattr(p, k).numpy() for p in parts]) for k in ("log_ratio", "spread"))
@@ -204,11 +204,11 @@ def test_summary_matches_numpy():
         ("weight_spread", spread),
     ):
         for name, p in percent.items():
-            assert told[key][name] == pytest.approx(np.percentile(values, p))
-    assert told["weight"]["min"] == weights.min()
-    assert told["share_of_weights_off_one"] == pytest.approx((abs(weights - 1) > 0.01).mean())
-    assert (told["tokens"], told["rollouts"], told["anchors_per_rollout"]) == (341, 6, 0.5)
-    assert told["shapes"][1] == {"rows": 2, "columns": 9, "teacher_columns": 12}
+            assert result[key][name] == pytest.approx(np.percentile(values, p))
+    assert result["weight"]["min"] == weights.min()
+    assert result["share_of_weights_off_one"] == pytest.approx((abs(weights - 1) > 0.01).mean())
+    assert (result["tokens"], result["rollouts"], result["anchors_per_rollout"]) == (341, 6, 0.5)
+    assert result["shapes"][1] == {"rows": 2, "columns": 9, "teacher_columns": 12}
     with pytest.raises(UserError, match="not finite"):
         summary([replace(parts[0], divergence=parts[0].divergence * float("nan"))])
     assert quantiles(torch.tensor([2.0])) == dict.fromkeys(percent, 2.0)
@@ -246,15 +246,15 @@ def test_measuring_uses_the_recipes_precision_and_makes_no_optimizer_step(tmp_pa
     fit = trainer(tmp_path, generation(), probe, precision=precision)
     model = module()
     fit.fit(model, datamodule=data())
-    told = probe.result
+    result = probe.result
     assert fit.global_step == 0
-    assert told["precision"] == {"bf16-mixed": "bf16-mixed, head in float32"}.get(precision, precision)
-    assert told["weights_dtype"] == ("bfloat16" if precision == "bf16-true" else "float32")
-    assert told["shapes"][0]["rows"] == 4
-    assert len(told["shapes"]) == 1
-    assert told["shapes"][0]["teacher_columns"] > told["shapes"][0]["columns"]
-    assert 0 < told["divergence"]["max"] < size
-    assert (told["divergence"]["max"] > 1e-4) == (precision != "32-true")
+    assert result["precision"] == {"bf16-mixed": "bf16-mixed, head in float32"}.get(precision, precision)
+    assert result["weights_dtype"] == ("bfloat16" if precision == "bf16-true" else "float32")
+    assert result["shapes"][0]["rows"] == 4
+    assert len(result["shapes"]) == 1
+    assert result["shapes"][0]["teacher_columns"] > result["shapes"][0]["columns"]
+    assert 0 < result["divergence"]["max"] < size
+    assert (result["divergence"]["max"] > 1e-4) == (precision != "32-true")
     path = tmp_path / "out" / "floor.json"
-    write_result(path, told)
-    assert read_floor(path) == told
+    write_result(path, result)
+    assert read_floor(path) == result

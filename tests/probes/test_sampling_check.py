@@ -321,5 +321,5 @@ def test_the_warm_start_is_checked_before_its_first_step(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="in training mode and in sampling mode"):
         warm(Restless(kind="llama"), generation().check_sampling)
     assert (warm(Family(kind="gpt2"), generation().check_sampling) / "model.safetensors").exists()
-    with pytest.raises(UserError, match=r"the model scores rows of 8 tokens: 100 demonstrations"):
+    with pytest.raises(UserError, match=r"the model scores rows of up to 8 tokens: 100 demonstrations"):
         warm(Family(kind="gpt2", options=(("n_positions", 8),)))
