@@ -331,15 +331,15 @@ def test_slow_and_abandoned_calls_report_progress():
 @pytest.mark.parametrize(("taken", "reports"), [(2.0, 3), (0.1, 0)])
 def test_slow_calls_report_progress_and_fast_ones_do_not(monkeypatch, taken, reports):
     """In addition, there is one report after each round of turns."""
-    now, reports = [0.0], []
+    now, calls = [0.0], []
     monkeypatch.setattr("gear_lightning.rollout.time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def step():
         now[0] += taken
         return Step(done=True, reward=1.0)
 
-    play(doing(step), jobs=3, progress=lambda *numbers: reports.append(numbers))
-    before = [numbers for numbers in reports if numbers[0] == 0]
+    play(doing(step), jobs=3, progress=lambda *numbers: calls.append(numbers))
+    before = [numbers for numbers in calls if numbers[0] == 0]
     assert len(before) == reports
 
 
