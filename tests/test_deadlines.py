@@ -9,9 +9,9 @@ import pytest
 
 TESTS = Path(__file__).parent
 READERS = {  # files that read a clock, and why
-    "test_status.py": "writes times into fabricated statuses",
-    "slurm/jobs.py": "seconds for the table of events on the cluster",
-    "slurm/phases.py": "duration of a phase over several restarts of a job",
+    "runs/test_status.py": "writes times into fabricated statuses",
+    "support/slurm_jobs.py": "seconds for the table of events on the cluster",
+    "support/long_phases.py": "duration of a phase over several restarts of a job",
     "slurm/test_slurm_cluster.py": "the table",
     "slurm/test_slurm_faults.py": "the table",
     "slurm/test_slurm_preemption.py": "the table",
@@ -131,7 +131,7 @@ def test_no_test_depends_on_the_speed_of_the_machine():
     found = [
         f"{name}:{fault}"
         for name, path in files().items()
-        if name != "pace.py"
+        if name != "support/deadlines.py"
         for fault in faults(path.read_text(), clock=name in READERS)
     ]
     assert not found, "use deadlines.until, deadlines.seconds or deadlines.cheap:\n" + "\n".join(found)

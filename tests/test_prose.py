@@ -27,7 +27,7 @@ AVOID = {
     r"\bis passed over\b|\bare passed over\b": "is skipped",
     r"\btaken up\b|\btakes? up\b": "load, restore",
 }  # fmt: skip
-ALLOWED = {"--no-colour"}
+ALLOWED = {"--no-colour", "not normalised", "CANCELLED"}  # an option, an arm of a study, a state of Slurm
 SOURCES = [
     *sorted((ROOT / "gear_lightning").glob("*.py")),
     *sorted(p for p in (ROOT / "gear_lightning").glob("*/**/*.py") if "callbacks" not in p.parts),
@@ -54,7 +54,11 @@ def prose_of(path: Path) -> list[tuple[int, str]]:
     found = []
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type in (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", -1)):
-            found += [(token.start[0] + i, line) for i, line in enumerate(token.string.splitlines())]
+            if re.fullmatch(r"\w*([\"'])\w*\1", token.string):
+                continue  # a name
+            # f-strings hold code, and the section of arguments begins with their names
+            lines = re.sub(r"\{[^{}]*\}", "", token.string).splitlines()
+            found += [(token.start[0] + i, re.sub(r"^\s+\w+:", "", line)) for i, line in enumerate(lines)]
     names = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
     return found + [(node.lineno, node.name.replace("_", " ")) for node in names]
 

@@ -55,7 +55,7 @@ def published(folder: Path, template: Any = CHATML, stops: Any = None, **samplin
     made.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"rope_theta": 10000.0, "torch_dtype": "float32", "house_style": {"a": 1}}
-    config |= {"auto_map": {"AutoConfig": "code.C"}, "_name_or_path": "/home/somebody/model"}
+    config |= {"auto_map": {"AutoConfig": "code.C"}, "_name_or_path": "/home/someone/model"}
     (folder / "config.json").write_text(json.dumps(config))
     if stops is None:
         stops = made.convert_tokens_to_ids([DOCUMENT_END, "<|im_start|>"])

@@ -487,7 +487,7 @@ def contrast(lens: Page, selector: str, other: str) -> float:
     """Return the WCAG contrast of an element's color and another's background, as computed by the browser."""
     one, two = lens.js(
         "(() => { const c = document.createElement('canvas').getContext('2d', {willReadFrequently: true}); "
-        "const rgb = (colour) => { c.fillStyle = colour; c.fillRect(0, 0, 1, 1); "
+        "const rgb = (color) => { c.fillStyle = color; c.fillRect(0, 0, 1, 1); "
         "return [...c.getImageData(0, 0, 1, 1).data].slice(0, 3); }; "
         f"const style = (s) => getComputedStyle(document.querySelector(s)); return [rgb(style('{selector}').color), "
         f"rgb(style('{other}').backgroundColor)]; }})()"

@@ -660,7 +660,7 @@ def test_missing_numbers_are_shown(run, tmp_path, capsys):
         recredit_command([str(run), "--credit", "RLSD"])
 
 
-def test_told_shows_options_that_differ_from_the_defaults():
+def test_the_text_of_a_rule_shows_options_that_differ_from_the_defaults():
     assert told(GEAR(kappa=2.0, segment_end="turn")) == "GEAR(segment_end='turn', kappa=2.0)"
     assert told(Uniform()) == "Uniform"
     assert told(Decided()) == "Decided"

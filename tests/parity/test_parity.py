@@ -407,7 +407,7 @@ def test_a_run_ends_when_its_command_receives_a_signal(tmp_path, repository):
     fit = tmp_path / "fit"  # replaces python -m gear_lightning fit
     fit.write_text("#!/bin/sh\necho $$ > pid.new && mv pid.new pid && exec sleep 10000\n")
     fit.chmod(0o755)
-    call = f"from gear_lightning import parity; parity.sys.executable = {str(fit)!r}; "
+    call = f"from gear_lightning.commands import parity; parity.sys.executable = {str(fit)!r}; "
     call += "parity.parity_command(['--config', 'any.yaml', '--out', 'runs'])"
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     process = subprocess.Popen([sys.executable, "-c", call], cwd=tmp_path, env=environment)

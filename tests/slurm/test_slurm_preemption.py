@@ -78,7 +78,7 @@ def phases(cluster, tmp_path_factory):
         for phase in (*PHASES, "none"):
             run = folder / phase.replace(" ", "_")
             patch.setenv("PHASE", phase)
-            patch.setenv("TOLD", f"{run}.told")
+            patch.setenv("STARTED", f"{run}.started")
             sent[phase] = send(run, *options)
     took = {}
     with ThreadPoolExecutor(len(PHASES)) as pool:
@@ -88,7 +88,7 @@ def phases(cluster, tmp_path_factory):
 
 
 def _stop(job: Sent, phase: str) -> float:
-    job.until(job.run.with_name(f"{job.run.name}.told").exists, f"start of {phase}", pause=0.01)
+    job.until(job.run.with_name(f"{job.run.name}.started").exists, f"start of {phase}", pause=0.01)
     time.sleep(0.3)
     begun = time.monotonic()
     job.signal("USR1")

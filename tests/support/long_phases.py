@@ -1,6 +1,6 @@
 """Parts of runs that stay long in one phase when they first reach it, and report it.
 
-The environment variable `PHASE` names the phase. `TOLD` is the path of a file that is then created. Neither changes
+The environment variable `PHASE` names the phase. `STARTED` is the path of a file that is then created. Neither changes
 what is sampled and trained.
 """
 
@@ -22,7 +22,7 @@ LONG = seconds(2)
 
 def linger(phase: str, pause: float) -> None:
     """Pause in the first seconds of the phase, once over all starts of the job."""
-    file = Path(os.environ.get("TOLD", os.devnull))
+    file = Path(os.environ.get("STARTED", os.devnull))
     if os.environ.get("PHASE") != phase:
         return
     if not file.exists():

@@ -27,9 +27,9 @@ if sys.argv[1:2] != ["-m"] or not sys.argv[2].startswith(("gear_lightning", "nur
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-told = json.dumps({{"arguments": sys.argv[2:], "environment": dict(os.environ), "folder": os.getcwd()}}).encode()
-socket.send_fds(server, [len(told).to_bytes(8, "big")], [0, 1, 2])
-server.sendall(told)
+asked = json.dumps({{"arguments": sys.argv[2:], "environment": dict(os.environ), "folder": os.getcwd()}}).encode()
+socket.send_fds(server, [len(asked).to_bytes(8, "big")], [0, 1, 2])
+server.sendall(asked)
 answers = server.makefile("rb")
 child = int(answers.readline())
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
