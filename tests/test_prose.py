@@ -57,7 +57,7 @@ def prose_of(path: Path) -> list[tuple[int, str]]:
             if re.fullmatch(r"\w*([\"'])\w*\1", token.string):
                 continue  # a name
             # f-strings hold code, and the section of arguments begins with their names
-            lines = re.sub(r"\{[^{}]*\}", "", token.string).splitlines()
+            lines = re.sub(r"\{(?:[^{}]|\{[^{}]*\})*\}", "", token.string).splitlines()
             found += [(token.start[0] + i, re.sub(r"^\s+\w+:", "", line)) for i, line in enumerate(lines)]
     names = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
     return found + [(node.lineno, node.name.replace("_", " ")) for node in names]

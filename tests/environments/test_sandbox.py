@@ -169,7 +169,7 @@ TRAINER = """
 import sys, time
 from gear_lightning.environments.base import Task
 from gear_lightning.environments.sandbox import Isolated, Limits
-from unruly import Unruly
+from misbehaving_environments import Unruly
 
 task = Task("t", [], meta={"deed": "fork and stay"})
 environment = Isolated(Unruly, Limits(processes=16))
@@ -224,7 +224,7 @@ WITHOUT_NAMESPACES = """
 from gear_lightning.environments.base import Task
 from gear_lightning.environments.sandbox import Isolated
 from gear_lightning.errors import UserError
-from unruly import Unruly
+from misbehaving_environments import Unruly
 
 task = Task("t", [], meta={"deed": "hang"})
 try:
