@@ -49,14 +49,14 @@ def test_a_process_that_blocks_the_interpreter_ends_the_job(tmp_path, repository
     assert "no process has made progress for" in report
     assert "rank 1: " in report
     assert "in step" in said, "the stack of the process that blocks the interpreter is missing"
-    assert "trouble.py" in said
+    assert "failing_ranks.py" in said
 
 
 def test_a_single_process_is_watched_too(tmp_path, repository):
     command, environment = command_line(tmp_path, *watching(12), "--generation.environment", "failing_ranks.Endless")
     status, said = finish(command, {**environment, "WORLD_SIZE_ONE": "1"}, repository)
     assert status != 0
-    assert "trouble.py" in said
+    assert "failing_ranks.py" in said
 
 
 def test_a_slow_process_is_not_stuck(tmp_path, repository):
@@ -128,7 +128,7 @@ def test_the_watchdog_does_not_end_a_process_that_catches_the_error(tmp_path):
 import sys, threading, time
 sys.path.insert(0, "tests/support")
 from pathlib import Path
-from tiny import data, generation, module, trainer
+from tiny_runs import data, generation, module, trainer
 from gear_lightning.callbacks import watchdog
 
 class Broken(watchdog.L.Callback):

@@ -1,7 +1,7 @@
 """Start ``python -m gear_lightning`` without the seconds of importing, by forking a process that has imported it.
 
 `QuickStart` creates an executable that replaces the interpreter. Called with ``-m gear_lightning...`` or
-``-m nursery``, it passes its arguments, environment, working directory and standard streams to the server, forwards
+``-m restart_runs``, it passes its arguments, environment, working directory and standard streams to the server, forwards
 signals, and ends with the exit status of the fork; if it is killed, so is the fork. Called with other arguments, it
 runs the interpreter. It is not suitable for tests of process groups.
 """
@@ -23,7 +23,7 @@ from typing import NoReturn
 
 CLIENT = """#!{python} -SE
 import json, os, signal, socket, sys
-if sys.argv[1:2] != ["-m"] or not sys.argv[2].startswith(("gear_lightning", "nursery")):
+if sys.argv[1:2] != ["-m"] or not sys.argv[2].startswith(("gear_lightning", "restart_runs")):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
