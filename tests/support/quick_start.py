@@ -1,9 +1,9 @@
 """Start ``python -m gear_lightning`` without the seconds of importing, by forking a process that has imported it.
 
 `QuickStart` creates an executable that replaces the interpreter. Called with ``-m gear_lightning...`` or
-``-m restart_runs``, it passes its arguments, environment, working directory and standard streams to the server, forwards
-signals, and ends with the exit status of the fork; if it is killed, so is the fork. Called with other arguments, it
-runs the interpreter. It is not suitable for tests of process groups.
+``-m restart_runs``, it passes its arguments, environment, working directory and standard streams to the server,
+forwards signals, and ends with the exit status of the fork; if it is killed, so is the fork. Called with other
+arguments, it runs the interpreter. It is not suitable for tests of process groups.
 """
 
 import contextlib
