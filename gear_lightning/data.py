@@ -15,7 +15,7 @@ from .batch import RolloutBatch, RolloutRow, Sealed, collate
 from .environments.base import Task, TaskSource
 from .errors import Stopped, UserError
 from .iteration_stats import IterationStats
-from .limits import check_limits, keep_iterations_whole, option_of
+from .limits import check_callbacks, check_limits, keep_iterations_whole, option_of
 from .packing import balanced_split
 from .resume import random_state, restore_random_state
 from .rollout import Rollout, RolloutGroup
@@ -146,6 +146,7 @@ class RolloutDataModule(L.LightningDataModule):
         check_same(self.resolved_config)  # here, for this is the first thing that Lightning calls on all processes
         check_limits(option_of(trainer), self, trainer.world_size, stage)
         if stage == "fit":
+            check_callbacks(map(type, trainer.callbacks))  # pyright: ignore[reportAttributeAccessIssue]
             keep_iterations_whole(trainer)
             self.check_processes(trainer.world_size, trainer.accumulate_grad_batches)
             trainer.accumulate_grad_batches = self.micro_batches
@@ -403,7 +404,14 @@ class RolloutDataModule(L.LightningDataModule):
             "ranks": gather_on_first(mine),
             "evaluation_due": self.evaluation_due,
             "seed": self.seed,
+            "plan": self._plan,
         }
+
+    @property
+    def _plan(self) -> dict[str, Any]:
+        """Options that decide how an iteration's rollouts are split into optimizer steps and micro-batches."""
+        names = ("micro_batch_size", "inner_epochs", "tasks_per_iteration", "group_size", "truncated", "zero_spread")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.cursor = state_dict["cursor"]
@@ -411,6 +419,8 @@ class RolloutDataModule(L.LightningDataModule):
         ranks, trainer = state_dict["ranks"], self._trainer
         if trainer.state.fn == TrainerFn.FITTING:
             self._check_seed(state_dict.get("seed", self.seed), any(rank["groups"] is not None for rank in ranks))
+            if any(rank["position"] for rank in ranks):
+                self._check_plan(state_dict.get("plan", {}))
         if len(ranks) == trainer.world_size:
             self._restored = ranks[trainer.global_rank]
         elif any(rank["groups"] is not None for rank in ranks):
@@ -436,6 +446,21 @@ class RolloutDataModule(L.LightningDataModule):
             f"data.seed={self.seed} (that of seed_everything, unless it is given), and the checkpoint's run had "
             f"{before}: from here on, tasks and rollouts are drawn with {self.seed}."
         )
+
+    def _check_plan(self, before: dict[str, Any]) -> None:
+        """Refuse other options within an iteration of which optimizer steps have been taken: what is left of it is
+        counted in its micro-batches.
+
+        Raises:
+            UserError: an option differs.
+        """
+        for name, now in self._plan.items():
+            if before.get(name, now) != now:
+                raise UserError(
+                    f"this checkpoint was written between two optimizer steps of an iteration with "
+                    f"data.{name}={before[name]}; resume with it, or from a checkpoint between iterations (now "
+                    f"data.{name}={now})"
+                )
 
     def _take_up(self) -> int | None:
         """Take up this rank's state from a checkpoint: the micro-batches that are done, None to generate afresh."""

@@ -1,15 +1,51 @@
-"""Options of Lightning's Trainer that cut an epoch short. Here an epoch is an iteration: rollouts, then their update.
+"""Options and callbacks of Lightning that an iteration does not go with. Here an epoch is an iteration: rollouts, then
+their update.
 
 An iteration is trained on as a whole. What would leave out a part of its micro-batches, or evaluate in the middle of
 it, is refused; what ends a run ends it between two iterations, or, with ``max_steps``, between two optimizer steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 
 from .errors import UserError
+
+AVERAGES = (
+    "samples with other weights than it trains; the teacher is an average of the policy already (model.teacher.rate), "
+    "and `gear-lightning export` takes any checkpoint"
+)
+REFUSED_CALLBACKS = {  # and what each of them does
+    StochasticWeightAveraging: AVERAGES,
+    WeightAveraging: AVERAGES,
+    GradientAccumulationScheduler: "changes how many micro-batches an optimizer step has, which data.micro_batch_size "
+    "decides",
+    BatchSizeFinder: "tries steps on parts of an iteration; `gear-lightning doctor` says what fits, and "
+    "data.micro_batch_size sets it",
+    LearningRateFinder: "tries steps on parts of an iteration; compare learning rates by `gear-lightning study`",
+    ModelPruning: "changes weights behind the sampler and the teacher",
+}
+
+
+def check_callbacks(callbacks: Iterable[type]) -> None:
+    """Look at classes of callbacks of the Trainer.
+
+    Raises:
+        UserError: one cannot work here; says what to use.
+    """
+    for callback in callbacks:
+        for refused, why in REFUSED_CALLBACKS.items():
+            if issubclass(callback, refused):
+                raise UserError(f"trainer.callbacks: {callback.__name__} {why}")
 
 
 def check_limits(option: Callable[[str], Any], data: Any, processes: int, stage: str = "fit") -> None:

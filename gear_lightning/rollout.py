@@ -1,6 +1,7 @@
 """Rollouts and the agent loop that makes them: sampling turns, calling environments, keeping masks and budgets."""
 
 import copy
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from .environments.base import Environment, FloodError, Message, RewardError, St
 from .environments.checks import CheckedStep, checked_messages, checked_step, text_bytes
 from .environments.deadline import DeadlineRunner
 from .environments.decisions import decision_marks
+from .errors import UserError
 
 Status = Literal[
     "done",  # the environment ended the episode
@@ -308,6 +310,12 @@ class AgentLoop:
     def _advance(self, key: int, episode: _Episode, turn: SampledTurn) -> bool:
         """Take a turn in, let the environment answer, and ask for the next one. Returns whether the rollout is over."""
         rollout = episode.rollout
+        if not all(map(math.isfinite, turn.logprobs)):
+            raise UserError(
+                "the policy's log-probs are not finite while it samples: its weights are not finite, or have grown too "
+                "large for this precision. Resume from an earlier checkpoint, by its name (--ckpt_path FILE), with a "
+                "lower learning rate, gradient clipping (trainer.gradient_clip_val) or a wider trainer.precision"
+            )
         rollout.states.append(episode.state)
         rollout.add_turn(turn)
         episode.sampled += len(turn.ids)

@@ -1,5 +1,6 @@
 """Environments and rewards that misbehave cost one rollout each, exactly, and never the run."""
 
+import contextlib
 import json
 import os
 import random
@@ -51,8 +52,11 @@ def doing(step=lambda: Step(done=True, reward=1.0), reset=lambda: []) -> type[En
 
 def children() -> list[int]:
     """This process's children, the dead ones too that nobody has waited for."""
-    tasks = Path("/proc/self/task").iterdir()
-    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended has none
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 # -- many rollouts, all kinds of failures -----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from gear_lightning.batch import Credit, TokenStats, collate
 from gear_lightning.checkpoints import read_checkpoint, write_checkpoint
 from gear_lightning.credit import GEAR, SCGRPO, CreditAssigner, Uniform
 from gear_lightning.distillation import OPSD, SDAR, Distillation
+from gear_lightning.errors import UserError
 from gear_lightning.frozen import keep, recall
 from gear_lightning.loss import ClippedSurrogate
 
@@ -142,6 +143,20 @@ def test_a_checkpoint_of_this_and_of_the_version_before_goes_on(tmp_path, rule, 
     run.fit(resumed, datamodule=data(**options), ckpt_path=stop.path, weights_only=True)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+OTHERS = [("micro_batch_size", 4), ("inner_epochs", 3), ("inner_epochs", 1), ("group_size", 2), ("truncated", "mask")]
+
+
+@pytest.mark.parametrize(("name", "value"), OTHERS)
+def test_another_split_of_an_iteration_that_is_half_done_is_refused(tmp_path, name, value):
+    """What is left of it is counted in micro-batches: some would be left out, or trained on twice."""
+    options = {"inner_epochs": 2, "micro_batch_size": 3}
+    stop = stopped(tmp_path, RULES[0], **options)
+    run = trainer(tmp_path, generation(), max_epochs=2)
+    message = rf"between two optimizer steps.*data.{name}=.*resume with it.*data.{name}={value}"
+    with pytest.raises(UserError, match=message):
+        run.fit(model(*RULES[0]), datamodule=data(**{**options, name: value}), ckpt_path=stop.path, weights_only=True)
 
 
 def test_only_a_checkpoint_in_the_middle_of_an_iteration_holds_it(tmp_path):

@@ -17,7 +17,7 @@ from tiny import data, generation, module, trainer
 import gear_lightning
 from gear_lightning.callbacks.health import Health
 from gear_lightning.errors import UserError
-from gear_lightning.limits import check_limits
+from gear_lightning.limits import REFUSED_CALLBACKS, check_callbacks, check_limits
 from gear_lightning.monitor import KNOWN, NAMES
 from gear_lightning.records import ledger
 from gear_lightning.rollout import STATUSES
@@ -68,6 +68,23 @@ def test_what_leaves_them_whole_is_not_refused():
 def test_a_trainer_of_ones_own_is_looked_at_too(tmp_path, options):
     with pytest.raises(UserError, match=f"trainer.{next(iter(options))}"):
         trainer(tmp_path, generation(), **options).fit(module(), datamodule=data(micro_batch_size=2))
+
+
+@pytest.mark.parametrize("kind", REFUSED_CALLBACKS, ids=lambda kind: kind.__name__)
+def test_a_callback_that_cannot_work_is_refused_with_what_to_use(kind):
+    class Mine(kind):
+        pass
+
+    for refused in (kind, Mine):
+        with pytest.raises(UserError, match=rf"trainer.callbacks: {refused.__name__} \w+"):
+            check_callbacks([Health, refused])
+    check_callbacks([Health, EarlyStopping, L.pytorch.callbacks.LearningRateMonitor])
+
+
+def test_such_a_callback_of_a_trainer_of_ones_own_is_refused(tmp_path):
+    averaging = L.pytorch.callbacks.EMAWeightAveraging()
+    with pytest.raises(UserError, match=r"EMAWeightAveraging samples with other weights.*model.teacher.rate"):
+        trainer(tmp_path, generation(), averaging, max_epochs=1).fit(module(), datamodule=data())
 
 
 def test_lightnings_sanity_check_changes_nothing(tmp_path):
