@@ -172,12 +172,16 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         return self._weights.open(policy, blank, trainer.global_step, cache, self.engine, dtype, streams)
 
     def _cache_bytes(self, trainer: L.Trainer, policy: Any, rollouts: int) -> int:
-        """Return the bytes of the keys and values of this many full contexts."""
+        """Return the bytes of the keys and values of this many full contexts; an upper estimate for models whose layers
+        differ in width."""
         config = policy.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        try:
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        except Exception:  # recurrent models; transformers raises its own error if layers differ
+            width = config.hidden_size
         size = 2 if self.weights_dtype == "bfloat16" or "bf16" in str(trainer.precision) else 4
-        return rollouts * self.budgets.context * config.num_hidden_layers * 2 * heads * width * size
+        return rollouts * self.budgets.context * config.num_hidden_layers * 2 * width * size
 
     def _warn_of_side_errors(self, rollouts: list[Rollout]) -> None:
         """Warn once of an environment failure that changed no outcome; ``rollouts/side_errors`` counts them."""

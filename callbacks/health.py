@@ -117,6 +117,13 @@ class Health(L.Callback):
         if self._no_spread >= self.stop_after:
             self._end(pl_module, f"no group had any spread of rewards for {self._no_spread} iterations. {ADVICE}")
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if pl_module.skipped_in_a_row:
+            rank_zero_warn(
+                f"The gradients of the last {pl_module.skipped_in_a_row} optimizer steps of this run were not finite: "
+                "the policy is that before them, and may be of no use. train/skipped_steps says since when."
+            )
+
     def _check_left_out(self, rollouts: int, left_out: dict[str, int]) -> None:
         """Warn about failures that exclude more than half of the rollouts from learning."""
         for status, count in left_out.items():

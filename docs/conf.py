@@ -50,7 +50,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 linkcheck_ignore = [r"^\.\./"]
 
 
-def _plain_bars(app, what, name, obj, options, lines):  # noqa: PLR0913
+def _plain_bars(app, what, name, obj, options, lines):
     """``|A|`` in a docstring is an absolute value, and no substitution."""
     lines[:] = [line.replace("|", "\\|") if line.count("|") > 1 and "``" not in line else line for line in lines]
 

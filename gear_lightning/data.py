@@ -19,7 +19,7 @@ from .errors import Stopped, UserError
 from .generation.iteration_stats import IterationStats
 from .generation.packing import balanced_split
 from .rollout import Rollout, RolloutGroup
-from .runs.limits import check_limits, keep_iterations_whole, option_of
+from .runs.limits import check_callbacks, check_limits, keep_iterations_whole, option_of
 from .runs.resume import random_state, restore_random_state
 
 ZeroSpread = Literal["keep", "drop", "resample"]
@@ -148,6 +148,7 @@ class RolloutDataModule(L.LightningDataModule):
         check_same(self.resolved_config)  # here, because Lightning calls this first on all processes
         check_limits(option_of(trainer), self, trainer.world_size, stage)
         if stage == "fit":
+            check_callbacks(map(type, trainer.callbacks))  # pyright: ignore[reportAttributeAccessIssue]
             keep_iterations_whole(trainer)
             self.check_processes(trainer.world_size, trainer.accumulate_grad_batches)
             trainer.accumulate_grad_batches = self.micro_batches
@@ -409,7 +410,14 @@ class RolloutDataModule(L.LightningDataModule):
             "ranks": gather_on_first(mine),
             "evaluation_due": self.evaluation_due,
             "seed": self.seed,
+            "plan": self._plan,
         }
+
+    @property
+    def _plan(self) -> dict[str, Any]:
+        """Options that determine how the rollouts of an iteration are split into optimizer steps and micro-batches."""
+        names = ("micro_batch_size", "inner_epochs", "tasks_per_iteration", "group_size", "truncated", "zero_spread")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.cursor = state_dict["cursor"]
@@ -417,6 +425,8 @@ class RolloutDataModule(L.LightningDataModule):
         ranks, trainer = state_dict["ranks"], self._trainer
         if trainer.state.fn == TrainerFn.FITTING:
             self._check_seed(state_dict.get("seed", self.seed), any(rank["groups"] is not None for rank in ranks))
+            if any(rank["position"] for rank in ranks):
+                self._check_plan(state_dict.get("plan", {}))
         if len(ranks) == trainer.world_size:
             self._restored = ranks[trainer.global_rank]
         elif any(rank["groups"] is not None for rank in ranks):
@@ -442,6 +452,21 @@ class RolloutDataModule(L.LightningDataModule):
             f"data.seed={self.seed} (default: the value of seed_everything), but the checkpoint's run used {before}: "
             f"from now on, tasks and rollouts are drawn with {self.seed}."
         )
+
+    def _check_plan(self, before: dict[str, Any]) -> None:
+        """Reject a different split of an iteration whose first optimizer steps were taken before the checkpoint: the
+        position within the iteration is counted in micro-batches.
+
+        Raises:
+            UserError: an option differs.
+        """
+        for name, now in self._plan.items():
+            if before.get(name, now) != now:
+                raise UserError(
+                    f"this checkpoint was written between two optimizer steps of an iteration with "
+                    f"data.{name}={before[name]}; resume with that value (now data.{name}={now}), or from a checkpoint "
+                    "between iterations"
+                )
 
     def _restore(self) -> int | None:
         """Restore this rank's state from a checkpoint. Return the number of finished micro-batches; None if new

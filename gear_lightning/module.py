@@ -1,6 +1,7 @@
 """The LightningModule: policy, teacher, credit and losses."""
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -391,7 +392,8 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         per_token("train/entropy", policy.entropy.sum())
         if batch.inner_epoch:
             return
-        gap = (policy.logprobs.detach() - batch.sampler_logprobs).abs()[mask]
+        # infinite where it is NaN: torchmetrics leaves NaN out, and the largest gap would look like none
+        gap = (policy.logprobs.detach() - batch.sampler_logprobs).abs()[mask].nan_to_num(math.inf, math.inf)
         self.sampler_gap_p95.update(gap)
         self.log("train/sampler_gap_p95", self.sampler_gap_p95, on_step=False, on_epoch=True)
         self.sampler_gap_max.update(gap.amax() if tokens else gap.new_zeros(()))

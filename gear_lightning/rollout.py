@@ -2,6 +2,7 @@
 budgets."""
 
 import copy
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from .environments.base import Environment, FloodError, Message, RewardError, St
 from .environments.checks import CheckedStep, checked_messages, checked_step, text_bytes
 from .environments.deadline import DeadlineRunner
 from .environments.decisions import decision_marks
+from .errors import UserError
 from .generation.budgets import Budgets
 from .generation.chat import Chat, ToolCallError
 from .generation.engine import GenerationEngine, SampledTurn, Sampling, TurnRequest
@@ -313,6 +315,12 @@ class AgentLoop:
     def _advance(self, key: int, episode: _Episode, turn: SampledTurn) -> bool:
         """Add a sampled turn, call the environment, and request the next turn. Return whether the rollout is over."""
         rollout = episode.rollout
+        if not all(map(math.isfinite, turn.logprobs)):
+            raise UserError(
+                "the policy's log-probs are not finite while it samples: its weights are not finite, or have grown too "
+                "large for this precision. Resume from an earlier checkpoint, by its name (--ckpt_path FILE), with a "
+                "lower learning rate, gradient clipping (trainer.gradient_clip_val) or a wider trainer.precision"
+            )
         rollout.states.append(episode.state)
         rollout.add_turn(turn)
         episode.sampled += len(turn.ids)

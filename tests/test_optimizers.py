@@ -215,3 +215,24 @@ def test_a_missing_package_is_reported_first(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torchao" else there(name))
     with pytest.raises(UserError, match=r"pip install 'gear_lightning\[torchao\]'"):
         Built(arguments(QUICKSTART, OPTIMIZERS / "adamw_8bit.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("make", "precision", "message"),
+    [
+        (torch.optim.LBFGS, "32-true", "LBFGS computes the loss several times in a step"),
+        (torch.optim.AdamW, "16-true", "eps=1e-08 is 0 in float16.*at least 1e-7"),
+    ],
+)
+def test_an_optimizer_that_can_take_no_step_here_is_refused(make, precision, message):
+    with pytest.raises(UserError, match=message):
+        GearModule(source(), optimizer=make).check_optimizer(precision)
+
+
+def test_an_optimizer_that_can_take_steps_is_not_refused():
+    for make, precision in (
+        (torch.optim.AdamW, "bf16-true"),
+        (lambda p: torch.optim.AdamW(p, eps=1e-7), "16-true"),
+        (torch.optim.SGD, "16-true"),
+    ):
+        GearModule(source(), optimizer=make).check_optimizer(precision)

@@ -1,6 +1,7 @@
 """The agent loop: ids are final, masks are correct, budgets are enforced, and a failure affects only one rollout."""
 
 import json
+import math
 import threading
 import time
 
@@ -12,6 +13,7 @@ from tiny_runs import source
 
 from gear_lightning.environments.base import Environment, Step, Task, tool_call, tool_result
 from gear_lightning.environments.lookup_chain import TOOLS, LookupChain, LookupChainTasks
+from gear_lightning.errors import UserError
 from gear_lightning.generation.chat import Chat
 from gear_lightning.generation.engine import Sampling
 from gear_lightning.rollout import AgentLoop, Budgets, Rollout
@@ -289,3 +291,18 @@ def test_an_environment_cannot_modify_the_task():
     assert [m["content"] for m in rollout.task.messages] == ["Go."]
     assert rollout.task.meta == {}
     assert CHAT.prompt(rollout.task.messages, TOOLS) == rollout.tokens[: rollout.prompt_length]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_log_probs_that_are_not_finite_end_the_run_and_not_the_rollout(wrong):
+    """Finite weights can give them; rollouts of such a policy say nothing."""
+
+    class Lost(Scripted):
+        def say(self, request):
+            turn = super().say(request)
+            turn.logprobs[1] = wrong
+            return turn
+
+    loop = AgentLoop(CHAT, Lost("hello"), LookupChain, Budgets(tokens=99, context=999), Sampling())
+    with pytest.raises(UserError, match=r"log-probs are not finite while it samples.*earlier checkpoint"):
+        loop.run(torch.nn.Linear(1, 1), [(LookupChainTasks()[0], (0, 0, 0, 0))], policy_version=0)

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def help_of(arguments: list[str]) -> str:
-    """Return what ``gear-lightning ARGUMENTS`` prints. A process of its own: autodoc imports modules twice, and the parser
-    compares classes by identity.
+    """Return what ``gear-lightning ARGUMENTS`` prints. It runs in a separate process: autodoc imports modules twice, and
+    the parser compares classes by identity.
 
     Raises:
         RuntimeError: the command fails.

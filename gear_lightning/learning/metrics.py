@@ -35,4 +35,5 @@ class Quantile(Metric):
         place = self.q * (len(ordered) - 1)
         low = int(place)
         high = min(low + 1, len(ordered) - 1)
-        return torch.lerp(ordered[low], ordered[high], place - low)
+        below, above = ordered[low], ordered[high]
+        return torch.where(below == above, below, torch.lerp(below, above, place - low))  # also of infinities

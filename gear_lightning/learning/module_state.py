@@ -44,6 +44,7 @@ class ModuleState(L.LightningModule):
     _base_model: str | None
     _files: dict[str, Tensor] | None = None  # of the policy; cached, as training does not change them
     _frozen: dict[tuple[int, ...], Kept]
+    skipped_in_a_row: int
 
     @property
     def chat_format(self) -> Any:
@@ -60,6 +61,7 @@ class ModuleState(L.LightningModule):
         checkpoint["policy_files"] = self._files
         checkpoint["made_by"] = {**code_version(), "base_model": self._base_model}
         checkpoint["identity"] = self._identity()
+        checkpoint["skipped_in_a_row"] = self.skipped_in_a_row
         checkpoint["lora"] = None if self.lora is None else self._adapters()
         for key in self.left_out():
             checkpoint["state_dict"].pop(key, None)
@@ -157,6 +159,7 @@ class ModuleState(L.LightningModule):
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         self._check_identity(checkpoint.get("identity", {}), fitting)
         if fitting:
+            self.skipped_in_a_row = checkpoint.get("skipped_in_a_row", 0)
             self._take_up_optimizer(checkpoint)
         states = checkpoint["state_dict"]
         if self.teacher is None:  # evaluation, or no component uses a teacher

@@ -69,6 +69,28 @@ class Schedule(Iterations, L.LightningModule):
         fresh = FreshOptimizer(self.optimizer, self.lr_scheduler, [torch.zeros(1)])
         return plateau_monitor(fresh.scheduler)
 
+    def check_optimizer(self, precision: str) -> None:
+        """Make the optimizer on trial, and look at whether it can take steps here.
+
+        Args:
+            precision: ``trainer.precision``.
+
+        Raises:
+            UserError: it cannot.
+        """
+        optimizer = FreshOptimizer(self.optimizer, None, [torch.zeros(1)]).optimizer
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise UserError(
+                "model.optimizer=LBFGS computes the loss several times in a step, and a step here is the sum of "
+                "micro-batches, computed once; use another optimizer"
+            )
+        eps = [group["eps"] for group in optimizer.param_groups if isinstance(group.get("eps"), float)]
+        if precision == "16-true" and any(torch.tensor(value, dtype=torch.float16) == 0 for value in eps):
+            raise UserError(
+                f"model.optimizer: eps={min(eps):g} is 0 in float16, and a gradient of 0 would be divided by it; give "
+                "model.optimizer.eps of at least 1e-7, or use trainer.precision=bf16-true"
+            )
+
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if self._monitor is None:
             super().lr_scheduler_step(scheduler, metric)

@@ -149,7 +149,7 @@ def check_head(model: nn.Module) -> None:
             logits = model(input_ids=ids, use_cache=False).logits
         finally:
             handle.remove()
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{name} is not a causal language model with a decoder and an output head ({error})") from None
     if [p._version for p in model.parameters()] != written:
         raise UserError(f"{name} changes its weights in a forward pass; such models are not supported")

@@ -197,10 +197,18 @@ def model_shape(model: Any) -> ModelShape:
         gated=bool(names & {"gate_proj", "gate_up_proj"}),
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        head_dim=_head_width(config) or hidden // heads,
         qk_norm="q_norm" in names,
         vocab=head.weight.shape[0],
     )
+
+
+def _head_width(config: Any) -> int | None:
+    """Width of a head, as the config gives it for all layers; None where it does not."""
+    try:
+        return getattr(config, "head_dim", None)
+    except Exception:  # transformers has an error of its own where layers differ
+        return None
 
 
 def layer_activations(shape: ModelShape, precision: Any) -> int:

@@ -4,6 +4,8 @@
 mostly calls checks that are defined with the parts of a recipe.
 """
 
+import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -20,7 +22,7 @@ from ..learning.head import head_in_float32
 from ..models import PolicySource, checkpoint_activations
 from ..module import GearModule
 from ..runs.checkpoint_files import check_places
-from ..runs.limits import check_limits
+from ..runs.limits import check_callbacks, check_limits
 from ..runs.monitor import check_early_stopping, check_monitor, class_path, own_callbacks_only
 from ..strategies import layers_of
 from .memory import ALIASES, STRATEGIES, Strategy
@@ -110,6 +112,17 @@ def check_parts(module: GearModule, data: RolloutDataModule, generation: Generat
         )
 
 
+def callback_classes(trainer: Any) -> list[type]:
+    """Return the classes of the callbacks that a recipe adds, as far as they can be imported."""
+    given, found = trainer["callbacks"] or [], []
+    for callback in given if isinstance(given, list) else [given]:
+        module, _, name = (class_path(callback) or (callback if isinstance(callback, str) else "")).rpartition(".")
+        with contextlib.suppress(ImportError, ValueError):
+            kind = getattr(importlib.import_module(module), name, None)
+            found += [kind] if isinstance(kind, type) else []
+    return found
+
+
 def check_metrics(
     module: GearModule, data: RolloutDataModule, checkpoint: IterationCheckpoint | None, trainer: Any, resumes: bool
 ) -> None:
@@ -175,6 +188,8 @@ def refusals(
     if fitting:
         rules.append(lambda: check_parts(module, data, generation))
         rules.append(lambda: check_limits(trainer.get, data, processes))
+        rules.append(lambda: check_callbacks(callback_classes(trainer)))
+        rules.append(lambda: module.check_optimizer(precision))
         rules.append(lambda: check_metrics(module, data, checkpoint, trainer, resumes))
         rules.append(lambda: data.check_processes(processes, trainer["accumulate_grad_batches"]))
     if model is not None:

@@ -1,15 +1,51 @@
-"""Check options of Lightning's Trainer that shorten an epoch. Here an epoch is an iteration: rollouts and their update.
+"""Check options and callbacks of Lightning's Trainer that conflict with iterations. Here an epoch is an iteration:
+rollouts and their update.
 
 A run trains on complete iterations. Options that would skip some of the micro-batches of an iteration, or evaluate in
 the middle of it, are rejected. A run ends between two iterations or, with ``max_steps``, between two optimizer steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 
 from ..errors import UserError
+
+AVERAGES = (
+    "samples with other weights than it trains; the teacher is an average of the policy already (model.teacher.rate), "
+    "and `gear-lightning export` takes any checkpoint"
+)
+REFUSED_CALLBACKS = {  # class -> what it does
+    StochasticWeightAveraging: AVERAGES,
+    WeightAveraging: AVERAGES,
+    GradientAccumulationScheduler: "changes how many micro-batches an optimizer step has, which data.micro_batch_size "
+    "decides",
+    BatchSizeFinder: "tries steps on parts of an iteration; `gear-lightning doctor` reports what fits, and "
+    "data.micro_batch_size sets it",
+    LearningRateFinder: "tries steps on parts of an iteration; compare learning rates by `gear-lightning study`",
+    ModelPruning: "changes weights without the sampler and the teacher",
+}
+
+
+def check_callbacks(callbacks: Iterable[type]) -> None:
+    """Check classes of callbacks of the Trainer.
+
+    Raises:
+        UserError: one of them cannot work here; the message names an alternative.
+    """
+    for callback in callbacks:
+        for refused, why in REFUSED_CALLBACKS.items():
+            if issubclass(callback, refused):
+                raise UserError(f"trainer.callbacks: {callback.__name__} {why}")
 
 
 def check_limits(option: Callable[[str], Any], data: Any, processes: int, stage: str = "fit") -> None:

@@ -13,6 +13,7 @@ from reference_maths import (
     SEEDS,
     Rollout,
     evidence,
+    in_float64,
     on_actions,
     rollout,
     some_noise,
@@ -269,10 +270,11 @@ def test_rules_match_their_slow_references(kind, seed):
     rule, noise = drawn(rng, kind), some_noise(rng)
     e = evidence(rows, padding=rng.randint(0, 3), noise=noise)
     credit = rule(e)
-    near = {"atol": 1e-4, "rtol": 1e-4} if kind is SCGRPO else {"atol": 3e-6, "rtol": 2e-5}
+    exact = rule(in_float64(e))
+    near = {"atol": 1e-4, "rtol": 1e-4} if kind is SCGRPO else {"atol": 1e-6, "rtol": 1e-6}
     for i, r in enumerate(rows):
-        expected = torch.tensor(SLOW[kind](rule, r, noise))
-        assert_close(credit.weights[i, r.actions], expected, **near, msg=lambda m: f"{rule}: {m}")
+        expected = torch.tensor(SLOW[kind](rule, r, noise), dtype=exact.weights.dtype)
+        assert_close(exact.weights[i, r.actions], expected, **near, msg=lambda m: f"{rule}: {m}")
         measured = [0.0 if isinstance(rule, GTPO | Oracle) else -gap(r, t) for t in r.actions]
         assert kind is SCGRPO or credit.divergence[i, r.actions].tolist() == measured
     outside = ~e.action_mask
@@ -285,8 +287,8 @@ def test_rules_match_their_slow_references(kind, seed):
     assert not (credit.token_advantages.sign() == -base.sign())[base != 0].any()
     # a rollout has the same weights alone
     for i, r in enumerate(rows):
-        alone = rule(evidence([r], noise=noise)).weights[0]
-        assert_close(alone, credit.weights[i, : len(r.turns)], atol=1e-6, rtol=1e-5)
+        alone = rule(in_float64(evidence([r], noise=noise))).weights[0]
+        assert_close(alone, exact.weights[i, : len(r.turns)], atol=1e-6, rtol=1e-6)
 
 
 # invariants -----------------------------------------------------------------------------------------------------------

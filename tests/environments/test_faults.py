@@ -1,5 +1,6 @@
 """An environment or reward that misbehaves fails exactly its own rollout, and never the run."""
 
+import contextlib
 import json
 import os
 import random
@@ -51,8 +52,11 @@ def doing(step=lambda: Step(done=True, reward=1.0), reset=lambda: []) -> type[En
 
 def children() -> list[int]:
     """Return this process's children, including exited ones that have not been waited for."""
-    tasks = Path("/proc/self/task").iterdir()
-    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the thread has just ended
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 # -- many rollouts, all kinds of failures -----------------------------------------------------------------------------

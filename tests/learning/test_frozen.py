@@ -13,6 +13,7 @@ from torch import Tensor
 from gear_lightning.batch import Credit, TokenStats, collate
 from gear_lightning.credit import GEAR, SCGRPO, CreditAssigner, Uniform
 from gear_lightning.distillation import OPSD, SDAR, Distillation
+from gear_lightning.errors import UserError
 from gear_lightning.learning.frozen import keep, recall
 from gear_lightning.loss import ClippedSurrogate
 from gear_lightning.runs.checkpoints import read_checkpoint, write_checkpoint
@@ -142,6 +143,20 @@ def test_checkpoints_of_this_and_the_previous_version_resume(tmp_path, rule, old
     run.fit(resumed, datamodule=data(**options), ckpt_path=stop.path, weights_only=True)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+OTHERS = [("micro_batch_size", 4), ("inner_epochs", 3), ("inner_epochs", 1), ("group_size", 2), ("truncated", "mask")]
+
+
+@pytest.mark.parametrize(("name", "value"), OTHERS)
+def test_another_split_of_a_partly_trained_iteration_is_rejected(tmp_path, name, value):
+    """The position is counted in micro-batches: some would be skipped or trained on twice."""
+    options = {"inner_epochs": 2, "micro_batch_size": 3}
+    stop = stopped(tmp_path, RULES[0], **options)
+    run = trainer(tmp_path, generation(), max_epochs=2)
+    message = rf"between two optimizer steps.*data.{name}=.*resume with that value.*data.{name}={value}"
+    with pytest.raises(UserError, match=message):
+        run.fit(model(*RULES[0]), datamodule=data(**{**options, name: value}), ckpt_path=stop.path, weights_only=True)
 
 
 def test_only_a_checkpoint_within_an_iteration_contains_the_data(tmp_path):

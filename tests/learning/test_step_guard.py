@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_runs import AnyCall, data, generation, module, trainer
 
+from gear_lightning.callbacks.health import Health
 from gear_lightning.errors import UserError
 from gear_lightning.runs.finite import all_finite
 
@@ -114,15 +115,28 @@ def test_a_step_without_a_signal_changes_nothing(tmp_path, zero_spread, monkeypa
     assert [float(row["train/skipped_steps"]) for row in rows(tmp_path)] == [0, 0, 0, 0]
 
 
-def test_non_finite_weights_stop_the_run_at_once(tmp_path):
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        (
+            "on_train_epoch_start",
+            "log-probs are not finite while it samples: its weights are not finite.*ckpt_path",
+        ),
+        ("on_train_batch_start", "policy has weights that are not finite after 1 optimizer steps.*ckpt_path"),
+    ],
+)
+def test_non_finite_weights_stop_the_run_at_once(tmp_path, hook, message):
     class Break(L.Callback):
-        def on_train_epoch_start(self, trainer, pl_module):
+        def __init__(self) -> None:
+            setattr(self, hook, self.spoil)
+
+        def spoil(self, trainer, pl_module, *_):
             if trainer.current_epoch == 1:
                 with torch.no_grad():
                     pl_module.policy.lm_head.weight[0, 0] = math.nan
 
     run = trainer(tmp_path, generation(), Break(), max_epochs=9)
-    with pytest.raises(UserError, match=r"policy has weights that are not finite after 1 optimizer steps.*ckpt_path"):
+    with pytest.raises(UserError, match=message):
         run.fit(module(), datamodule=data())
     assert run.global_step == 1
 
@@ -134,3 +148,28 @@ def test_all_finite_finds_a_single_non_finite_number(value, dtype):
     assert all_finite(parts)
     parts[2][6, 8] = value
     assert not all_finite(parts)
+
+
+class Unlike(L.Callback):
+    """Makes a log-prob of the sampler NaN."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        batch.sampler_logprobs[0][batch.action_mask[0].nonzero()[0]] = math.nan
+
+
+def test_a_gap_that_is_no_number_is_the_largest_one(tmp_path):
+    """torchmetrics would leave it out."""
+    trainer(tmp_path, generation(), Unlike(), max_epochs=1).fit(module(), datamodule=data())
+    assert float(rows(tmp_path)[-1]["train/sampler_gap_max"]) == math.inf
+
+
+def test_steps_in_a_row_count_over_restarts_and_a_run_that_ends_on_them_says_so(tmp_path):
+    lost, model = Lost(1, 2, 3), module()
+    run = trainer(tmp_path, generation(), Health(stop_after_skipped=3), lost, max_epochs=3)
+    with pytest.warns(UserWarning, match="gradients of the last 2 optimizer steps of this run were not finite"):
+        run.fit(model, datamodule=data())
+    run.save_checkpoint(tmp_path / "mid.ckpt")
+    resumed = trainer(tmp_path / "resumed", generation(), Health(stop_after_skipped=3), lost, max_epochs=5)
+    with pytest.raises(UserError, match="gradients of 3 optimizer steps in a row"):
+        resumed.fit(module(), datamodule=data(), ckpt_path=tmp_path / "mid.ckpt", weights_only=True)
+    assert resumed.global_step <= 4

@@ -17,7 +17,7 @@ import gear_lightning
 from gear_lightning.callbacks.health import Health
 from gear_lightning.errors import UserError
 from gear_lightning.rollout import STATUSES
-from gear_lightning.runs.limits import check_limits
+from gear_lightning.runs.limits import REFUSED_CALLBACKS, check_callbacks, check_limits
 from gear_lightning.runs.monitor import KNOWN, NAMES
 from gear_lightning.runs.records import ledger
 
@@ -67,6 +67,23 @@ def test_options_that_keep_them_complete_are_accepted():
 def test_a_custom_trainer_is_checked_too(tmp_path, options):
     with pytest.raises(UserError, match=f"trainer.{next(iter(options))}"):
         trainer(tmp_path, generation(), **options).fit(module(), datamodule=data(micro_batch_size=2))
+
+
+@pytest.mark.parametrize("kind", REFUSED_CALLBACKS, ids=lambda kind: kind.__name__)
+def test_a_callback_that_cannot_work_is_rejected_with_an_alternative(kind):
+    class Mine(kind):
+        pass
+
+    for refused in (kind, Mine):
+        with pytest.raises(UserError, match=rf"trainer.callbacks: {refused.__name__} \w+"):
+            check_callbacks([Health, refused])
+    check_callbacks([Health, EarlyStopping, L.pytorch.callbacks.LearningRateMonitor])
+
+
+def test_such_a_callback_of_a_custom_trainer_is_rejected(tmp_path):
+    averaging = L.pytorch.callbacks.EMAWeightAveraging()
+    with pytest.raises(UserError, match=r"EMAWeightAveraging samples with other weights.*model.teacher.rate"):
+        trainer(tmp_path, generation(), averaging, max_epochs=1).fit(module(), datamodule=data())
 
 
 def test_lightnings_sanity_check_does_not_change_training(tmp_path):

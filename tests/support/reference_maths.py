@@ -5,7 +5,7 @@ The reference uses no tensors, no padding and no mask: it iterates over a Python
 
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -120,6 +120,16 @@ def evidence(rows: list[Rollout], padding: int = 0, noise: RoundingNoise = Round
         solved=torch.tensor([r.solved for r in rows]),
         noise=noise,
     )
+
+
+def in_float64(given: Any) -> Any:
+    """Evidence, or a part of it, with its floats in double precision: dividing by a small standard deviation makes
+    float32's rounding as large as one likes."""
+    if isinstance(given, torch.Tensor):
+        return given.double() if given.is_floating_point() else given
+    if is_dataclass(given):
+        return replace(given, **{name: in_float64(value) for name, value in vars(given).items()})
+    return given
 
 
 def random_rollout(rng: random.Random, *, vocabulary: int = 0) -> Rollout:
