@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def help_of(arguments: list[str]) -> str:
-    """Return what ``gear-lightning ARGUMENTS`` prints. It runs in a separate process: autodoc imports modules twice, and
+    """Return what ``gear-lightning ARGUMENTS`` prints. A separate process runs it: autodoc imports modules twice, and
     the parser compares classes by identity.
 
     Raises:
