@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from gear_lightning.engines import Sampling
 from gear_lightning.environments import sandbox
 from gear_lightning.environments.base import Task
 from gear_lightning.environments.functions import FunctionTools, tool_schemas
-from gear_lightning.environments.python_tool import PythonTool, run_python
+from gear_lightning.environments.python_tool import CALL, PythonTool, run_python
 from gear_lightning.environments.sandbox import Isolated, Limits
 from gear_lightning.errors import UserError
 from gear_lightning.rollout import AgentLoop, Budgets
@@ -106,9 +107,11 @@ def test_what_an_isolated_environment_does_costs_its_rollout_alone(deed, status,
 
 @pytest.mark.parametrize("deed", ["hang", "spin", "fork and stay"])
 def test_what_hangs_is_ended_with_all_that_it_started(deed):
-    play(task())  # the server is there
+    # processor time for longer than the call may take, whatever the pace
+    patient = partial(Isolated, Unruly, replace(LIMITS, cpu_seconds=seconds(60)))
+    play(task(), environment=patient)  # the server is there
     until(at_rest, "the end of what came before")
-    hung, good = play(task(deed), task(), budgets=Budgets(step_seconds=seconds(1)))
+    hung, good = play(task(deed), task(), environment=patient, budgets=Budgets(step_seconds=seconds(1)))
     assert (hung.status, good.status) == ("environment_timeout", "done")
     until(at_rest, "the end of what hung, and of all that it started")
 
@@ -320,7 +323,8 @@ def test_a_program_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
     while True: pass
     """
     limit = seconds(2)  # long enough for what it says
-    assert run_python(textwrap.dedent(code), seconds=limit) == f"so far\n[ended after {limit:g} s]"
+    patient = replace(CALL, cpu_seconds=10 * limit)
+    assert run_python(textwrap.dedent(code), seconds=limit, limits=patient) == f"so far\n[ended after {limit:g} s]"
     assert len(descendants(os.getpid())) == quiet
     assert list(tmp_path.iterdir()) == [], "its directory was left"
 
