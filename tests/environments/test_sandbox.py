@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from scripted_policy import CHAT, Scripted, answered
 from gear_lightning.environments import sandbox
 from gear_lightning.environments.base import Task
 from gear_lightning.environments.functions import FunctionTools, tool_schemas
-from gear_lightning.environments.python_tool import PythonTool, run_python
+from gear_lightning.environments.python_tool import CALL, PythonTool, run_python
 from gear_lightning.environments.sandbox import Isolated, Limits
 from gear_lightning.errors import UserError
 from gear_lightning.generation.engine import Sampling
@@ -108,9 +109,11 @@ def test_a_failure_of_an_isolated_environment_affects_only_its_rollout(deed, sta
 
 @pytest.mark.parametrize("deed", ["hang", "spin", "fork and stay"])
 def test_a_hanging_environment_is_killed_with_all_its_processes(deed):
-    play(task())  # start the server
+    # more processor time than the call may take, whatever the pace
+    patient = partial(Isolated, Unruly, replace(LIMITS, cpu_seconds=seconds(60)))
+    play(task(), environment=patient)  # start the server
     until(at_rest, "the end of earlier processes")
-    hung, good = play(task(deed), task(), budgets=Budgets(step_seconds=seconds(1)))
+    hung, good = play(task(deed), task(), environment=patient, budgets=Budgets(step_seconds=seconds(1)))
     assert (hung.status, good.status) == ("environment_timeout", "done")
     until(at_rest, "the end of the hanging process and its descendants")
 
@@ -322,7 +325,8 @@ def test_a_program_is_killed_with_all_its_processes(tmp_path, monkeypatch):
     while True: pass
     """
     limit = seconds(2)  # long enough for its output
-    assert run_python(textwrap.dedent(code), seconds=limit) == f"so far\n[ended after {limit:g} s]"
+    patient = replace(CALL, cpu_seconds=10 * limit)
+    assert run_python(textwrap.dedent(code), seconds=limit, limits=patient) == f"so far\n[ended after {limit:g} s]"
     assert len(descendants(os.getpid())) == quiet
     assert list(tmp_path.iterdir()) == [], "its directory was not removed"
 
