@@ -71,10 +71,11 @@ class Health(L.Callback):
         module.fail(UserError(why))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        try:  # the same on all ranks: they agree on every step
-            pl_module.check_steps(self.stop_after_skipped)
-        except UserError as error:
-            pl_module.fail(error)
+        if pl_module.steps_after(batch_idx):  # a resumed run's count is from before, until its first step
+            try:  # the same on all ranks: they agree on every step
+                pl_module.check_steps(self.stop_after_skipped)
+            except UserError as error:
+                pl_module.fail(error)
         if outputs["teacher"] is not None and not batch.inner_epoch:
             real = batch.index >= 0
             self._rows[0] += int(real.sum())
