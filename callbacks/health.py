@@ -73,10 +73,11 @@ class Health(L.Callback):
         module.fail(UserError(why))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        try:  # raises on all ranks or on none: all ranks skip the same steps
-            pl_module.check_steps(self.stop_after_skipped)
-        except UserError as error:
-            pl_module.fail(error)
+        if pl_module.steps_after(batch_idx):  # before its own first step a resumed run holds the checkpoint's count
+            try:  # raises on all ranks or on none: all ranks skip the same steps
+                pl_module.check_steps(self.stop_after_skipped)
+            except UserError as error:
+                pl_module.fail(error)
         if outputs["teacher"] is not None and not batch.inner_epoch:
             real = batch.index >= 0
             self._rows[0] += int(real.sum())

@@ -173,3 +173,16 @@ def test_steps_in_a_row_count_over_restarts_and_a_run_that_ends_on_them_says_so(
     with pytest.raises(UserError, match="gradients of 3 optimizer steps in a row"):
         resumed.fit(module(), datamodule=data(), ckpt_path=tmp_path / "mid.ckpt", weights_only=True)
     assert resumed.global_step <= 4
+
+
+def test_a_run_that_skipped_steps_have_ended_goes_on_once_gradients_are_finite(tmp_path):
+    """Its count is that of the checkpoint until its own first step, several micro-batches later."""
+    run = trainer(tmp_path, generation(), Health(stop_after_skipped=2), Lost(1, 2), max_epochs=4)
+    with pytest.raises(UserError, match="gradients of 2 optimizer steps in a row"):
+        run.fit(module(), datamodule=data(micro_batch_size=2))
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    resumed = trainer(tmp_path / "resumed", generation(), Health(stop_after_skipped=2), max_epochs=4)
+    model = module()
+    resumed.fit(model, datamodule=data(micro_batch_size=2), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert resumed.global_step == 4
+    assert model.skipped_in_a_row == 0
