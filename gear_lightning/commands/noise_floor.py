@@ -1,20 +1,21 @@
 """``gear-lightning noise-floor``: measure how rounding changes credit. A ``fit`` that stops before its first step."""
 
 import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from ..credit import CreditAssigner
 from ..errors import UserError
-from ..probes.noise_floor import FILE, NEAR_ONE, QUANTILES, MeasureNoise, recorded_batches, write_result
-from ..recipes.cli import main
-from .probe import ProbeCLI
+from ..probes.noise_floor import FILE, NEAR_ONE, QUANTILES, MeasureNoise
+from .probe import ProbeCLI, probe_command
 
 
 class NoiseFloorCLI(ProbeCLI):
     """``gear-lightning noise-floor``."""
+
+    file = FILE
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -25,12 +26,9 @@ class NoiseFloorCLI(ProbeCLI):
             help="Run directory with recorded rollouts. Null: generate new ones.",
         )
         parser.add_argument("--micro_batches", type=int, default=2, help="Maximum number of micro-batches to measure.")
-        parser.add_argument(
-            "--out", type=str | None, default=None, help=f"File for the result. Null: {FILE} in the run directory."
-        )
 
     def make_probe(self, options: Any) -> MeasureNoise:
-        return MeasureNoise(options["micro_batches"])
+        return MeasureNoise(options["micro_batches"], options["rollouts"])
 
     def before_instantiate_classes(self) -> None:
         if self.config["fit"]["micro_batches"] < 1:
@@ -45,36 +43,16 @@ class NoiseFloorCLI(ProbeCLI):
         super().before_instantiate_classes()
 
     def before_fit(self) -> None:
-        data, run = self.datamodule, self.config["fit"]["rollouts"]
-        if run is not None:
-            self.probe.recorded = recorded_batches(
-                Path(run),
-                micro_batch_size=data.micro_batch_size,
-                temperature=self._get(self.config_init, "generation").temperature,
-                vocabulary=len(self.model.chat_format.tokenizer),
-            )
+        data = self.datamodule
         wanted = -(-self.probe.micro_batches * data.micro_batch_size // data.group_size)
         data.tasks_per_iteration = min(data.tasks_per_iteration, wanted)
         super().before_fit()
 
-    def after_fit(self) -> None:
-        out = Path(self.config["fit"]["out"] or self.run_dir / FILE)
-        source = self.config["fit"]["rollouts"]
-        write_result(out, {**self.probe.result, "rollouts_from": source or "generated for this measurement"})
-        print(f"\n{table(self.probe.result, self.model.credit)}\n\n{out}: the result as JSON, which a run also reads")
+    def describe(self, result: dict[str, Any]) -> str:
+        return table(result, self.model.credit)
 
 
-def noise_floor_command(argv: list[str]) -> int:
-    """Run ``gear-lightning noise-floor``.
-
-    Args:
-        argv: the arguments after ``noise-floor``: those of ``fit``, and its own.
-
-    Returns:
-        The exit status.
-    """
-    main(["fit", *argv], NoiseFloorCLI)
-    return 0
+noise_floor_command = partial(probe_command, NoiseFloorCLI)
 
 
 def table(result: dict[str, Any], rule: CreditAssigner) -> str:

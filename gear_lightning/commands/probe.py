@@ -1,15 +1,17 @@
 """Base class of commands that measure something in a ``fit`` that stops before its first step."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ..callbacks.generation import GenerationCallback
 from ..callbacks.progress import PhaseProgress
 from ..callbacks.startup import StartupCheck
 from ..errors import UserError
-from ..recipes.cli import GearCLI
+from ..probes.noise_floor import write_result
+from ..recipes.cli import GearCLI, main
 
 MEASURING = {  # one device, no files, and no limit that could end the fit before it starts
     **{"strategy": "auto", "devices": 1, "num_nodes": 1, "logger": False, "callbacks": None},
@@ -19,22 +21,39 @@ MEASURING = {  # one device, no files, and no limit that could end the fit befor
 
 
 class ProbeCLI(GearCLI):
-    """Measures with a callback before the first step, and does not change the run directory."""
+    """Measures with a callback before the first step. It only adds the result to the run directory.
+
+    Attributes:
+        file: name of the result in the run directory.
+    """
 
     tells_idle = False
+    file: str
 
     def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return {"fit": LightningCLI.subcommands()["fit"]}
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--out", type=str | None, default=None, help=f"File for the result. Null: {self.file} in the run directory."
+        )
+
     def make_probe(self, options: Any) -> L.Callback:
-        """Return the callback that measures.
+        """Return the callback that measures; it puts the result into its attribute ``result``.
 
         Args:
             options: the command line's options of ``fit``.
         """
         raise NotImplementedError
 
+    def describe(self, result: dict[str, Any]) -> str:
+        """Return the result as text for the terminal."""
+        raise NotImplementedError
+
     def before_instantiate_classes(self) -> None:
+        if (out := self.config["fit"]["out"]) is not None and Path(out).is_dir():
+            raise UserError(f"out={out} is a directory; give a file")
         self.save_config_callback = None
         for key, value in MEASURING.items():
             self.config["fit"]["trainer"][key] = value
@@ -64,3 +83,22 @@ class ProbeCLI(GearCLI):
         data.zero_spread = "keep"  # the measurement needs no spread of rewards
         data.val_tasks = None  # nothing is evaluated
         super().before_fit()
+
+    def after_fit(self) -> None:
+        out, result = Path(self.config["fit"]["out"] or self.run_dir / self.file), self.probe.result
+        write_result(out, result)
+        print(f"\n{self.describe(result)}\n\n{out}: the result as JSON")
+
+
+def probe_command(cli: type[ProbeCLI], argv: list[str]) -> int:
+    """Run a command that measures.
+
+    Args:
+        cli: its class.
+        argv: the arguments after the command's name: those of ``fit``, and its own.
+
+    Returns:
+        The exit status.
+    """
+    main(["fit", *argv], cli)
+    return 0

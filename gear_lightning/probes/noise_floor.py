@@ -15,7 +15,6 @@ Credit rules use the 99th percentile as a constant (`gear_lightning.credit.Round
 
 import json
 import math
-import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from ..gear import masked_quantile
 from ..learning.head import head_in_float32
 from ..learning.positions import longest_row
 from ..learning.token_stats import token_stats
+from ..runs.files import replace_text
 from ..runs.records import read_records, record_files
 from ..teacher import Teacher, TeacherOptions
 
@@ -262,18 +262,25 @@ class MeasureNoise(L.Callback):
 
     Args:
         micro_batches: number of micro-batches to measure.
-        recorded: micro-batches of recorded rollouts; None to generate rollouts as the run does.
+        run: directory of a run whose recorded rollouts are measured. None: generate rollouts as the run does.
     """
 
-    def __init__(self, micro_batches: int, recorded: list[RolloutBatch] | None = None):
+    def __init__(self, micro_batches: int, run: str | None = None):
         self.micro_batches = micro_batches
-        self.recorded = recorded
+        self.run = run
         self.result: dict[str, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        stream = trainer.datamodule.train_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
-        batches = (sealed.batch for sealed in stream) if self.recorded is None else self.recorded
-        scored, rule = [], pl_module.credit
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        scored, rule, batches = [], pl_module.credit, (sealed.batch for sealed in data.train_dataloader())
+        if self.run is not None:
+            vocabulary = len(pl_module.chat_format.tokenizer)
+            batches = recorded_batches(
+                Path(self.run),
+                micro_batch_size=data.micro_batch_size,
+                temperature=data.generator.temperature,
+                vocabulary=vocabulary,
+            )
         for batch in batches:
             with trainer.strategy.precision_plugin.train_step_context():
                 scored.append(score(pl_module.policy, batch.to(pl_module.device), rule))
@@ -293,6 +300,7 @@ class MeasureNoise(L.Callback):
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "versions": versions(),
             **summary(parts),
+            "rollouts_from": self.run or "generated for this measurement",
         }
         trainer.should_stop = True
 
@@ -355,11 +363,9 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-        os.replace(partial, path)
+        replace_text(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
