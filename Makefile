@@ -21,6 +21,8 @@ $(STAMP): requirements/packages.lock requirements/torch.lock pyproject.toml
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/torch.lock
 	@echo "4/4  gear_lightning itself"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@mkdir -p build/types/gear_lightning && touch build/types/gear_lightning/__init__.py
+	@ln -sfn "$(CURDIR)/callbacks" build/types/gear_lightning/callbacks
 	@touch $(STAMP)
 
 quickstart: install

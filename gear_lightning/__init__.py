@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .callbacks.generation import GenerationCallback
+    from gear_lightning.callbacks.generation import GenerationCallback
+
     from .credit import GEAR
     from .data import RolloutDataModule
     from .module import GearModule

@@ -141,9 +141,9 @@ def test_the_table_of_choices_names_every_open_option_of_gear():
 def test_the_metrics_of_the_reference_are_logged(tmp_path):
     import csv
 
+    from gear_lightning.callbacks.noise_floor import NoiseFloor
     from tiny_runs import data, generation, module, trainer
 
-    from gear_lightning.callbacks.noise_floor import NoiseFloor
     from gear_lightning.credit import GEAR
     from gear_lightning.distillation import SDAR
     from gear_lightning.loss import ClippedSurrogate

@@ -6,9 +6,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from ..callbacks.generation import GenerationCallback
-from ..callbacks.progress import PhaseProgress
-from ..callbacks.startup import StartupCheck
+from gear_lightning.callbacks.generation import GenerationCallback
+from gear_lightning.callbacks.progress import PhaseProgress
+from gear_lightning.callbacks.startup import StartupCheck
+
 from ..errors import UserError
 from ..probes.noise_floor import write_result
 from ..recipes.cli import GearCLI, main

@@ -17,21 +17,22 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from ..callbacks.checkpoint import IterationCheckpoint
-from ..callbacks.credit_map import CreditMap
-from ..callbacks.first_evaluation import FirstEvaluation
-from ..callbacks.generation import GenerationCallback
-from ..callbacks.health import Health
-from ..callbacks.noise_floor import NoiseFloor
-from ..callbacks.preemption import Preemption
-from ..callbacks.progress import PhaseProgress
-from ..callbacks.resumption import Resumption
-from ..callbacks.rollout_recorder import RolloutRecorder
-from ..callbacks.run_status import RunStatus
-from ..callbacks.sample_table import SampleTable
-from ..callbacks.startup import StartupCheck, check_launch
-from ..callbacks.throughput import Throughput
-from ..callbacks.watchdog import Watchdog
+from gear_lightning.callbacks.checkpoint import IterationCheckpoint
+from gear_lightning.callbacks.credit_map import CreditMap
+from gear_lightning.callbacks.first_evaluation import FirstEvaluation
+from gear_lightning.callbacks.generation import GenerationCallback
+from gear_lightning.callbacks.health import Health
+from gear_lightning.callbacks.noise_floor import NoiseFloor
+from gear_lightning.callbacks.preemption import Preemption
+from gear_lightning.callbacks.progress import PhaseProgress
+from gear_lightning.callbacks.resumption import Resumption
+from gear_lightning.callbacks.rollout_recorder import RolloutRecorder
+from gear_lightning.callbacks.run_status import RunStatus
+from gear_lightning.callbacks.sample_table import SampleTable
+from gear_lightning.callbacks.startup import StartupCheck, check_launch
+from gear_lightning.callbacks.throughput import Throughput
+from gear_lightning.callbacks.watchdog import Watchdog
+
 from ..data import RolloutDataModule
 from ..errors import Stopped, UserError, let_through_unions, list_classes
 from ..learning.warm_start import WarmStart, run_warm_start

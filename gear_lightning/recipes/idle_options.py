@@ -13,13 +13,14 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from gear_lightning.callbacks.checkpoint import IterationCheckpoint
+from gear_lightning.callbacks.generation import GenerationCallback
+from gear_lightning.callbacks.health import Health
+from gear_lightning.callbacks.noise_floor import NoiseFloor
+from gear_lightning.callbacks.progress import PhaseProgress
+from gear_lightning.callbacks.sample_table import SampleTable
+
 from ..advantage import GRPO
-from ..callbacks.checkpoint import IterationCheckpoint
-from ..callbacks.generation import GenerationCallback
-from ..callbacks.health import Health
-from ..callbacks.noise_floor import NoiseFloor
-from ..callbacks.progress import PhaseProgress
-from ..callbacks.sample_table import SampleTable
 from ..data import RolloutDataModule
 from ..distillation import SDPG, SDPO
 from ..environments.single_turn import SingleTurn

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from ..callbacks.checkpoint import IterationCheckpoint
-from ..callbacks.generation import GenerationCallback
+from gear_lightning.callbacks.checkpoint import IterationCheckpoint
+from gear_lightning.callbacks.generation import GenerationCallback
+
 from ..data import RolloutDataModule
 from ..errors import UserError
 from ..module import GearModule

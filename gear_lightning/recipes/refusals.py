@@ -12,9 +12,10 @@ from typing import Any
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from gear_lightning.callbacks.checkpoint import IterationCheckpoint
+from gear_lightning.callbacks.generation import GenerationCallback
+
 from ..advantage import GroupAdvantage
-from ..callbacks.checkpoint import IterationCheckpoint
-from ..callbacks.generation import GenerationCallback
 from ..data import RolloutDataModule
 from ..distributed.strategy_rules import check_replicas, check_zero
 from ..errors import UserError
