@@ -29,8 +29,7 @@ AVOID = {
 }  # fmt: skip
 ALLOWED = {"--no-colour", "not normalised", "CANCELLED"}  # an option, an arm of a study, a state of Slurm
 SOURCES = [
-    *sorted((ROOT / "gear_lightning").glob("*.py")),
-    *sorted(p for p in (ROOT / "gear_lightning").glob("*/**/*.py") if "callbacks" not in p.parts),
+    *sorted((ROOT / "gear_lightning").rglob("*.py")),
     *sorted((ROOT / "callbacks").glob("*.py")),
     *sorted((ROOT / "tests").rglob("*.py")),
     *sorted((ROOT / "benchmarks").glob("*.py")),
