@@ -20,6 +20,9 @@ class Throughput(L.Callback):
     Since the start of the run, continued over restarts: ``perf/rollouts`` and ``perf/sampled_tokens``, summed over all
     processes, and ``perf/seconds`` of rollouts and updates, mean over the processes. These exclude the warm start,
     evaluations, checkpoints, pauses and rollouts that a stop interrupted.
+
+    Lightning's ``ThroughputMonitor`` measures both phases as one, on the first process, and starts from zero in a
+    resumed run. It can be used beside this callback, for example to measure MFU.
     """
 
     def __init__(self) -> None:
