@@ -53,7 +53,8 @@ def _directory(size: str, where: Path) -> Path:
 def table() -> str:
     """Return the table as Markdown: GiB of the larger phase on each GPU."""
     from gear_lightning.commands.doctor import columns, configured_strategy, load_of, read_recipe, setup_of, skeleton_of
-    from gear_lightning.recipes.memory import STRATEGIES, model_shape
+    from gear_lightning.recipes.memory import STRATEGIES
+    from gear_lightning.recipes.model_shape import model_shape
 
     rows = ["| model | training | " + " | ".join(STRATEGIES) + " | checkpoint |", "|---|---|" + "--:|" * 7]
     with tempfile.TemporaryDirectory() as where:

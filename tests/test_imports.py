@@ -9,7 +9,7 @@ import pytest
 import gear_lightning
 
 ROOT = Path(gear_lightning.__file__).parent
-PLUGINS = ROOT / "callbacks"
+PLUGINS = ROOT.parent / "callbacks"  # imported as gear_lightning.callbacks
 # folders and top-level modules of the two sides; modules in neither may be used by both
 ROLLOUT = {"environments", "generation", "rewards", "rollout", "data"}
 LEARNING = {"credit", "learning", "gear", "loss", "distillation", "models", "optimizers", "teacher", "module"}
@@ -29,6 +29,8 @@ ABOVE = {"callbacks", "commands", "recipes", "study"}
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    if path.parent == PLUGINS:
+        parts = ("gear_lightning", *parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 

@@ -21,14 +21,13 @@ from ..recipes.checks import Machine, look_at_machine, problems
 from ..recipes.memory import (
     STRATEGIES,
     Load,
-    ModelShape,
     Setup,
     Strategy,
     element_bytes,
     estimate,
-    model_shape,
     precision_name,
 )
+from ..recipes.model_shape import ModelShape, model_shape
 from ..recipes.recipe import Recipe, configured_gpus, read_recipe
 from ..recipes.refusals import configured_strategy
 

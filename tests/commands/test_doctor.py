@@ -15,7 +15,8 @@ from transformers import LlamaConfig
 from gear_lightning.commands.doctor import columns, configured_strategy, doctor_command, load_of, setup_of, skeleton_of
 from gear_lightning.errors import UserError
 from gear_lightning.recipes.checks import Machine, look_at_machine, package_problems, problems
-from gear_lightning.recipes.memory import Load, model_shape
+from gear_lightning.recipes.memory import Load
+from gear_lightning.recipes.model_shape import model_shape
 from gear_lightning.recipes.recipe import configured_gpus, read_recipe
 
 GOOD = {

@@ -15,13 +15,12 @@ from gear_lightning.recipes.memory import (  # fmt: skip
     SHARDED,
     STRATEGIES,
     Load,
-    ModelShape,
     Setup,
     element_bytes,
     estimate,
     layer_activations,
-    model_shape,
 )
+from gear_lightning.recipes.model_shape import ModelShape, model_shape
 
 WORDS = "gear_lightning.environments.lookup_chain.WORDS"
 GIB = 1 << 30

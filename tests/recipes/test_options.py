@@ -11,6 +11,7 @@ import typing
 from functools import cache
 from pathlib import Path
 
+import gear_lightning.callbacks as callbacks
 import pytest
 
 import gear_lightning
@@ -22,6 +23,7 @@ ROOT = Path(gear_lightning.__file__).parent
 
 def modules() -> list[types.ModuleType]:
     names = [m.name for m in pkgutil.walk_packages([str(ROOT)], "gear_lightning.") if not m.name.endswith("__main__")]
+    names += [m.name for m in pkgutil.iter_modules(callbacks.__path__, "gear_lightning.callbacks.")]
     return [importlib.import_module(n) for n in names]
 
 
