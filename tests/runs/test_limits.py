@@ -217,7 +217,7 @@ def test_every_metric_that_is_logged_is_known():
     """An option that monitors an unknown metric is refused."""
     families = "|".join(KNOWN)
     root = Path(gear_lightning.__file__).parent
-    texts = [path.read_text() for path in [*root.rglob("*.py"), *(root / "callbacks").glob("*.py")]]
+    texts = [path.read_text() for path in [*root.rglob("*.py"), *(root.parent / "callbacks").glob("*.py")]]
     named = {name for text in texts for name in re.findall(rf'"((?:{families})/[a-z_0-9]+)"', text)}
     assert named | {f"rollouts/{status}" for status in STATUSES[1:]} <= NAMES
     assert {"val/success", "train/reward", "train/skipped_steps", "perf/seconds"} <= NAMES
