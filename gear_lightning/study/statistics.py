@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import UserError
 
-Statistic = Callable[[np.ndarray], np.ndarray]  # [resamples, strata, seeds, ...] -> [resamples, ...]
+Statistic = Callable[[np.ndarray], np.ndarray]  # [..., strata, seeds] -> [...]
 
 
 def interquartile_mean(scores: np.ndarray) -> float:
@@ -31,16 +31,16 @@ def interquartile_mean(scores: np.ndarray) -> float:
     return float(trim_mean(_finite(scores).ravel(), 0.25))
 
 
-def mean_statistic(resampled: np.ndarray) -> np.ndarray:
-    """Return the mean over strata and seeds, for `bootstrap_interval`."""
-    return resampled.mean((1, 2))
+def mean_statistic(scores: np.ndarray) -> np.ndarray:
+    """Return the mean over strata and seeds."""
+    return scores.mean((-2, -1))
 
 
-def iqm_statistic(resampled: np.ndarray) -> np.ndarray:
-    """Return the interquartile mean over strata and seeds together, for `bootstrap_interval`."""
+def iqm_statistic(scores: np.ndarray) -> np.ndarray:
+    """Return the interquartile mean over strata and seeds together."""
     from scipy.stats import trim_mean
 
-    return trim_mean(resampled.reshape(len(resampled), -1, *resampled.shape[3:]), 0.25, axis=1)
+    return trim_mean(scores.reshape(*scores.shape[:-2], -1), 0.25, axis=-1)
 
 
 def bootstrap_interval(
@@ -58,7 +58,7 @@ def bootstrap_interval(
 
     Args:
         scores: [strata, seeds, ...]; further axes (points of a curve) are kept together in every draw.
-        statistic: of resampled scores [resamples, strata, seeds, ...] -> [resamples, ...].
+        statistic: of scores [..., strata, seeds] -> [...].
         level: coverage, between 0 and 1.
         resamples: number of draws.
         seed: of the draws.
@@ -71,16 +71,24 @@ def bootstrap_interval(
     Raises:
         UserError: fewer than two seeds, scores that are not finite, or a level outside (0, 1).
     """
+    from scipy.stats import bootstrap
+
     scores = _finite(scores)
     if not 0 < level < 1:
         raise UserError(f"level={level} must lie between 0 and 1")
     if scores.ndim < 2 or scores.shape[1] < 2:
         raise UserError(f"an interval needs scores [strata, seeds] of at least 2 seeds, got shape {list(scores.shape)}")
-    strata, seeds = scores.shape[:2]
-    drawn = np.random.default_rng(seed).integers(0, seeds, (resamples, 1 if together else strata, seeds))
-    found = statistic(scores[np.arange(strata)[None, :, None], drawn])
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
+    found = bootstrap(
+        tuple(scores),
+        lambda *drawn, axis: statistic(np.stack(drawn, axis - 1)),
+        n_resamples=resamples,
+        vectorized=True,
+        paired=together,
+        confidence_level=level,
+        method="percentile",
+        rng=seed,
+    )
+    return found.confidence_interval.low, found.confidence_interval.high
 
 
 @dataclass(frozen=True)
