@@ -7,8 +7,8 @@ numbers of a report can be reproduced.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,9 +26,7 @@ def interquartile_mean(scores: np.ndarray) -> float:
     Raises:
         UserError: no scores, or scores that are not finite.
     """
-    from scipy.stats import trim_mean
-
-    return float(trim_mean(_finite(scores).ravel(), 0.25))
+    return float(iqm_statistic(_finite(scores).reshape(1, -1)))
 
 
 def mean_statistic(scores: np.ndarray) -> np.ndarray:
@@ -78,17 +76,9 @@ def bootstrap_interval(
         raise UserError(f"level={level} must lie between 0 and 1")
     if scores.ndim < 2 or scores.shape[1] < 2:
         raise UserError(f"an interval needs scores [strata, seeds] of at least 2 seeds, got shape {list(scores.shape)}")
-    found = bootstrap(
-        tuple(scores),
-        lambda *drawn, axis: statistic(np.stack(drawn, axis - 1)),
-        n_resamples=resamples,
-        vectorized=True,
-        paired=together,
-        confidence_level=level,
-        method="percentile",
-        rng=seed,
-    )
-    return found.confidence_interval.low, found.confidence_interval.high
+    draws: Any = {"n_resamples": resamples, "paired": together, "confidence_level": level, "rng": seed}
+    of_draws = lambda *drawn, axis: statistic(np.stack(drawn, axis - 1))  # noqa: E731
+    return bootstrap(tuple(scores), of_draws, method="percentile", vectorized=True, **draws).confidence_interval
 
 
 @dataclass(frozen=True)
@@ -119,12 +109,13 @@ def sign_test(differences: np.ndarray) -> SignTest:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Result of `paired_difference`; there is no interval for one pair."""
+    """Result of `paired_difference`; there is no interval for one pair. ``holm`` is the test's p after `holm`."""
 
     mean: float
     interval: tuple[float, float] | None
     pairs: int
     test: SignTest
+    holm: float
 
 
 def paired_difference(ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.95) -> PairedDifference:
@@ -149,7 +140,19 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.
     if len(gaps) > 1:
         half = float(t.ppf((1 + level) / 2, len(gaps) - 1) * sem(gaps))
         interval = mean - half, mean + half
-    return PairedDifference(mean, interval, len(gaps), sign_test(gaps))
+    test = sign_test(gaps)
+    return PairedDifference(mean, interval, len(gaps), test, test.p)
+
+
+def paired_differences(family: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[PairedDifference]:
+    """Return the `paired_difference` of each (ours, theirs), with p adjusted for their number by `holm`.
+
+    Raises:
+        UserError: as in `paired_difference`.
+    """
+    found = [paired_difference(ours, theirs) for ours, theirs in family]
+    adjusted = holm(np.array([one.test.p for one in found])).tolist()
+    return [replace(one, holm=p) for one, p in zip(found, adjusted, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -325,18 +328,6 @@ def first_reach(x: np.ndarray, y: np.ndarray, threshold: float, *, stay: bool = 
     if stay:
         reached = np.logical_and.accumulate(reached[::-1])[::-1]
     return float(x[int(reached.argmax())]) if reached.any() else float("inf")
-
-
-def lower_median(values: Iterable[float]) -> float:
-    """Return the lower of the two middle values, so that it is a measured one; infinity counts as a value.
-
-    Raises:
-        UserError: no values.
-    """
-    ordered = sorted(values)
-    if not ordered:
-        raise UserError("there are no values")
-    return float(ordered[(len(ordered) - 1) // 2])
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
