@@ -1,27 +1,27 @@
 """`gear-lightning compare RUN RUN ...`: compare learning curves and numbers of runs."""
 
 import argparse
-import csv
 import glob
 import math
 import os
-import shutil
-import sys
 from dataclasses import replace
-from io import StringIO
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError, printable, require_extra
 from ..runs.files import replace_text
-from ..study.numbers import Measure, contrasts, measure, summarise
-from ..study.runs import AXES, Arm, Run, check_metric, check_tasks, make_arms, read_run
-from ..study.tables import Table, contrast_table, difference_table, summary_table
+from ..study.comparison import draw, tables, write_page
+from ..study.figure import write_figure
+from ..study.numbers import Measure, measure
+from ..study.runs import AXES, Arm, check_metric, check_tasks, make_arms, read_run
+from ..study.tables import Table, csv_text, markdown, print_tables
 
-KINDS = (".html", ".png", ".svg", ".csv")
+KINDS = (".html", ".png", ".svg", ".csv", ".md")
 
 
 def compare_command(argv: list[str]) -> int:
-    """Run ``gear-lightning compare``: print the tables, and write the page, the figure or the numbers.
+    """Run ``gear-lightning compare``: print the tables, and write the page, the figure, the numbers or the tables.
 
     Args:
         argv: the arguments after ``compare``.
@@ -55,10 +55,10 @@ def compare_command(argv: list[str]) -> int:
     if threshold is None and options.metric.endswith("success"):
         threshold = 0.8
     what = measure(runs, options.metric, options.over, threshold)
-    tables = _tables(arms, what)
-    print(_render(tables, _short_runs(runs, what)), end="")
+    found = tables(arms, what)
+    print_tables(found)
     for out in options.out or [paths[0].resolve().parent / "compare.html"]:
-        _write(out, arms, what, tables)
+        _write(out, arms, what, found)
         print(f"Written: {printable(str(out))}")
     return 0
 
@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         type=Path,
         metavar="FILE",
-        help="output file: .html (page with figure and tables), .png or .svg (figure), .csv (one row per run); can be "
-        "repeated (default: compare.html next to the first run)",
+        help="output file: .html (page with figure and tables), .png or .svg (figure), .csv (one row per run), .md "
+        "(tables); can be repeated (default: compare.html next to the first run)",
     )
     parser.add_argument(
         "--allow-different-tasks", action="store_true", help="also compare runs of different tasks or environments"
@@ -123,11 +123,9 @@ def _paths(given: list[Path], groups: list[str]) -> tuple[list[Path], dict[Path,
                 raise UserError(f"{path} is in two groups, {labels[path]} and {label}")
     grouped = {path.resolve() for path in labels}
     paths = [*labels, *(path for path in given if path.resolve() not in grouped)]
-    seen: set[Path] = set()
-    for path in paths:
-        if path.resolve() in seen:
+    for place, path in enumerate(paths):
+        if path.resolve() in map(Path.resolve, paths[:place]):
             raise UserError(f"{path} is given twice")
-        seen.add(path.resolve())
     if len(paths) < 2:
         raise UserError(f"{len(paths)} run{'s' * (not paths)} given: give two or more run directories")
     return paths, labels
@@ -142,72 +140,23 @@ def _named(arms: list[Arm], names: list[str] | None) -> list[Arm]:
     return [replace(arm, name=name) for arm, name in zip(arms, names, strict=True)]
 
 
-def _tables(arms: list[Arm], what: Measure) -> list[Table]:
-    tables = [summary_table([summarise(arm, what) for arm in arms], what)]
-    if len(arms) > 1:
-        tables.append(contrast_table(contrasts(arms, what), arms[0], what))
-    differing = difference_table(arms)
-    return tables if differing is None else [*tables, differing]
-
-
-def _short_runs(runs: list[Run], what: Measure) -> list[str]:
-    """Return a warning if a run is much shorter than another: all are compared over the range of the shortest."""
-    ends = [curve[0][-1] for run in runs if (curve := run.curve(what.metric, what.over)) is not None]
-    if what.over != "iterations" or max(ends) <= 1.05 * what.high:
-        return []
-    short = runs[ends.index(min(ends))]
-    text = f"{short.path} ends at iteration {what.high:g}, others continue to {max(ends):g}"
-    return [f"Warning: {text}; the tables only use iterations up to {what.high:g}."]
-
-
-def _render(tables: list[Table], warnings: list[str]) -> str:
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    out = StringIO()
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    width = shutil.get_terminal_size((160, 24)).columns
-    console = Console(file=out, width=width, force_terminal=colour, no_color=not colour, highlight=False)
-    for table in tables:
-        shown = RichTable(
-            title=Text(printable(table.title)), title_justify="left", box=None, header_style="bold", pad_edge=False
-        )
-        for place, name in enumerate(table.columns):
-            shown.add_column(Text(printable(name)), justify="right" if place else "left", overflow="fold")
-        for row in table.rows:
-            shown.add_row(*(Text(printable(cell)) for cell in row))
-        console.print(shown)
-        for note in table.notes:
-            console.print(Text(printable(note)), style="dim")
-        console.print()
-    for warning in warnings:
-        console.print(Text(printable(warning)), style="yellow")
-    return out.getvalue()
-
-
-def _write(out: Path, arms: list[Arm], what: Measure, tables: list[Table]) -> None:
-    from ..study.figure import write_figure, write_page
-
+def _write(out: Path, arms: list[Arm], what: Measure, found: list[Table]) -> None:
     try:
-        if out.suffix == ".csv":
-            replace_text(out, _rows(arms, what))
-        elif out.suffix == ".html":
-            write_page(out, arms, what.metric, tables)
+        if out.suffix == ".html":
+            write_page(out, arms, what.metric, found)
+        elif out.suffix in (".csv", ".md"):
+            replace_text(out, _rows(arms, what) if out.suffix == ".csv" else markdown(found))
         else:
-            write_figure(out, arms, what.metric)
+            write_figure(out, partial(draw, arms, what.metric))
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error})") from None
 
 
 def _rows(arms: list[Arm], what: Measure) -> str:
     """Return the numbers as CSV with one row per run, for further analysis."""
-    text = StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["arm", "run", "seed", "mean_over_curve", "final", f"{what.over}_to_threshold"])
+    rows: list[list[Any]] = [["arm", "run", "seed", "mean_over_curve", "final", f"{what.over}_to_threshold"]]
     for arm in arms:
         for seed, run in zip(arm.seeds, arm.runs, strict=True):
-            reached = math.inf if what.threshold is None else what.reached(run)
-            place = "" if math.isinf(reached) else reached
-            writer.writerow([arm.name, run.path, seed, what.mean(run), what.final(run), place])
-    return text.getvalue()
+            place = "" if math.isinf(reached := what.reached(run)) else reached
+            rows.append([arm.name, run.path, seed, what.mean(run), what.final(run), place])
+    return csv_text(rows)

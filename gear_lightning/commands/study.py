@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,7 @@ def study_command(argv: list[str]) -> int:
     study = Study(**options)
     if plan:
         for run in study.runs:
-            print("gear-lightning " + " ".join(_quoted(argument) for argument in run.arguments))
+            print("gear-lightning " + shlex.join(run.arguments))
         return 0
     from ..study.runner import is_done  # not above: --plan does not need these imports
 
@@ -58,13 +59,13 @@ def study_command(argv: list[str]) -> int:
 
 def _carry_out(study: Study) -> list[Run] | None:
     """Run the unfinished runs. Return those that failed; None if the study was asked to stop."""
-    from ..study.results import check_run
+    from ..study.results import read_curve
     from ..study.runner import carry_out, is_done
 
     out = Path(study.out)
     done = [run for run in study.runs if is_done(run)]
     for run in done[:1]:
-        check_run(study, run)
+        read_curve(study, run)
     try:
         out.mkdir(parents=True, exist_ok=True)
         busy = f"out={study.out}: another study is running there; wait for it, or give another --out"
@@ -75,7 +76,7 @@ def _carry_out(study: Study) -> list[Run] | None:
     jobs = study.jobs or os.cpu_count() or 1
     print(f"{len(study.runs)} runs, {len(done)} of them done; {jobs} at a time, in {out / 'runs'}", flush=True)
     try:
-        return carry_out(study.runs, jobs, partial(check_run, study), partial(print, flush=True))
+        return carry_out(study.runs, jobs, partial(read_curve, study), partial(print, flush=True))
     except KeyboardInterrupt:
         kept = sum(is_done(run) for run in study.runs)
         print(f"\nstopped; {kept} of {len(study.runs)} runs are done; the same command continues with the others")
@@ -98,8 +99,9 @@ def _report(study: Study, done: list[Run], out: Path) -> None:
     """Compare the finished runs: write files to a folder, and print a table."""
     from ..recipes.rule_options import caveat_of_run
     from ..study.onset import onset_of
-    from ..study.report import draw, markdown, print_results
+    from ..study.report import draw, tables
     from ..study.results import analyse, collect, write_results
+    from ..study.tables import markdown, print_tables
 
     curves = collect(study, done)
     results = analyse(study, curves)
@@ -112,9 +114,10 @@ def _report(study: Study, done: list[Run], out: Path) -> None:
     results["caveats"] = [*dict.fromkeys(text for run in done if (text := caveat_of_run(run.folder)))]
     out.mkdir(exist_ok=True)
     write_results(study, curves, results, out)
-    replace_text(out / "report.md", markdown(results))
+    found = tables(results)
+    replace_text(out / "report.md", markdown(found))
     files = draw(curves, results, out)
-    print_results(results)
+    print_tables(found[:1])
     if len(curves.seeds) < study.seeds:
         print(f"{study.seeds - len(curves.seeds)} of {study.seeds} seeds are not complete and are left out.")
     if results["left_out"]:
@@ -126,9 +129,3 @@ def _report(study: Study, done: list[Run], out: Path) -> None:
             "shown to the teacher)."
         )
     print("  ".join(str(path) for path in [out / "results.json", out / "curves.csv", out / "report.md", *files]))
-
-
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)

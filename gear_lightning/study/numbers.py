@@ -1,7 +1,8 @@
-"""Numbers of a comparison of arms."""
+"""Numbers of arms: the summary of one, and of run directories the measure and its paired contrasts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 
 import numpy as np
 
@@ -9,20 +10,86 @@ from ..errors import UserError
 from .runs import Arm, Run
 from .statistics import (
     PairedDifference,
+    Statistic,
     bootstrap_interval,
     collapse_rate,
     first_reach,
-    holm,
-    interquartile_mean,
     iqm_statistic,
-    lower_median,
     mean_over_curve,
+    mean_statistic,
     on_grid,
-    paired_difference,
+    paired_differences,
     probability_of_improvement,
 )
 
 Interval = tuple[float, float] | None  # 95 %; None if there is one seed
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Numbers of one arm.
+
+    Attributes:
+        mean: mean over the curve: its statistic over the seeds.
+        mean_interval: interval of ``mean``.
+        final: interquartile mean over the seeds of the last value.
+        final_interval: interval of ``final``.
+        reached: lower median over the runs of the x at which the threshold was reached; infinity if most runs never
+            reached it; None: not requested.
+        runs_reached: number of runs that reached it.
+        collapsed: share of the runs that collapsed.
+    """
+
+    mean: float
+    mean_interval: Interval
+    final: float
+    final_interval: Interval
+    reached: float | None
+    runs_reached: int
+    collapsed: float
+
+
+def summary(
+    means: np.ndarray,
+    finals: np.ndarray,
+    reached: Sequence[float],
+    curves: Iterable[np.ndarray],
+    *,
+    of_means: Statistic = mean_statistic,
+    together: bool = False,
+    collapse: float = 0.5,
+) -> Summary:
+    """Return the numbers of an arm.
+
+    Args:
+        means: mean over the curve [strata, seeds].
+        finals: last values [strata, seeds].
+        reached: x at which each run reached the threshold; empty: there is no threshold.
+        curves: values [points] of each run.
+        of_means: statistic of ``means``.
+        together: as in `bootstrap_interval`.
+        collapse: as ``fraction`` in `collapse_rate`.
+
+    Raises:
+        UserError: scores or values that are not finite.
+    """
+    return Summary(
+        *_level(means, of_means, together),
+        *_level(finals, iqm_statistic, together),
+        median_low(reached) if reached else None,
+        int(np.isfinite(reached).sum()),
+        float(np.mean([collapse_rate(curve[None], collapse) for curve in curves])),
+    )
+
+
+def _level(scores: np.ndarray, statistic: Statistic, together: bool) -> tuple[float, Interval]:
+    if scores.shape[1] < 2:
+        return float(statistic(scores)), None
+    low, high = bootstrap_interval(scores, statistic, together=together)
+    return float(statistic(scores)), (float(low), float(high))
+
+
+# -- of run directories -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -45,52 +112,21 @@ class Measure:
 
     def mean(self, run: Run) -> float:
         """Return the mean over the curve."""
-        return mean_over_curve(*self._curve(run), self.low, self.high)
+        return mean_over_curve(*run.curve(self.metric, self.over), self.low, self.high)
 
     def final(self, run: Run) -> float:
         """Return the value at the end of the range."""
-        return float(on_grid(*self._curve(run), np.array([self.high]))[0])
+        return float(on_grid(*run.curve(self.metric, self.over), np.array([self.high]))[0])
 
     def reached(self, run: Run) -> float:
         """Return the first measured x of the whole run at or above the threshold; infinity if there is none."""
-        assert self.threshold is not None
-        return first_reach(*self._curve(run), self.threshold)
+        limit = np.inf if self.threshold is None else self.threshold
+        return first_reach(*run.curve(self.metric, self.over), limit)
 
     def path(self, run: Run) -> np.ndarray:
         """Return the curve's values in the range, at the run's own points and at the end."""
-        x, y = self._curve(run)
+        x, y = run.curve(self.metric, self.over)
         return np.append(y[(x >= self.low) & (x < self.high)], self.final(run))
-
-    def _curve(self, run: Run) -> tuple[np.ndarray, np.ndarray]:
-        curve = run.curve(self.metric, self.over)
-        assert curve is not None
-        return curve
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Numbers of one arm. Runs of one seed count once, with their mean.
-
-    Attributes:
-        arm: the arm.
-        mean: mean over the curve, then over the seeds.
-        mean_interval: interval of ``mean``.
-        final: interquartile mean over the seeds of the last value.
-        final_interval: interval of ``final``.
-        reached: lower median over the runs of the x at which the threshold was reached; infinity if most runs never
-            reached it; None: not requested.
-        runs_reached: number of runs that reached it.
-        collapsed: share of the runs whose last value is below half of their best.
-    """
-
-    arm: Arm
-    mean: float
-    mean_interval: Interval
-    final: float
-    final_interval: Interval
-    reached: float | None
-    runs_reached: int
-    collapsed: float
 
 
 @dataclass(frozen=True)
@@ -101,14 +137,12 @@ class Contrast:
         arm: the arm.
         mean: paired difference of the mean over the curve; None if the two arms share no seed.
         final: the same for the last value.
-        adjusted: Holm's p of the sign test on ``mean``, over all contrasts.
         improvement: probability that a seed of this arm has a higher mean over the curve than one of the first arm.
     """
 
     arm: Arm
     mean: PairedDifference | None
     final: PairedDifference | None
-    adjusted: float | None
     improvement: float
 
 
@@ -118,12 +152,8 @@ def measure(runs: list[Run], metric: str, over: str, threshold: float | None) ->
     Raises:
         UserError: a run has not logged the axis, or no range is shared by all runs.
     """
-    starts, ends = {}, {}
-    for run in runs:
-        curve = run.curve(metric, over)
-        if curve is None:
-            raise UserError(f"{run.path}: the run has not logged {over}; compare over iterations")
-        starts[run], ends[run] = float(curve[0][0]), float(curve[0][-1])
+    places = {run: run.curve(metric, over)[0] for run in runs}
+    starts, ends = ({run: float(x[place]) for run, x in places.items()} for place in (0, -1))
     last, first = max(runs, key=lambda run: starts[run]), min(runs, key=lambda run: ends[run])
     if not starts[last] < ends[first]:
         raise UserError(
@@ -134,50 +164,30 @@ def measure(runs: list[Run], metric: str, over: str, threshold: float | None) ->
 
 
 def summarise(arm: Arm, what: Measure) -> Summary:
-    """Return the numbers of an arm."""
-    means, finals = _by_seed(arm, what.mean), _by_seed(arm, what.final)
-    m, f = (np.array([list(values.values())]) for values in (means, finals))
-    many = len(means) > 1
-    reached = [what.reached(run) for run in arm.runs] if what.threshold is not None else []
-    collapsed = [collapse_rate(what.path(run)[None]) for run in arm.runs]
-    return Summary(
-        arm,
-        float(m.mean()),
-        _pair(bootstrap_interval(m)) if many else None,
-        interquartile_mean(f),
-        _pair(bootstrap_interval(f, iqm_statistic)) if many else None,
-        lower_median(reached) if reached else None,
-        int(np.isfinite(reached).sum()),
-        float(np.mean(collapsed)),
-    )
+    """Return the numbers of an arm. Runs of one seed count once, with their mean."""
+    means, finals = (_row(_by_seed(arm, value)) for value in (what.mean, what.final))
+    reached = [] if what.threshold is None else [what.reached(run) for run in arm.runs]
+    return summary(means, finals, reached, map(what.path, arm.runs))
 
 
 def contrasts(arms: list[Arm], what: Measure) -> list[Contrast]:
     """Return the contrasts of every arm except the first with the first."""
-    base_mean, base_final = _by_seed(arms[0], what.mean), _by_seed(arms[0], what.final)
-    found = []
-    for arm in arms[1:]:
-        mean, final = _by_seed(arm, what.mean), _by_seed(arm, what.final)
-        better = probability_of_improvement(np.array([list(mean.values())]), np.array([list(base_mean.values())]))
-        found.append((arm, _paired(mean, base_mean), _paired(final, base_final), better))
-    tested = [mean for _, mean, _, _ in found if mean is not None]
-    adjusted = iter(holm(np.array([difference.test.p for difference in tested])).tolist())
-    return [
-        Contrast(arm, mean, final, None if mean is None else next(adjusted), better)
-        for arm, mean, final, better in found
-    ]
+    means, finals = ([_by_seed(arm, value) for arm in arms] for value in (what.mean, what.final))
+    better = [probability_of_improvement(_row(mine), _row(means[0])) for mine in means[1:]]
+    return [Contrast(*one) for one in zip(arms[1:], _paired(means), _paired(finals), better, strict=True)]
 
 
 def _by_seed(arm: Arm, value: Callable[[Run], float]) -> dict[str, float]:
     return {seed: float(np.mean([value(run) for run in runs])) for seed, runs in arm.by_seed().items()}
 
 
-def _paired(ours: dict[str, float], theirs: dict[str, float]) -> PairedDifference | None:
-    shared = [seed for seed in theirs if seed in ours]
-    if not shared:
-        return None
-    return paired_difference(np.array([ours[s] for s in shared]), np.array([theirs[s] for s in shared]))
+def _row(scores: dict[str, float]) -> np.ndarray:
+    return np.array([list(scores.values())])
 
 
-def _pair(interval: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
-    return float(interval[0]), float(interval[1])
+def _paired(scores: list[dict[str, float]]) -> list[PairedDifference | None]:
+    """Return the difference of every arm except the first from the first; None if the two share no seed."""
+    base, *others = scores
+    pairs = [np.array([(mine[seed], base[seed]) for seed in base if seed in mine]).T for mine in others]
+    found = iter(paired_differences((pair[0], pair[1]) for pair in pairs if pair.size))
+    return [next(found) if pair.size else None for pair in pairs]

@@ -4,12 +4,11 @@ All numbers compare runs paired by seed: the same warm start, tasks and sampling
 fact is an arm's best point of the grid, which is labeled as such and reported next to the mean over all points.
 """
 
-import csv
-import io
 import json
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,10 @@ import numpy as np
 from ..errors import UserError
 from ..runs.files import replace_text
 from ..runs.metrics_file import read_columns
+from .numbers import Interval, summary
 from .plan import Run, Study
-from .statistics import (
-    bootstrap_interval,
-    collapse_rate,
-    first_reach,
-    holm,
-    interquartile_mean,
-    iqm_statistic,
-    lower_median,
-    mean_over_curve,
-    paired_difference,
-    ratio_of_means,
-)
+from .statistics import first_reach, iqm_statistic, mean_over_curve, paired_differences, ratio_of_means
+from .tables import csv_text
 
 CURVES, RESULTS = "curves.csv", "results.json"
 
@@ -54,26 +44,24 @@ class Curves:
     values: np.ndarray
 
 
-def check_run(study: Study, run: Run) -> None:
-    """Check a finished run before similar ones are started.
+def read_curve(study: Study, run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps and values [points] of a finished run's metric.
 
     Raises:
-        UserError: the metric was measured at fewer than two steps; lists the run's metrics.
+        UserError: the metrics cannot be read, or the metric was measured at fewer than two steps; lists the run's
+            metrics.
     """
-    columns = _columns(run)
+    try:
+        columns = read_columns(run.folder / "metrics.csv")
+    except UserError as error:
+        raise UserError(f"{error}; remove {run.folder} to repeat the run") from None
     if study.metric not in columns or len(columns[study.metric][0]) < 2:
         there = ", ".join(sorted(name for name in columns if "/" in name))
         raise UserError(
             f"{run.folder}: metric={study.metric} was measured at fewer than two steps "
             f"(see trainer.check_val_every_n_epoch and max_epochs); the run's metrics are {there}"
         )
-
-
-def _columns(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    try:
-        return read_columns(run.folder / "metrics.csv")
-    except UserError as error:
-        raise UserError(f"{error}; remove {run.folder} to repeat the run") from None
+    return columns[study.metric]
 
 
 def collect(study: Study, runs: list[Run]) -> Curves:
@@ -82,14 +70,8 @@ def collect(study: Study, runs: list[Run]) -> Curves:
     Raises:
         UserError: no seed is complete, the metric is missing, or runs were measured at different steps.
     """
-    found: dict[tuple[str, tuple[Any, ...], int], tuple[np.ndarray, np.ndarray]] = {}
-    folders: dict[tuple[str, tuple[Any, ...], int], Path] = {}
-    for run in runs:
-        columns = _columns(run)
-        if study.metric not in columns:
-            raise UserError(f"{run.folder}: its metrics do not contain {study.metric}")
-        found[run.arm, run.point, run.seed] = columns[study.metric]
-        folders[run.arm, run.point, run.seed] = run.folder
+    found = {(run.arm, run.point, run.seed): read_curve(study, run) for run in runs}
+    folders = {(run.arm, run.point, run.seed): run.folder for run in runs}
     whole = {
         arm: {s for s in range(study.seeds) if all((arm, point, s) in found for point in study.points)}
         for arm in study.arms
@@ -132,34 +114,18 @@ def analyse(study: Study, curves: Curves) -> dict[str, Any]:
         gain of each over all points (``gains``: arm -> warm starts).
     """
     steps = curves.steps
-    mean = np.array([[[mean_over_curve(steps, c) for c in seeds] for seeds in arm] for arm in curves.values])
-    final = curves.values[..., -1]
-    arms = {}
-    for i, arm in enumerate(curves.arms):
-        of_points = [_summary(mean[i, p : p + 1], final[i, p : p + 1], curves.values[i, p], study, steps)
-                     for p in range(len(curves.points))]  # fmt: skip
-        flat = curves.values[i].reshape(-1, len(steps))
-        arms[arm] = {**_summary(mean[i], final[i], flat, study, steps), "points": of_points}
-    base = curves.arms.index(study.baseline)
-    best = [int(mean[i].mean(-1).argmax()) for i in range(len(curves.arms))]
-    others = [i for i in range(len(curves.arms)) if i != base]
-    paired: dict[str, Any] = {}
-    scores = {  # [arms, seeds]
-        "all": mean.mean(1),
-        "best": np.array([mean[i, best[i]] for i in range(len(curves.arms))]),
-        **{str(p): mean[:, p] for p in range(len(curves.points))},
-    }
-    for name, of_arms in scores.items():
-        family = [(i, paired_difference(of_arms[i], of_arms[base])) for i in others]
-        adjusted = holm(np.array([d.test.p for _, d in family]))
-        for (i, difference), p in zip(family, adjusted, strict=True):
-            low, high = difference.interval or (None, None)
-            told = {**asdict(difference), "low": low, "high": high, "holm": float(p)}
-            del told["interval"]
-            if name in ("all", "best"):
-                paired.setdefault(curves.arms[i], {})[name] = told
+    mean = np.apply_along_axis(partial(mean_over_curve, steps), -1, curves.values)  # [arms, points, seeds]
+    base, best = curves.arms.index(study.baseline), mean.mean(-1).argmax(1)
+    scores = {"all": mean.mean(1), "best": mean[np.arange(len(best)), best]}  # [arms, seeds]
+    paired: dict[str, Any] = {arm: {"points": []} for arm in curves.arms if arm != study.baseline}
+    for name, of_arms in [*scores.items(), *((None, mean[:, p]) for p in range(len(curves.points)))]:
+        family = paired_differences((of_arms[curves.arms.index(arm)], of_arms[base]) for arm in paired)
+        for told, difference in zip(paired.values(), map(asdict, family), strict=True):
+            difference |= _ends(difference.pop("interval"))
+            if name is None:
+                told["points"].append(difference)
             else:
-                paired.setdefault(curves.arms[i], {}).setdefault("points", []).append(told)
+                told[name] = difference
     return {
         "metric": study.metric,
         "baseline": study.baseline,
@@ -173,12 +139,19 @@ def analyse(study: Study, curves: Curves) -> dict[str, Any]:
         ],
         "steps": [int(step) for step in steps],
         "start": float(curves.values[..., 0].mean()),
-        "arms": arms,
-        "best_point": {arm: best[i] for i, arm in enumerate(curves.arms)},
+        "arms": {
+            arm: {
+                **_summary(study, steps, mean[i], curves.values[i]),
+                "points": [
+                    _summary(study, steps, mean[i, p : p + 1], curves.values[i, p : p + 1])
+                    for p in range(len(curves.points))
+                ],
+            }
+            for i, arm in enumerate(curves.arms)
+        },
+        "best_point": dict(zip(curves.arms, best.tolist(), strict=True)),
         "paired": paired,
-        "headroom": _headroom(
-            study, curves.arms, {name: scores[name] - scores[name][base] for name in ("all", "best")}
-        ),
+        "headroom": _headroom(study, curves.arms, scores, paired),
         "blocks": _blocks(study, curves, mean, base),
     }
 
@@ -193,27 +166,29 @@ def _blocks(study: Study, curves: Curves, mean: np.ndarray, base: int) -> dict[s
     return {"seeds": [int((of_seed == block).sum()) for block in there], "gains": gains}
 
 
-def _summary(mean: np.ndarray, final: np.ndarray, curves: np.ndarray, study: Study, steps: np.ndarray) -> dict:
-    """Return the numbers of scores [points, seeds] and curves [runs, steps]."""
-    reached = [first_reach(steps, curve, study.threshold) for curve in curves]
-    median = lower_median(reached)
+def _summary(study: Study, steps: np.ndarray, mean: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+    """Return the numbers of means over the curve [points, seeds] and curves [points, seeds, steps]."""
+    runs = values.reshape(-1, len(steps))
+    reached = [first_reach(steps, curve, study.threshold) for curve in runs]
+    # a seed's runs are not independent: they are drawn together
+    options: Any = {"of_means": iqm_statistic, "together": True, "collapse": study.collapse}
+    found = summary(mean, values[..., -1], reached, runs, **options)
     return {
-        "mean": _with_interval(mean),
-        "final": _with_interval(final),
-        "to_threshold": median if math.isfinite(median) else None,
-        "reached": float(np.isfinite(reached).mean()),
-        "collapsed": collapse_rate(curves, study.collapse),
+        "mean": {"iqm": found.mean, **_ends(found.mean_interval)},
+        "final": {"iqm": found.final, **_ends(found.final_interval)},
+        "to_threshold": None if found.reached == math.inf else found.reached,
+        "reached": found.runs_reached / len(runs),
+        "collapsed": found.collapsed,
     }
 
 
-def _with_interval(scores: np.ndarray) -> dict[str, float | None]:
-    if scores.shape[1] < 2:
-        return {"iqm": interquartile_mean(scores), "low": None, "high": None}
-    low, high = bootstrap_interval(scores, iqm_statistic, together=True)  # a seed's runs are not independent
-    return {"iqm": interquartile_mean(scores), "low": float(low), "high": float(high)}
+def _ends(interval: Interval) -> dict[str, float | None]:
+    return dict(zip(("low", "high"), interval or (None, None), strict=True))
 
 
-def _headroom(study: Study, arms: list[str], gains: dict[str, np.ndarray]) -> dict[str, Any] | None:
+def _headroom(
+    study: Study, arms: list[str], scores: dict[str, np.ndarray], paired: dict[str, Any]
+) -> dict[str, Any] | None:
     """Return the ceiling's gain over the baseline, and the other arms' shares of it, over all points and at the best.
 
     There are no shares if there is no interval of the ceiling's gain, or if it does not lie above zero.
@@ -221,22 +196,21 @@ def _headroom(study: Study, arms: list[str], gains: dict[str, np.ndarray]) -> di
     Args:
         study: the plan.
         arms: names.
-        gains: over the baseline: ``all`` and ``best`` -> [arms, seeds].
+        scores: ``all`` and ``best`` -> [arms, seeds].
+        paired: as in the results.
     """
     if study.ceiling is None or study.ceiling not in arms:
         return None
     told: dict[str, Any] = {}
-    for name, gaps in gains.items():
-        top = gaps[arms.index(study.ceiling)]
-        gain = paired_difference(top, np.zeros_like(top))
-        low, high = gain.interval or (None, None)
-        there = None if low is None else low > 0
-        others = [arm for arm in arms if arm != study.baseline]
-        ratios = {arm: ratio_of_means(gaps[arms.index(arm)], top) if there else None for arm in others}
+    for name in ("all", "best"):
+        gaps = dict(zip(arms, scores[name] - scores[name][arms.index(study.baseline)], strict=True))
+        top, gain = gaps[study.ceiling], paired[study.ceiling][name]
+        there = None if gain["low"] is None else gain["low"] > 0
+        ratios = {arm: ratio_of_means(gaps[arm], top) if there else None for arm in paired}
         told[name] = {
-            "gain": gain.mean,
-            "low": low,
-            "high": high,
+            "gain": gain["mean"],
+            "low": gain["low"],
+            "high": gain["high"],
             "there": there,
             "shares": {arm: ratio and ratio.ratio for arm, ratio in ratios.items()},
             "intervals": {arm: ratio and ratio.interval for arm, ratio in ratios.items()},
@@ -246,13 +220,8 @@ def _headroom(study: Study, arms: list[str], gains: dict[str, np.ndarray]) -> di
 
 def write_results(study: Study, curves: Curves, results: dict[str, Any], folder: Path) -> None:
     """Write the curves (one line per measurement) and the comparison to a folder."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["arm", *study.grid, "seed", "step", study.metric])
-    for i, arm in enumerate(curves.arms):
-        for p, point in enumerate(curves.points):
-            for s, seed in enumerate(curves.seeds):
-                for step, value in zip(curves.steps, curves.values[i, p, s], strict=True):
-                    writer.writerow([arm, *point, seed, int(step), f"{value:.6g}"])
-    replace_text(folder / CURVES, text.getvalue())
+    rows: list[list[Any]] = [["arm", *study.grid, "seed", "step", study.metric]]
+    for (i, p, s, step), value in np.ndenumerate(curves.values):
+        rows.append([curves.arms[i], *curves.points[p], curves.seeds[s], int(curves.steps[step]), f"{value:.6g}"])
+    replace_text(folder / CURVES, csv_text(rows))
     replace_text(folder / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")

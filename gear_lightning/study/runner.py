@@ -79,7 +79,7 @@ def _some(options: set[str]) -> str:
 
 
 def carry_out(
-    runs: list[Run], jobs: int, check: Callable[[Run], None], tell: Callable[[str], None] = print
+    runs: list[Run], jobs: int, check: Callable[[Run], object], tell: Callable[[str], None] = print
 ) -> list[Run]:
     """Start the runs that are not finished, ``jobs`` at a time, and wait for them. One study at a time per folder.
 

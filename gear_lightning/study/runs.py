@@ -43,7 +43,7 @@ class Run:
     columns: Mapping[str, tuple[np.ndarray, np.ndarray]]
     inner_epochs: int = 1
 
-    def curve(self, metric: str, over: str) -> tuple[np.ndarray, np.ndarray] | None:
+    def curve(self, metric: str, over: str) -> tuple[np.ndarray, np.ndarray]:
         """Return a metric over an axis, where both are known.
 
         Args:
@@ -51,19 +51,22 @@ class Run:
             over: a key of `AXES`.
 
         Returns:
-            x values [points], increasing, and values [points]; None if the run has not logged the axis at two points.
+            x values [points], increasing, and values [points].
+
+        Raises:
+            UserError: the run has not logged the axis at two points.
         """
         steps, values = self.columns[metric]
         counted = AXES[over]
         if counted is None:
             return steps / self.inner_epochs, values
-        if counted not in self.columns:
-            return None
-        at, total = self.columns[counted]
+        at, total = self.columns.get(counted, (np.zeros(1), np.zeros(1)))
         known = steps <= at[-1]
         places = np.interp(steps[known], np.concatenate([[0], at]), np.concatenate([[0], total]))
         rising = np.concatenate([[True], np.diff(places) > 0])
-        return (places[rising], values[known][rising]) if rising.sum() > 1 else None
+        if rising.sum() < 2:
+            raise UserError(f"{self.path}: the run has not logged {over}; compare over iterations")
+        return places[rising], values[known][rising]
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ numbers of a report can be reproduced.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
 from ..errors import UserError
 
-Statistic = Callable[[np.ndarray], np.ndarray]  # [resamples, strata, seeds, ...] -> [resamples, ...]
+Statistic = Callable[[np.ndarray], np.ndarray]  # [..., strata, seeds] -> [...]
 
 
 def interquartile_mean(scores: np.ndarray) -> float:
@@ -26,21 +26,19 @@ def interquartile_mean(scores: np.ndarray) -> float:
     Raises:
         UserError: no scores, or scores that are not finite.
     """
+    return float(iqm_statistic(_finite(scores).reshape(1, -1)))
+
+
+def mean_statistic(scores: np.ndarray) -> np.ndarray:
+    """Return the mean over strata and seeds."""
+    return scores.mean((-2, -1))
+
+
+def iqm_statistic(scores: np.ndarray) -> np.ndarray:
+    """Return the interquartile mean over strata and seeds together."""
     from scipy.stats import trim_mean
 
-    return float(trim_mean(_finite(scores).ravel(), 0.25))
-
-
-def mean_statistic(resampled: np.ndarray) -> np.ndarray:
-    """Return the mean over strata and seeds, for `bootstrap_interval`."""
-    return resampled.mean((1, 2))
-
-
-def iqm_statistic(resampled: np.ndarray) -> np.ndarray:
-    """Return the interquartile mean over strata and seeds together, for `bootstrap_interval`."""
-    from scipy.stats import trim_mean
-
-    return trim_mean(resampled.reshape(len(resampled), -1, *resampled.shape[3:]), 0.25, axis=1)
+    return trim_mean(scores.reshape(*scores.shape[:-2], -1), 0.25, axis=-1)
 
 
 def bootstrap_interval(
@@ -58,7 +56,7 @@ def bootstrap_interval(
 
     Args:
         scores: [strata, seeds, ...]; further axes (points of a curve) are kept together in every draw.
-        statistic: of resampled scores [resamples, strata, seeds, ...] -> [resamples, ...].
+        statistic: of scores [..., strata, seeds] -> [...].
         level: coverage, between 0 and 1.
         resamples: number of draws.
         seed: of the draws.
@@ -71,16 +69,16 @@ def bootstrap_interval(
     Raises:
         UserError: fewer than two seeds, scores that are not finite, or a level outside (0, 1).
     """
+    from scipy.stats import bootstrap
+
     scores = _finite(scores)
     if not 0 < level < 1:
         raise UserError(f"level={level} must lie between 0 and 1")
     if scores.ndim < 2 or scores.shape[1] < 2:
         raise UserError(f"an interval needs scores [strata, seeds] of at least 2 seeds, got shape {list(scores.shape)}")
-    strata, seeds = scores.shape[:2]
-    drawn = np.random.default_rng(seed).integers(0, seeds, (resamples, 1 if together else strata, seeds))
-    found = statistic(scores[np.arange(strata)[None, :, None], drawn])
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
+    draws: Any = {"n_resamples": resamples, "paired": together, "confidence_level": level, "rng": seed}
+    of_draws = lambda *drawn, axis: statistic(np.stack(drawn, axis - 1))  # noqa: E731
+    return bootstrap(tuple(scores), of_draws, method="percentile", vectorized=True, **draws).confidence_interval
 
 
 @dataclass(frozen=True)
@@ -111,12 +109,13 @@ def sign_test(differences: np.ndarray) -> SignTest:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Result of `paired_difference`; there is no interval for one pair."""
+    """Result of `paired_difference`; there is no interval for one pair. ``holm`` is the test's p after `holm`."""
 
     mean: float
     interval: tuple[float, float] | None
     pairs: int
     test: SignTest
+    holm: float
 
 
 def paired_difference(ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.95) -> PairedDifference:
@@ -141,7 +140,19 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.
     if len(gaps) > 1:
         half = float(t.ppf((1 + level) / 2, len(gaps) - 1) * sem(gaps))
         interval = mean - half, mean + half
-    return PairedDifference(mean, interval, len(gaps), sign_test(gaps))
+    test = sign_test(gaps)
+    return PairedDifference(mean, interval, len(gaps), test, test.p)
+
+
+def paired_differences(family: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[PairedDifference]:
+    """Return the `paired_difference` of each (ours, theirs), with p adjusted for their number by `holm`.
+
+    Raises:
+        UserError: as in `paired_difference`.
+    """
+    found = [paired_difference(ours, theirs) for ours, theirs in family]
+    adjusted = holm(np.array([one.test.p for one in found])).tolist()
+    return [replace(one, holm=p) for one, p in zip(found, adjusted, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -317,18 +328,6 @@ def first_reach(x: np.ndarray, y: np.ndarray, threshold: float, *, stay: bool = 
     if stay:
         reached = np.logical_and.accumulate(reached[::-1])[::-1]
     return float(x[int(reached.argmax())]) if reached.any() else float("inf")
-
-
-def lower_median(values: Iterable[float]) -> float:
-    """Return the lower of the two middle values, so that it is a measured one; infinity counts as a value.
-
-    Raises:
-        UserError: no values.
-    """
-    ordered = sorted(values)
-    if not ordered:
-        raise UserError("there are no values")
-    return float(ordered[(len(ordered) - 1) // 2])
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

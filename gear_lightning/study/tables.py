@@ -1,16 +1,19 @@
-"""Tables of a comparison."""
+"""Tables: their terminal, Markdown and HTML forms, and numbers as text."""
 
-import math
+import csv
+import html
+import io
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..recipes.rule_options import caveat
-from .numbers import Contrast, Interval, Measure, Summary
-from .runs import Arm
+from ..errors import printable
 
 
 @dataclass(frozen=True)
 class Table:
-    """Text in rows and columns, for the terminal and for the page."""
+    """Text in rows and columns; notes follow it as paragraphs."""
 
     title: str
     columns: list[str]
@@ -18,84 +21,66 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
-def summary_table(found: list[Summary], what: Measure) -> Table:
-    """Return the table with one row for each arm."""
-    columns = ["arm", "runs", "seeds", "mean over the curve", "final"]
-    columns += [] if what.threshold is None else [f"{what.over} to {what.threshold:g}"]
-    judged = what.metric.endswith("success")
-    columns += ["collapsed"] if judged else []
-    rows = []
-    for one in found:
-        runs = len(one.arm.runs)
-        row = [one.arm.name, str(runs), str(len(one.arm.by_seed()))]
-        row += [_with(one.mean, one.mean_interval), _with(one.final, one.final_interval)]
-        if one.reached is not None:
-            many = "" if runs == 1 else f" ({one.runs_reached} of {runs})"
-            row.append(("never" if math.isinf(one.reached) else _count(one.reached)) + many)
-        rows.append([*row, f"{one.collapsed * runs:.0f} of {runs}"] if judged else row)
-    stretch = f"from {_count(what.low)} to {_count(what.high)} {what.over}, which all runs have"
-    told = f"Mean over the curve: height of the curve {stretch}; mean over the seeds. Final: value at the end of that, "
-    notes = [
-        told + "interquartile mean over the seeds. In brackets: 95 % bootstrap intervals, too narrow below ten seeds."
-    ]
-    if what.threshold is not None:
-        notes.append(
-            f"{what.over.capitalize()} to {what.threshold:g}: first measurement at or above it, median over the runs "
-            "(and the number of runs that reached it)."
-        )
-    notes += ["Collapsed: below half of its best value at the end."] if judged else []
-    rules = dict.fromkeys(run.config.get("model.credit.class_path") for one in found for run in one.arm.runs)
-    notes += [told for rule in rules if (told := caveat(rule))]
-    return Table(f"{what.metric} by arm", columns, rows, notes)
+def print_tables(tables: Iterable[Table]) -> None:
+    """Print tables on a terminal, in its full width."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = Console(width=max(80, shutil.get_terminal_size((170, 24)).columns), highlight=False)
+    for table in tables:
+        title = Text(printable(table.title))
+        shown = RichTable(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+        for place, name in enumerate(table.columns):
+            shown.add_column(Text(printable(name)), justify="right" if place else "left", overflow="fold")
+        for row in table.rows:
+            shown.add_row(*(Text(printable(cell)) for cell in row))
+        console.print(shown)
+        for note in table.notes:
+            console.print(Text(printable(note)), style="dim")
+        console.print()
 
 
-def contrast_table(found: list[Contrast], base: Arm, what: Measure) -> Table:
-    """Return the table with one row for each arm except the first."""
-    columns = [f"against {base.name}", "pairs", "mean over the curve", "+/-/=", "p", "p (Holm)", "final", "P(higher)"]
-    rows, notes, fewest = [], [], math.inf
-    for one in found:
-        if one.mean is None or one.final is None:
-            rows.append([one.arm.name, "0", *["-"] * 5, f"{one.improvement:.2f}"])
-            notes.append(f"{one.arm.name} and {base.name} share no seed: they are not paired.")
-            continue
-        test = one.mean.test
-        fewest = min(fewest, one.mean.pairs)
-        row = [one.arm.name, str(one.mean.pairs), _with(one.mean.mean, one.mean.interval, "+")]
-        row += [f"{test.wins}/{test.losses}/{test.ties}", _p(test.p), _p(one.adjusted)]
-        rows.append([*row, _with(one.final.mean, one.final.interval, "+"), f"{one.improvement:.2f}"])
-    notes += [
-        "Differences between runs of the same seed; in brackets Student's 95 % intervals.",
-        "+/-/=: number of differences above, below and at zero.",
-        "p: exact sign test on the mean over the curve; Holm: corrected for the number of rows.",
-        "P(higher): probability that a seed of this arm has the higher mean over the curve.",
-    ]
-    if fewest < 6:
-        notes.append(f"With {fewest} pair{'s' * (fewest > 1)} p cannot be below {_p(min(1.0, 2.0 ** (1 - fewest)))}.")
-    return Table(f"{what.metric}, paired by seed", columns, rows, notes)
+def markdown(tables: Iterable[Table]) -> str:
+    """Return tables for a Markdown document."""
+    parts = []
+    for table in tables:
+        rows = [table.columns, ["---"] * len(table.columns), *table.rows]
+        cells = [[printable(cell).replace("|", "\\|") for cell in row] for row in rows]
+        lines = "".join(f"| {' | '.join(row)} |\n" for row in cells)
+        parts += [f"{printable(table.title)}:\n", lines, *(f"{printable(note)}\n" for note in table.notes)]
+    return "\n".join(parts)
 
 
-def difference_table(arms: list[Arm]) -> Table | None:
-    """Return the table of options that differ between the arms; None if there are none."""
-    keys = list(dict.fromkeys(key for arm in arms for key in arm.differs))
-    if not keys:
-        return None
-    rows = [[arm.name, *(arm.differs[key] for key in keys)] for arm in arms]
-    note = "Options that belong to a class, and those that do not affect training, are omitted."
-    return Table("Options that differ between the arms", ["arm", *keys], rows, [note])
+def to_html(tables: Iterable[Table]) -> str:
+    """Return tables for an HTML page."""
+    text = lambda kind, content: f"<{kind}>{html.escape(printable(content))}</{kind}>"  # noqa: E731
+    parts = []
+    for table in tables:
+        parts += [text("h2", table.title), '<div class="wide"><table>']
+        for kind, row in [("th", table.columns), *(("td", row) for row in table.rows)]:
+            parts.append(f"<tr>{''.join(text(kind, cell) for cell in row)}</tr>")
+        parts += ["</table></div>", *(text("p", note) for note in table.notes)]
+    return "\n".join(parts)
 
 
-def _with(value: float, interval: Interval, sign: str = "") -> str:
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Return rows of values as CSV."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
+
+
+def with_interval(value: float, interval: tuple[float, float] | None, sign: str = "") -> str:
+    """Return a value and its interval as text; ``sign="+"`` writes the signs of positive numbers, too."""
     text = f"{value:{sign}{_form(value)}}"
     return text if interval is None else f"{text} [{', '.join(f'{x:{sign}{_form(value)}}' for x in interval)}]"
 
 
+def p_value(p: float) -> str:
+    """Return p as text."""
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
+
+
 def _form(value: float) -> str:
     return ".3f" if abs(value) < 100 else ".4g"
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:g}"
-
-
-def _p(p: float | None) -> str:
-    return "-" if p is None else f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"

@@ -143,7 +143,7 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert found.final is not None
     assert (found.mean.pairs, found.mean.mean) == (2, pytest.approx(0.05))
     assert (found.final.mean, found.final.interval) == (pytest.approx(0.1), pytest.approx((0.1, 0.1)))
-    assert (found.mean.test.wins, found.adjusted) == (2, pytest.approx(0.5))  # 2 / 2^2
+    assert (found.mean.test.wins, found.mean.holm) == (2, pytest.approx(0.5))  # 2 / 2^2
     # ends of ours 0.6, 0.5, 0.7 against 0.3, 0.4, 0.5: eight of nine are above, one is a tie
     assert found.improvement == pytest.approx(8.5 / 9)
 
@@ -155,7 +155,7 @@ def test_holm_corrects_for_the_number_of_arms(tmp_path):
     assert [arm.name for arm in arms] == ["Uniform", "GEAR", "RLSD"]
     found = contrasts(arms, what)
     assert [one.mean and one.mean.test.p for one in found] == [pytest.approx(1 / 32)] * 2  # 2 / 2^6
-    assert [one.adjusted for one in found] == [pytest.approx(1 / 16)] * 2
+    assert [one.mean and one.mean.holm for one in found] == [pytest.approx(1 / 16)] * 2
 
 
 def test_runs_of_one_seed_count_once(tmp_path):
@@ -350,6 +350,15 @@ def test_figures_have_their_file_type_and_are_reproducible(tmp_path):
         assert content[0] == content[1], name
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     assert ET.parse(tmp_path / "x.svg").getroot().tag.endswith("svg")
+
+
+def test_tables_are_written_as_markdown(tmp_path):
+    paths = [str(run(tmp_path / f"{c}{s}", [0, 0.5], seed=s, credit=c)) for c in ("GEAR", "RLSD") for s in (1, 2)]
+    assert compare_command([*paths, "--names", "a|b,c", "--out", str(tmp_path / "x.md")]) == 0
+    text = (tmp_path / "x.md").read_text()
+    assert "val/success by arm:\n\n| arm | runs | seeds | mean over the curve |" in text
+    assert "| a\\|b | 2 | 2 | 0.250 [0.250, 0.250] |" in text
+    assert "| c | 2 | +0.000 [+0.000, +0.000] | 0/0/2 |" in text
 
 
 def test_names_are_shown_as_text(tmp_path, capsys):

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from checkout import ROOT
 
-from gear_lightning.study.report import markdown
+from gear_lightning.study.report import tables
 from gear_lightning.study.statistics import mean_over_curve, paired_difference
+from gear_lightning.study.tables import markdown
 
 EVIDENCE = ROOT / "docs/evidence"
 
@@ -88,7 +89,7 @@ def test_the_intervals_of_shares_agree_with_the_curves(name):
 
 def test_the_reports_contain_the_intervals_of_shares():
     for name in ("reading", "credit", "map"):
-        assert (EVIDENCE / name / "report.md").read_text() == markdown(results(name))
+        assert (EVIDENCE / name / "report.md").read_text() == markdown(tables(results(name)))
 
 
 def test_the_readme_and_the_evidence_agree_with_the_main_study():

@@ -20,10 +20,11 @@ from gear_lightning.errors import UserError
 from gear_lightning.recipes.rule_options import caveat, caveat_of_run
 from gear_lightning.runs.files import hold
 from gear_lightning.study.plan import Study
-from gear_lightning.study.report import draw, label, markdown, rows
+from gear_lightning.study.report import arm_table, draw, label, tables
 from gear_lightning.study.results import Curves, analyse, collect
 from gear_lightning.study.runner import _digests, carry_out, is_done, least_used, start_context, visible_gpus
 from gear_lightning.study.statistics import ratio_of_means
+from gear_lightning.study.tables import markdown
 
 LR = "model.optimizer.init_args.lr"
 QUICK = {
@@ -141,7 +142,8 @@ def test_means_differences_and_headroom_by_hand(tmp_path):
     assert results["headroom"]["all"]["shares"]["GEAR"] == pytest.approx(0.4)
     # both seeds gain 0.1 of 0.25: an interval without width
     assert results["headroom"]["all"]["intervals"]["GEAR"] == pytest.approx((0.4, 0.4))
-    head, body = rows(results)
+    table = arm_table(results)
+    head, body = table.columns, table.rows
     shares = [row[head.index("share of the headroom")] for row in body]
     assert shares == ["", "40% [40%, 40%]", "100%"]
     assert results["headroom"]["best"] == results["headroom"]["all"]  # there is one point
@@ -171,10 +173,10 @@ def test_a_share_has_fiellers_interval_over_paired_seeds(tmp_path):
 def test_the_report_names_what_the_arms_rules_lack(tmp_path):
     same = [[[0.2, 0.4, 0.4], [0.2, 0.5, 0.6]]]
     _, results = by_hand(tmp_path, {"GRPO": same, "EGRSD": same})
-    assert "in the style of" not in markdown(results)
+    assert "in the style of" not in markdown(tables(results))
     told = caveat("gear_lightning.credit.token_rules.EGRSD")
     assert "EGRSD is in the style of its paper, and lacks the paper's formula" in told
-    assert told in markdown({**results, "caveats": [told]})
+    assert told in markdown(tables({**results, "caveats": [told]}))
     assert caveat("gear_lightning.credit.GEAR") == caveat("my_rules.EGRSD") == caveat(None) == ""
     for text, expected in (("gear_lightning.credit.TurnSight", "and lacks the comparison with the group"), ("x.Y", "")):
         (tmp_path / "config.yaml").write_text(f"model: {{credit: {{class_path: {text}}}}}\n")
@@ -188,7 +190,8 @@ def test_no_headroom_gives_no_shares(tmp_path):
     _, results = by_hand(tmp_path, {"GRPO": same, "Oracle": worse}, ceiling="Oracle")
     assert not results["headroom"]["all"]["there"]
     assert results["headroom"]["all"]["shares"] == results["headroom"]["all"]["intervals"] == {"Oracle": None}
-    head, body = rows(results)
+    table = arm_table(results)
+    head, body = table.columns, table.rows
     assert body[1][head.index("share of the headroom")] == "headroom not certain"
 
 
@@ -196,7 +199,8 @@ def test_one_seed_gives_no_statement_about_headroom(tmp_path):
     values = {"GRPO": [[[0.2, 0.4, 0.4]]], "Oracle": [[[0.2, 0.6, 0.8]]]}
     _, results = by_hand(tmp_path, values, ceiling="Oracle")
     assert results["headroom"]["all"]["there"] is None
-    head, body = rows(results)
+    table = arm_table(results)
+    head, body = table.columns, table.rows
     assert body[1][head.index("share of the headroom")] == "unknown"
 
 
@@ -206,10 +210,10 @@ def test_seeds_that_share_a_warm_start_are_reported(tmp_path):
     _, results = by_hand(tmp_path, values, blocks=2)
     # half of the gain at the middle step: 0.1 and 0.2 for the first warm start, 0 and 0.1 for the second
     assert results["blocks"] == {"seeds": [2, 2], "gains": {"GEAR": pytest.approx([0.15, 0.05])}}
-    assert "4 seeds begin with 2 sets of weights" in (told := markdown(results))
+    assert "4 seeds begin with 2 sets of weights" in (told := markdown(tables(results)))
     assert "| GEAR | +0.150 | +0.050 |" in told
-    assert "begin with the same weights" in markdown(by_hand(tmp_path, values, blocks=1)[1])
-    assert "begin with" not in markdown(by_hand(tmp_path, values, blocks=4)[1])
+    assert "begin with the same weights" in markdown(tables(by_hand(tmp_path, values, blocks=1)[1]))
+    assert "begin with" not in markdown(tables(by_hand(tmp_path, values, blocks=4)[1]))
 
 
 def test_a_seeds_runs_at_all_points_are_resampled_together(tmp_path):
@@ -227,7 +231,7 @@ def test_an_arm_without_segments_has_no_auc_for_them(tmp_path):
     same = [[[0.2, 0.4, 0.4], [0.2, 0.5, 0.6]]]
     _, results = by_hand(tmp_path, {"GRPO": same, "TokenOnly": same})
     told = {"divergence": 0.9, "segment": None, "first_wrong": 3, "right": 4}
-    assert "| TokenOnly | 15 | 0.900 | - | 3 |" in markdown({**results, "onset": {"TokenOnly": {"15": told}}})
+    assert "| TokenOnly | 15 | 0.900 | - | 3 |" in markdown(tables({**results, "onset": {"TokenOnly": {"15": told}}}))
 
 
 def test_each_arm_has_its_own_best_point(tmp_path):
@@ -243,7 +247,7 @@ def test_each_arm_has_its_own_best_point(tmp_path):
     assert results["paired"]["GEAR"]["all"]["mean"] == pytest.approx(0)
     assert [p["mean"] for p in results["paired"]["GEAR"]["points"]] == pytest.approx([0.45, -0.45])
     assert label(results, 1) == "lr 0.2"
-    assert markdown(results).count("| lr 0.1 |") == 2
+    assert markdown(tables(results)).count("| lr 0.1 |") == 2
 
 
 def test_collapse_is_relative_to_the_best_value(tmp_path):
