@@ -35,7 +35,7 @@ SOURCES = [
     *sorted((ROOT / "benchmarks").glob("*.py")),
 ]
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
     *sorted(p for p in (ROOT / "docs").rglob("*.md") if "evidence/" not in str(p)),
     *sorted((ROOT / "configs").rglob("*.yaml")),
 ]
