@@ -245,7 +245,7 @@ BAD = {
     "replicas": ("fsdp", ["--trainer.strategy.replicas=3"], "trainer.strategy.replicas=3 does not divide 2 processes"),
     "layers": (
         "fsdp",
-        ["--model.policy=distributed.test_strategy_options.Unsplit"],
+        ["--model.policy=tests.distributed.test_strategy_options.Unsplit"],
         "LlamaForCausalLM does not list its decoder layers",
     ),
     "targets": (
