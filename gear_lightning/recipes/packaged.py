@@ -34,10 +34,12 @@ def found(name: str) -> str:
     Raises:
         UserError: a bare name that is neither.
     """
-    if Path(name).exists() or name.startswith(("{", "[")):  # a config can be given as text
+    if name.startswith(("{", "[")) or "\n" in name:  # a config given as text
+        return name
+    if Path(name).exists() and not Path(name).is_dir():  # a pipe, too; a run directory can have a recipe's name
         return name
     place = packaged(name)
-    if place is None and name and not Path(name).suffix and "\n" not in name:
+    if place is None and name and not Path(name).suffix:
         raise UserError(f"--config {name}: no such file, and no packaged recipe; `gear-lightning recipes` lists these")
     return name if place is None else str(place)
 

@@ -55,6 +55,19 @@ def test_an_unknown_name_is_reported_with_where_to_look(command):
 def test_a_missing_file_is_left_to_the_parser():
     assert found("mine.yaml") == "mine.yaml"
     assert found('{"a": 1}') == '{"a": 1}'
+    text = "model: {}\n" + "# a long comment" * 100
+    assert found(text) == text
+
+
+def test_a_directory_does_not_hide_a_packaged_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    assert found("quickstart") == str(configs() / "quickstart.yaml")
+
+
+def test_a_pipe_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert found(str(tmp_path / "pipe")) == str(tmp_path / "pipe")
 
 
 def test_every_packaged_file_says_in_a_line_what_it_is(command):
