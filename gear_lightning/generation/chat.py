@@ -9,7 +9,7 @@ Only the chat template and the policy produce control tokens. A control token sp
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ Syntax = Literal["json", "json_list", "words"]
 
 _MARK = "\u2318answer\u2318"  # placeholder of an assistant turn; assumed not to occur in real text
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
-REMEMBERED = 256  # number of prompts whose ids are cached
+REMEMBERED = 256  # number of prompts and continuations whose ids are cached
 MAX_DEPTH = 64  # nesting depth of lists and objects in a tool call
 TOOL_PROMPT = """You can call functions. Here are their signatures:
 <tools>
@@ -162,7 +162,7 @@ class Chat:
             )
         else:
             self.syntax = "json_list"
-        self._prompts: dict[str, list[int]] = {}
+        self._remembered: dict[str, list[int]] = {}
         self._probe()
         given = set(stop_ids)
         self.ignored_stops = {i for i in given if not self._control.holds(i)}
@@ -234,12 +234,16 @@ class Chat:
 
     def prompt(self, messages: list[Message], tools: Any = ()) -> list[int]:
         """Return the ids of an opening conversation, up to the start of the assistant's turn."""
-        key = json.dumps([messages, list(tools)], default=repr)
-        if key not in self._prompts:  # the rollouts of a group share their prompt
-            if len(self._prompts) >= REMEMBERED:
-                self._prompts.clear()
-            self._prompts[key] = self._prompt(messages, tools)
-        return list(self._prompts[key])
+        return self._cached([messages, list(tools)], lambda: self._prompt(messages, tools))
+
+    def _cached(self, key: list[Any], ids: Callable[[], list[int]]) -> list[int]:
+        """Return ids from the cache: rollouts of a group share their prompt, and often the answers of a tool."""
+        text = json.dumps(key, default=repr)
+        if text not in self._remembered:
+            if len(self._remembered) >= REMEMBERED:
+                self._remembered.clear()
+            self._remembered[text] = ids()
+        return list(self._remembered[text])
 
     def _prompt(self, messages: list[Message], tools: Any) -> list[int]:
         if tools and self.syntax == "json_list":
@@ -255,6 +259,9 @@ class Chat:
         Raises:
             UserError: the template cannot render these messages after an assistant turn.
         """
+        return self._cached([messages], lambda: self._continuation(messages))
+
+    def _continuation(self, messages: list[Message]) -> list[int]:
         text = self._render(self._closed + self._plain(messages), generate=True).partition(_MARK)[2]
         before, _, between = text.partition(self._end_text)
         if before.strip() or not between:
