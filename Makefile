@@ -1,8 +1,12 @@
 # Two commands on a fresh machine: `make quickstart`, `make test`.
 PYTHON ?= python3
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP := PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check
+DOTS := awk '/^(Collecting|Installing|Building)/ {printf "."; fflush()} END {print ""}'  # one for each package
 RUN_ENV := OMP_WAIT_POLICY=PASSIVE
 # Two files of tests at a time; `make test BESIDE=` for one.
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
@@ -16,14 +20,15 @@ $(STAMP): requirements/packages.lock requirements/torch.lock pyproject.toml
 	@echo "1/4  a virtual environment"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "2/4  $$(grep -c '==' requirements/packages.lock) locked packages"
-	@DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements/packages.lock
+	@DS_BUILD_OPS=0 $(PIP) --require-hashes --no-deps -r requirements/packages.lock | $(DOTS)
 	@echo "3/4  torch"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/torch.lock
+	@$(PIP) -r requirements/torch.lock | $(DOTS)
 	@echo "4/4  gear_lightning itself"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@mkdir -p build/types/gear_lightning && touch build/types/gear_lightning/__init__.py
 	@ln -sfn "$(CURDIR)/callbacks" build/types/gear_lightning/callbacks
 	@touch $(STAMP)
+	@echo "Installed. To use the command in this shell: source $(BIN)/activate"
 
 quickstart: install
 	$(RUN_ENV) $(BIN)/gear-lightning fit --config configs/quickstart.yaml
@@ -56,6 +61,7 @@ docs: install
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 dist: install
+	@rm -rf build/lib build/bdist.*  # files of an earlier build
 	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 
 format: install

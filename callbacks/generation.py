@@ -330,10 +330,10 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         chat = self._module.chat_format
         environment = self._new_environment()
         environment.check(task)
-        if self._module.credit.needs_decisions and not environment.tells_decisions:
+        if self._module.credit.needs_decisions and not environment.reports_decisions:
             raise UserError(
                 f"{type(self._module.credit).__name__} needs to know which decisions were right, and "
-                f"{type(environment).__name__} does not report it (tells_decisions); use another model.credit"
+                f"{type(environment).__name__} does not report it (reports_decisions); use another model.credit"
             )
         options, credit = self._module.teacher_options, self._module.credit
         of_the_task = options.shows in SHOWN  # every other option comes from rollouts

@@ -80,12 +80,12 @@ class Preemption(L.Callback):
         """
         if NOTES.wanted or self._agreed:
             if self._peers is not None:
-                self._peers.tell("stop", str(NOTES.wanted))
+                self._peers.post("stop", str(NOTES.wanted))
             return True
         if self._peers is None or time.monotonic() - self._looked < LOOK:
             return False
         self._looked = time.monotonic()
-        return bool(self._peers.hear("stop"))
+        return bool(self._peers.read("stop"))
 
     def agreed(self) -> bool:
         """Return whether any process was asked to stop. All ranks must call it."""

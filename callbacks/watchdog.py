@@ -130,7 +130,7 @@ class Watchdog(L.Callback):
                 note(f"report: {self._report}; to resume: run the same command with --ckpt_path last")
         if mine and self._peers is not None:
             text = (str(exception).strip().splitlines() or [""])[0]
-            self._peers.tell("failed", f"rank {self._rank} failed: {type(exception).__name__}: {text}")
+            self._peers.post("failed", f"rank {self._rank} failed: {type(exception).__name__}: {text}")
             time.sleep(2 * PAUSE)  # let the others read it before this process ends, and the store with it
         self._shut_down()  # the process may continue after the exception
 
@@ -147,7 +147,7 @@ class Watchdog(L.Callback):
             now = time.monotonic()
             idle = now - moved
             self._arm(self.seconds - idle + GRACE)
-            if failed is None and (heard := self._peers and self._peers.hear("failed")):
+            if failed is None and (heard := self._peers and self._peers.read("failed")):
                 failed = (heard["failed"], now)
             self._report_unmet_stop(now)
             if lost := self._killed_child():
@@ -161,8 +161,8 @@ class Watchdog(L.Callback):
         """Exchange progress with the other processes. Return the local time of the last progress of any of them."""
         if self._peers is None:
             return 0.0
-        self._peers.tell(f"rank{self._rank}", f"{self._beats} {self._phase}")
-        heard = self._peers.hear(*(f"rank{rank}" for rank in range(self._world)))
+        self._peers.post(f"rank{self._rank}", f"{self._beats} {self._phase}")
+        heard = self._peers.read(*(f"rank{rank}" for rank in range(self._world)))
         if not heard:  # rank 0 has ended: use only the progress of this process
             return 0.0
         for name, text in heard.items():

@@ -21,6 +21,7 @@ extensions = [
     "sphinx_design",
     "sphinxcontrib.mermaid",
     "command_line",  # docs/_ext
+    "code_blocks",
 ]
 exclude_patterns = ["_build", "runs", "evidence/**"]  # reports are included by evidence_tables
 source_suffix = {".md": "markdown"}

@@ -17,7 +17,7 @@ train and evaluate (options: gear-lightning COMMAND --help)
   predict    write rollouts of the validation tasks
 
 begin
-  recipes    list the recipes that the package brings along; --config takes their names
+  recipes    list the packaged recipes; --config takes their names
   init       write a small project that trains at once:  gear-lightning init my_project
 
 inspect models and runs

@@ -1,4 +1,4 @@
-"""The checkpoint plug-in under the import path that recipes name; its home is `gear_lightning.runs.checkpoints`."""
+"""The checkpoint plug-in under the import path that recipes name; see `gear_lightning.runs.checkpoints`."""
 
 from .runs.checkpoints import CompleteCheckpoints
 

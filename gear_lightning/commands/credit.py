@@ -67,7 +67,7 @@ def credit_command(argv: list[str]) -> int:
         print(_table(found, colour, width), end="")
     else:
         record, index = max(found, key=lambda place: _interest(trace(*place)))
-        print(render_credit_text(record, index, load_decoder(args.run), colour=colour, width=width), end="")
+        print(render_credit_text(record, index, load_decoder(args.run), color=colour, width=width), end="")
     return 0
 
 

@@ -1,6 +1,7 @@
 """``gear-lightning init``: a small project that trains at once."""
 
 import argparse
+import shlex
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,5 +26,5 @@ def init_command(argv: list[str]) -> int:
             print(folder / name)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    print(f"train it:  cd {folder} && gear-lightning fit --config recipe.yaml")
+    print(f"train it:  cd {shlex.quote(str(folder))} && gear-lightning fit --config recipe.yaml")
     return 0

@@ -28,7 +28,7 @@ class ProbeCLI(GearCLI):
         file: name of the result in the run directory.
     """
 
-    tells_idle = False
+    reports_idle = False
     file: str
 
     def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,9 +1,6 @@
-"""``gear-lightning recipes``: the configuration files that the package brings along."""
+"""``gear-lightning recipes``: list the configuration files of the package."""
 
 import argparse
-
-from rich.console import Console
-from rich.table import Table
 
 from ..recipes.packaged import about, configs
 
@@ -25,19 +22,17 @@ def recipes_command(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "gear-lightning recipes",
         description="List the packaged configuration files. --config takes their names: --config quickstart, "
-        "--config credit/grpo. A file of your own with that name goes first.",
+        "--config credit/grpo. A file with that name in the working directory has precedence.",
     )
     parser.add_argument("--path", action="store_true", help="print the folder that they are in, and nothing else")
     if parser.parse_args(argv).path:
         print(configs())
         return 0
-    table = Table(box=None, pad_edge=False, show_header=False)
-    longest = max(len(str(path.relative_to(configs()))) for path in configs().rglob("*.yaml"))
-    table.add_column(no_wrap=True, min_width=longest)
-    table.add_column(no_wrap=True, overflow="ellipsis")
+    found = {kind: sorted((configs() / kind).glob("*.yaml")) for kind in KINDS}
+    names = {path: str(path.relative_to(configs()).with_suffix("")) for paths in found.values() for path in paths}
+    longest = max(map(len, names.values()))
     for kind, title in KINDS.items():
-        table.add_row(f"[bold]{title}[/bold]", "")
-        for path in sorted((configs() / kind).glob("*.yaml")):
-            table.add_row(f"  {path.relative_to(configs()).with_suffix('')}", about(path))
-    Console(highlight=False).print(table)
+        print(f"{title}:")
+        for path in found[kind]:
+            print(f"  {names[path]:<{longest}}  {about(path)}")
     return 0

@@ -163,7 +163,7 @@ def _recordable(run: Path, rule: CreditAssigner, own: CreditAssigner | None, unk
     if rule.needs_decisions and not any(_decided(record) for record in read_records(run)):
         raise UserError(
             f"{told(rule)} needs to know which decisions were right, but {run} has recorded none: the policy made "
-            "none, or the environment does not report them. Environments with tells_decisions do "
+            "none, or the environment does not report them. Environments with reports_decisions do "
             "(gear_lightning.environments.lookup_chain)"
         )
     return _Rule(rule, stands_in(rule, own, unknown))

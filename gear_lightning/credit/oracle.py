@@ -73,7 +73,7 @@ class Oracle(CreditAssigner):
         if evidence.decisions is None:
             raise UserError(
                 "Oracle needs labels of right and wrong decisions (Evidence.decisions), and these rollouts have none; "
-                "use an environment that provides them (tells_decisions), or another credit rule"
+                "use an environment that provides them (reports_decisions), or another credit rule"
             )
         mask, sign = evidence.action_mask, evidence.base_advantages.sign()
         bad, good = mask & (sign < 0), mask & (sign > 0)

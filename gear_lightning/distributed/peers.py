@@ -16,7 +16,7 @@ WAIT = timedelta(seconds=60)
 class Peers:
     """The store. All ranks must create it together; afterwards any thread may use it.
 
-    It never raises: if rank 0 is no longer reachable, `hear` returns nothing.
+    It never raises: if rank 0 is no longer reachable, `read` returns nothing.
     """
 
     def __init__(self, trainer: L.Trainer):
@@ -35,7 +35,7 @@ class Peers:
         """Whether rank 0 has answered every request so far."""
         return self._store is not None
 
-    def tell(self, name: str, text: str) -> None:
+    def post(self, name: str, text: str) -> None:
         """Set the text under a name. It replaces the earlier text."""
         if self._store is not None:
             try:
@@ -43,7 +43,7 @@ class Peers:
             except Exception:  # the process that holds the store has ended
                 self._store = None
 
-    def hear(self, *names: str) -> dict[str, str]:
+    def read(self, *names: str) -> dict[str, str]:
         """Return the texts under these names, without names that are not set yet."""
         if self._store is None:
             return {}

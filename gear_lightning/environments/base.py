@@ -103,10 +103,10 @@ class Environment(ABC):
     Methods must be plain functions: ``async`` ones are rejected before training.
 
     Attributes:
-        tells_decisions: whether its steps report which decisions were right (``Step.info``).
+        reports_decisions: whether its steps report which decisions were right (``Step.info``).
     """
 
-    tells_decisions: bool = False
+    reports_decisions: bool = False
 
     def check(self, task: Task) -> None:
         """Check a task before training, on an instance that runs no episode.

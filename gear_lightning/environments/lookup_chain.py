@@ -126,7 +126,7 @@ class LookupChain(Environment):
         slack: number of calls allowed beyond the shortest solution.
     """
 
-    tells_decisions = True
+    reports_decisions = True
 
     def __init__(self, slack: int = 1):
         self.slack = slack

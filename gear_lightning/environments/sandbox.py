@@ -106,7 +106,7 @@ class Isolated(Environment):
             raise UserError(f"Isolated: the environment cannot be created: {type(error).__name__}: {error}") from error
         refuse_async_methods(inner)
         inner.check(task)
-        self.tells_decisions = inner.tells_decisions
+        self.reports_decisions = inner.reports_decisions
         try:
             pickle.dumps(task)
         except Exception as error:

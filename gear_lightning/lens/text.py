@@ -12,14 +12,14 @@ from .trace import Decode, Trace, trace, visible
 LIMIT = 0.25  # smaller distances from weight 1 are shown in a light style, and not at all in plain text
 
 
-def render_credit_text(record: Record, index: int, decode: Decode, *, colour: bool = True, width: int = 100) -> str:
+def render_credit_text(record: Record, index: int, decode: Decode, *, color: bool = True, width: int = 100) -> str:
     """Return one rollout as text for a terminal: summary, legend, and its tokens by section.
 
     Args:
         record: the record that contains it.
         index: its position in ``record.rollouts``.
         decode: returns the text of a token id.
-        colour: show weights as background colors (24 bit); if False, plain text with the weights written out.
+        color: show weights as background colors (24 bit); if False, plain text with the weights written out.
         width: columns; plain text is not wrapped.
     """
     one = trace(record, index)
@@ -27,40 +27,40 @@ def render_credit_text(record: Record, index: int, decode: Decode, *, colour: bo
     console = Console(
         file=out,
         width=width,
-        force_terminal=colour,
-        no_color=not colour,
-        color_system="truecolor" if colour else None,
+        force_terminal=color,
+        no_color=not color,
+        color_system="truecolor" if color else None,
         highlight=False,
         markup=False,
         emoji=False,
-        soft_wrap=not colour,
+        soft_wrap=not color,
     )
     console.print(_summary(record, one))
     if not one.tokens:
         for message in one.rollout["messages"]:
-            _heading(console, str(message.get("role", "?")), colour)
+            _heading(console, str(message.get("role", "?")), color)
             content, calls = message.get("content") or "", message.get("tool_calls")
             for part in [content, calls] if calls else [content]:
                 text = part if isinstance(part, str) else json.dumps(part, ensure_ascii=False, indent=1)
                 console.print(Text("\n".join(visible(line) for line in text.split("\n"))))
         return out.getvalue()
-    console.print(_legend(colour))
+    console.print(_legend(color))
     weights = iter(one.columns["weights"].tolist())
     for turn, start, end in one.sections:
         kind = f"turn {turn}" if turn >= 0 else "observation" if start else "prompt"
-        _heading(console, f"{kind} · {end - start} tokens", colour)
+        _heading(console, f"{kind} · {end - start} tokens", color)
         pieces = [visible(decode(token)) for token in one.tokens[start:end]]
         if turn < 0:
             console.print(Text("".join(pieces).removesuffix("\n"), style="dim"))
         else:
-            text = _turn(pieces, [next(weights) for _ in pieces], start, one, colour)
+            text = _turn(pieces, [next(weights) for _ in pieces], start, one, color)
             console.print(text[:-1] if text.plain.endswith("\n") else text)
     return out.getvalue()
 
 
-def _heading(console: Console, name: str, colour: bool) -> None:
+def _heading(console: Console, name: str, color: bool) -> None:
     line = f"── {visible(name)} "
-    console.print(Text(line + "─" * max(0, min(console.width, 100) - len(line)), style="bold dim" if colour else ""))
+    console.print(Text(line + "─" * max(0, min(console.width, 100) - len(line)), style="bold dim" if color else ""))
 
 
 def _summary(record: Record, one: Trace) -> Text:
@@ -88,8 +88,8 @@ def _summary(record: Record, one: Trace) -> Text:
     return text.append("\n" + "\n".join(lines[1:]), style="not bold")
 
 
-def _legend(colour: bool) -> Text:
-    if not colour:
+def _legend(color: bool) -> Text:
+    if not color:
         return Text(
             "legend: token⟨1.8⟩ has weight 1.8, ▲[segment]⟨1.8⟩ starts at its anchor; other tokens have weights "
             f"within {LIMIT} of 1"
@@ -118,7 +118,7 @@ def _style(weight: float) -> str:
     return f"#101010 on #{red:02x}{green:02x}{blue:02x}"
 
 
-def _turn(pieces: list[str], weights: list[float], start: int, one: Trace, colour: bool) -> Text:
+def _turn(pieces: list[str], weights: list[float], start: int, one: Trace, color: bool) -> Text:
     """Return the tokens of one turn as text; ``start`` is the index of its first token in the rollout."""
     opens = {begin - start: (anchor - start, end - start) for anchor, begin, end in one.segments}
     text, close, anchor, n = Text(), 0, -1, 0
@@ -126,8 +126,8 @@ def _turn(pieces: list[str], weights: list[float], start: int, one: Trace, colou
         anchor, close = opens.get(n, (anchor, close))
         inside = n < close
         if n == anchor:
-            text.append("▲", style=f"bold {_style(weights[n])}" if colour else "")
-        if colour:
+            text.append("▲", style=f"bold {_style(weights[n])}" if color else "")
+        if color:
             text.append(pieces[n], style=f"{_style(weights[n])} {'underline' if inside else ''}".strip())
             n += 1
             continue

@@ -96,7 +96,7 @@ class GearCLI(LightningCLI):
     """LightningCLI for `GearModule` and `RolloutDataModule`, with rollouts, records and checkpoints enabled."""
 
     lock: Any = None  # the open lock file of the run directory
-    tells_idle = True  # whether `fit` reports options without effect
+    reports_idle = True  # whether `fit` reports options without effect
 
     def __init__(self, args: list[str] | None = None):
         self._asked_for = next(iter(sys.argv[1:] if args is None else args), None)
@@ -222,7 +222,7 @@ class GearCLI(LightningCLI):
         resumes = self._get(self.config_init, "ckpt_path") is not None
         for message in refusals(*pieces, asked, processes, model, fitting, checkpoint, resumes):
             raise UserError(message)
-        if self.subcommand == "fit" and self.tells_idle:
+        if self.subcommand == "fit" and self.reports_idle:
             for line in idle_options(self.config["fit"], *pieces):
                 rank_zero_warn(line)
 

@@ -1,10 +1,11 @@
-"""The recipes that the package brings along: ``configs/`` of a checkout, ``gear_lightning/configs/`` of a wheel."""
+"""The recipes in the package: ``configs/`` of a checkout, ``gear_lightning/configs/`` of a wheel."""
 
 from pathlib import Path
 
 from ..errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
+TAKE_NAMES = ("--config", "-c", "--cluster")  # options whose value can be the name of a packaged file
 
 
 def configs() -> Path:
@@ -40,22 +41,23 @@ def found(name: str) -> str:
         return name
     place = packaged(name)
     if place is None and name and not Path(name).suffix:
-        raise UserError(f"--config {name}: no such file, and no packaged recipe; `gear-lightning recipes` lists these")
+        raise UserError(f"{name}: no such file, and no packaged recipe; `gear-lightning recipes` lists these")
     return name if place is None else str(place)
 
 
 def with_packaged(arguments: list[str]) -> list[str]:
-    """Replace names of packaged configuration files after ``--config`` by their paths.
+    """Replace names of packaged configuration files after ``--config``, ``-c`` and ``--cluster`` by their paths.
 
     Raises:
         UserError: see `found`.
     """
     given, replaced = iter(arguments), []
     for argument in given:
-        if argument.startswith("--config="):
-            argument = f"--config={found(argument.removeprefix('--config='))}"
+        option, equals, value = argument.partition("=")
+        if equals and option in TAKE_NAMES:
+            argument = f"{option}={found(value)}"
         replaced.append(argument)
-        if argument == "--config" and (value := next(given, None)) is not None:
+        if argument in TAKE_NAMES and (value := next(given, None)) is not None:
             replaced.append(found(value))
     return replaced
 

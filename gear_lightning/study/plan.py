@@ -137,11 +137,9 @@ class Study:
                 raise UserError(f"{name}: {twice} is set by {drawn[twice]}, for all runs; remove it from one of them")
         if twice := next((key for key in self.per_seed if key in self.grid), None):
             raise UserError(f"per_seed and grid both set {twice}")
-        missing = [path for path in self.recipe if not Path(path).is_file()]
-        for arm in self.arms.values():
-            missing += [path for path in _files(arm) if not Path(path).is_file()]
-        if missing:
-            raise UserError(f"{missing[0]}: no such file (paths are relative to the working directory)")
+        for path in (*self.recipe, *(path for arm in self.arms.values() for path in _files(arm))):
+            if not Path(found(path)).is_file():
+                raise UserError(f"{path}: no such file (paths are relative to the working directory)")
         for key, text in self.per_seed.items():
             try:
                 text.format(seed=0, block=0)

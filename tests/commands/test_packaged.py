@@ -1,5 +1,6 @@
 """Recipes by name, a project from `gear-lightning init`, and the wheel outside a checkout."""
 
+import importlib
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from checkout import ROOT
 from command_line import SHORT, error_of
 
+from gear_lightning.commands.study import study_command
 from gear_lightning.errors import UserError
 from gear_lightning.recipes.packaged import about, configs, found, packaged, with_packaged
 
@@ -65,6 +67,30 @@ def test_a_directory_does_not_hide_a_packaged_recipe(tmp_path, monkeypatch):
     assert found("quickstart") == str(configs() / "quickstart.yaml")
 
 
+@pytest.mark.parametrize("option", ["--config", "-c", "--cluster"])
+def test_options_that_take_a_file_take_a_packaged_name(option):
+    place = str(configs() / "credit" / "grpo.yaml")
+    assert with_packaged([option, "credit/grpo"]) == [option, place]
+    assert with_packaged([f"{option}=credit/grpo"]) == [f"{option}={place}"]
+
+
+PLANS = [path for path in sorted((configs() / "study").glob("*.yaml")) if "\narms:" in path.read_text()]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=[path.stem for path in PLANS])
+def test_a_packaged_study_is_planned_outside_a_checkout(plan, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert study_command(["--config", str(plan), "--plan"]) == 0
+    assert "GRPO" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["engines.CachedEngine", "engines.GenerateEngine", "budgets.Budgets"])
+def test_paths_in_configurations_of_earlier_runs_still_import(path):
+    module, _, name = path.partition(".")
+    kind = getattr(importlib.import_module(f"gear_lightning.{module}"), name)
+    assert kind.__module__.startswith("gear_lightning.generation.")
+
+
 def test_a_pipe_is_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert found(str(tmp_path / "pipe")) == str(tmp_path / "pipe")
@@ -75,7 +101,9 @@ def test_every_packaged_file_says_in_a_line_what_it_is(command):
     assert status == 0
     for path in configs().rglob("*.yaml"):
         assert len(about(path)) > 15, path
-        assert str(path.relative_to(configs()).with_suffix("")) in out
+        assert re.search(rf"^  {path.relative_to(configs()).with_suffix('')} +{re.escape(about(path))}$", out, re.M), (
+            path
+        )
 
 
 def test_the_path_of_packaged_files_is_printed_alone(command):

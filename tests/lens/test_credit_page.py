@@ -229,7 +229,7 @@ def test_decoder_decodes_tokens_as_in_the_middle_of_a_text(run, tmp_path):
 
 def test_plain_text_marks_weights_anchors_and_sections(run):
     add(run, fake_rollout())
-    text = render_credit_text(next(read_records(run)), 0, decode, colour=False)
+    text = render_credit_text(next(read_records(run)), 0, decode, color=False)
     assert "\x1b" not in text
     lines = [line for line in text.splitlines() if not line.startswith("legend")]
     assert lines[0] == "doors/1 · iteration 0 · rank 0 · rollout 0"
@@ -258,7 +258,7 @@ def test_colored_text_has_the_same_content_and_no_escapes_of_the_model(run):
 def test_text_of_a_rollout_without_a_row_is_its_transcript(run):
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "open", "arguments": {}}}]}
     add(run, fake_rollout(row=None, reward=None, error="ValueError: x", messages=[*fake_rollout()["messages"], call]))
-    text = render_credit_text(next(read_records(run)), 0, decode, colour=False)
+    text = render_credit_text(next(read_records(run)), 0, decode, color=False)
     for part in ("reward unknown", "error: ValueError: x", "── user", "task: look please", '"name": "open"'):
         assert part in text
 

@@ -250,7 +250,7 @@ def show(records: list[Record], decode=lambda token: PIECES[token % len(PIECES)]
     assert page.count("<!--") == page.count("<img") == 0
     for record in records:
         for index in range(len(record.rollouts)):
-            plain = render_credit_text(record, index, decode, colour=False)
+            plain = render_credit_text(record, index, decode, color=False)
             assert printable(plain) == plain
 
 

@@ -91,14 +91,14 @@ $("tokens").addEventListener("focusin", (event) => {
   if (node.token !== selected) { hovered = null; select(node.token, false); }
 });
 $("tokens").addEventListener("click", (event) => event.target.closest(".tok")?.focus());
-function neighbour(t, by) {
+function neighbor(t, by) {
   for (t += by; t >= 0 && t < nodes.length; t += by) if (!nodeOf(t).closest("details:not([open])")) return t;
   return null;
 }
 function nextLine(t, by) {
   const here = nodeOf(t).getBoundingClientRect(), middle = here.left + Math.min(here.width, 40) / 2;
   let best = null, line = null, gap = Infinity;
-  for (let u = neighbour(t, by); u !== null; u = neighbour(u, by)) {
+  for (let u = neighbor(t, by); u !== null; u = neighbor(u, by)) {
     const box = nodeOf(u).getBoundingClientRect();
     if (Math.abs(box.top - here.top) < here.height / 2) continue;
     if (line !== null && Math.abs(box.top - line) > here.height / 2) break;
@@ -111,7 +111,7 @@ function nextLine(t, by) {
 $("tokens").addEventListener("keydown", (event) => {
   if (selected === null || !event.target.closest(".tok") || event.ctrlKey || event.metaKey || event.altKey) return;
   const moves = {
-    ArrowRight: () => neighbour(selected, 1), ArrowLeft: () => neighbour(selected, -1),
+    ArrowRight: () => neighbor(selected, 1), ArrowLeft: () => neighbor(selected, -1),
     ArrowDown: () => nextLine(selected, 1), ArrowUp: () => nextLine(selected, -1),
     Home: () => current.sampled[0], End: () => current.sampled.at(-1),
   };
