@@ -25,9 +25,9 @@ def problem(language: str, text: str) -> str | None:
         elif language == "bash":
             for line in text.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                if words[:1] == ["gear-lightning"] and words[1] not in KNOWN:
+                if words[:1] == ["gear-lightning"] and words[1:] and words[1] not in KNOWN:
                     return f"no command {words[1]!r}"
-    except (SyntaxError, ValueError, IndexError, yaml.YAMLError) as error:
+    except (SyntaxError, ValueError, yaml.YAMLError) as error:
         return str(error)
     return None
 
