@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from doctor_check import Talk, Talks
-from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from hardware import cpu_name
 
+from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.models import FromScratch, PolicySource
 
 WORDS = "gear_lightning.environments.lookup_chain.WORDS"
@@ -98,8 +98,8 @@ def one_side(side: str, iterations: int) -> dict[str, Any]:
     """
     import lightning as L
     import torch
-    from gear_lightning.callbacks.generation import GenerationCallback
 
+    from gear_lightning.callbacks.generation import GenerationCallback
     from gear_lightning.credit import Uniform
     from gear_lightning.data import RolloutDataModule
     from gear_lightning.module import GearModule

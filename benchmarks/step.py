@@ -117,8 +117,8 @@ def run_ours(credit: str) -> dict[str, list[float]]:
     """Return seconds per optimizer step (rollout, reward, teacher, update), of its rollouts and its teacher passes."""
     import lightning as L
     import torch
-    from gear_lightning.callbacks.generation import GenerationCallback
 
+    from gear_lightning.callbacks.generation import GenerationCallback
     from gear_lightning.credit import GEAR, Uniform
     from gear_lightning.data import RolloutDataModule
     from gear_lightning.environments.base import Environment, Step, Task, TaskSource

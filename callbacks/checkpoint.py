@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from gear_lightning.callbacks.background_saves import BackgroundSaves
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from gear_lightning.callbacks.background_saves import BackgroundSaves
 from gear_lightning.errors import UserError
 from gear_lightning.learning.iterations import last_iteration
 from gear_lightning.runs.background import WRITER

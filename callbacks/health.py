@@ -121,8 +121,8 @@ class Health(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if pl_module.skipped_in_a_row:
             rank_zero_warn(
-                f"The gradients of the last {pl_module.skipped_in_a_row} optimizer steps of this run were not finite: "
-                "the policy is that before them, and may be of no use. train/skipped_steps says since when."
+                f"The gradients of the last {pl_module.skipped_in_a_row} optimizer steps of this run were not finite. "
+                "They did not change the policy, which may be unusable. train/skipped_steps shows when this began."
             )
 
     def _check_left_out(self, rollouts: int, left_out: dict[str, int]) -> None:

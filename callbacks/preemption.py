@@ -12,10 +12,10 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from gear_lightning.callbacks.checkpoint import IterationCheckpoint
-from gear_lightning.callbacks.generation import GenerationCallback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from gear_lightning.callbacks.checkpoint import IterationCheckpoint
+from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.distributed.peers import Peers, peers_of
 from gear_lightning.errors import Stopped

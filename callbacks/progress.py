@@ -5,11 +5,12 @@ import time
 from typing import Any
 
 import lightning as L
-from gear_lightning.callbacks.generation import GenerationCallback
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gear_lightning.callbacks.generation import GenerationCallback
 
 
 class PhaseProgress(ProgressBar):

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from gear_lightning.callbacks.health import Health
-from gear_lightning.callbacks.preemption import Preemption
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
+from gear_lightning.callbacks.health import Health
+from gear_lightning.callbacks.preemption import Preemption
 from gear_lightning.errors import UserError
 from gear_lightning.runs.checkpoints import known_checkpoints
 from gear_lightning.runs.monitor import check_early_stopping

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from gear_lightning.callbacks.generation import GenerationCallback
 
+from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.distributed.collective import gather
 from gear_lightning.errors import Stopped
 from gear_lightning.runs.files import replace_text, try_to_write

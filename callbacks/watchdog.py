@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from gear_lightning.callbacks.generation import GenerationCallback
 
+from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.distributed.peers import Peers, peers_of
 from gear_lightning.errors import Stopped, UserError
 from gear_lightning.runs.background import WRITER

@@ -10,7 +10,6 @@ import lightning as L
 import pytest
 import torch
 from every_rule import Sharp, Talk, TalkTasks, random_rows, untrained, watched
-from gear_lightning.callbacks.health import Health
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import AnyCall, data, generation, module, trainer
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from gear_lightning.batch import RolloutBatch, TokenStats, collate
+from gear_lightning.callbacks.health import Health
 from gear_lightning.credit import GEAR, SCGRPO, Uniform
 from gear_lightning.distillation import OPSD, SDAR, SDPG, SDPO, Distillation, gated_gap, skew_divergence
 from gear_lightning.environments.lookup_chain import LookupChainTasks

@@ -141,9 +141,9 @@ def test_the_table_of_choices_names_every_open_option_of_gear():
 def test_the_metrics_of_the_reference_are_logged(tmp_path):
     import csv
 
-    from gear_lightning.callbacks.noise_floor import NoiseFloor
     from tiny_runs import data, generation, module, trainer
 
+    from gear_lightning.callbacks.noise_floor import NoiseFloor
     from gear_lightning.credit import GEAR
     from gear_lightning.distillation import SDAR
     from gear_lightning.loss import ClippedSurrogate
@@ -160,3 +160,22 @@ def test_the_metrics_of_the_reference_are_logged(tmp_path):
             logged |= set(next(csv.DictReader(file)))
     named = set(re.findall(r"`([a-z]+/[\w_]+)`", (DOCS / "reference" / "metrics.md").read_text()))
     assert named <= logged, named - logged
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "wrong"),
+    [
+        ("python", "def f(:", "invalid syntax"),
+        ("yaml", "a: [1", "while parsing"),
+        ("json", '{"a": 1}\n{"a": }', "Expecting value"),
+        ("bash", "gear-lightning nonsense", "no command 'nonsense'"),
+        ("bash", "gear-lightning fit --config quickstart  # a comment", None),
+        ("json", '{"a": 1}\n{"a": 2}', None),
+    ],
+)
+def test_the_build_reports_invalid_code_blocks(language, text, wrong, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "_ext")
+    from code_blocks import problem  # pyright: ignore[reportMissingImports]
+
+    found = problem(language, text)
+    assert found is None if wrong is None else wrong in found

@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 import torch
 from deadlines import seconds
-from gear_lightning.callbacks.health import Health
 from scripted_policy import CHAT, Scripted, answered
 from tiny_runs import AnyCall, data, generation, module, trainer
 
 from gear_lightning.advantage import GiGPO
+from gear_lightning.callbacks.health import Health
 from gear_lightning.data import RolloutDataModule, RolloutGenerator
 from gear_lightning.environments.base import Environment, Step, Task, TaskSource, tool_result
 from gear_lightning.environments.calculator import CALCULATOR, Calculator

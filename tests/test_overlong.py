@@ -5,11 +5,11 @@ import json
 
 import pytest
 from every_rule import watched
-from gear_lightning.callbacks.generation import _penalise
 from talking_policies import policy, talking, tasks
 from tiny_runs import generation, trainer
 
 from gear_lightning.advantage import TurnGRPO
+from gear_lightning.callbacks.generation import _penalise
 from gear_lightning.environments.base import Task
 from gear_lightning.errors import UserError
 from gear_lightning.rewards import OverlongPenalty

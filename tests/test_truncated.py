@@ -3,12 +3,12 @@
 import pytest
 import torch
 from every_rule import Sharp
-from gear_lightning.callbacks.run_status import RunStatus
 from scripted_data import Told
 from scripted_data import iteration as one_iteration
 from tiny_runs import AnyCall, data, generation, trainer
 
 from gear_lightning.advantage import GRPO, DrGRPO, LeaveOneOut, TurnGRPO
+from gear_lightning.callbacks.run_status import RunStatus
 from gear_lightning.commands.status import status_of
 from gear_lightning.credit import Uniform
 from gear_lightning.environments.base import Step

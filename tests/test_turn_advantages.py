@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 import torch
 from every_rule import Talk, watched
-from gear_lightning.callbacks.generation import GenerationCallback
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_data import Finite, Told
@@ -19,6 +18,7 @@ from tiny_runs import trainer
 from torch.testing import assert_close
 
 from gear_lightning.advantage import GRPO, MTGRPO, DrGRPO, GiGPO, GroupAdvantage, LeaveOneOut, TurnGRPO
+from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.environments.base import Environment, Step, Task
 from gear_lightning.errors import UserError

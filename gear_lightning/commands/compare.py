@@ -123,9 +123,11 @@ def _paths(given: list[Path], groups: list[str]) -> tuple[list[Path], dict[Path,
                 raise UserError(f"{path} is in two groups, {labels[path]} and {label}")
     grouped = {path.resolve() for path in labels}
     paths = [*labels, *(path for path in given if path.resolve() not in grouped)]
-    for place, path in enumerate(paths):
-        if path.resolve() in map(Path.resolve, paths[:place]):
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
             raise UserError(f"{path} is given twice")
+        seen.add(path.resolve())
     if len(paths) < 2:
         raise UserError(f"{len(paths)} run{'s' * (not paths)} given: give two or more run directories")
     return paths, labels

@@ -272,15 +272,16 @@ class MeasureNoise(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        scored, rule, batches = [], pl_module.credit, (sealed.batch for sealed in data.train_dataloader())
-        if self.run is not None:
-            vocabulary = len(pl_module.chat_format.tokenizer)
+        if self.run is None:
+            batches = (sealed.batch for sealed in data.train_dataloader())
+        else:
             batches = recorded_batches(
                 Path(self.run),
                 micro_batch_size=data.micro_batch_size,
                 temperature=data.generator.temperature,
-                vocabulary=vocabulary,
+                vocabulary=len(pl_module.chat_format.tokenizer),
             )
+        scored, rule = [], pl_module.credit
         for batch in batches:
             with trainer.strategy.precision_plugin.train_step_context():
                 scored.append(score(pl_module.policy, batch.to(pl_module.device), rule))

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_runs import AnyCall, NoSpread, data, generation, module, trainer
+
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.callbacks.health import Health
 from gear_lightning.callbacks.sample_table import SampleTable
-from tiny_runs import AnyCall, NoSpread, data, generation, module, trainer
-
 from gear_lightning.credit import GEAR, Uniform
 from gear_lightning.distillation import OPSD
 from gear_lightning.environments.lookup_chain import LookupChain

@@ -10,9 +10,9 @@ import lightning as L
 import pytest
 import torch
 from every_rule import Sharp, Talk, TalkTasks, random_rows
-from gear_lightning.callbacks.noise_floor import NoiseFloor
 from tiny_runs import data, generation, module, trainer
 
+from gear_lightning.callbacks.noise_floor import NoiseFloor
 from gear_lightning.credit import GEAR, RLSD, RoundingNoise, TokenOnly, TurnSight
 from gear_lightning.errors import UserError
 from gear_lightning.lens.recredit import recorded_noise, recredit

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from gear_lightning.callbacks.startup import check_launch
 from quickstart_runs import DEADLINE, command_line, metrics
 
+from gear_lightning.callbacks.startup import check_launch
 from gear_lightning.commands.slurm import slurm_command
 from gear_lightning.errors import UserError
 from gear_lightning.recipes.slurm_script import seconds

@@ -9,12 +9,12 @@ import pytest
 import torch
 from distributed_runs import Chatter, Opinions
 from every_rule import TalkTasks
-from gear_lightning.callbacks.checkpoint import IterationCheckpoint
-from gear_lightning.callbacks.generation import GenerationCallback
-from gear_lightning.callbacks.resumption import Resumption
 from lightning.pytorch.cli import ReduceLROnPlateau
 from rank_group import make_strategy
 
+from gear_lightning.callbacks.checkpoint import IterationCheckpoint
+from gear_lightning.callbacks.generation import GenerationCallback
+from gear_lightning.callbacks.resumption import Resumption
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.module import GearModule
 from gear_lightning.rollout import Budgets

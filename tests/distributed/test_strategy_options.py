@@ -9,10 +9,10 @@ import pytest
 import torch
 from deadlines import until
 from distributed_runs import PYTHON, Opinions, finish, fit_command, members, side_by_side, start, strategy
-from gear_lightning.callbacks.startup import StartupCheck
 from rank_group import Group
 from short_runs import train
 
+from gear_lightning.callbacks.startup import StartupCheck
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.distributed.sharding import local
 from gear_lightning.errors import UserError

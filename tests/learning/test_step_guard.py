@@ -8,9 +8,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from gear_lightning.callbacks.health import Health
 from tiny_runs import AnyCall, data, generation, module, trainer
 
+from gear_lightning.callbacks.health import Health
 from gear_lightning.errors import UserError
 from gear_lightning.runs.finite import all_finite
 

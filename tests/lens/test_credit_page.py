@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from credit_pages import ATTACK, LAYOUT, WORDS, add, decode, fake_rollout, fake_tensors, page_data, unpack
-from gear_lightning.callbacks.credit_map import CreditMap
 from headless_browser import dump
 
 from gear_lightning.batch import Credit
+from gear_lightning.callbacks.credit_map import CreditMap
 from gear_lightning.commands.credit import credit_command
 from gear_lightning.errors import UserError
 from gear_lightning.lens.page import render_credit_page, write_credit_page

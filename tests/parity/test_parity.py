@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 from deadlines import seconds, until
-from gear_lightning.callbacks.step_recorder import StepRecorder
 from tiny_runs import data, generation, module, trainer
 
+from gear_lightning.callbacks.step_recorder import StepRecorder
 from gear_lightning.commands import parity
 from gear_lightning.commands.parity import STRATEGIES, UNCOMPARED, idle_iterations, parity_command
 from gear_lightning.environments.lookup_chain import LookupChain

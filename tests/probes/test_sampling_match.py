@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from every_rule import Sharp, Talk, TalkTasks, Watch, watched
-from gear_lightning.callbacks.generation import GenerationCallback
 from talking_policies import policy, talking, tasks
 from tiny_runs import trainer
 
+from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.credit import GEAR
 from gear_lightning.errors import UserError
 from gear_lightning.generation.cached_engine import CachedEngine

@@ -4,9 +4,9 @@ import math
 from functools import partial
 
 import pytest
-from gear_lightning.callbacks.watchdog import Watchdog
 from tiny_runs import generation
 
+from gear_lightning.callbacks.watchdog import Watchdog
 from gear_lightning.credit import GEAR
 from gear_lightning.environments.lookup_chain import LookupChainDemonstrations
 from gear_lightning.environments.python_tool import PythonTool

@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 from command_line import FIT
+from tiny_runs import data, generation, module
+
+from gear_lightning.advantage import GRPO, DrGRPO
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.callbacks.health import Health
 from gear_lightning.callbacks.noise_floor import NoiseFloor
 from gear_lightning.callbacks.progress import PhaseProgress
 from gear_lightning.callbacks.sample_table import SampleTable
-from tiny_runs import data, generation, module
-
-from gear_lightning.advantage import GRPO, DrGRPO
 from gear_lightning.credit import GEAR, Uniform
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.distillation import OPSD, SDPG, SDPO

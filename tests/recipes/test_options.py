@@ -11,10 +11,10 @@ import typing
 from functools import cache
 from pathlib import Path
 
-import gear_lightning.callbacks as callbacks
 import pytest
 
 import gear_lightning
+import gear_lightning.callbacks as callbacks
 from gear_lightning.learning.warm_start import WarmStart
 from gear_lightning.recipes.cli import GearCLI
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from damaged_checkpoints import flip
 from deadlines import seconds
-from gear_lightning.callbacks import background_saves
-from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from tiny_runs import data, generation, module, trainer
 
+from gear_lightning.callbacks import background_saves
+from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.errors import UserError
 from gear_lightning.runs import background, checkpoints
 from gear_lightning.runs.background import WRITER, nbytes, snapshot

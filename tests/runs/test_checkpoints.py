@@ -11,10 +11,10 @@ import lightning as L
 import pytest
 import torch
 from damaged_checkpoints import flip, write
-from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from small_disks import fill
 from tiny_runs import data, generation, module, trainer
 
+from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.errors import UserError
 from gear_lightning.runs import checkpoints
 from gear_lightning.runs.checkpoints import (

@@ -7,10 +7,10 @@ import warnings
 import pytest
 import torch
 from damaged_checkpoints import write
-from gear_lightning.callbacks.run_status import _append
 from small_disks import fill
 from tiny_runs import data, generation, module, trainer
 
+from gear_lightning.callbacks.run_status import _append
 from gear_lightning.runs.checkpoints import UnwrittenCheckpoint, damage, newest_complete, write_checkpoint
 from gear_lightning.runs.loggers import Board
 from gear_lightning.runs.records import ledger

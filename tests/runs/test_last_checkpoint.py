@@ -8,9 +8,9 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from resume_runs import Scores, StopAt, fit, folder_of, steps, weights
 
+from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.errors import UserError
 from gear_lightning.runs.checkpoints import write_checkpoint
 

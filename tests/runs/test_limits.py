@@ -9,12 +9,12 @@ import lightning as L
 import pytest
 import torch
 from command_line import FIT, error_of
-from gear_lightning.callbacks.health import Health
 from lightning.pytorch.callbacks import EarlyStopping
 from resume_runs import Scores, StopAt, fit, folder_of, steps, weights
 from tiny_runs import NoSpread, data, generation, module, trainer
 
 import gear_lightning
+from gear_lightning.callbacks.health import Health
 from gear_lightning.errors import UserError
 from gear_lightning.rollout import STATUSES
 from gear_lightning.runs.limits import REFUSED_CALLBACKS, check_callbacks, check_limits

@@ -14,9 +14,9 @@ import torch
 from chat_templates import CHATML, byte_tokenizer
 from command_line import FIT
 from credit_pages import add, fake_rollout
-from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from tiny_runs import data, generation, module, source, trainer
 
+from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.commands.credit import credit_command
 from gear_lightning.environments.jsonl import JsonlTasks
 from gear_lightning.errors import UserError, printable

@@ -5,12 +5,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from tiny_runs import AnyCall, data, generation, module, trainer
+
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.callbacks.first_evaluation import FirstEvaluation
 from gear_lightning.callbacks.preemption import Preemption
 from gear_lightning.callbacks.resumption import Resumption
-from tiny_runs import AnyCall, data, generation, module, trainer
-
 from gear_lightning.module import GearModule
 from gear_lightning.runs.checkpoints import CompleteCheckpoints
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import lightning as L
 from deadlines import until
-from gear_lightning.callbacks.watchdog import GRACE
 from tiny_runs import AnyCall
 
+from gear_lightning.callbacks.watchdog import GRACE
 from gear_lightning.runs.signals import NOTES
 
 PLACES = (

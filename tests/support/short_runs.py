@@ -8,11 +8,11 @@ import lightning as L
 import torch
 from distributed_runs import Chatter, Opinions
 from every_rule import TalkTasks
+from rank_group import make_strategy
+
 from gear_lightning.callbacks.first_evaluation import FirstEvaluation
 from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.callbacks.step_recorder import StepRecorder
-from rank_group import make_strategy
-
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.generation.cached_engine import CachedEngine
 from gear_lightning.learning import token_stats

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from every_rule import Sharp, Talk, TalkTasks
-from gear_lightning.callbacks.generation import GenerationCallback
 from tiny_runs import data
 
+from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.credit import Uniform
 from gear_lightning.module import GearModule
 from gear_lightning.rollout import Budgets

@@ -6,10 +6,10 @@ from typing import Any
 
 import lightning as L
 import torch
+
 from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.callbacks.rollout_recorder import RolloutRecorder
 from gear_lightning.callbacks.throughput import Throughput
-
 from gear_lightning.credit import GEAR, CreditAssigner
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.environments.base import Step
