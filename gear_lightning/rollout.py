@@ -324,12 +324,15 @@ class AgentLoop:
         rollout.states.append(episode.state)
         rollout.add_turn(turn)
         episode.sampled += len(turn.ids)
+        context = rollout.tokens[: len(rollout.tokens) - len(turn.ids)]
+        made = sum(len(m.get("tool_calls") or ()) for m in rollout.messages)
         try:
-            message = self.chat.parse(turn.ids, rollout.task.tools)
+            read = self.chat.read(turn.ids, rollout.task.tools, context, made)
         except ToolCallError as error:
             rollout.messages.append({"role": "assistant", "content": self.chat.text(turn.ids)})
             rollout.status, rollout.error = ("invalid_tool_call" if turn.stopped else "truncated"), str(error)
             return True
+        message = read.message
         rollout.messages.append(message)
         if not turn.stopped and message.get("tool_calls"):
             rollout.status = "truncated"  # an incomplete call is not executed
@@ -363,7 +366,7 @@ class AgentLoop:
         if ended or cut:
             rollout.status = "truncated" if cut else "empty_response" if _empty(message) else "done"
             return True
-        context = self._guard(episode, lambda: self.chat.continuation(step.messages))
+        context = self._guard(episode, lambda: self.chat.continuation(step.messages, turn.ids[-1]))
         if rollout.error is not None:
             return True
         if len(rollout.tokens) + len(context) >= self.budgets.context:  # the limit also applies to training rows

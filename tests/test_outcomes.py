@@ -191,7 +191,7 @@ class Bandit(Scripted):
 
     def say(self, request):
         (arm,) = random.Random(repr(request.seed)).choices(self.ARMS, self.logits.softmax(0).tolist())
-        ids = [*CHAT.encode(arm), CHAT._end_mark]
+        ids = [*CHAT.encode(arm), CHAT.turn.end]
         return SampledTurn(request.key, ids, [0.0] * len(ids), True)
 
 
@@ -223,7 +223,7 @@ def test_a_policy_that_gives_empty_answers_learns_to_answer(tmp_path):
     logits = torch.tensor([0.90, 0.07, 0.03]).log()
     source = RolloutDataModule(Guesses(), tasks_per_iteration=8, group_size=8, micro_batch_size=64)
     source.trainer, source.generator = trainer(tmp_path), Plays(logits)
-    stop = CHAT._end_mark
+    stop = CHAT.turn.end
     for _ in range(30):
         (batch,) = source._iterate()
         for row, advantage in enumerate(batch.advantages.tolist()):

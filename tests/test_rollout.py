@@ -54,7 +54,7 @@ def test_sampled_ids_are_final_and_masks_cover_only_them():
     assert [i for i, stop in enumerate(rollout.stop_mask) if stop] == [
         len(prompt + first) - 1, len(rollout.tokens) - 1
     ]  # fmt: skip
-    assert {rollout.tokens[i] for i, stop in enumerate(rollout.stop_mask) if stop} == {CHAT._end_mark}
+    assert {rollout.tokens[i] for i, stop in enumerate(rollout.stop_mask) if stop} == {CHAT.turn.end}
     assert engine.requests[1].ids == rollout.tokens[: len(prompt + first + between)], "the context was encoded again"
     assert [m["role"] for m in rollout.messages] == ["user", "assistant", "tool", "assistant"]
     assert rollout.reward_parts == {"answer": 1.0}

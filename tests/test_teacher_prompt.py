@@ -17,7 +17,7 @@ from gear_lightning.distillation import OPSD
 from gear_lightning.environments.base import Step, Task
 from gear_lightning.environments.lookup_chain import WORDS
 from gear_lightning.errors import UserError
-from gear_lightning.generation.chat import Chat
+from gear_lightning.generation.chat import Chat, ChatOptions
 from gear_lightning.generation.engine import Sampling
 from gear_lightning.module import GearModule
 from gear_lightning.rollout import Budgets, Rollout, RolloutGroup
@@ -27,7 +27,7 @@ TEMPLATE = " <ref> {reference}"
 WITH_SECRET = [*WORDS, "secret"]
 WITH_FEEDBACK = [*WORDS, "wrong", "assistant:", "user:"]
 CHATS = {
-    "chatml": Chat(byte_tokenizer(CHATML)),
+    "chatml": Chat(byte_tokenizer(CHATML), ChatOptions("json_list")),
     "hermes": Chat(byte_tokenizer(HERMES)),
     "words": Chat(source().tokenizer()),
 }

@@ -3,62 +3,131 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from ..environments.base import Message, tool_call, tool_result
+from ..environments.base import Message, tool_call
 from ..environments.calculator import CALCULATOR
+from ..errors import UserError
 from ..generation.chat import Chat, ChatOptions, ignored_stops
 from ..lens.trace import visible
 from ..models import Pretrained
 
-STYLES = {"prompt": "dim", "sampled": "bold", "observation": "dim italic"}
+STYLES = {"prompt": "dim", "thought": "italic magenta", "call": "bold cyan", "sampled": "bold", "observation": "green"}
+NOTES = {
+    "sampled": "answer: trained on",
+    "thought": "reasoning: trained on",
+    "call": "tool call: trained on",
+}
 
 
-def spans(chat: Chat) -> list[tuple[str, list[int]]]:
-    """Return a sample conversation with a tool call as training sees it: (kind of span, token ids)."""
-    opening: list[Message] = [{"role": "user", "content": "What is 12 * 3?"}]
-    call = tool_call("calculator", {"expression": "12 * 3"}, "I will calculate it.")
-    return [
-        ("prompt", chat.prompt(opening, [CALCULATOR])),
-        ("sampled", chat.write(call)),
-        ("observation", chat.continuation([tool_result("calculator", "36")])),
-        ("sampled", chat.write({"role": "assistant", "content": "It is 36."})),
+def spans(chat: Chat, *, tools: bool = True) -> Iterator[tuple[str, list[int]]]:
+    """Yield a sample conversation as training sees it: (kind of span, token ids).
+
+    Args:
+        chat: the chat format.
+        tools: whether the conversation has a tool call.
+    """
+    listed = [CALCULATOR] if tools else []
+    ids = chat.prompt([{"role": "user", "content": "What is 12 * 3?"}], listed)
+    yield "prompt", ids
+    if tools:
+        turn = chat.write(tool_call("calculator", {"expression": "12 * 3"}, "I will calculate it."))
+        yield from _parts(chat, turn, listed, ids)
+        call = chat.read(turn, listed, ids).message["tool_calls"][0]
+        answer: Message = {"role": "tool", "name": "calculator", "tool_call_id": call["id"], "content": "36"}
+        context = chat.continuation([answer], turn[-1])
+        yield "observation", context
+        ids = [*ids, *turn, *context]
+    yield from _parts(chat, chat.write({"role": "assistant", "content": "It is 36."}), listed, ids)
+
+
+def _parts(chat: Chat, turn: list[int], tools: Any, context: list[int]) -> Iterator[tuple[str, list[int]]]:
+    """Yield the parts of a turn by role: reasoning, tool calls, the rest."""
+    read = chat.read(turn, tools, context)
+    kinds = [
+        "thought" if thought else "call" if action else "sampled"
+        for thought, action in zip(read.thoughts, read.actions, strict=True)
     ]
+    kinds[-1] = kinds[-2] if len(kinds) > 1 else kinds[-1]  # the stop token belongs to what it ends
+    start = 0
+    for place in range(1, len(turn) + 1):
+        if place == len(turn) or kinds[place] != kinds[start]:
+            yield kinds[start], turn[start:place]
+            start = place
 
 
 def template_command(argv: list[str]) -> int:
     """Run ``gear-lightning template MODEL``: check the chat template and print a sample conversation.
 
+    Returns:
+        0 if everything passes; 1 if tools cannot be used with this template.
+
     Raises:
-        UserError: the model cannot be loaded, or its template is not supported; says what is missing.
+        UserError: the model cannot be loaded, or its template cannot be used at all; says what is missing.
     """
     parser = argparse.ArgumentParser(
         "gear-lightning template",
-        description="Check a model's chat template: show what is trained on and what is context.",
+        description="Check a model's chat template: show what is trained on and what is context, and prove that tool "
+        "calls are read back as they are written.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "model", metavar="MODEL", help="like model.policy.path: a directory, hub id, .gguf or package:..."
     )
     parser.add_argument("--tool_syntax", default="auto", choices=["auto", "json", "json_list", "words"])
+    parser.add_argument("--list_tools", default="template", choices=["template", "system"])
     parser.add_argument(
         "--template_arguments", type=json.loads, metavar="JSON", help="like model.chat.template_arguments"
     )
     options = parser.parse_args(argv)
     source = Pretrained(options.model)
-    chat = Chat(source.tokenizer(), ChatOptions(options.tool_syntax, options.template_arguments), source.stop_ids())
-    chat.check_tools()
-    stops = ", ".join(f"{visible(chat.tokenizer.decode([i]))} ({i})" for i in sorted(chat.stop_ids))
+    chosen = ChatOptions(
+        options.tool_syntax, list_tools=options.list_tools, template_arguments=options.template_arguments
+    )
+    chat = Chat(source.tokenizer(), chosen, source.stop_ids())
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
-    console.print(f"tool calls: {chat.syntax}; the policy stops at: {stops}")
+    for line in _facts(chat):
+        console.print(line)
+    problem = ""
+    try:
+        chat.check_tools()
+    except UserError as error:
+        problem = str(error)
+    for name, wrong in chat.tools.proof():
+        console.print(f"  {'failed' if wrong else 'passed'}: {name}{': ' * bool(wrong)}{wrong}")
+    if problem:
+        console.print(f"tools cannot be used: {problem}", style="red")
+    for kind, ids in spans(chat, tools=not problem):
+        title = NOTES.get(kind, kind)
+        console.print(Text(f"-- {title}, {len(ids)} tokens", style="bold"))
+        console.print(_text(chat, ids, STYLES[kind]))
+    return 1 if problem else 0
+
+
+def _facts(chat: Chat) -> Iterator[str]:
+    """Yield lines about the chat format."""
+    stops = ", ".join(f"{visible(chat.tokenizer.decode([i]))} ({i})" for i in sorted(chat.stop_ids))
+    yield f"the policy stops at: {stops}"
     if chat.ignored_stops:
-        console.print(ignored_stops(chat))
-    for who, ids in spans(chat):
-        console.print(Text(f"-- {who}, {len(ids)} tokens{': trained on' if who == 'sampled' else ''}", style="bold"))
-        console.print(_text(chat, ids, STYLES[who]))
-    return 0
+        yield ignored_stops(chat)
+    marks = chat.thinking and (visible(chat.thinking.open), visible(chat.thinking.close))
+    known = "" if chat.thinking and chat.thinking.native else " (the template does not mention them)"
+    yield f"reasoning stands between {marks[0]} and {marks[1]}{known}" if marks else "reasoning is not separated"
+    if chat.tools.syntax is None:
+        yield "tool calls: unknown syntax"
+        return
+    who = "the template" if chat.tools.lists and not chat.tools.describes else "gear_lightning, in the system message"
+    wrote = "learned from the template" if chat.tools.renders else "known; the template does not render calls"
+    if chat.options.tool_syntax != "auto":
+        wrote = "set by tool_syntax"
+    yield f"tool calls: {type(chat.tools.syntax).__name__} ({wrote}); the tools are listed by {who}"
+    yield "\n".join("  " + visible(line) for line in chat.syntax.example().split("\n"))
+    if chat.tools.lossy:
+        yield "  note: the template does not escape all arguments; demonstrations are written with escapes"
 
 
 def _text(chat: Chat, ids: list[int], style: str) -> Any:

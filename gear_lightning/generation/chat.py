@@ -8,94 +8,24 @@ Only the chat template and the policy produce control tokens. A control token sp
 """
 
 import json
-import re
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..checks import deeper_than
 from ..environments.base import Message
 from ..errors import UserError
-from .chat_safety import ControlTokens, TemplateLimit, check_template, rendered
+from .chat_template import ChatTemplate
+from .tool_format import ToolFormat
+from .tool_syntax.base import ToolCallError, ToolSyntax
+from .tool_syntax.known import json_calls
+from .turn_format import TurnFormat, thinking_of
+from .turn_text import Span, Thinking, TurnText, read_turn
 
-Syntax = Literal["json", "json_list", "words"]
+__all__ = ["Chat", "ChatOptions", "ToolCallError", "ignored_stops"]
 
-_MARK = "\u2318answer\u2318"  # placeholder of an assistant turn; assumed not to occur in real text
-_TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 REMEMBERED = 256  # number of prompts and continuations whose ids are cached
-MAX_DEPTH = 64  # nesting depth of lists and objects in a tool call
-TOOL_PROMPT = """You can call functions. Here are their signatures:
-<tools>
-{tools}
-</tools>
-To call one, answer with
-<tool_call>[{{"name": "<function>", "arguments": {{<arguments>}}}}]</tool_call>"""
-
-
-class ToolCallError(ValueError):
-    """The policy's text contains an invalid tool call."""
-
-
-def _check_call(call: Any) -> dict[str, Any]:
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise ToolCallError('a tool call must be an object with "name" and "arguments"')
-    arguments = call.get("arguments", {})
-    if isinstance(arguments, str):  # some models write the arguments as a JSON string
-        arguments = _json(arguments)
-    if not isinstance(arguments, dict):
-        raise ToolCallError('"arguments" must be an object')
-    return {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
-
-
-def _reject(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _json(text: str) -> Any:
-    try:
-        value = json.loads(text, parse_constant=_reject)  # NaN and Infinity are not JSON
-        # reject 1e999, which is parsed as infinity, and half of a surrogate pair, which tokenizers reject
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise ToolCallError(f"not JSON: {error}") from None
-    if deeper_than(MAX_DEPTH, value):  # code that recurses into the value later must not exceed the stack
-        raise ToolCallError(f"nested more than {MAX_DEPTH} deep")
-    return value
-
-
-def parse_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """Split assistant text into content and tool calls.
-
-    Supports ``<tool_call>{...}</tool_call>`` (Qwen, Hermes) and ``<tool_call>[{...}, ...]</tool_call>`` (SmolLM2). The
-    end tag may be missing at the end of the text.
-
-    Raises:
-        ToolCallError: a tool call that cannot be read.
-    """
-    found = []
-    for match in _TOOL_CALL.finditer(text):
-        body = _json(match[1].strip())
-        found += [_check_call(call) for call in (body if isinstance(body, list) else [body])]
-    return _TOOL_CALL.sub("", text).strip(), found
-
-
-def parse_words(text: str, tools: dict[str, list[str]]) -> tuple[str, list[dict[str, Any]]]:
-    """Split text in ``words`` syntax into content and tool calls: the first word that names a tool starts a call, and
-    the words after it are its arguments.
-
-    Raises:
-        ToolCallError: a tool call with the wrong number of arguments.
-    """
-    words = text.split()
-    for place, word in enumerate(words):
-        if word in tools:
-            names, values = tools[word], words[place + 1 :]
-            if len(names) != len(values):
-                raise ToolCallError(f"{word} takes {len(names)} arguments ({', '.join(names)}), got {len(values)}")
-            arguments = dict(zip(names, values, strict=True))
-            call = {"type": "function", "function": {"name": word, "arguments": arguments}}
-            return " ".join(words[:place]), [call]
-    return text.strip(), []
+CONTEXT = 32  # tokens of the context in which a prefilled mark of reasoning is searched
 
 
 @dataclass(frozen=True)
@@ -103,15 +33,53 @@ class ChatOptions:
     """Options of the conversion from messages to text.
 
     Args:
-        tool_syntax: syntax of the policy's tool calls. ``json``: ``<tool_call>{...}</tool_call>``, the chat template
-            lists the tools (Qwen, Hermes). ``json_list``: ``<tool_call>[{...}]</tool_call>``, this package lists the
-            tools in the system message (SmolLM2, templates without tool support). ``words``:
-            ``name argument argument``, for the from-scratch models. ``auto``: derived from the chat template.
+        tool_syntax: how the policy writes tool calls. ``auto``: the chat template's own syntax, learned from the calls
+            that the template renders and proved at the start by reading them back. ``json_list``:
+            ``<tool_call>[{...}]</tool_call>``, which this package describes in the system message together with the
+            tools (SmolLM2, templates without tool support). ``json``: ``<tool_call>{...}</tool_call>`` (Qwen 2.5,
+            Hermes). ``words``: ``name argument argument``, for the from-scratch models. Or a subclass of
+            `gear_lightning.generation.tool_syntax.ToolSyntax`, by class_path.
+        list_tools: who lists the tools in the prompt. ``template``: the chat template. ``system``: this package, in the
+            system message, for templates that list none but whose model writes calls (DeepSeek R1).
+        thinking: the marks of reasoning, as a list of two texts. ``auto``: those of the chat template, else
+            ``<think>`` and ``</think>``. ``off``: reasoning is not separated from the answer.
+        stop_tokens: further tokens that end the policy's turn, as text.
         template_arguments: extra arguments of the chat template, such as ``enable_thinking``.
     """
 
-    tool_syntax: Literal["auto", "json", "json_list", "words"] = "auto"
+    tool_syntax: Literal["auto", "json", "json_list", "words"] | ToolSyntax = "auto"
+    list_tools: Literal["template", "system"] = "template"
+    thinking: Literal["auto", "off"] | list[str] = "auto"
+    stop_tokens: list[str] | None = None
     template_arguments: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ReadTurn:
+    """A sampled turn.
+
+    Attributes:
+        message: the assistant message: ``content``, and, if there are any, ``reasoning`` and ``tool_calls``.
+        thoughts: whether each token is reasoning or one of its marks.
+        actions: whether each token belongs to a tool call.
+        unfinished: whether the turn ends inside of its reasoning.
+    """
+
+    message: Message
+    thoughts: list[bool]
+    actions: list[bool]
+    unfinished: bool
+
+
+def _thinking(options: ChatOptions, source: str) -> Thinking | None:
+    if isinstance(options.thinking, str):
+        return None if options.thinking == "off" else thinking_of(source)
+    if len(options.thinking) != 2 or not all(mark.strip() for mark in options.thinking):
+        raise UserError(
+            f"model.chat.thinking={options.thinking}: must be auto, off, or the two marks, such as "
+            "['<think>', '</think>']"
+        )
+    return Thinking(*options.thinking, native=True)
 
 
 class Chat:
@@ -124,8 +92,8 @@ class Chat:
 
     Attributes:
         stop_ids: tokens that end the policy's turn: the template's end token, the tokenizer's end-of-sequence token,
-            and those of the argument ``stop_ids`` that are not ignored. Sampling stops at these tokens, and the
-            exported generation configuration lists them.
+            those of the argument ``stop_ids`` that are not ignored, and those of the options. Sampling stops at these
+            tokens, and the exported generation configuration lists them.
         ignored_stops: ids in the argument ``stop_ids`` that are ordinary text to the tokenizer, or unknown to it. A
             generation configuration that does not match the tokenizer could otherwise end answers at ordinary text.
 
@@ -137,91 +105,34 @@ class Chat:
     def __init__(self, tokenizer: Any, options: ChatOptions = ChatOptions(), stop_ids: Iterable[int] = ()):
         self.tokenizer = tokenizer
         self.options = options
-        self._control = ControlTokens(tokenizer)
-        template = tokenizer.chat_template
-        if not template:
-            raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; use an instruct "
-                "model, or put a chat_template.jinja into the model directory"
-            )
-        for source in template.values() if isinstance(template, dict) else [template]:
-            try:
-                check_template(source)
-            except TemplateLimit as error:
-                raise UserError(f"the chat template: {error}") from None
-        if options.tool_syntax != "auto":
-            self.syntax: Syntax = options.tool_syntax
-        elif "<act>" in template:  # the chat template of the from-scratch models
-            self.syntax = "words"
-        elif "<tool_call>" in template and "tools" in template:
-            self.syntax = "json"
-        elif "tools" in template:
-            raise UserError(
-                "the chat template lists tools in an unknown syntax (without <tool_call>); set "
-                "model.chat.tool_syntax to json, json_list or words"
-            )
-        else:
-            self.syntax = "json_list"
+        self.template = ChatTemplate(tokenizer, options.template_arguments)
+        self.thinking = _thinking(options, self.template.source)
+        self.turn = TurnFormat(self.template, self.thinking)
         self._remembered: dict[str, list[int]] = {}
-        self._probe()
         given = set(stop_ids)
-        self.ignored_stops = {i for i in given if not self._control.holds(i)}
-        self.stop_ids = {self._end_mark} | ({self.tokenizer.eos_token_id} - {None}) | (given - self.ignored_stops)
+        self.ignored_stops = {i for i in given if not self.template.control.holds(i)}
+        named = {self._token(text) for text in options.stop_tokens or ()}
+        eos = {self.tokenizer.eos_token_id} - {None}
+        self.stop_ids = {self.turn.end} | eos | (given - self.ignored_stops) | named
+        self.tools = ToolFormat(self.turn, options.tool_syntax, options.list_tools, self.stop_ids)
+        if self.tools.lists:  # only then does a turn end with a call
+            self.stop_ids |= self._control(self.tools.end_text)
 
-    def _probe(self) -> None:
-        """Find the end token that the template puts after an assistant turn: the first control token, with only white
-        space before it (``\\n<|EOT|>`` of DeepSeek-Coder, ``' </s>'`` of Llama 2).
+    def _token(self, text: str) -> int:
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise UserError(f"model.chat.stop_tokens: {text!r} is not one token of the tokenizer, but {len(ids)}")
+        return ids[0]
 
-        Later messages are rendered after a placeholder turn. Earlier turns are never rendered again, so a template that
-        rewrites them (Qwen3 drops old thinking) has no effect on their ids.
-        """
-        opening: list[Message] = [{"role": "user", "content": "Hello"}]
-        if self._render(opening, generate=True) == self._render(opening, generate=False):
-            raise UserError(
-                "the chat template ignores add_generation_prompt; it must start the assistant's turn if that is true"
-            )
-        self._closed: list[Message] = [*opening, {"role": "assistant", "content": _MARK}]
-        _, found, after = self._render(self._closed, generate=False).partition(_MARK)
-        if not found or not after.strip():
-            raise UserError(
-                "the chat template puts no end token after an assistant turn, so the policy could not end its turn"
-            )
-        ids = self.encode(after)
-        self._end_mark = next((i for i in ids if self._control.holds(i)), ids[0])
-        self._end_text = self.tokenizer.decode([self._end_mark])
-        self._before_end, _, _ = after.partition(self._end_text)
-        one_token = self._control.holds(self._end_mark) or self._end_text.strip() == after.strip()
-        if self._before_end.strip() or not one_token:
-            raise UserError(
-                f"the chat template ends an assistant turn with the text {after[:40]!r} and puts no special token "
-                "before it, so the policy could not end its turn; use a template that puts a special token (for "
-                "example the end-of-sequence token) directly after the answer"
-            )
+    def _control(self, text: str) -> set[int]:
+        """Return the id of a control token as a set; empty for text that is none."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return set(ids) if len(ids) == 1 and self.template.control.holds(ids[0]) else set()
 
-    def check_tools(self) -> None:
-        """Check that the chat template can render tool results.
-
-        Raises:
-            UserError: the chat template has no tool role.
-        """
-        self.continuation([{"role": "tool", "name": "probe", "content": "ok"}])
-
-    def _render(self, messages: list[Message], *, generate: bool, tools: Any = None) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return rendered(
-                lambda: self.tokenizer.apply_chat_template(
-                    self._control.mark(messages),
-                    tools=self._control.mark(list(tools)) if tools else None,
-                    add_generation_prompt=generate,
-                    tokenize=False,
-                    **(self.options.template_arguments or {}),
-                )
-            )
-        except (TemplateError, TypeError, LookupError, AttributeError, ValueError, ArithmeticError) as error:
-            roles = ", ".join(str(m.get("role")) for m in messages)
-            raise UserError(f"the chat template cannot render messages with the roles {roles}: {error}") from None
+    @property
+    def syntax(self) -> ToolSyntax:
+        """How the policy writes tool calls."""
+        return self.tools.syntax or json_calls()
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of text that already contains its special tokens.
@@ -233,8 +144,12 @@ class Chat:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def prompt(self, messages: list[Message], tools: Any = ()) -> list[int]:
-        """Return the ids of an opening conversation, up to the start of the assistant's turn."""
-        return self._cached([messages, list(tools)], lambda: self._prompt(messages, tools))
+        """Return the ids of an opening conversation, up to the start of the assistant's turn.
+
+        Raises:
+            UserError: the template cannot render the messages, or there are tools that it does not list.
+        """
+        return self._cached([messages, list(tools)], lambda: self.template.encode(self.tools.opening(messages, tools)))
 
     def _cached(self, key: list[Any], ids: Callable[[], list[int]]) -> list[int]:
         """Return ids from the cache: rollouts of a group share their prompt, and often the answers of a tool."""
@@ -245,53 +160,87 @@ class Chat:
             self._remembered[text] = ids()
         return list(self._remembered[text])
 
-    def _prompt(self, messages: list[Message], tools: Any) -> list[int]:
-        if tools and self.syntax == "json_list":
-            listed = TOOL_PROMPT.format(tools="\n".join(json.dumps(tool) for tool in tools))
-            system = messages[0]["content"] + "\n\n" if messages and messages[0]["role"] == "system" else ""
-            rest = messages[1:] if system else messages
-            messages, tools = [{"role": "system", "content": system + listed}, *rest], ()
-        return self._encode(self._render(self._plain(messages), generate=True, tools=tools))
-
-    def continuation(self, messages: list[Message]) -> list[int]:
+    def continuation(self, messages: list[Message], stop: int | None = None) -> list[int]:
         """Return the ids of the messages between two assistant turns: those after the first turn's stop token.
+
+        Args:
+            messages: tool results, user messages, ...
+            stop: the stop token that the policy sampled. Some templates have no end token: the next message's first
+                token ends the turn. It is added here if the policy stopped at another one.
 
         Raises:
             UserError: the template cannot render these messages after an assistant turn.
         """
-        return self._cached([messages], lambda: self._continuation(messages))
+        return self._cached([messages, stop], lambda: self._continuation(messages, stop))
 
-    def _continuation(self, messages: list[Message]) -> list[int]:
-        text = self._render(self._closed + self._plain(messages), generate=True).partition(_MARK)[2]
-        before, _, between = text.partition(self._end_text)
-        if before.strip() or not between:
-            raise UserError("the chat template cannot be continued after an assistant turn")
-        return self._encode(between)
+    def _continuation(self, messages: list[Message], stop: int | None) -> list[int]:
+        text, end, shared = self.tools.continuation(self.tools.shown(messages))
+        if shared and stop is not None and stop not in self._control(end):
+            text = end + text
+        return self.template.encode(text, after=self.turn.end_text)
 
-    def _encode(self, rendered_text: str) -> list[int]:
-        rendered_text.encode()  # as in `encode`
-        return self._control.encode(rendered_text)
-
-    @staticmethod
-    def _plain(messages: list[Message]) -> list[Message]:
-        return [{**m, "content": m.get("content") or ""} for m in messages]
-
-    def parse(self, ids: list[int], tools: Any = ()) -> Message:
-        """Return the assistant message that the sampled ids encode.
+    def parse(self, ids: list[int], tools: Any = (), context: Sequence[int] = ()) -> Message:
+        """Return the assistant message that the sampled ids encode: the message of `read`.
 
         Raises:
             ToolCallError: a tool call that cannot be read.
         """
-        text = self.text(ids)
-        if not tools:
-            content, found = text.strip(), []
-        elif self.syntax == "words":
-            signatures = {t["function"]["name"]: list(t["function"]["parameters"]["properties"]) for t in tools}
-            content, found = parse_words(text, signatures)
-        else:
-            content, found = parse_tool_calls(text)
+        return self._message(self._split(self.text(ids), tools, context))
+
+    def read(self, ids: list[int], tools: Any = (), context: Sequence[int] = (), calls_before: int = 0) -> ReadTurn:
+        """Return what the sampled ids encode.
+
+        Args:
+            ids: the sampled turn.
+            tools: JSON schemas of the task's tools.
+            context: the ids before the turn. They show whether the generation prompt opened the reasoning.
+            calls_before: number of calls in earlier turns, for the ids of calls that the policy did not name.
+
+        Raises:
+            ToolCallError: a tool call that cannot be read.
+        """
+        turn = self._split(self.text(ids), tools, context)
+        return ReadTurn(
+            self._message(turn, calls_before),
+            self.mask(ids, turn.thoughts),
+            self.mask(ids, turn.actions),
+            turn.unfinished,
+        )
+
+    def _split(self, text: str, tools: Any, context: Sequence[int]) -> TurnText:
+        inside = False
+        if self.thinking and context:
+            inside = self.thinking.opened_in(self.tokenizer.decode(context[-CONTEXT:], skip_special_tokens=False))
+        return read_turn(text, self.syntax, tools, self.thinking, inside)
+
+    def _message(self, turn: TurnText, calls_before: int = 0) -> Message:
+        content = turn.content.removeprefix(self.turn.before.strip()).strip() if self.turn.before else turn.content
         message: Message = {"role": "assistant", "content": content}
-        return {**message, "tool_calls": found} if found else message
+        if turn.reasoning:
+            message["reasoning"] = turn.reasoning
+        if turn.calls:
+            numbered = enumerate(turn.calls, calls_before)
+            message["tool_calls"] = [{"id": f"call{number:05d}", **call} for number, call in numbered]
+        return message
+
+    def thought_ends(self, ids: list[int], context: Sequence[int]) -> bool:
+        """Return whether a turn that has not ended yet is outside of reasoning."""
+        try:
+            return not self._split(self.text(ids), (), context).unfinished
+        except ToolCallError:
+            return True
+
+    def mask(self, ids: list[int], spans: list[Span]) -> list[bool]:
+        """Return whether each token of a turn overlaps one of the spans of its text."""
+        mask = [False] * len(ids)
+
+        def tokens_to(position: int) -> int:  # number of tokens whose text reaches a position
+            return bisect_left(range(len(ids)), position, key=lambda n: len(self.text(ids[:n])))
+
+        for start, end in spans:
+            for place in range(max(tokens_to(start + 1) - 1, 0), tokens_to(end)):
+                mask[place] = ids[place] not in self.stop_ids
+        return mask
 
     def text(self, ids: list[int]) -> str:
         """Return the decoded text of sampled ids, without their stop token."""
@@ -299,17 +248,28 @@ class Chat:
 
     def write(self, message: Message) -> list[int]:
         """Return the ids that the policy would sample for ``message``, with the stop token (for demonstrations)."""
-        calls = [c["function"] for c in message.get("tool_calls") or []]
-        parts = [message.get("content") or ""]
-        if self.syntax == "words":
-            parts += [" ".join([c["name"], *map(str, c["arguments"].values())]) for c in calls]
-        elif self.syntax == "json":
-            parts += [f"<tool_call>\n{json.dumps(c)}\n</tool_call>" for c in calls]
-        elif calls:
-            parts.append(f"<tool_call>{json.dumps(calls)}</tool_call>")
-        separator = " " if self.syntax == "words" else "\n"
-        text = separator.join(p for p in parts if p) + self._before_end
-        return [*self.encode(text), self._end_mark]
+        text, end = self._written(message)
+        return [*self.template.encode(text, after=self.turn.end_text), *(self._control(end) or {self.turn.end})]
+
+    def _written(self, message: Message) -> tuple[str, str]:
+        """Return the text of a turn and its end token."""
+        content, reasoning = message.get("content") or "", message.get("reasoning") or ""
+        thought = self.turn.thought(reasoning)
+        if not message.get("tool_calls"):
+            return thought + self.turn.before + content + self.turn.before_end, self.turn.end_text
+        if self.tools.native:
+            return thought + self.tools.rendered({**message, "reasoning": ""}), self.tools.end_text
+        functions = [{**call["function"], "id": call.get("id")} for call in message["tool_calls"]]
+        body = (content + self.syntax.joint if content else "") + self.syntax.write(functions)
+        return thought + body + self.turn.before_end, self.turn.end_text
+
+    def check_tools(self) -> None:
+        """Check that calls and results pass through the chat template unchanged.
+
+        Raises:
+            UserError: they do not; the message says what to set.
+        """
+        self.tools.check()
 
 
 def ignored_stops(chat: Chat) -> str:

@@ -70,6 +70,9 @@ class ControlTokens:
 
     Args:
         tokenizer: a transformers tokenizer.
+
+    Attributes:
+        special: the texts of all control tokens, the longest first.
     """
 
     def __init__(self, tokenizer: Any):
@@ -79,8 +82,8 @@ class ControlTokens:
         written = {**{i: token.content for i, token in added.items()}, **{i: text for text, i in self._ids.items()}}
         self._known = {i for i, text in written.items() if text.strip()}  # some vocabularies add tokens of spaces
         self._tokenizer = tokenizer
-        longest_first = sorted(self._ids, key=len, reverse=True)
-        self._any = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.special = sorted(self._ids, key=len, reverse=True)
+        self._any = re.compile("|".join(map(re.escape, self.special)) or "(?!)")
         self._marked = re.compile(f"{_OPEN}({self._any.pattern}){_CLOSE}|[{_OPEN}{_CLOSE}]")
 
     def holds(self, token: int) -> bool:
@@ -98,15 +101,29 @@ class ControlTokens:
             return {self.mark(key): self.mark(item) for key, item in value.items()}
         return [self.mark(item) for item in value] if isinstance(value, list | tuple) else value
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, after: str = "") -> list[int]:
         """Return the ids of rendered text. Control tokens written by the template get their own id; marked ones are
-        encoded as plain text."""
+        encoded as plain text.
+
+        Args:
+            text: the text.
+            after: a control token that stands before the text, and whose id is not returned. Some tokenizers add a
+                space at the beginning of a text, but not behind a control token.
+        """
         first, *rest = self._marked.split(text)
-        ids = self._tokenizer.encode(first, add_special_tokens=False)
+        ids = self._behind(first, after)
         for token, behind in zip(rest[::2], rest[1::2], strict=True):
             ids += self._spelled(token) if token else []
-            ids += self._tokenizer.encode(behind, add_special_tokens=False)
+            ids += self._behind(behind, after)
         return ids
+
+    def _behind(self, text: str, after: str) -> list[int]:
+        ids = self._tokenizer.encode(after + text, add_special_tokens=False)
+        if not after:
+            return ids
+        if ids[:1] == [self._ids.get(after)]:
+            return ids[1:]
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _spelled(self, token: str) -> list[int]:
         own = self._ids[token]

@@ -223,7 +223,7 @@ def test_marks_with_the_built_in_tokenizer():
     class Says(Scripted):
         def say(self, request):
             text = first if request.seed[-1] == 0 else f"submit {result}"
-            ids = [*chat.encode(text), chat._end_mark]
+            ids = [*chat.encode(text), chat.turn.end]
             return SampledTurn(request.key, ids, [-0.5] * len(ids), True)
 
     loop = AgentLoop(chat, Says(), LookupChain, Budgets(tokens=100), Sampling())

@@ -12,14 +12,25 @@ from tiny_runs import source
 from gear_lightning.environments.base import tool_call, tool_result
 from gear_lightning.environments.lookup_chain import TOOLS
 from gear_lightning.errors import UserError
-from gear_lightning.generation.chat import Chat, ChatOptions, ToolCallError, parse_tool_calls
+from gear_lightning.generation.chat import Chat, ChatOptions, ToolCallError
+from gear_lightning.generation.tool_syntax import WordCalls
+from gear_lightning.generation.tool_syntax.known import json_calls
+from gear_lightning.generation.turn_text import read_turn
+
+ONE = [{"function": {"name": "f", "parameters": {}}}]
+
+
+def parse_tool_calls(text):
+    found = read_turn(text, json_calls(), ONE)
+    return found.content, found.calls
+
 
 USER = {"role": "user", "content": "What is 5 + 7?"}
 
 
 @pytest.mark.parametrize("template", [CHATML, HERMES])
 def test_each_turn_extends_the_previous_ids(template):
-    chat = Chat(byte_tokenizer(template))
+    chat = Chat(byte_tokenizer(template), ChatOptions("json_list" if template is CHATML else "auto"))
     ids = chat.prompt([USER], TOOLS)
     assert chat.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
     ids += chat.write(tool_call("look", {"relation": "r1", "entity": "e1"}, "Let me see."))
@@ -33,7 +44,7 @@ def test_each_turn_extends_the_previous_ids(template):
 
 def test_words_syntax_of_the_from_scratch_model():
     chat = Chat(source().tokenizer())
-    assert chat.syntax == "words"
+    assert isinstance(chat.syntax, WordCalls)
     ids = chat.prompt([{"role": "user", "content": "e5 w3"}], TOOLS)
     ids += chat.write(tool_call("look", {"relation": "r1", "entity": "e5"}))
     ids += chat.continuation([tool_result("look", "e9")])
@@ -96,9 +107,8 @@ def test_no_text_breaks_the_parser(text):
     ("template", "message"),
     [
         (None, "no chat template"),
-        (NO_GENERATION_PROMPT, "ignores add_generation_prompt"),
-        (NO_END_MARK, "no end token"),
-        (CHATML + "{# tools #}", "tool_syntax"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "no end token|no special token"),
+        ("{{ bos_token }}<|im_start|>assistant\n", "does not render the text of assistant messages"),
     ],
 )
 def test_unsupported_templates_are_rejected_at_the_start(template, message):
@@ -106,21 +116,43 @@ def test_unsupported_templates_are_rejected_at_the_start(template, message):
         Chat(byte_tokenizer(template))
 
 
-def test_a_template_without_a_tool_role_gives_an_error():
-    with pytest.raises(UserError, match="roles user, assistant, tool"):
-        Chat(byte_tokenizer(NO_TOOL_ROLE)).check_tools()
+def test_the_header_of_a_turn_is_added_where_the_template_ignores_the_generation_prompt():
+    chat = Chat(byte_tokenizer(NO_GENERATION_PROMPT))
+    assert chat.tokenizer.decode(chat.prompt([USER])).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert chat.tokenizer.decode(chat.continuation([USER])).endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_turn_without_an_end_token_ends_at_the_first_token_of_the_next_message():
+    """As with GLM 4.5: the policy samples the token that opens the next message."""
+    chat = Chat(byte_tokenizer(NO_END_MARK))
+    start, end = chat.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert chat.stop_ids == {start, end}
+    wanted = "user\nWhat is 5 + 7?<|im_start|>assistant\n"
+    assert chat.tokenizer.decode(chat.continuation([USER], start)) == wanted
+    assert chat.tokenizer.decode(chat.continuation([USER], end)) == "<|im_start|>" + wanted
+
+
+def test_tools_that_the_template_does_not_list_need_a_choice():
+    with pytest.raises(UserError, match="lists no tools.*set model.chat.tool_syntax to json_list"):
+        Chat(byte_tokenizer(CHATML)).check_tools()
+    with pytest.raises(UserError, match="lists no tools"):
+        Chat(byte_tokenizer(CHATML)).prompt([USER], TOOLS)
+
+
+def test_results_are_user_messages_where_the_template_has_no_tool_role():
+    chat = Chat(byte_tokenizer(NO_TOOL_ROLE), ChatOptions("json_list"))
+    chat.check_tools()
+    text = chat.tokenizer.decode(chat.continuation([tool_result("look", "e9"), tool_result("look", "e8")]))
+    results = "<tool_response>\ne9\n</tool_response>\n<tool_response>\ne8\n</tool_response>"
+    assert f"<|im_start|>user\n{results}<|im_end|>" in text
 
 
 def test_tools_are_listed_in_the_prompt_once():
     for template in (CHATML, HERMES):
-        chat = Chat(byte_tokenizer(template))
+        chat = Chat(byte_tokenizer(template), ChatOptions("json_list" if template is CHATML else "auto"))
         text = chat.tokenizer.decode(chat.prompt([{"role": "system", "content": "Be brief."}, USER], TOOLS))
         assert text.count('"submit"') == 1
         assert "Be brief." in text
-
-
-def test_the_tool_syntax_can_be_set():
-    assert Chat(byte_tokenizer(CHATML), ChatOptions(tool_syntax="json")).syntax == "json"
 
 
 @pytest.mark.parametrize(

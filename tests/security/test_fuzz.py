@@ -31,7 +31,11 @@ from gear_lightning.rewards import BUILT_IN, evaluate, last_number
 from gear_lightning.rollout import Budgets
 from gear_lightning.runs.records import Record, read_records, write_record
 
-CHATS = [Chat(byte_tokenizer(CHATML)), Chat(byte_tokenizer(HERMES)), Chat(source().tokenizer())]
+CHATS = [
+    Chat(byte_tokenizer(CHATML), ChatOptions("json_list")),
+    Chat(byte_tokenizer(HERMES)),
+    Chat(source().tokenizer()),
+]
 STATUSES = {"done", "truncated", "invalid_tool_call", "empty_response", "environment_error", "invalid_reward"}
 
 

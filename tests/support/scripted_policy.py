@@ -7,11 +7,11 @@ from chat_templates import CHATML, byte_tokenizer
 from deadlines import seconds
 
 from gear_lightning.environments.base import Environment, Task
-from gear_lightning.generation.chat import Chat
+from gear_lightning.generation.chat import Chat, ChatOptions
 from gear_lightning.generation.engine import GenerationEngine, SampledTurn, Sampling
 from gear_lightning.rollout import AgentLoop, Budgets, Rollout
 
-CHAT = Chat(byte_tokenizer(CHATML))
+CHAT = Chat(byte_tokenizer(CHATML), ChatOptions("json_list"))
 
 
 class Scripted(GenerationEngine):
@@ -34,9 +34,9 @@ class Scripted(GenerationEngine):
 
     def say(self, request):
         text = self.turns[min(request.seed[-1], len(self.turns) - 1)]
-        ids = [i for char in text for i in CHAT.encode(char)] + [CHAT._end_mark] * self.stop
+        ids = [i for char in text for i in CHAT.encode(char)] + [CHAT.turn.end] * self.stop
         ids = ids[: request.max_tokens]
-        return SampledTurn(request.key, ids, [-0.5] * len(ids), self.stop and ids[-1:] == [CHAT._end_mark])
+        return SampledTurn(request.key, ids, [-0.5] * len(ids), self.stop and ids[-1:] == [CHAT.turn.end])
 
     def release(self, key):
         pass

@@ -1,0 +1,163 @@
+"""Published chat templates: everything that a conversation needs works, or is refused at the start."""
+
+import re
+from pathlib import Path
+
+import pytest
+from template_corpus import COLUMNS, TOOLS, USER, called, chat_of, corpus, read_back, row, table
+
+from gear_lightning.generation.chat import ToolCallError
+from gear_lightning.generation.tool_syntax import GemmaCalls, HarmonyCalls, JsonCalls
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "chat_templates.md"
+FAMILIES = {family.name: family for family in corpus()}
+ROWS = {name: row(family) for name, family in FAMILIES.items()}
+# Families whose own syntax must be read.
+NATIVE = [
+    "DeepSeek R1 distilled", "DeepSeek V3", "DeepSeek V3.1", "DeepSeek V3.2, V4", "Gemma 4", "Gemma 4 (5)", "GLM 4.5",
+    "GLM 4.7, GLM 5", "GPT-OSS", "Granite 3", "Granite 4", "Hermes 2 and 3", "Kimi K2", "LFM2", "LFM2.5",
+    "Llama 3.1, 3.3", "Llama 3.2", "Llama 4 (JSON)", "Llama 4, 3.2 (Python)", "MiniMax M2", "Ministral 3, Devstral",
+    "Mistral 7B v0.3, Nemo", "Mistral Small 3.2", "Nemotron 3 Nano", "Nemotron 3 Super", "Nemotron 3 Ultra",
+    "Phi-4-mini", "Qwen2.5", "Qwen3", "Qwen3-2507", "Qwen3.5", "Qwen3.6", "Qwen3.8", "Seed-OSS", "SmolLM3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_fails_in_silence(name):
+    cells = ROWS[name]
+    assert not [column for column in COLUMNS if cells[column] == "WRONG"], cells
+    if "refused" in cells.values():
+        assert "Set model.chat.tool_syntax to json_list" in cells["reason"]
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_model_s_own_calls_are_read(name):
+    assert set(ROWS[name][column] for column in COLUMNS) <= {"yes", "-"}
+    assert "tool_syntax" not in ROWS[name]["syntax"]
+
+
+def test_most_families_with_tools_need_no_override():
+    with_tools = [name for name, family in FAMILIES.items() if "tool_syntax" not in family.options]
+    native = [name for name in with_tools if "refused" not in ROWS[name].values()]
+    assert len(native) >= 0.8 * len(with_tools)
+
+
+def test_the_documented_table_is_true():
+    """Update it with the output of ``python tests/support/template_corpus.py``."""
+    shown = PAGE.read_text()
+    assert table(ROWS) in shown
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_arguments_may_contain_the_syntax_s_own_marks(name):
+    chat = chat_of(FAMILIES[name])
+    chat.check_tools()
+    example = chat.syntax.write([{"name": "weather_now", "arguments": {"city": "Bern"}}])
+    opening, closing = example.partition("weather_now")[0], example.rpartition("Bern")[2]
+    for text in (f"before {opening}x{closing} after", closing, opening):
+        assert read_back(chat, called({"city": text, "days": 1})) or not chat.syntax.any_text, text
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("cut", [0.3, 0.6, 0.9])
+def test_a_call_that_was_cut_is_no_call_or_an_error(name, cut):
+    """A budget may end a turn anywhere; the half of a call must not be carried out with other arguments."""
+    chat = chat_of(FAMILIES[name])
+    ids = chat.write(called({"city": "Bern", "days": 12345}))
+    part = ids[: int(cut * len(ids))]
+    try:
+        found = chat.read(part, TOOLS, chat.prompt([USER], TOOLS)).message.get("tool_calls") or []
+    except ToolCallError:
+        return
+    assert all(c["function"]["arguments"].get("days") in (None, 12345) for c in found)
+
+
+def test_a_thought_that_drafts_a_call_is_not_carried_out():
+    for name, cells in ROWS.items():
+        if cells["thinking"] != "yes" or "refused" in cells.values():
+            continue
+        chat = chat_of(FAMILIES[name])
+        draft = chat.syntax.write([{"name": "weather_now", "arguments": {"city": "Bern"}}])
+        context = chat.prompt([USER], TOOLS)
+        marks = chat.turn.thought("x").partition("x")
+        ids = chat.encode(f"{marks[0]}Maybe {draft}\nor not.{marks[2]}{chat.turn.before}No.")
+        found = chat.read(ids, TOOLS, context)
+        assert found.message["content"] == "No.", name
+        assert "tool_calls" not in found.message, name
+        assert "Maybe" in found.message["reasoning"], name
+        assert sum(found.thoughts) > len(ids) // 2, name
+        assert not any(found.actions), name
+
+
+def test_gpt_oss_may_name_the_recipient_before_or_behind_the_channel():
+    chat = chat_of(FAMILIES["GPT-OSS"])
+    assert isinstance(chat.syntax, HarmonyCalls)
+    call = 'to=functions.weather_now{}<|message|>{{"city": "Bern"}}'
+    for text in (
+        " " + call.format("<|channel|>commentary json"),
+        "<|channel|>commentary " + call.format(" <|constrain|>json"),
+        "<|channel|>analysis<|message|>I look.<|end|><|start|>assistant<|channel|>commentary " + call.format(""),
+        "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant " + call.format("<|channel|>commentary json"),
+    ):
+        message = chat.parse(chat.encode(text), TOOLS)
+        assert message["tool_calls"][0]["function"] == {"name": "weather_now", "arguments": {"city": "Bern"}}
+        assert message["content"] + message.get("reasoning", "") in ("", "I look.")
+
+
+def test_gemma_s_notation_is_read():
+    text = '<|tool_call>call:f{a:<|"|>x, {y}<|"|>,b:{c:[1,true,null,<|"|>z<|"|>]},d:-2.5}<tool_call|>'
+    calls, end = GemmaCalls().read(text, 0, ())
+    wanted = {"a": "x, {y}", "b": {"c": [1, True, None, "z"]}, "d": -2.5}
+    assert (calls[0]["function"], end) == ({"name": "f", "arguments": wanted}, len(text))
+    for broken in (
+        text[:-15],
+        '<|tool_call>call:f{a:<|"|>x',
+        "<|tool_call>call:f{a}<tool_call|>",
+        "<|tool_call>call:{}",
+    ):
+        with pytest.raises(ToolCallError):
+            GemmaCalls().read(broken, 0, ())
+
+
+def test_stop_tokens_are_those_of_the_template_and_of_the_generation_config():
+    def stops(name):
+        chat = chat_of(FAMILIES[name])
+        return set(chat.tokenizer.convert_ids_to_tokens(list(chat.stop_ids)))
+
+    assert stops("Llama 3.1, 3.3") == {"<|eot_id|>", "<|eom_id|>"}
+    assert stops("GPT-OSS") == {"<|return|>", "<|call|>"}
+    assert stops("GLM 4.7, GLM 5") == {"<|endoftext|>", "<|user|>", "<|observation|>"}
+    assert stops("Gemma 4") == {"<eos>", "<turn|>", "<|tool_response>"}
+    assert stops("Mistral Small 3.2") == {"</s>"}
+
+
+@pytest.mark.parametrize("name", ["GLM 4.7, GLM 5", "Gemma 4"])
+def test_a_stop_token_that_opens_the_results_is_not_repeated(name):
+    chat = chat_of(FAMILIES[name])
+    turn = chat.write(called({"city": "Bern"}))
+    result = {"role": "tool", "name": "weather_now", "tool_call_id": "call00000", "content": "rain"}
+    own, other = chat.continuation([result], turn[-1]), chat.continuation([result], chat.tokenizer.eos_token_id)
+    assert other == [turn[-1], *own]
+
+
+def test_the_id_of_a_call_reaches_its_result():
+    chat = chat_of(FAMILIES["Kimi K2"])
+    turn = chat.write(called({"city": "Bern"}, {"city": "Basel"}))
+    calls = chat.read(turn, TOOLS).message["tool_calls"]
+    assert [call["id"] for call in calls] == ["functions.weather_now:0", "functions.weather_now:1"]
+    results = [{"role": "tool", "name": "weather_now", "tool_call_id": c["id"], "content": "x"} for c in calls]
+    text = chat.tokenizer.decode(chat.continuation(results, turn[-1]))
+    assert re.findall(r"Return of (\S+)", text) == [call["id"] for call in calls]
+
+
+def test_a_user_may_bring_a_syntax():
+    from gear_lightning.errors import UserError
+
+    chat = chat_of(FAMILIES["Qwen2.5"], tool_syntax=JsonCalls("<call>", "</call>"))
+    with pytest.raises(UserError, match="not read back"):
+        chat.check_tools()  # the template renders other marks
+    own = chat_of(FAMILIES["Gemma 3"], tool_syntax=JsonCalls("<call>", "</call>"), list_tools="system")
+    own.check_tools()
+    prompt = own.tokenizer.decode(own.prompt([USER], TOOLS))
+    assert '<call>{"name": "<function>", "arguments": {"<argument>": "<value>"}}</call>' in prompt
+    assert read_back(own, called({"city": "Bern"}))
