@@ -133,7 +133,7 @@ def test_a_turn_without_an_end_token_ends_at_the_first_token_of_the_next_message
 
 
 def test_tools_that_the_template_does_not_list_need_a_choice():
-    with pytest.raises(UserError, match="lists no tools.*set model.chat.tool_syntax to json_list"):
+    with pytest.raises(UserError, match=r"lists no tools.*set model\.chat.tool_syntax to json_list"):
         Chat(byte_tokenizer(CHATML)).check_tools()
     with pytest.raises(UserError, match="lists no tools"):
         Chat(byte_tokenizer(CHATML)).prompt([USER], TOOLS)

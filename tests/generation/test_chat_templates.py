@@ -32,7 +32,7 @@ def test_nothing_fails_in_silence(name):
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_the_model_s_own_calls_are_read(name):
-    assert set(ROWS[name][column] for column in COLUMNS) <= {"yes", "-"}
+    assert {ROWS[name][column] for column in COLUMNS} <= {"yes", "-"}
     assert "tool_syntax" not in ROWS[name]["syntax"]
 
 

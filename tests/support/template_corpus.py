@@ -86,7 +86,8 @@ _MORE = {"lfm2": ("<|tool_call_start|>", "<|tool_call_end|>")}
 def trl_families() -> list[Family]:
     """Return the templates of TRL's wheel."""
     spec = find_spec("trl")
-    assert spec and spec.origin
+    assert spec
+    assert spec.origin
     folder = Path(spec.origin).parent / "chat_templates"
     found = []
     for path in sorted(folder.glob("*.jinja")):
@@ -123,7 +124,7 @@ def tokenizer_of(family: Family) -> Any:
     special = sorted({*family.special, family.eos, *family.stops} - set(family.added))
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in family.added])
-    start = next((t for t in special if t in ("<s>", "<bos>") or "begin" in t and "of" in t), special[0])
+    start = next((t for t in special if t in ("<s>", "<bos>") or ("begin" in t and "of" in t)), special[0])
     made = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=family.eos, bos_token=start, pad_token=family.eos
     )

@@ -88,9 +88,16 @@ _KIMI = (
     "{% if add_generation_prompt %}<|im_assistant|>assistant<|im_middle|>{% endif %}"
 )
 _KIMI_TOKENS = (
-    "<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|tool_calls_section_begin|>",
-    "<|tool_calls_section_end|>", "<|tool_call_begin|>", "<|tool_call_end|>", "<|tool_call_argument_begin|>",
-)  # fmt: skip
+    "<|im_system|>",
+    "<|im_user|>",
+    "<|im_assistant|>",
+    "<|im_middle|>",
+    "<|tool_calls_section_begin|>",
+    "<|tool_calls_section_end|>",
+    "<|tool_call_begin|>",
+    "<|tool_call_end|>",
+    "<|tool_call_argument_begin|>",
+)
 _MINIMAX = (
     "{% if tools %}]~b]system\n{% for t in tools %}<tool>{{ t.function | tojson }}</tool>\n{% endfor %}[e~[\n{% endif %}"
     "{% for m in messages %}{% if m.role == 'assistant' %}]~b]ai\n{% if m.reasoning_content %}<think>\n"
@@ -185,9 +192,22 @@ _ID_CALL = (
     + "{% endfor %}"
 )
 _MISTRAL_TOKENS = (
-    "<s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[ARGS]", "[CALL_ID]", "[TOOL_CONTENT]", "[THINK]", "[/THINK]",
-)  # fmt: skip
+    "<s>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_CALLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "[ARGS]",
+    "[CALL_ID]",
+    "[TOOL_CONTENT]",
+    "[THINK]",
+    "[/THINK]",
+)
 _TAGS = ("<tool_call>", "</tool_call>", "<think>", "</think>", "<tool_response>", "</tool_response>")
 
 FAMILIES = [
@@ -263,7 +283,7 @@ FAMILIES = [
         ),
         eos="<|endoftext|>",
         stops=("<|end|>",),
-    ),  # fmt: skip
+    ),
     Family("SmolLM3", _SMOLLM3, ("<|im_start|>",), _TAGS),
     Family(
         "Seed-OSS",
@@ -271,7 +291,7 @@ FAMILIES = [
         ("<seed:bos>",),
         ("<seed:think>", "</seed:think>", "<seed:tool_call>", "</seed:tool_call>"),
         eos="<seed:eos>",
-    ),  # fmt: skip
+    ),
     Family(
         "DeepSeek V3.1",
         _DEEPSEEK_V31,
@@ -288,7 +308,7 @@ FAMILIES = [
         ("<think>", "</think>"),
         eos="<｜end▁of▁sentence｜>",
         options={"list_tools": "system"},
-    ),  # fmt: skip
+    ),
     Family(
         "DeepSeek V3.2, V4",
         _DSML,
@@ -313,12 +333,12 @@ FAMILIES = [
             "<|END_TOOL_RESULT|>",
         ),
         eos="<|END_OF_TURN_TOKEN|>",
-    ),  # fmt: skip
+    ),
     Family(
         "without tools",
         _NO_TOOLS,
         ("<bos>", "<start_of_turn>", "<end_of_turn>"),
         eos="<eos>",
         options={"tool_syntax": "json_list"},
-    ),  # fmt: skip
+    ),
 ]

@@ -1,0 +1,163 @@
+"""The text of a turn is split into reasoning, answer and calls, whatever the reasoning and the arguments quote."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gear_lightning.generation.tool_syntax import (
+    GemmaCalls,
+    HarmonyCalls,
+    JsonCalls,
+    NamedJsonCalls,
+    PythonCalls,
+    TaggedCalls,
+    ToolCallError,
+)
+from gear_lightning.generation.tool_syntax.known import json_calls
+from gear_lightning.generation.turn_text import Thinking, read_turn
+
+NATIVE = Thinking(native=True)
+TOOLS = [
+    {"function": {"name": name, "parameters": {"properties": {"a": {"type": "string"}, "b": {"type": "object"}}}}}
+    for name in ("f", "g")
+]
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>'
+SYNTAXES = {
+    "json": json_calls(),
+    "list": json_calls(listed=True),
+    "bare": JsonCalls(arguments_key="parameters"),
+    "named": NamedJsonCalls("<call>", "</call>", middle="<args>", first="<calls>", last="</calls>"),
+    "numbered": NamedJsonCalls("<call>functions.", "</call>", middle=":{index}<args>"),
+    "tags": TaggedCalls(
+        "<tool_call>\n<function=",
+        "\n</function>\n</tool_call>",
+        middle=">",
+        key_open="\n<parameter=",
+        key_close=">\n",
+        value_close="\n</parameter>",
+    ),
+    "glm": TaggedCalls("<tool_call>", "</tool_call>", key_open="<k>", key_close="</k><v>", value_close="</v>"),
+    "python": PythonCalls("<call>", "</call>"),
+    "gemma": GemmaCalls(),
+    "harmony": HarmonyCalls(),
+}
+
+
+def read(text, *, thinking=NATIVE, inside=False, syntax=None, tools=TOOLS):
+    found = read_turn(text, syntax or json_calls(), tools, thinking, inside)
+    return found.reasoning, found.content, [c["function"]["arguments"] for c in found.calls]
+
+
+@pytest.mark.parametrize(
+    ("text", "inside", "wanted"),
+    [
+        ("<think>42 or 7</think> It is 7.", False, ("42 or 7", "It is 7.", [])),
+        ("42 or 7</think> It is 7.", True, ("42 or 7", "It is 7.", [])),
+        ("42 or 7</think> It is 7.", False, ("42 or 7", "It is 7.", [])),  # the policy omitted the opening mark
+        ("It is 7.", False, ("", "It is 7.", [])),
+        ("<think>\n\n</think>\n\nIt is 7.", False, ("", "It is 7.", [])),
+        ("<think>endless", False, ("endless", "", [])),
+        ("endless", True, ("endless", "", [])),
+        (f"<think>Maybe {CALL} or not</think>No.", False, (f"Maybe {CALL} or not", "No.", [])),
+        (f"<think>Maybe {CALL}", False, (f"Maybe {CALL}", "", [])),
+        (f"<think>Yes.</think>I look. {CALL}", False, ("Yes.", "I look.", [{"a": "x"}])),
+        (
+            "<think>write <tool_call></tool_call> then</think>ok",
+            False,
+            ("write <tool_call></tool_call> then", "ok", []),
+        ),
+        ("<think>close with </think> and go</think>ok", False, ("close with </think> and go", "ok", [])),
+        (f"<think>a </think> b {CALL}</think>ok", False, (f"a </think> b {CALL}", "ok", [])),
+        ("<think>one</think>so<think>two</think>ok", False, ("one\ntwo", "sook", [])),
+        ("The mark <think> opens a thought.", False, ("", "The mark <think> opens a thought.", [])),
+    ],
+)
+def test_reasoning_is_separated(text, inside, wanted):
+    assert read(text, inside=inside) == wanted
+
+
+def test_a_call_may_quote_the_marks_of_reasoning():
+    for value in ("</think>", "<think>", "a </think> b <think> c"):
+        call = json_calls().write([{"name": "f", "arguments": {"a": value}}])
+        assert read(f"<think>Yes.</think>{call}") == ("Yes.", "", [{"a": value}])
+        assert read(call) == ("", "", [{"a": value}])
+
+
+def test_reasoning_of_an_unknown_template_must_open_the_turn():
+    plain = Thinking()
+    assert read("<think>a</think>b", thinking=plain) == ("a", "b", [])
+    assert read("b </think> c", thinking=plain) == ("", "b </think> c", [])
+    assert read("b <think>a</think> c", thinking=plain) == ("", "b <think>a</think> c", [])
+    assert read("<think>a</think>b", thinking=None) == ("", "<think>a</think>b", [])
+
+
+def test_a_broken_call_is_an_error_outside_of_reasoning_only():
+    broken = '<tool_call>{"name":'
+    assert read(f"<think>{broken}</think>ok") == (broken, "ok", [])
+    with pytest.raises(ToolCallError):
+        read(f"<think>a</think>{broken}")
+
+
+def test_without_tools_nothing_is_a_call():
+    assert read(f"See {CALL}", tools=()) == ("", f"See {CALL}", [])
+
+
+TEXT = st.one_of(
+    st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\x00"), max_size=20),
+    st.lists(st.sampled_from(["<tool_call>", "</tool_call>", "\n", '"', "'", "{", "}", "</think>", "<call>", "x", "[", ")", " "]), max_size=6).map("".join),
+)  # fmt: skip
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(-1e6, 1e6) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("klm"), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("name", [name for name in SYNTAXES if name != "gemma"])
+@settings(max_examples=150, deadline=None)
+@given(text=TEXT, nested=st.dictionaries(st.sampled_from("klm"), VALUES, max_size=3))
+def test_calls_are_read_as_they_are_written(name, text, nested):
+    syntax = SYNTAXES[name]
+    if isinstance(syntax, TaggedCalls):
+        text = text.replace("</parameter>", "").replace("</v>", "")
+    arguments = {"a": text, "b": nested}
+    if isinstance(syntax, PythonCalls):
+        arguments = json.loads(json.dumps(arguments))
+    written = syntax.write([{"name": "f", "arguments": arguments}, {"name": "g", "arguments": {}}])
+    if name in ("bare", "harmony"):
+        written = syntax.write([{"name": "f", "arguments": arguments}])
+    found = read_turn(written, syntax, TOOLS)
+    assert found.calls[0]["function"] == {"name": "f", "arguments": arguments}
+    assert not found.content
+    assert name in ("bare", "harmony") or found.calls[1]["function"] == {"name": "g", "arguments": {}}
+
+
+@pytest.mark.parametrize("name", SYNTAXES)
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([
+    "<tool_call>", "</tool_call>", "<function=f>", "<parameter=a>", "</parameter>", "</function>", "<call>", "</call>",
+    "<args>", "<calls>", "</calls>", "functions.f:0", "f(", "a=1", ")", "[", "]", "{", "}", '"', "'", "name", ":", ",",
+    "<think>", "</think>", "<|tool_call>call:", '<|"|>', "<tool_call|>", "<k>", "</k><v>", "</v>", "\n", "\\", "a", "1",
+    "<|start|>assistant", " to=functions.f", "<|message|>", "<|channel|>", "<|end|>", "9" * 5000, "1e999", "\ud800",
+]), max_size=25).map("".join))  # fmt: skip
+def test_no_text_breaks_a_reader(name, text):
+    for inside in (False, True):
+        try:
+            found = read_turn(text, SYNTAXES[name], TOOLS, NATIVE, inside)
+        except ToolCallError:
+            continue
+        for call in found.calls:
+            json.dumps(call, allow_nan=False, ensure_ascii=False).encode()
+        for start, end in found.thoughts + found.actions:
+            assert 0 <= start <= end <= len(text)
+
+
+def test_many_marks_are_read_in_bounded_time():
+    for text in ("<think></think>" * 3000, "</think>" * 5000, "<think>" * 5000, "<tool_call>" * 5000):
+        for syntax in SYNTAXES.values():
+            try:
+                read_turn(text, syntax, TOOLS, NATIVE)
+            except ToolCallError:
+                continue
