@@ -249,7 +249,11 @@ class Chat:
     def write(self, message: Message) -> list[int]:
         """Return the ids that the policy would sample for ``message``, with the stop token (for demonstrations)."""
         text, end = self._written(message)
-        return [*self.template.encode(text, after=self.turn.end_text), *(self._control(end) or {self.turn.end})]
+        # encoded behind the generation prompt, because some tokenizers add a space at the beginning of a text
+        opening, anchor = self.turn.lead, self.turn.end_text
+        before, whole = (self.template.encode(part, after=anchor) for part in (opening, opening + text))
+        ids = whole[len(before) :] if whole[: len(before)] == before else self.template.encode(text, after=anchor)
+        return [*ids, *(self._control(end) or {self.turn.end})]
 
     def _written(self, message: Message) -> tuple[str, str]:
         """Return the text of a turn and its end token."""

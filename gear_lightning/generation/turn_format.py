@@ -52,6 +52,7 @@ class TurnFormat:
         before: text of the format between the generation prompt and the answer, which the policy writes (GPT-OSS's
             channel).
         before_end: white space between the answer and the end token.
+        lead: text of the generation prompt behind its last control token.
         end: id of the token that ends a turn.
         end_text: its text.
         shared: whether the end token is the first token of the next message (GLM 4.5).
@@ -84,8 +85,9 @@ class TurnFormat:
                 f"({core[-40:]!r}), so a conversation cannot be continued turn by turn"
             )
         self.before = self.without_thought(lead[shared_length(lead, core) :])
-        self.before = self.before if self.before.strip() else ""
         self._prefilled = (opened + self.header)[len(core) :]
+        special = [opened.rfind(text) + len(text) for text in template.control.special if text in opened]
+        self.lead = (opened + self.header)[max(special, default=0) :]
         self._thought_marks = self._learn_thought()
 
     def _learn_thought(self) -> tuple[str, str]:

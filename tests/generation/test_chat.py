@@ -192,3 +192,27 @@ def test_added_tokens_of_white_space_do_not_end_a_turn():
     tokenizer.add_tokens(["  ", "\n"])  # as in GPT-NeoX
     chat = Chat(tokenizer)
     assert chat.tokenizer.convert_ids_to_tokens(list(chat.stop_ids)) == ["<|im_end|>"]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_no_turn_begins_with_a_stray_space(scheme):
+    """Tokenizers with a Metaspace pre-tokenizer (Llama 2, Mistral) add a space at the beginning of every text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace()
+    special = ["<s>", "</s>", "<|user|>", "<|assistant|>", "\n"]
+    trainer = trainers.BpeTrainer(vocab_size=120, show_progress=False, special_tokens=special)
+    backend.train_from_iterator(["hello world what is twelve"] * 5, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    chat, question, answer = Chat(tokenizer), {"role": "user", "content": "what is"}, "twelve"
+    said = {"role": "assistant", "content": answer}
+    ids = chat.prompt([question]) + chat.write(said) + chat.continuation([question])
+    whole = tokenizer.apply_chat_template([question, said, question], add_generation_prompt=True, tokenize=False)
+    assert ids == tokenizer.encode(whole, add_special_tokens=False)

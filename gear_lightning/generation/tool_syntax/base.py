@@ -5,7 +5,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from ...checks import deeper_than
 
@@ -41,7 +41,7 @@ class ToolSyntax(ABC):
     """
 
     joint: str = "\n"
-    any_text: bool = True
+    any_text: ClassVar[bool] = True
 
     @abstractmethod
     def find(self, text: str, start: int, tools: Tools) -> int:

@@ -20,7 +20,7 @@ class HarmonyCalls(ToolSyntax):
     """``<|start|>assistant to=functions.NAME<|channel|>commentary json<|message|>{...}<|call|>``: GPT-OSS
     (https://github.com/openai/harmony)."""
 
-    joint: str = ""
+    joint = ""
 
     def find(self, text: str, start: int, tools: Tools) -> int:
         found = _CALL.search(text, start)

@@ -12,8 +12,8 @@ class WordCalls(ToolSyntax):
     """``name argument argument``: the first word that names a tool starts a call, and the words behind it are its
     arguments, in the order of the tool's parameters."""
 
-    joint: str = " "
-    any_text: bool = False
+    joint = " "
+    any_text = False
 
     def find(self, text: str, start: int, tools: Tools) -> int:
         names = _signatures(tools)
