@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -121,23 +121,23 @@ class ToolFormat:
         tokens = source + " ".join(self.template.tokenizer.get_added_vocab())
         return known(FIRST_CHOICE, source) or known(FALLBACK, tokens) or described(source)
 
-    def reads_back(self, syntax: ToolSyntax, *calls: tuple[str, dict[str, Any]], rendered: bool = True) -> bool:
-        """Return whether calls are read as they were written.
+    def reads_back(self, syntax: ToolSyntax, *calls: tuple[str, dict[str, Any]]) -> bool:
+        """Return whether calls are read as the template (or the syntax, for templates that render none) writes them."""
+        return self._read(syntax, self._text(syntax, calls)) == list(calls)
 
-        Args:
-            syntax: reads the calls.
-            calls: names and arguments.
-            rendered: whether the template writes them; otherwise the syntax does.
-        """
-        text = self._probe(*calls) if rendered else self._written(syntax, list(calls))
+    def _text(self, syntax: ToolSyntax, calls: Sequence[tuple[str, dict[str, Any]]]) -> str | None:
+        return self._probe(*calls) if self.native else self._written(syntax, list(calls))
+
+    def _read(self, syntax: ToolSyntax, text: str | None) -> list[tuple[str, Any]] | None:
+        """Return the calls in a text; None if there is no text, if it cannot be read, or if text is left over."""
         if text is None:
-            return False
+            return None
         try:
             found = read_turn(unmarked(text), syntax, PROBE_TOOLS, self.turn.thinking)
         except ToolCallError:
-            return False
-        read = [(c["function"]["name"], c["function"]["arguments"]) for c in found.calls]
-        return read == list(calls) and not found.content
+            return None
+        calls = [(c["function"]["name"], c["function"]["arguments"]) for c in found.calls]
+        return None if found.content else calls
 
     @staticmethod
     def _written(syntax: ToolSyntax, calls: list[tuple[str, dict[str, Any]]]) -> str:
@@ -210,19 +210,21 @@ class ToolFormat:
             return
         for name, call in self._calls(syntax):
             yield name, self._problem(syntax, call)
-        text = self._probe(*BOTH) if self.native else self._written(syntax, BOTH)
+        text = self._text(syntax, BOTH)
         if text is not None and SECOND in text:  # some models make one call per turn
             yield "two calls in one turn", self._problem(syntax, *BOTH)
         yield "results are shown", self._result_problem()
 
     def _problem(self, syntax: ToolSyntax, *calls: tuple[str, dict[str, Any]]) -> str:
-        if self.native and self.reads_back(syntax, *calls):
+        found = self._read(syntax, self._text(syntax, calls))
+        if found == list(calls):
             return ""
-        if not self.reads_back(syntax, *calls, rendered=False):
+        if found or calls[0] in BOTH or not self.native:
             return "the call is not read back as it was written"
-        if self.native and calls[0] in ((FIRST, ARGUMENTS[0]), (SECOND, ARGUMENTS[1])):
-            return "the call that the template renders is not read back"
-        self.lossy = self.native
+        # the template does not escape such arguments, so they cannot be read back; the syntax itself must
+        if self._read(syntax, self._written(syntax, list(calls))) != list(calls):
+            return "the call is not read back as it was written"
+        self.lossy = True
         return ""
 
     def _calls(self, syntax: ToolSyntax) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
@@ -315,11 +317,12 @@ class ToolFormat:
         return [{**m, "tool_call_id": next(given)} if m["role"] == "tool" else m for m in messages]
 
     def _behind(self, text: str, stand_in: Message) -> tuple[str, str, bool]:
-        if MARK not in text:
-            raise UserError("the chat template does not render an assistant turn before other messages")
-        after = text[text.rindex(MARK) + len(MARK) :]
         made = bool(stand_in.get("tool_calls"))
-        tail = self._tail(json.dumps(stand_in)) if made else ""
+        tail, count = self._tail(json.dumps(stand_in)) if made else ("", 1)
+        parts = text.split(MARK, count)
+        if len(parts) <= count:
+            raise UserError("the chat template does not render an assistant turn before other messages")
+        after = parts[count]
         behind = after[len(tail) :] if after.startswith(tail) else after
         behind[:LOOK].encode()  # half of a surrogate pair: the tokenizer's own error would not mention it
         ids = self.template.tokenizer.encode(behind[:LOOK].partition("\ufdd0")[0], add_special_tokens=False)
@@ -341,10 +344,11 @@ class ToolFormat:
         return rest, end, (self.turn.shared or own) if made else self.turn.shared
 
     @lru_cache(maxsize=256)  # noqa: B019 - one instance per run
-    def _tail(self, stand_in: str) -> str:
-        """Return the text between the last argument and the end token of a placeholder turn."""
-        text = self._cut(self.turn.body(json.loads(stand_in), self._given))
-        return text[text.rindex(MARK) + len(MARK) :] if MARK in text else ""
+    def _tail(self, stand_in: str) -> tuple[str, int]:
+        """Return the text between the last argument and the end token of a placeholder turn, and how often the turn
+        contains the placeholder."""
+        *arguments, tail = self._cut(self.turn.body(json.loads(stand_in), self._given)).split(MARK)
+        return tail, max(len(arguments), 1)
 
     def opening(self, messages: list[Message], tools: Tools) -> str:
         """Return the text of an opening conversation, up to the start of the assistant's turn.

@@ -104,10 +104,12 @@ def test_without_tools_nothing_is_a_call():
     assert read(f"See {CALL}", tools=()) == ("", f"See {CALL}", [])
 
 
+MARKS = ["<tool_call>", "</tool_call>", "</think>", "<call>", "\n", '"', "'", "{", "}", "[", ")", "x", " "]
+LINE_ENDS = "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\x00"
 TEXT = st.one_of(
-    st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\x00"), max_size=20),
-    st.lists(st.sampled_from(["<tool_call>", "</tool_call>", "\n", '"', "'", "{", "}", "</think>", "<call>", "x", "[", ")", " "]), max_size=6).map("".join),
-)  # fmt: skip
+    st.text(alphabet=st.characters(codec="utf-8", exclude_characters=LINE_ENDS), max_size=20),
+    st.lists(st.sampled_from(MARKS), max_size=6).map("".join),
+)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(-1e6, 1e6) | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("klm"), inner, max_size=3),

@@ -76,7 +76,8 @@ _ADDED = {
     "</tools>",
 }
 _SPECIAL = re.compile(
-    r"<\|[^|<>\n'\" {}]{1,40}\|>|<｜[^｜\n]{1,40}｜>|<\|[a-z_]+>|<[a-z_]+\|>|<(?:start|end)_of_(?:turn|utterance)>|<eos>|<bos>"
+    r"<\|[^|<>\n'\" {}]{1,40}\|>|<｜[^｜\n]{1,40}｜>|<\|[a-z_]+>|<[a-z_]+\|>"
+    r"|<(?:start|end)_of_(?:turn|utterance)>|<eos>|<bos>"
     r"|\[gMASK\]|<sop>"
 )
 # Tokens of vocabularies that the template does not mention.
@@ -225,7 +226,7 @@ def _thinking(chat: Chat) -> bool | None:
     if not (chat.thinking and chat.thinking.native):
         return None
     answer = {"role": "assistant", "content": "It rains.", "reasoning": "Let me think."}
-    if chat.tools.syntax is None or not chat.tools.reads_back(chat.syntax, *BOTH[1:], rendered=chat.tools.native):
+    if chat.tools.syntax is None or not chat.tools.reads_back(chat.syntax, BOTH[1]):
         return read_back(chat, answer, ())
     quoted = f"I could write {chat.syntax.write([{'name': 'weather_now', 'arguments': ONE}])} now."
     drafted = {"role": "assistant", "content": "It rains.", "reasoning": quoted}
