@@ -99,6 +99,8 @@ def template_command(argv: list[str]) -> int:
         problem = str(error)
     for name, wrong in chat.tools.proof():
         console.print(f"  {'failed' if wrong else 'passed'}: {name}{': ' * bool(wrong)}{wrong}")
+    if chat.tools.lossy:
+        console.print("  note: the template does not escape all arguments; demonstrations are written with escapes")
     if problem:
         console.print(f"tools cannot be used: {problem}", style="red")
     for kind, ids in spans(chat, tools=not problem):
@@ -126,8 +128,6 @@ def _facts(chat: Chat) -> Iterator[str]:
         wrote = "set by tool_syntax"
     yield f"tool calls: {type(chat.tools.syntax).__name__} ({wrote}); the tools are listed by {who}"
     yield "\n".join("  " + visible(line) for line in chat.syntax.example().split("\n"))
-    if chat.tools.lossy:
-        yield "  note: the template does not escape all arguments; demonstrations are written with escapes"
 
 
 def _text(chat: Chat, ids: list[int], style: str) -> Any:

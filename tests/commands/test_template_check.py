@@ -1,45 +1,89 @@
-"""``gear-lightning template`` shows which spans are trained on, and refuses unsupported templates."""
+"""``gear-lightning template`` shows which spans are trained on, and proves or refuses tool calls."""
+
+import re
 
 import pytest
 from chat_templates import CHATML, HERMES, NO_TOOL_ROLE, byte_tokenizer
+from template_corpus import FAMILIES, tokenizer_of
 from tiny_runs import source
 
 from gear_lightning.commands.template import spans, template_command
 from gear_lightning.errors import UserError
-from gear_lightning.generation.chat import Chat
+from gear_lightning.generation.chat import Chat, ChatOptions
+
+SYNTAX = {CHATML: "json_list", HERMES: "auto"}
 
 
-@pytest.fixture(params=[CHATML, HERMES], ids=["chatml", "hermes"])
-def folder(request, tmp_path):
-    byte_tokenizer(request.param).save_pretrained(tmp_path)
-    source().model().config.save_pretrained(tmp_path)
-    return tmp_path
+@pytest.fixture
+def published(tmp_path):
+    """Return a function that saves a tokenizer like a published model."""
+
+    def save(tokenizer):
+        tokenizer.save_pretrained(tmp_path)
+        source().model().config.save_pretrained(tmp_path)
+        return str(tmp_path)
+
+    return save
 
 
-def test_only_tokens_of_the_policy_are_trained_on_including_the_stop_token(folder, capsys):
-    assert template_command([str(folder)]) == 0
+@pytest.mark.parametrize("template", [CHATML, HERMES])
+def test_only_tokens_of_the_policy_are_trained_on_including_the_stop_token(template, published, capsys):
+    assert template_command([published(byte_tokenizer(template)), "--tool_syntax", SYNTAX[template]]) == 0
     shown = capsys.readouterr().out
-    trained = [part.split("\n", 1)[1].split("\n-- ")[0].strip() for part in shown.split("-- sampled, ")[1:]]
-    assert len(trained) == 2
+    parts = re.findall(r"^-- (.*?), \d+ tokens\n(.*?)(?=^-- |\Z)", shown, re.DOTALL | re.MULTILINE)
+    trained = [text.strip() for kind, text in parts if "trained on" in kind]
+    assert [kind for kind, _ in parts] == [
+        "prompt",
+        "answer: trained on",
+        "tool call: trained on",
+        "observation",
+        "answer: trained on",
+    ]
     for text in trained:
-        assert text.endswith("<|im_end|>"), "the policy must learn to stop"
         assert "<|im_start|>" not in text, "the header of the turn comes from the template, not from the policy"
         assert "<think>" not in text, "the template wrote into the policy's turn"
-    assert '"calculator"' in trained[0]
-    assert trained[1] == "It is 36.<|im_end|>"
+    assert '"calculator"' in trained[1]
+    assert trained[1].endswith("<|im_end|>"), "the policy must learn to stop"
+    assert trained[2] == "It is 36.<|im_end|>"
     assert "36<|im_end|>" in shown or "36\n</tool_response>" in shown
+    assert "passed: text with the syntax's own marks" in shown
+    assert "failed" not in shown
 
 
 @pytest.mark.parametrize("template", [CHATML, HERMES])
 def test_the_concatenated_spans_are_the_conversation_that_is_trained_on(template):
-    chat = Chat(byte_tokenizer(template))
+    chat = Chat(byte_tokenizer(template), ChatOptions(SYNTAX[template]))
     whole = chat.tokenizer.decode([i for _, ids in spans(chat) for i in ids])
     assert whole.count("<|im_start|>assistant\n") == 2
     assert whole.count("<|im_end|>") == whole.count("<|im_start|>"), "a message was not closed or closed twice"
 
 
-def test_a_template_that_cannot_show_tool_results_is_refused(tmp_path):
-    byte_tokenizer(NO_TOOL_ROLE).save_pretrained(tmp_path)
-    source().model().config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="roles user, assistant, tool"):
-        template_command([str(tmp_path)])
+@pytest.mark.parametrize("template", [CHATML, NO_TOOL_ROLE])
+def test_tools_that_cannot_be_used_give_status_1_and_what_to_set(template, published, capsys):
+    assert template_command([published(byte_tokenizer(template))]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "set model.chat.tool_syntax to json_list" in shown
+    assert "failed: tools are listed" in shown
+    assert "answer: trained on" in shown, "chat without tools works"
+
+
+def test_a_template_that_cannot_be_continued_is_refused(published):
+    folder = published(byte_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"))
+    with pytest.raises(UserError, match="could not end its turn"):
+        template_command([folder])
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("Qwen3.5", ("TaggedCalls (learned from the template)", "<function=<function>>", "between <think> and </think>")),
+        ("Granite 3", ("JsonCalls (known; the template does not render calls)", "stops at: <|end_of_text|>")),
+        ("LFM2.5", ("PythonCalls (learned", "does not escape all arguments")),
+        ("GPT-OSS", ("HarmonyCalls", "<|return|>", "<|call|>")),
+    ],
+)
+def test_the_command_says_what_serves_a_model(name, facts, published, capsys):
+    assert template_command([published(tokenizer_of(FAMILIES[name]))]) == 0
+    shown = capsys.readouterr().out
+    for fact in facts:
+        assert fact in shown, shown

@@ -4,13 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
-from template_corpus import COLUMNS, TOOLS, USER, called, chat_of, corpus, read_back, row, table
+from template_corpus import COLUMNS, FAMILIES, TOOLS, USER, called, chat_of, read_back, row, table
 
 from gear_lightning.generation.chat import ToolCallError
 from gear_lightning.generation.tool_syntax import GemmaCalls, HarmonyCalls, JsonCalls
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "chat_templates.md"
-FAMILIES = {family.name: family for family in corpus()}
 ROWS = {name: row(family) for name, family in FAMILIES.items()}
 # Families whose own syntax must be read.
 NATIVE = [

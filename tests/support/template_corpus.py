@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from template_families import FAMILIES, Family
+from template_families import WRITTEN, Family
 
 from gear_lightning.environments.base import Message
 from gear_lightning.errors import UserError
@@ -275,7 +275,10 @@ def row(family: Family) -> dict[str, str]:
 
 def corpus() -> list[Family]:
     """Return all families."""
-    return sorted([*trl_families(), *FAMILIES], key=lambda family: family.name.lower())
+    return sorted([*trl_families(), *WRITTEN], key=lambda family: family.name.lower())
+
+
+FAMILIES = {family.name: family for family in corpus()}
 
 
 def table(rows: dict[str, dict[str, str]]) -> str:
@@ -288,7 +291,7 @@ def table(rows: dict[str, dict[str, str]]) -> str:
 
 
 if __name__ == "__main__":
-    found = {family.name: row(family) for family in corpus()}
+    found = {name: row(family) for name, family in FAMILIES.items()}
     print(table(found))
     for name, cells in found.items():
         if cells["reason"]:

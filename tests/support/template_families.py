@@ -210,7 +210,7 @@ _MISTRAL_TOKENS = (
 )
 _TAGS = ("<tool_call>", "</tool_call>", "<think>", "</think>", "<tool_response>", "</tool_response>")
 
-FAMILIES = [
+WRITTEN = [
     Family(
         "Mistral 7B v0.3, Nemo",
         _mistral(
