@@ -106,7 +106,9 @@ def test_both_prompts_end_in_the_same_generation_prefix(kind, opening):
     task = Task("t", messages, reference="e7 e8")
     told, dropped = privileged_prompt(task, messages, chat, TeacherOptions(template=TEMPLATE))
     plain = chat.prompt(messages)
-    prefix = chat.encode(chat._render(messages, generate=True).removeprefix(chat._render(messages, generate=False)))
+    prefix = chat.encode(
+        chat.template.render(messages, generate=True).removeprefix(chat.template.render(messages, generate=False))
+    )
     assert prefix
     assert not dropped
     assert common_end(told, plain)[-len(prefix) :] == prefix

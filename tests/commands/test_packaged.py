@@ -180,5 +180,6 @@ def test_the_version_has_one_home():
 
 def test_every_folder_of_the_package_is_in_the_wheel():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    there = {f"gear_lightning.{path.parent.name}" for path in (ROOT / "gear_lightning").glob("*/__init__.py")}
+    inner = (path.parent.relative_to(ROOT) for path in (ROOT / "gear_lightning").glob("*/**/__init__.py"))
+    there = {".".join(folder.parts) for folder in inner}
     assert listed == {"gear_lightning", "gear_lightning.callbacks", "gear_lightning.configs", *there}

@@ -76,7 +76,10 @@ def test_a_template_that_cannot_be_continued_is_refused(published):
 @pytest.mark.parametrize(
     ("name", "facts"),
     [
-        ("Qwen3.5", ("TaggedCalls (learned from the template)", "<function=<function>>", "between <think> and </think>")),
+        (
+            "Qwen3.5",
+            ("TaggedCalls (learned from the template)", "<function=<function>>", "between <think> and </think>"),
+        ),
         ("Granite 3", ("JsonCalls (known; the template does not render calls)", "stops at: <|end_of_text|>")),
         ("LFM2.5", ("PythonCalls (learned", "does not escape all arguments")),
         ("GPT-OSS", ("HarmonyCalls", "<|return|>", "<|call|>")),

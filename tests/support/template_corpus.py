@@ -222,9 +222,14 @@ def _system(chat: Chat) -> bool | None:
 
 
 def _thinking(chat: Chat) -> bool | None:
-    """Return None where the template does not know reasoning."""
+    """Check reasoning, and that it can be switched off. Return None where the template does not know reasoning."""
     if not (chat.thinking and chat.thinking.native):
         return None
+    if "enable_thinking" in chat.template.source:
+        quiet = Chat(chat.tokenizer, ChatOptions(template_arguments={"enable_thinking": False}), chat.stop_ids)
+        opened = quiet.thinking and quiet.thinking.opened_in(quiet.tokenizer.decode(quiet.prompt([USER])))
+        if opened or not read_back(quiet, {"role": "assistant", "content": "It rains."}, ()):
+            return False
     answer = {"role": "assistant", "content": "It rains.", "reasoning": "Let me think."}
     if chat.tools.syntax is None or not chat.tools.reads_back(chat.syntax, BOTH[1]):
         return read_back(chat, answer, ())

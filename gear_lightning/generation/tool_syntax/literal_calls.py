@@ -94,7 +94,14 @@ def _text(key: Any) -> str:
 @dataclass(frozen=True)
 class GemmaCalls(MarkedCalls):
     """``<|tool_call>call:NAME{key:value,...}<tool_call|>``: Gemma 4. Keys are bare, and strings stand between
-    ``<|"|>`` marks."""
+    ``<|"|>`` marks.
+
+    Args:
+        open: mark before the name of the function.
+        close: mark behind the arguments.
+        joint: text between the content and the first call.
+        quote: mark before and behind a string.
+    """
 
     open: str = "<|tool_call>call:"
     close: str = "<tool_call|>"
