@@ -4,10 +4,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from scripted_policy import Scripted
 from template_corpus import COLUMNS, FAMILIES, TOOLS, USER, called, chat_of, read_back, row, table
 
+from gear_lightning.environments.base import Task
+from gear_lightning.environments.tools import ToolEnvironment
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.chat import ToolCallError
+from gear_lightning.generation.engine import SampledTurn, Sampling
 from gear_lightning.generation.tool_syntax import GemmaCalls, HarmonyCalls, JsonCalls
+from gear_lightning.rollout import AgentLoop
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "chat_templates.md"
 ROWS = {name: row(family) for name, family in FAMILIES.items()}
@@ -160,3 +167,44 @@ def test_a_user_may_bring_a_syntax():
     prompt = own.tokenizer.decode(own.prompt([USER], TOOLS))
     assert '<call>{"name": "<function>", "arguments": {"<argument>": "<value>"}}</call>' in prompt
     assert read_back(own, called({"city": "Bern"}))
+
+
+class _Says(Scripted):
+    """Returns the ids that a chat format writes for scripted messages."""
+
+    def __init__(self, chat, *messages):
+        super().__init__(*messages)
+        self.chat = chat
+
+    def say(self, request):
+        ids = self.chat.write(self.turns[request.seed[-1]])
+        return SampledTurn(request.key, ids, [-0.5] * len(ids), True)
+
+
+class _Weather(ToolEnvironment):
+    """Answers with the weather; the reward is 1 if the final answer names it."""
+
+    def call(self, name, arguments):
+        return f"rain in {arguments['city']}"
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_rollout_in_the_model_s_own_syntax(name):
+    chat = chat_of(FAMILIES[name])
+    several = ROWS[name]["two calls"] == "yes"
+    first = called({"city": "Bern"}, {"city": "Basel"}) if several else called({"city": "Bern"})
+    answer = {"role": "assistant", "content": "It rains."}
+    if ROWS[name]["thinking"] == "yes":
+        first["reasoning"], answer["reasoning"] = "Maybe it is dry.", "Not dry."
+    task = Task("t", [USER], TOOLS, meta={"answer": "dry"})
+    loop = AgentLoop(chat, _Says(chat, first, answer), lambda: _Weather("contains"), Budgets(tokens=4000), Sampling())
+    (rollout,), _ = loop.run(torch.nn.Linear(1, 1), [(task, (0,))], policy_version=0)
+    assert (rollout.status, rollout.error) == ("done", None)
+    assert rollout.reward == 0, "reasoning was scored"
+    made, *results, said = rollout.messages[1:]
+    assert [c["function"]["arguments"]["city"] for c in made["tool_calls"]] == ["Bern", "Basel"][: 1 + several]
+    assert [m["content"] for m in results] == ["rain in Bern", "rain in Basel"][: 1 + several]
+    assert said["content"] == "It rains."
+    assert said.get("reasoning") == answer.get("reasoning")
+    sampled = [i for i, mine in zip(rollout.tokens, rollout.action_mask, strict=True) if mine]
+    assert sampled == chat.write(first) + chat.write(answer), "sampled ids are final"
