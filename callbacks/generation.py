@@ -17,8 +17,9 @@ from gear_lightning import __version__
 from gear_lightning.data import RolloutDataModule, RolloutGenerator
 from gear_lightning.distributed.collective import gather, run_on_all_ranks
 from gear_lightning.distributed.sharding import shape
+from gear_lightning.environments.awaiting import awaited
 from gear_lightning.environments.base import Environment, Task
-from gear_lightning.environments.checks import refuse_async_methods
+from gear_lightning.environments.checks import refuse_generator_methods
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.environments.task_check import check_teacher_views
 from gear_lightning.errors import UserError
@@ -91,7 +92,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self._weights = SamplingWeights(weights)
         self.listeners: list[Callable[[str, int, int, int], None]] = []  # (stage, finished, rollouts, tokens)
         self.stop: Callable[[], bool] = lambda: False  # whether this process's rollouts must end now
-        self._checked = self._warned_stream = self._warned = self._warned_prompt = False
+        self._checked = self._warned_stream = self._warned = self._warned_tool = self._warned_prompt = False
         self._module: GearModule | None = None
         self._trainer: L.Trainer | None = None
 
@@ -145,7 +146,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         with self._computing(self._trainer), opened as (model, check):
             started = time.monotonic()
             rollouts, _ = loop.run(model, jobs, policy_version=version, check=check)
-        self._warn_of_side_errors(rollouts)
+        self._warn_of_errors(rollouts)
         if stage == "fit" and self.overlong is not None:
             for rollout in rollouts:
                 _penalise(rollout, self.overlong)
@@ -183,14 +184,24 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         size = 2 if self.weights_dtype == "bfloat16" or "bf16" in str(trainer.precision) else 4
         return rollouts * self.budgets.context * config.num_hidden_layers * 2 * width * size
 
-    def _warn_of_side_errors(self, rollouts: list[Rollout]) -> None:
-        """Warn once of an environment failure that changed no outcome; ``rollouts/side_errors`` counts them."""
+    def _warn_of_errors(self, rollouts: list[Rollout]) -> None:
+        """Warn once of an environment failure that changed no outcome, and once of an exception of a tool that the
+        policy has read. ``rollouts/side_errors`` and ``rollouts/tool_errors`` count both."""
         found = next((r for r in rollouts if r.side_error is not None), None)
         if found is not None and not self._warned:
             self._warned = True
             warnings.warn(
                 f"task {found.task.id}: the environment failed, which changed no outcome ({found.side_error}). The "
                 "rollout keeps its reward. rollouts/side_errors counts such rollouts; this warning appears once.",
+                stacklevel=2,
+            )
+        raised = next((r for r in rollouts if r.tool_errors), None)
+        if raised is not None and not self._warned_tool:
+            self._warned_tool = True
+            warnings.warn(
+                f"task {raised.task.id}: a tool raised an exception, which the policy reads as its answer "
+                f"({raised.tool_errors[0]}). If the tool is wrong and not the call, correct it, or set the "
+                "environment's on_error=end. rollouts/tool_errors counts such rollouts; this warning appears once.",
                 stacklevel=2,
             )
 
@@ -206,8 +217,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
 
     def _new_environment(self) -> Environment:
         try:
-            environment = self.environment()
-            refuse_async_methods(environment)
+            environment: Environment = awaited(self.environment())
+            refuse_generator_methods(environment)
             return environment
         except (UserError, KeyboardInterrupt):
             raise
@@ -328,8 +339,9 @@ class GenerationCallback(L.Callback, RolloutGenerator):
     def check_task(self, task: Task) -> None:
         assert self._module is not None
         chat = self._module.chat_format
+        task.check_format()
         environment = self._new_environment()
-        environment.check(task)
+        awaited(environment.check(task))
         if self._module.credit.needs_decisions and not environment.reports_decisions:
             raise UserError(
                 f"{type(self._module.credit).__name__} needs to know which decisions were right, and "
@@ -381,6 +393,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         total = sum(stats.statuses.values())
         log("rollouts/retried", stats.retried / max(total, 1), total)
         log("rollouts/side_errors", stats.side_errors / max(total, 1), total)
+        log("rollouts/tool_errors", stats.tool_errors / max(total, 1), total)
         if data.truncated == "mask":
             log("rollouts/masked", stats.masked / max(total, 1), total)
         for status in STATUSES[1:]:  # all except "done"

@@ -152,6 +152,7 @@ def rollout_json(
         "status": rollout.status,
         "error": rollout.error,
         "side_error": rollout.side_error,
+        "tool_errors": rollout.tool_errors,
         "retries": rollout.retries,
         "turns": rollout.turns,
         "turn_rewards": rollout.turn_rewards,

@@ -2,19 +2,20 @@
 
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from math import inf, isfinite
 from typing import Any
 
+from .environments.awaiting import awaited
 from .environments.base import Message, RewardError, Task
-from .environments.checks import as_text, refuse_async
+from .environments.checks import as_text, refuse_generator
 from .errors import UserError, require_extra
 
-Reward = Callable[[Task, list[Message]], "float | Mapping[str, float]"]
+Reward = Callable[[Task, list[Message]], "float | Mapping[str, float] | Awaitable[float | Mapping[str, float]]"]
 """``reward(task, transcript)``: the transcript has the messages after the prompt; the last one is the final answer.
-Returns a number, or a mapping of named parts, which are summed and also recorded separately."""
+Returns a number, or a mapping of named parts, which are summed and also recorded separately. May be ``async``."""
 
 # a minus followed by a space is also a sign, unless it subtracts (`12 - 5`) or starts a list item
 _NUMBER = re.compile(
@@ -45,52 +46,64 @@ def _value(number: str) -> Decimal:
     return Decimal(re.sub(r"[$,\s]", "", number).replace("−", "-"))
 
 
-def answer_of(task: Task) -> str:
-    """Return the task's ``answer`` as text.
+def answers_of(task: Task) -> list[str]:
+    """Return the answers that the task accepts, as text: those of a list, or the only one.
 
     Raises:
         RewardError: the task has no answer.
     """
-    if "answer" not in task.meta:
+    found = task.meta.get("answer", [])
+    found = found if isinstance(found, list | tuple) else [found]
+    if not found:
         raise RewardError(f"task {task.id} has no answer")
-    return str(task.meta["answer"])
+    return [str(one).lower() if isinstance(one, bool) else str(one) for one in found]
 
 
 def exact(task: Task, transcript: list[Message]) -> float:
-    """Return 1 if the final answer equals the task's ``answer``, ignoring case and surrounding white space, else 0."""
-    return float(final_answer(transcript).strip().casefold() == answer_of(task).strip().casefold())
+    """Return 1 if the final answer equals an ``answer`` of the task, ignoring case and surrounding white space, else
+    0."""
+    found = final_answer(transcript).strip().casefold()
+    return float(any(found == answer.strip().casefold() for answer in answers_of(task)))
 
 
 def contains(task: Task, transcript: list[Message]) -> float:
-    """Return 1 if the final answer contains the task's ``answer``, ignoring case, else 0."""
-    wanted = answer_of(task).strip().casefold()
-    if not wanted:
+    """Return 1 if the final answer contains an ``answer`` of the task, ignoring case, else 0."""
+    wanted = [answer.strip().casefold() for answer in answers_of(task)]
+    if not all(wanted):
         raise RewardError(f"task {task.id}: its answer is empty, which every text contains")
-    return float(wanted in final_answer(transcript).casefold())
+    found = final_answer(transcript).casefold()
+    return float(any(answer in found for answer in wanted))
 
 
 def number(task: Task, transcript: list[Message]) -> float:
-    """Return 1 if the last number in the final answer (or the one after ``####``) equals the task's ``answer``, else 0.
+    """Return 1 if the last number in the final answer (or the one after ``####``) equals an ``answer`` of the task,
+    else 0.
 
     The tolerance is 1e-6 (absolute) for integer answers of any size, and 5e-6 (relative, six digits) for all others.
     """
-    wanted, found = last_number(answer_of(task)), last_number(final_answer(transcript))
-    if wanted is None:
-        raise RewardError(f"task {task.id}: its answer {answer_of(task)!r} contains no number")
-    whole = wanted == wanted.to_integral_value()
-    allowed = Decimal("1e-6") if whole else Decimal("5e-6") * abs(wanted)
-    return float(found is not None and abs(found - wanted) <= allowed)
+    found, right = last_number(final_answer(transcript)), False
+    for answer in answers_of(task):
+        wanted = last_number(answer)
+        if wanted is None:
+            raise RewardError(f"task {task.id}: its answer {answer!r} contains no number")
+        whole = wanted == wanted.to_integral_value()
+        allowed = Decimal("1e-6") if whole else Decimal("5e-6") * abs(wanted)
+        right = right or (found is not None and abs(found - wanted) <= allowed)
+    return float(right)
 
 
 def math(task: Task, transcript: list[Message]) -> float:
-    """Return 1 if the final answer is mathematically equal to the ``answer``, else 0. Supports LaTeX (extra:
-    math-verify)."""
+    """Return 1 if the final answer is mathematically equal to an ``answer`` of the task, else 0. Supports LaTeX
+    (extra: math-verify)."""
     from .environments.math_judge import judge
 
-    verdict = judge(answer_of(task), final_answer(transcript))
-    if verdict == "bad gold":
-        raise RewardError(f"task {task.id}: math-verify cannot read its answer {answer_of(task)!r} as mathematics")
-    return float(verdict == "right")
+    for answer in answers_of(task):
+        verdict = judge(answer, final_answer(transcript))
+        if verdict == "bad gold":
+            raise RewardError(f"task {task.id}: math-verify cannot read its answer {answer!r} as mathematics")
+        if verdict == "right":
+            return 1.0
+    return 0.0
 
 
 BUILT_IN: dict[str, Reward] = {"exact": exact, "contains": contains, "number": number, "math": math}
@@ -121,13 +134,12 @@ def resolve_reward(reward: "str | Reward") -> Reward:
     """Return a reward by its name or import path.
 
     Raises:
-        UserError: it is not a built-in reward and cannot be imported, is not callable, is async, or an extra is
-            missing.
+        UserError: it is not a built-in reward and cannot be imported, is not callable, yields, or an extra is missing.
     """
     if not isinstance(reward, str):
         if not callable(reward):
             raise UserError(f"reward {reward!r} is not a name, an import path or a function")
-        refuse_async(reward, f"the reward {getattr(reward, '__name__', type(reward).__name__)}")
+        refuse_generator(reward, f"the reward {getattr(reward, '__name__', type(reward).__name__)}")
         return reward
     if reward == "math":
         require_extra("math_verify")
@@ -136,7 +148,7 @@ def resolve_reward(reward: "str | Reward") -> Reward:
     if "." not in reward:
         raise UserError(f"reward {reward!r} is neither built in ({', '.join(BUILT_IN)}) nor an import path")
     function = import_function(reward, "reward")
-    refuse_async(function, f"reward {reward!r}")
+    refuse_generator(function, f"reward {reward!r}")
     return function
 
 
@@ -169,7 +181,7 @@ def check_reward(task: Task, default: "str | Reward | None") -> None:
     reward = reward_of(task, default)
     try:
         if reward is math:  # math-verify itself only reads the answer when it scores
-            answer_of(task)
+            answers_of(task)
         elif reward in BUILT_IN.values():
             reward(task, [])
     except RewardError as error:
@@ -186,7 +198,7 @@ def evaluate(reward: Reward, task: Task, transcript: list[Message]) -> tuple[flo
         RewardError: the reward raised, or returned something else.
     """
     try:
-        found = reward(task, transcript)
+        found = awaited(reward(task, transcript))
     except RewardError:
         raise
     except (Exception, SystemExit, GeneratorExit) as error:  # a reward must not end the process

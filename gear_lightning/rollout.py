@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from .environments.awaiting import EpisodeTasks
 from .environments.base import Environment, FloodError, Message, RewardError, Step, Task, TransientError
 from .environments.checks import CheckedStep, checked_messages, checked_step, text_bytes
 from .environments.deadline import DeadlineRunner
@@ -48,7 +49,8 @@ class Rollout:
 
     ``decisions`` is 1 on tokens of decisions that the environment judged right, -1 on those judged wrong, 0 elsewhere.
     ``turn_rewards`` and ``states`` have one entry per turn: its reward, and the state in which it began. ``error`` is
-    the reason of the status; ``side_error`` is the first failure that changed neither status nor reward.
+    the reason of the status; ``side_error`` is the first failure that changed neither status nor reward;
+    ``tool_errors`` are exceptions of tools that the policy has read as answers.
     """
 
     task: Task
@@ -71,6 +73,7 @@ class Rollout:
     status: Status = "done"
     error: str | None = None
     side_error: str | None = None
+    tool_errors: list[str] = field(default_factory=list)
     retries: int = 0
     policy_version: int = 0
 
@@ -144,6 +147,7 @@ class _Episode:
     environment_bytes: int = 0  # bytes of text from the environment
     state: str = ""  # state in which the next turn begins
     transient: bool = False  # a retry may fix its failure
+    tasks: EpisodeTasks = field(default_factory=EpisodeTasks)  # what its async code starts
 
 
 class AgentLoop:
@@ -249,9 +253,10 @@ class AgentLoop:
         episode = _Episode(rollout, _NotCreated(), seed, time.monotonic())
 
         def make() -> list[Message]:
-            episode.environment = self.environment()
+            task.check_format()  # not every task was checked before training
+            episode.environment = episode.tasks.call(self.environment)
             mine = copy.deepcopy(task)  # the environment may modify its copy
-            opening = episode.environment.reset(mine, seed=hash(seed) & 0x7FFFFFFF)
+            opening = episode.tasks.call(episode.environment.reset, mine, seed=hash(seed) & 0x7FFFFFFF)
             return checked_messages(opening, "reset", self.budgets.output_bytes)
 
         opening = self._guard(episode, make)
@@ -348,7 +353,9 @@ class AgentLoop:
         """Call the environment with a message, and request the next turn. Return whether the rollout is over."""
         rollout, limit = episode.rollout, self.budgets.output_bytes - episode.environment_bytes
         mine = copy.deepcopy(message)  # the environment may modify its copy, now or later
-        step: CheckedStep = self._guard(episode, lambda: checked_step(episode.environment.step(mine), limit))
+        step: CheckedStep = self._guard(
+            episode, lambda: checked_step(episode.tasks.call(episode.environment.step, mine), limit)
+        )
         if rollout.error is not None:
             return True
         self._score(rollout, step)
@@ -383,6 +390,7 @@ class AgentLoop:
         for name, value in step.info["reward_parts"].items():
             rollout.reward_parts[name] = rollout.reward_parts.get(name, 0.0) + value
         rollout.success = step.info.get("success", rollout.reward >= self.success_threshold)
+        rollout.tool_errors += step.info.get("tool_errors", [])
 
     def _mark(self, rollout: Rollout, ids: list[int], decisions: list[dict[str, Any]]) -> None:
         """Mark the tokens of the last sampled turn with the environment's judgments of its decisions."""
@@ -396,12 +404,16 @@ class AgentLoop:
             rollout.decisions[len(rollout.decisions) - len(ids) :] = marks
 
     def _close(self, episode: _Episode) -> None:
-        """Close an episode's environment. A failure is recorded but does not change the outcome, which is already
-        known."""
-        if isinstance(episode.environment, _NotCreated):
-            return
+        """Close an episode's environment, and cancel what it leaves behind. A failure is recorded but does not change
+        the outcome, which is already known."""
+        if not isinstance(episode.environment, _NotCreated):
+            self._end(episode, lambda: episode.tasks.call(episode.environment.close))
+        if episode.tasks.left:
+            self._end(episode, episode.tasks.cancel)
+
+    def _end(self, episode: _Episode, function: Callable[[], None]) -> None:
         try:
-            self._timed(episode.environment.close)
+            self._timed(function)
         except Exception as error:
             episode.rollout.note(f"close: {error}")
 

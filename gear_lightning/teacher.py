@@ -106,6 +106,7 @@ def privileged_text(
     shows, shown = options.shows, None
     if shows == "answer":
         answer = task.meta.get("answer")
+        answer = answer[0] if isinstance(answer, list) and answer else answer  # the first of those it accepts
         shown = None if answer is None else str(answer)
     elif shows in ("peer", "peer_or_feedback"):
         shown = peer

@@ -160,6 +160,39 @@ def test_invalid_reward_names_give_a_one_line_error_with_the_task(reward, messag
     assert str(caught.value).startswith("task t1: reward ")
 
 
+@pytest.mark.parametrize(
+    ("reward", "answer", "text", "value"),
+    [
+        ("exact", ["Paris", "paris, France"], "Paris, France", 1),
+        ("exact", ["Paris", "paris, France"], "France", 0),
+        ("exact", True, "true", 1),
+        ("exact", False, "true", 0),
+        ("contains", ["five", 5], "It is 5.", 1),
+        ("contains", ["five", "6"], "It is 5.", 0),
+        ("number", [5, "7"], "It is 7.", 1),
+        ("number", [5, "7"], "It is 6.", 0),
+        ("number", [5], "none", 0),
+    ],
+)
+def test_an_answer_may_be_a_list_of_accepted_ones_or_a_truth_value(reward, answer, text, value):
+    SingleTurn().check(task(reward=reward, answer=answer))
+    assert score(reward, answer, text) == value
+
+
+@pytest.mark.parametrize(
+    ("reward", "answer", "reason"),
+    [
+        ("number", [5, "five"], "its answer 'five' contains no number"),
+        ("number", True, "its answer 'true' contains no number"),
+        ("contains", ["a", " "], "its answer is empty"),
+        ("exact", [], "has no answer"),
+    ],
+)
+def test_each_of_several_answers_is_checked_before_training(reward, answer, reason):
+    with pytest.raises(UserError, match=f"task t1: {reason}|task t1 {reason}"):
+        SingleTurn().check(task(reward=reward, answer=answer))
+
+
 class Unprintable:
     def __str__(self):
         raise ValueError("no")

@@ -1,9 +1,13 @@
 """Base classes of tasks and environments, as the agent loop uses them. They handle messages, never token ids."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+from ..errors import UserError
+from .openai_format import TOOL_FORM, FormatError, is_tool, plain_messages, plain_tools
 
 Message = dict[str, Any]
 
@@ -28,6 +32,9 @@ class FloodError(EnvironmentFailure):
 class Task:
     """One problem for the policy.
 
+    Messages and tools may have the forms of the OpenAI API; they are converted into those of chat templates, see
+    `gear_lightning.environments.openai_format`. `check_format` reports what cannot be converted.
+
     Attributes:
         id: unique within its source; appears in records, metrics and error messages.
         messages: what the policy sees, as chat messages (``role``, ``content``).
@@ -42,6 +49,34 @@ class Task:
     tools: Sequence[dict[str, Any]] = ()
     reference: str | list[Message] | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name, value in self._converted():
+            with suppress(FormatError):  # a source may make a task that never runs; `check_format` raises
+                object.__setattr__(self, name, value())
+
+    def _converted(self) -> list[tuple[str, Callable[[], Any]]]:
+        return [
+            ("messages", lambda: plain_messages(self.messages, "messages")),
+            ("reference", lambda: plain_messages(self.reference, "reference")),
+            ("tools", lambda: plain_tools(self.tools)),
+        ]
+
+    def check_format(self) -> None:
+        """Check that the messages and tools could be converted into those of chat templates.
+
+        Raises:
+            UserError: a message has an image or other content that is not text, or a tool is not a function with a name
+                and parameters; names the task and the key.
+        """
+        try:
+            for _, value in self._converted():
+                value()
+        except FormatError as error:
+            raise UserError(f"task {self.id}: {error}") from None
+        for place, tool in enumerate(self.tools):
+            if not is_tool(tool):
+                raise UserError(f"task {self.id}: tools[{place}] is not of the form {TOOL_FORM}")
 
 
 class TaskSource(ABC):
@@ -83,7 +118,8 @@ class Step:
             (for example an error message) and may be shown to a teacher; the last one counts. ``decisions`` is a list
             of ``{"text": str, "right": bool, "occurrence": int}``: the decisions in the assistant message, for credit
             rules that use the ground truth. ``text`` is the text of the decision, and ``occurrence`` is the index of
-            the occurrence that is meant (0 is the first, -1 the last and the default). Other keys are ignored.
+            the occurrence that is meant (0 is the first, -1 the last and the default). ``tool_errors`` is a list of
+            texts: exceptions of tools that the policy reads as answers; they are counted. Other keys are ignored.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -97,10 +133,14 @@ class Environment(ABC):
     """One episode of one task. Single use: the agent loop creates one instance per rollout.
 
     ``step`` receives the parsed assistant message: ``content`` (str) and, if the policy called tools, ``tool_calls`` as
-    a list of ``{"type": "function", "function": {"name": str, "arguments": dict}}``. ``content`` is empty if the policy
-    wrote nothing; score that like any other answer. An exception in ``reset`` or ``step`` ends only that rollout; it is
-    counted, recorded and excluded from the group's advantages. An exception in ``close`` is counted and recorded.
-    Methods must be plain functions: ``async`` ones are rejected before training.
+    a list of ``{"type": "function", "id": str, "function": {"name": str, "arguments": dict}}``; ``id`` may be missing.
+    ``content`` is empty if the policy wrote nothing; score that like any other answer. An exception in ``reset`` or
+    ``step`` ends only that rollout; it is counted, recorded and excluded from the group's advantages. An exception in
+    ``close`` is counted and recorded.
+
+    Methods may be ``async``: they are awaited, under the same time limits. All of them run on one event loop of the
+    process, so a client that is bound to its loop can serve all rollouts. Tasks that an episode starts may run until
+    its ``close`` returns; those that are left are then canceled.
 
     Attributes:
         reports_decisions: whether its steps report which decisions were right (``Step.info``).
@@ -154,6 +194,9 @@ class Demonstration:
     privileged: bool = False
     unlearned: frozenset[int] = frozenset()
 
+    def __post_init__(self):
+        object.__setattr__(self, "messages", plain_messages(self.messages, "messages"))
+
 
 class Demonstrations(ABC):
     """An endless, seeded stream of demonstrations by index."""
@@ -169,11 +212,32 @@ def tool_call(name: str, arguments: dict[str, Any], content: str = "") -> Messag
     return {"role": "assistant", "content": content, "tool_calls": [call]}
 
 
+class ToolCall(NamedTuple):
+    """A call of a tool. ``id`` is None if the syntax of the model's tool calls has no ids."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str | None = None
+
+
+def tool_calls(message: Message) -> list[ToolCall]:
+    """Return the tool calls of an assistant message; empty if there are none."""
+    made = message.get("tool_calls") or []
+    return [ToolCall(c["function"]["name"], c["function"]["arguments"], c.get("id")) for c in made]
+
+
 def calls(message: Message) -> list[tuple[str, dict[str, Any]]]:
     """Return the tool calls of an assistant message as (name, arguments) pairs; empty if there are none."""
-    return [(c["function"]["name"], c["function"]["arguments"]) for c in message.get("tool_calls") or []]
+    return [(call.name, call.arguments) for call in tool_calls(message)]
 
 
-def tool_result(name: str, content: str) -> Message:
-    """Return the message that answers a call of the tool ``name``."""
-    return {"role": "tool", "name": name, "content": content}
+def tool_result(name: str, content: str, call_id: str | None = None) -> Message:
+    """Return the message that answers a call of the tool ``name``.
+
+    Args:
+        name: name of the tool.
+        content: its result.
+        call_id: id of the call, which the message repeats as ``tool_call_id``. None: the call has no id.
+    """
+    message = {"role": "tool", "name": name, "content": content}
+    return message if call_id is None else {**message, "tool_call_id": call_id}

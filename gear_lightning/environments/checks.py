@@ -10,52 +10,44 @@ import numpy as np
 
 from ..errors import UserError
 from .base import EnvironmentFailure, FloodError, Message, RewardError, Step
+from .openai_format import plain_messages
 
 MAX_REWARD = 1e15  # its square, in a variance, must fit into float32
 MAX_PARTS = 10_000  # bytes of the names of all parts of a reward
 MAX_ERROR = 2000  # characters of an error message that are kept
 
 
-def refuse_async(function: Any, what: str) -> None:
-    """Reject an ``async`` function or a generator function: the caller neither awaits nor iterates over the result.
+def refuse_generator(function: Any, what: str) -> None:
+    """Reject a generator function: the caller does not iterate over what it yields. ``async`` functions are accepted.
 
     Args:
         function: a function, a method, a partial of one, or an object with ``__call__``.
         what: a description of the function, for the error message.
 
     Raises:
-        UserError: the function is ``async``, or yields.
+        UserError: the function yields.
     """
     while isinstance(function, functools.partial):
         function = function.func
     call = function if inspect.isroutine(function) else type(function).__call__
-    if inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call):
-        raise UserError(
-            f"{what} is async, which is not supported; make it a plain function, which can run async code with "
-            "asyncio.run"
-        )
-    if inspect.isgeneratorfunction(call):
+    if inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call):
         raise UserError(f"{what} is a generator function, which is not supported; make it return its result")
 
 
-def refuse_async_methods(environment: Any) -> None:
-    """Reject an environment with a method that is ``async`` or yields.
+def refuse_generator_methods(environment: Any) -> None:
+    """Reject an environment with a method that yields.
 
     Raises:
         UserError: names the method.
     """
-    if inspect.iscoroutine(environment):
-        environment.close()
-        raise UserError(
-            "generation.environment is an async function; use a class, or a plain function that returns an environment"
-        )
     for name in ("check", "reset", "step", "close", "call"):
         if (method := getattr(environment, name, None)) is not None:
-            refuse_async(method, f"{type(environment).__name__}.{name}")
+            refuse_generator(method, f"{type(environment).__name__}.{name}")
 
 
 def checked_messages(messages: Any, what: str, limit: int) -> list[Message]:
-    """Return an environment's messages as plain JSON data, which can be shown, recorded and checkpointed.
+    """Return an environment's messages as plain JSON data, which can be shown, recorded and checkpointed, in the form
+    of chat templates (see `openai_format`).
 
     Args:
         messages: what the environment returned.
@@ -64,13 +56,14 @@ def checked_messages(messages: Any, what: str, limit: int) -> list[Message]:
 
     Raises:
         TypeError: not a list of messages with a role and text.
-        ValueError: a value that JSON cannot represent.
+        ValueError: a value that JSON cannot represent, or content that is not text (`FormatError`).
         FloodError: larger than ``limit``.
     """
     if not isinstance(messages, list):
         raise TypeError(f"{what} returned {type(messages).__name__}, expected a list of messages")
     if text_bytes(messages, limit) > limit:  # before anything is copied
         raise FloodError(f"{what} returned more than {limit:,} bytes of text, the remaining limit")
+    messages = plain_messages(messages, f"{what} returned messages")
     for message in messages:
         plain = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not plain or not isinstance(message.get("content") or "", str):
@@ -131,8 +124,6 @@ def checked_step(step: Any, limit: int) -> CheckedStep:
         TypeError: ``success`` is not a bool.
         ValueError: ``done`` or ``truncated`` is an array.
     """
-    if inspect.isawaitable(step):
-        raise RewardError(f"step returned a {type(step).__name__}: it is async, which is not supported")
     if not isinstance(step, Step):
         raise RewardError(f"step returned {type(step).__name__}, expected a Step")
     info = step.info if isinstance(step.info, dict) else {}
@@ -157,7 +148,7 @@ def checked_step(step: Any, limit: int) -> CheckedStep:
     except Exception as error:
         out.problem = as_failure(error)
         out.broken = "environment_flood" if isinstance(error, FloodError) else "environment_error"
-    for name, check in (("state", _text), ("feedback", _text), ("decisions", _decisions)):
+    for name, check in (("state", _text), ("feedback", _text), ("decisions", _decisions), ("tool_errors", _texts)):
         try:
             if info.get(name) is not None:
                 kept[name] = check(info[name], name, limit)
@@ -172,6 +163,12 @@ def _text(value: Any, name: str, limit: int) -> str:
     if text_bytes([value], limit) > limit:
         raise FloodError(f"step returned a {name} of more than {limit:,} bytes, the remaining limit")
     return value
+
+
+def _texts(value: Any, name: str, limit: int) -> list[str]:
+    if not isinstance(value, list):
+        raise TypeError(f"step returned {name} {as_text(value)}, expected a list of texts")
+    return [_text(one, name, limit)[:MAX_ERROR] for one in value]
 
 
 def _decisions(value: Any, name: str, limit: int) -> list[dict[str, Any]]:

@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from .awaiting import FORKED, give_up
 from .base import EnvironmentFailure, FloodError, RewardError, TransientError
 from .checks import as_text
 
-FORKED = 70  # exit status of a fork of this process that returned from a call
 MANY = 64  # abandoned calls from which on the user is warned
 
 _abandoned: list[threading.Thread] = []  # threads whose call had not returned at the last check
@@ -67,7 +67,8 @@ class DeadlineRunner:
         """Call the function and return its result.
 
         Raises:
-            TimeoutError: no result in time. The call stays on a daemon thread, which ends when the call returns.
+            TimeoutError: no result in time. An async call is canceled; any other stays on a daemon thread, which ends
+                when the call returns.
             RewardError: the function raised one.
             EnvironmentFailure: the function raised another exception, which the text names. A `FloodError` or
                 `TransientError` keeps its type, and an `OSError` becomes a `TransientError`.
@@ -111,9 +112,10 @@ def _return_to(folder: str | None) -> None:
 
 
 def _abandon(worker: _Worker) -> None:
-    """Abandon a worker. Warn once when there are many abandoned workers."""
+    """Abandon a worker, and cancel what it awaits. Warn once when there are many abandoned workers."""
     global _warned
     worker.stop()
+    give_up(worker.thread)
     _abandoned[:] = [thread for thread in _abandoned if thread.is_alive()]
     _abandoned.append(worker.thread)
     if len(_abandoned) >= MANY and not _warned:

@@ -1,62 +1,77 @@
 """Python functions as tools."""
 
-import inspect
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Sequence
-from typing import Any
+import copy
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..rewards import Reward, import_function
 from .base import Task
-from .checks import refuse_async
-from .tools import ToolEnvironment, ToolError, unknown_tool
+from .checks import refuse_generator
+from .tool_function import ToolFunction
+from .tools import OnError, ToolEnvironment, unknown_tool, wrong_arguments
 
-MAX_RESULT = 10_000  # characters of a tool's result that the policy sees
+
+def tool_function(function: Callable[..., Any], path: str) -> ToolFunction:
+    """Return a function as a tool.
+
+    Raises:
+        UserError: it yields, or its type hints cannot be used.
+    """
+    return _prepared(function, path) if isinstance(function, Hashable) else _prepared.__wrapped__(function, path)
+
+
+@functools.lru_cache(maxsize=256)  # every rollout has an environment of its own
+def _prepared(function: Callable[..., Any], path: str) -> ToolFunction:
+    refuse_generator(function, f"tool {path!r}")
+    tool = ToolFunction(function, path)
+    tool.check()
+    return tool
 
 
 def tool_schemas(tools: Sequence[str]) -> list[dict[str, Any]]:
-    """Return JSON schemas of functions given by import path, from their signatures and Google-style docstrings.
+    """Return JSON schemas of functions given by import path, from their signatures and docstrings.
 
     Raises:
         UserError: a function cannot be imported, or its docstring or type hints do not describe its arguments.
     """
-    from transformers.utils.chat_template_utils import get_json_schema
-
-    schemas = []
-    for path in tools:
-        function = import_function(path, "tool")
-        refuse_async(function, f"tool {path!r}")
-        try:
-            schemas.append(get_json_schema(function))
-        except Exception as error:
-            raise UserError(
-                f"tool {path!r} needs type hints and a docstring that describes each argument under Args: ({error})"
-            ) from None
-    return schemas
+    return [copy.deepcopy(tool_function(import_function(path, "tool"), path).schema) for path in tools]
 
 
 class FunctionTools(ToolEnvironment):
     """Answers calls with user-defined Python functions. The first message without a call is the final answer.
 
-    A function receives the call's arguments by name and returns text, or a value that ``str`` converts to text. It
-    raises `gear_lightning.environments.tools.ToolError` for a mistake that the agent can correct; any other exception
-    ends the rollout. List the functions also in the tasks' ``tools`` (`JsonlTasks`), so that the prompt describes them.
+    A function, ``async`` or not, receives the call's arguments by name, converted into the types of its hints: enums,
+    dataclasses and pydantic models become objects. It returns text, or a value that becomes JSON. It raises
+    `gear_lightning.environments.tools.ToolError` for a mistake that the agent can correct; for other exceptions see
+    ``on_error``. List the functions also in the tasks' ``tools`` (`JsonlTasks`), so that the prompt describes them.
 
     Args:
         tools: import paths of the functions.
         reward: scores the transcript; the name of a built-in reward, an import path, or a function.
         max_calls: tool calls in an episode.
+        on_error: what an exception of a function does, see `gear_lightning.environments.tools.ToolEnvironment`.
     """
 
-    def __init__(self, tools: list[str], reward: str | Reward | None = None, max_calls: int = 16):
-        super().__init__(reward, max_calls)
+    max_result: ClassVar[int | None] = 10_000
+
+    def __init__(
+        self,
+        tools: list[str],
+        reward: str | Reward | None = None,
+        max_calls: int = 16,
+        on_error: OnError = "answer",
+    ):
+        super().__init__(reward, max_calls, on_error)
         self.functions: dict[str, Callable[..., Any]] = {}
+        self.paths: dict[str, str] = {}
         for path in tools:
             function = import_function(path, "tool")
-            refuse_async(function, f"tool {path!r}")
-            name = getattr(function, "__name__", path.rpartition(".")[2])
+            name = tool_function(function, path).name
             if name in self.functions:
                 raise UserError(f"tool {path!r}: another tool is called {name!r} already; rename one")
-            self.functions[name] = function
+            self.functions[name], self.paths[name] = function, path
 
     def check(self, task: Task) -> None:
         super().check(task)
@@ -65,15 +80,18 @@ class FunctionTools(ToolEnvironment):
                 known = ", ".join(self.functions) or "none"
                 raise UserError(f"task {task.id} lists the tool {name!r}, but FunctionTools provides only: {known}")
 
-    def call(self, name: str, arguments: dict[str, Any]) -> str:
-        function = self.functions.get(name)
-        if function is None:
+    def parameters(self, name: str) -> dict[str, Any] | None:
+        if (shown := super().parameters(name)) is not None or name not in self.functions:
+            return shown
+        return self._tool(name).parameters
+
+    def _tool(self, name: str) -> ToolFunction:
+        return tool_function(self.functions[name], self.paths[name])
+
+    def call(self, name: str, arguments: dict[str, Any]) -> Any:
+        if name not in self.functions:
             raise unknown_tool(name, list(self.functions))
-        try:
-            inspect.signature(function).bind(**arguments)
-        except TypeError as error:
-            raise ToolError(f"{name}: {error}") from None
-        result = function(**arguments)
-        if isinstance(result, Awaitable | AsyncIterable | Iterator):
-            raise TypeError(f"the tool {name!r} returned a {type(result).__name__}, which is not supported")
-        return str(result)[:MAX_RESULT]
+        call, problems = self._tool(name).bind(arguments)
+        if call is None:
+            raise wrong_arguments(name, problems)
+        return call()

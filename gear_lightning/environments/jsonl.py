@@ -1,6 +1,6 @@
 """Tasks from a JSON Lines file."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -9,11 +9,12 @@ from typing import Any
 from ..errors import UserError
 from ..rewards import BUILT_IN, resolve_reward
 from ..runs.identity import UnknownIdentityError, file_digest, identity_of
-from . import lines
+from . import lines, openai_format
 from .base import Message, Task, TaskSource
 from .lines import IndexedLines, index_lines, kind_of
+from .openai_format import TOOL_FORM, FormatError, is_tool, plain_messages, plain_tools
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "user", "assistant", "tool")  # of OpenAI's, developer and function become system and tool
 _OWN = {"prompt", "messages", "id", "tools", "reference"}  # keys that become fields of the task; others go to its meta
 
 
@@ -24,8 +25,16 @@ def _expect(right: Any, where: str, found: str | tuple[str, Any], expected: str)
         raise UserError(f"{where}: found {text}, expected {expected}")
 
 
+def _plain(convert: Callable[[], Any], where: str) -> Any:
+    try:
+        return convert()
+    except FormatError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
 def _check_messages(messages: Any, where: str, name: str) -> list[Message]:
     _expect(isinstance(messages, list) and messages, where, (name, messages), "a list of messages")
+    messages = _plain(lambda: plain_messages(messages, name), where)
     for place, message in enumerate(messages):
         at = f"{name}[{place}]"
         _expect(isinstance(message, dict), where, (at, message), "an object with role and content")
@@ -49,14 +58,10 @@ def _check_calls(calls: Any, where: str, name: str) -> None:
 
 
 def _check_tools(tools: Any, where: str) -> list[dict[str, Any]]:
+    tools = _plain(lambda: plain_tools(tools), where)
     _expect(isinstance(tools, list), where, ("tools", tools), "a list of JSON schemas")
     for tool in tools:
-        function = tool.get("function") if isinstance(tool, dict) else None
-        parameters = function.get("parameters") if isinstance(function, dict) else None
-        right = isinstance(function, dict) and isinstance(function.get("name"), str)
-        right = right and isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict)
-        shape = '{"type": "function", "function": {"name": text, "parameters": {"properties": object}}}'
-        _expect(right, where, f"{kind_of(tool)} as a tool", shape)
+        _expect(is_tool(tool), where, f"{kind_of(tool)} as a tool", TOOL_FORM)
     return tools
 
 
@@ -96,8 +101,9 @@ def parse_task(line: dict[str, Any], where: str, default_id: str, rewards: Seque
         right = isinstance(reference, str) and reference.strip()
         _expect(right, where, ("reference", reference), "text or a list of messages")
     answer = line.get("answer", "")
-    right = isinstance(answer, str | int | float) and not isinstance(answer, bool)
-    _expect(right, where, ("answer", answer), "text or a number")
+    found = answer if isinstance(answer, list) else [answer]
+    right = found and all(isinstance(one, str | int | float) for one in found)
+    _expect(right, where, ("answer", answer), "text or a number, true or false, or a list of accepted answers")
     if "reward" in line:
         reward = line["reward"]
         _expect(isinstance(reward, str) and reward, where, ("reward", reward), "a name or an import path")
@@ -118,7 +124,9 @@ class JsonlTasks(TaskSource):
 
     A line has ``prompt`` (text) or ``messages`` (chat messages), and may have ``id`` (default: file name and line
     number), ``tools`` (JSON schemas), ``reference`` (text or messages; only the teacher sees it), ``answer`` (for the
-    built-in rewards) and ``reward`` (a built-in one, or one of ``rewards``). All other keys go to the task's ``meta``.
+    built-in rewards: text, a number, true or false, or a list of accepted answers) and ``reward`` (a built-in one, or
+    one of ``rewards``). All other keys go to the task's ``meta``. Messages and tools may have the forms of the OpenAI
+    API, see `gear_lightning.environments.openai_format`.
     The whole file is checked before training. The index of a large file is cached, so it is checked only once. Lines
     are read when they are used. A line cannot import code: it can only name the rewards in ``rewards``.
 
@@ -160,7 +168,8 @@ class JsonlTasks(TaskSource):
                 notes.setdefault(task.meta["reward"], number)
             return task.id
 
-        rules = [stem, sorted(self.rewards), file_digest(__file__), file_digest(lines.__file__)]
+        code = [file_digest(file) for file in (__file__, lines.__file__, openai_format.__file__)]
+        rules = [stem, sorted(self.rewards), *code]
         found = index_lines(self.path, repr(rules), look, notes)
         if not len(found):
             raise UserError(f"{self.path}: found no lines, expected one JSON object per line")

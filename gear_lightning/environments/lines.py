@@ -242,13 +242,19 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"{where}: found JSON that is nested too deeply") from None
     except ValueError as error:
-        raise UserError(f"{where}: found invalid JSON ({error}), expected one JSON object") from None
+        raise UserError(f"{where}: found invalid JSON ({error}), expected one JSON object{_hint(line)}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{where}: found {kind_of(found)}, expected one JSON object")
+        raise UserError(f"{where}: found {kind_of(found)}, expected one JSON object{_hint(line)}")
     # code that copies or renders the object later recurses into it and must not exceed the stack
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH and deeper_than(MAX_DEPTH, found):
         raise UserError(f"{where}: found JSON that is nested too deeply")
     return found
+
+
+def _hint(line: bytes) -> str:
+    """Return what to do about a file that is one JSON array; empty if the line starts none."""
+    array = line.removeprefix(_MARK).lstrip().startswith(b"[")
+    return " in each line; if the file is one JSON array: jq -c '.[]' FILE.json > FILE.jsonl" if array else ""
 
 
 def _no_constant(name: str) -> None:

@@ -22,8 +22,8 @@ from .base import (
     Step,
     Task,
     TaskSource,
-    calls,
     tool_call,
+    tool_calls,
     tool_result,
 )
 
@@ -139,10 +139,10 @@ class LookupChain(Environment):
         return []
 
     def step(self, message: Message) -> Step:
-        made = calls(message)
+        made = tool_calls(message)
         if len(made) != 1:
             return Step(done=True, info={"success": False})
-        name, arguments = made[0]
+        name, arguments, call_id = made[0]
         decisions = self._decisions(message.get("content") or "", name, arguments)
         self.calls_left -= 1
         if name == "submit":
@@ -154,7 +154,7 @@ class LookupChain(Environment):
         if known and self.walked < len(self.steps) and (relation, entity) == self.steps[self.walked][:2]:
             self.walked += 1
         over = self.calls_left <= 0
-        return Step([tool_result(name, answer)], done=over, truncated=over, info={"decisions": decisions})
+        return Step([tool_result(name, answer, call_id)], done=over, truncated=over, info={"decisions": decisions})
 
     def _decisions(self, thought: str, name: str, arguments: dict[str, str]) -> list[dict]:
         """Return the decisions of a turn: the first relation in the thought, the tool, and its arguments.

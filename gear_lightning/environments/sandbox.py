@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from . import confine
+from .awaiting import awaited
 from .base import Environment, EnvironmentFailure, FloodError, Message, RewardError, Task, TransientError
-from .checks import CheckedStep, refuse_async_methods
+from .checks import CheckedStep, refuse_generator_methods
 from .served import LARGEST, receive, send, serve
 
 Network = Literal["none", "allow"]
@@ -99,13 +100,13 @@ class Isolated(Environment):
     def check(self, task: Task) -> None:
         require_confinement(self.network)
         try:
-            inner = self.environment()
+            inner: Environment = awaited(self.environment())
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"Isolated: the environment cannot be created: {type(error).__name__}: {error}") from error
-        refuse_async_methods(inner)
-        inner.check(task)
+        refuse_generator_methods(inner)
+        awaited(inner.check(task))
         self.reports_decisions = inner.reports_decisions
         try:
             pickle.dumps(task)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from .awaiting import awaited
 from .base import Environment, EnvironmentFailure, FloodError, RewardError, TransientError
 from .checks import as_text, checked_messages, checked_step
 from .confine import Namespaces, end
@@ -200,14 +201,14 @@ class _Rollout:
             return {"error": _kind(error), "text": _text(error)}
 
     def reset(self, task: Any, seed: int) -> dict[str, Any]:
-        self.environment = self.factory()
-        return {"messages": checked_messages(self.environment.reset(task, seed=seed), "reset", LARGEST)}
+        self.environment = awaited(self.factory())
+        return {"messages": checked_messages(awaited(self.environment.reset(task, seed=seed)), "reset", LARGEST)}
 
     def step(self, message: Any) -> dict[str, Any]:
-        return vars(checked_step(self.environment.step(message), LARGEST))
+        return vars(checked_step(awaited(self.environment.step(message)), LARGEST))
 
     def close(self) -> dict[str, Any]:
-        self.environment.close()
+        awaited(self.environment.close())
         return {}
 
 

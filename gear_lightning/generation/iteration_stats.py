@@ -17,6 +17,7 @@ class IterationStats:
         retried: rollouts whose environment was opened more than once.
         masked: rollouts that count in their group's baseline but not in the loss.
         side_errors: rollouts with a `Rollout.side_error`.
+        tool_errors: rollouts in which a tool raised an exception that the policy has read.
         statuses: statuses of all rollouts.
         left_out: statuses of the rollouts that are not in the loss.
     """
@@ -29,6 +30,7 @@ class IterationStats:
     retried: int = 0
     masked: int = 0
     side_errors: int = 0
+    tool_errors: int = 0
     statuses: Counter = field(default_factory=Counter)
     left_out: Counter = field(default_factory=Counter)
     rewards: list[float] = field(default_factory=list)
@@ -46,6 +48,7 @@ class IterationStats:
             self.tokens += sum(rollout.action_mask)
             self.masked += masked(rollout)
             self.side_errors += rollout.side_error is not None
+            self.tool_errors += bool(rollout.tool_errors)
             if masked(rollout) or not rollout.learnable:
                 self.left_out[rollout.status] += 1
             if rollout.learnable:

@@ -23,7 +23,8 @@ KNOWN = {  # metrics that a fit logs; some only with some recipes
         "noise_p99", "anchors_in_noise", "weights_in_noise",
     ),
     "rollouts": (
-        "retried", "masked", "side_errors", "truncated", "invalid_tool_call", "empty_response", "prompt_too_long",
+        "retried", "masked", "side_errors", "tool_errors", "truncated", "invalid_tool_call", "empty_response",
+        "prompt_too_long",
         "environment_error", "environment_timeout", "environment_flood", "invalid_reward",
     ),
     "time": ("rollout_s", "update_s"),

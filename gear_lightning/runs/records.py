@@ -59,6 +59,7 @@ ROLLOUT_KEYS = {
     "status": "see gear_lightning.rollout.Status",
     "error": "reason for its status, or null",
     "side_error": "the first failure that changed neither status nor reward (close(), an unusable decision), or null",
+    "tool_errors": "exceptions of tools that the policy has read as answers; absent in records of earlier versions",
     "retries": "earlier attempts whose reset failed",
     "turns": "number of assistant turns",
     "turn_rewards": "the environment's reward for each turn; the length penalty is subtracted from the last one",

@@ -15,6 +15,7 @@ from gear_lightning.rewards import number
 
 SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+PART, IMAGE = {"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:"}}
 TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
 
 
@@ -148,11 +149,32 @@ def assistant(**keys):
         (chat({"role": "human", "content": "a"}), 'messages[0].role = "human"', "one of system, user, assistant, tool"),
         (chat({"role": ["user"], "content": "a"}), "messages[0].role = a list", "one of system, user, assistant, tool"),
         (chat(USER, {"role": "user"}), "messages[1].content = null", "text"),
-        (chat({"role": "user", "content": [{"type": "text"}]}), "messages[0].content = a list", "text"),
+        (chat({"role": "user", "content": [{"type": "text"}]}), "messages[0].content[0]: found a part of type", "text"),
+        (chat({"role": "user", "content": []}), "messages[0].content: found an empty list", "text"),
+        (
+            chat(USER, {"role": "user", "content": [PART, IMAGE]}),
+            "messages[1].content[1]: found a part of type image_url",
+            "text",
+        ),
+        (
+            {"prompt": "a", "reference": [{"role": "assistant", "content": [IMAGE]}]},
+            "reference[0].content[0]: found a",
+            "text",
+        ),
         (chat({**USER, "tool_calls": [CALL]}), "messages[0].tool_calls in a user message", "an assistant message"),
         (assistant(tool_calls=[]), "messages[0].tool_calls = an empty list", "a list of tool calls"),
         (assistant(tool_calls=["add"]), 'messages[0].tool_calls with "add"', '{"function": {"name": text'),
-        (assistant(tool_calls=[{"function": {"name": "add", "arguments": "{}"}}]), "with an object", "arguments"),
+        (assistant(tool_calls=[{"function": {"name": "add", "arguments": [1]}}]), "with an object", "arguments"),
+        (
+            assistant(tool_calls=[{"function": {"name": "add", "arguments": "{a"}}]),
+            "arguments: found text that is not JSON",
+            "JSON",
+        ),
+        (
+            assistant(tool_calls=[CALL, {"function": {"name": "f", "arguments": "[1]"}}]),
+            "messages[0].tool_calls[1].function.arguments: found JSON text of another type",
+            "an object",
+        ),
         (chat(USER, {"role": "assistant", "content": "a"}), "an assistant message at the end", "a user or tool"),
         ({"prompt": "a", "id": ""}, "id = empty text", "text or an integer"),
         ({"prompt": "a", "id": True}, "id = true", "text or an integer"),
@@ -162,7 +184,8 @@ def assistant(**keys):
         ({"prompt": "a", "reference": []}, "reference = an empty list", "a list of messages"),
         ({"prompt": "a", "reference": [{"role": "x"}]}, 'reference[0].role = "x"', "one of system"),
         ({"prompt": "a", "answer": None}, "answer = null", "text or a number"),
-        ({"prompt": "a", "answer": True}, "answer = true", "text or a number"),
+        ({"prompt": "a", "answer": []}, "answer = an empty list", "text or a number"),
+        ({"prompt": "a", "answer": ["b", None]}, "answer = a list", "a list of accepted answers"),
         ({"prompt": "a", "answer": {"x": 1}}, "answer = an object", "text or a number"),
         ({"prompt": "a", "reward": 1}, "reward = 1", "a name or an import path"),
         ({"prompt": "a", "reward": "numbr"}, "", "reward 'numbr' is neither built in"),
@@ -170,8 +193,11 @@ def assistant(**keys):
         ({"prompt": "a", "tools": 0}, "tools = 0", "a list of JSON schemas"),
         ({"prompt": "a", "tools": {}}, "tools = an empty object", "a list of JSON schemas"),
         ({"prompt": "a", "tools": ["add"]}, '"add" as a tool', '{"type": "function", "function"'),
-        ({"prompt": "a", "tools": [{"function": {"name": "add"}}]}, "an object as a tool", '"properties": object'),
-        ({"prompt": "a", "tools": [{"function": {"name": "f", "parameters": {}}}]}, "an object as a tool", "prop"),
+        ({"prompt": "a", "tools": [{"function": {"parameters": {}}}]}, "an object as a tool", '"properties": object'),
+        ({"prompt": "a", "tools": [{"function": {"name": "f", "parameters": [1]}}]}, "an object as a tool", "prop"),
+        ({"prompt": "a", "tools": [{"type": "web_search"}]}, "tools[0]: found a tool of type web_search", "function"),
+        ({"prompt": "a", "tools": "{"}, "tools: found text that is not JSON", "expected JSON"),
+        ("[", "invalid JSON", "one JSON object in each line; if the file is one JSON array: jq -c '.[]' FILE.json"),
         ({"prompt": "x" * 50, "id": {"x" * 50: 1}}, "id = an object", "text or an integer"),
         ({"prompt": "a", "id": "first"}, "id 'first' again (first in line 1)", "a unique id"),
     ],

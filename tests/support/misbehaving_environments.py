@@ -1,5 +1,6 @@
 """Environments that misbehave in the way that the task names. Fast to import for separate processes."""
 
+import asyncio
 import ctypes
 import os
 import random
@@ -110,3 +111,17 @@ class Unruly(Environment):
     def close(self):
         if self.task.meta.get("deed") == "hang at close":
             time.sleep(1000)
+
+
+class Awaits(Environment):
+    """Every method is async. Returns the reward in its step if the reset's task has run."""
+
+    async def reset(self, task, *, seed):  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.task, self.told = task, asyncio.create_task(asyncio.sleep(0, 1.0))
+        return []
+
+    async def step(self, message):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Step(done=True, reward=await self.told)
+
+    async def close(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+        await asyncio.sleep(0)
