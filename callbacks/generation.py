@@ -21,7 +21,7 @@ from gear_lightning.environments.awaiting import awaited
 from gear_lightning.environments.base import Environment, Task
 from gear_lightning.environments.checks import refuse_generator_methods
 from gear_lightning.environments.single_turn import SingleTurn
-from gear_lightning.environments.task_check import check_teacher_views
+from gear_lightning.environments.task_check import check_calls, check_teacher_views
 from gear_lightning.errors import UserError
 from gear_lightning.generation.cached_engine import CachedEngine
 from gear_lightning.generation.engine import GenerationEngine, Sampling
@@ -116,12 +116,15 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             data: the data module that requests them.
 
         Raises:
-            UserError: a task cannot be used (the message names it), or no task's privileged prompt fits.
+            UserError: a task cannot be used (the message names it), no task's privileged prompt fits, or an option
+                needs reasoning or tool calls, and there are none.
         """
+        self.check_reasoning(module)
         self._module = module
         data.generator = self
         data.check_tasks()
         check_teacher_views(module, data.train_tasks)
+        check_calls(module.credit, data.train_tasks)
 
     def generate(self, jobs: list[tuple[Task, tuple[int, ...]]], stage: str) -> list[Rollout]:
         assert self._module is not None
@@ -224,6 +227,22 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             raise
         except BaseException as error:  # its constructor may raise anything, SystemExit included
             raise UserError(f"generation.environment cannot be created: {type(error).__name__}: {error}") from error
+
+    def check_reasoning(self, module: GearModule) -> None:
+        """Check that options which need the policy's reasoning get it.
+
+        Raises:
+            UserError: reasoning is not separated from the answer.
+        """
+        if module.chat_options.thinking != "off":
+            return
+        names = ["generation.budgets.thinking_tokens"] * (self.budgets.thinking_tokens is not None)
+        names += ["model.credit.where=answer"] * (module.credit.where == "answer")
+        if names:
+            raise UserError(
+                f"{' and '.join(names)} {'does' if len(names) == 1 else 'do'} nothing with model.chat.thinking=off, "
+                "which does not separate reasoning from the answer; leave one of them out"
+            )
 
     def check_model(self, module: GearModule, policy: Any) -> None:
         """Check an unsharded policy before it generates rollouts.
@@ -388,12 +407,16 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         log("train/success", [float(s) for s in stats.successes])
         log("train/response_tokens", stats.lengths)
         log("train/turns", stats.turns)
+        log("train/reasoning_token_fraction", stats.reasoning / max(stats.tokens, 1), stats.tokens)
+        log("train/call_token_fraction", stats.calls / max(stats.tokens, 1), stats.tokens)
         log("train/zero_spread_groups", stats.zero_spread / max(stats.groups, 1), stats.groups)
         pl_module.log("teacher/overlong", float(stats.overlong), batch_size=1, sync_dist=True, reduce_fx="sum")
         total = sum(stats.statuses.values())
         log("rollouts/retried", stats.retried / max(total, 1), total)
         log("rollouts/side_errors", stats.side_errors / max(total, 1), total)
         log("rollouts/tool_errors", stats.tool_errors / max(total, 1), total)
+        if self.budgets.thinking_tokens is not None:
+            log("rollouts/closed_thoughts", stats.closed_thoughts / max(total, 1), total)
         if data.truncated == "mask":
             log("rollouts/masked", stats.masked / max(total, 1), total)
         for status in STATUSES[1:]:  # all except "done"

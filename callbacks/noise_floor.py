@@ -128,7 +128,7 @@ class NoiseFloor(L.Callback):
     ) -> None:
         if self._floor is None or batch.inner_epoch:
             return
-        credit, weighed = outputs["credit"], batch.action_mask & batch.privileged[:, None]
+        credit, weighed = outputs["credit"], pl_module.credit.scope(batch) & batch.privileged[:, None]
         anchors = credit.divergence[anchor_tokens(pl_module.credit, credit)].abs()
         moved = weight_spread(credit, weighed)[weighed].double()
         counts = [

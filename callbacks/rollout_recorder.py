@@ -159,6 +159,7 @@ def rollout_json(
         "states": rollout.states,
         "feedback": rollout.feedback,
         "policy_version": rollout.policy_version,
+        "closed_thoughts": rollout.closed_thoughts,
         "noise": None if noise is None or row is None else noise._asdict(),
     }
 
@@ -174,6 +175,7 @@ BATCH_KEYS = (
     "advantages",
     "base_advantages",
     "decisions",
+    "parts",
     "solved",
     "privileged",
     "group_ids",

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+REASONING, CALL = 1, 2  # values of the column ``parts``: tokens of reasoning, and of tool calls
+
 
 @dataclass(frozen=True)
 class RolloutRow:
@@ -26,6 +28,7 @@ class RolloutRow:
         advantage: advantage of the rollout in its group.
         turn_advantages: advantage of each assistant turn, if turns have their own; None: all have ``advantage``.
         decisions: per token, 1 in a right decision, -1 in a wrong one, 0 elsewhere; None: not known.
+        parts: per token, `REASONING` or `CALL` (a tool call) on sampled tokens, 0 elsewhere; None: not known.
         solved: number of solved rollouts in the group.
         group_id: number of the group in the run.
         policy_version: optimizer steps taken before sampling.
@@ -48,6 +51,7 @@ class RolloutRow:
     turn_advantages: list[float] | None = None
     decisions: list[int] | None = None
     solved: int = 0
+    parts: list[int] | None = None
 
     @property
     def length(self) -> int:
@@ -79,6 +83,7 @@ class RolloutRow:
             "sampler_logprobs": _tensor(self.sampler_logprobs, np.float32),
             "base_advantages": base,
             "decisions": torch.zeros_like(tokens) if not self.decisions else _tensor(self.decisions, np.int64),
+            "parts": torch.zeros_like(tokens) if not self.parts else _tensor(self.parts, np.int64),
             "teacher_tokens": torch.cat([_tensor(self.teacher_prompt, np.int64), tokens[self.prompt_length :]]),
             "teacher_valid": torch.ones(self.teacher_length, dtype=torch.bool),
         }
@@ -99,8 +104,9 @@ class RolloutBatch:
     ``privileged`` rows have a teacher's view that differs from the policy's; all other rows get uniform credit.
     ``base_advantages`` are the advantages of the action tokens before credit: those of the rollout or of the turn.
     ``decisions`` is 1 on tokens of decisions that the environment judged right, -1 on those judged wrong, 0 elsewhere.
-    ``solved`` counts the solved rollouts of the row's group. The rows take part in ``inner_epochs`` optimizer steps;
-    ``inner_epoch`` is the index of this one, from 0.
+    ``parts`` is `REASONING` or `CALL` (a tool call) on sampled tokens, 0 elsewhere; a turn's stop token belongs to what
+    it ends. ``solved`` counts the solved rollouts of the row's group. The rows take part in ``inner_epochs`` optimizer
+    steps; ``inner_epoch`` is the index of this one, from 0.
     """
 
     tokens: Int[Tensor, "batch seq"]
@@ -114,6 +120,7 @@ class RolloutBatch:
     advantages: Float[Tensor, " batch"]
     base_advantages: Float[Tensor, "batch seq"]
     decisions: Int[Tensor, "batch seq"]
+    parts: Int[Tensor, "batch seq"]
     solved: Int[Tensor, " batch"]
     group_ids: Int[Tensor, " batch"]
     policy_version: Int[Tensor, " batch"]

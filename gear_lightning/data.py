@@ -521,6 +521,7 @@ def make_row(
         turn_advantages=turn_advantages,
         decisions=rollout.decisions or None,
         solved=solved,
+        parts=rollout.parts or None,
     )
 
 

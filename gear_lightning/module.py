@@ -407,7 +407,7 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         per_token("credit/segment_token_fraction", (credit.anchor >= 0).sum())
         per_token("credit/weight_clip_fraction", mask.sum() * 0 if credit.clipped is None else credit.clipped.sum())
         self._log("credit/segments_per_rollout", anchors.sum().float() / max(rollouts, 1), rollouts)
-        self.divergence_p95.update(credit.divergence[mask])
+        self.divergence_p95.update(credit.divergence[self.credit.scope(batch)])
         self.log("credit/divergence_p95", self.divergence_p95, on_step=False, on_epoch=True)
 
     def _log_sum(self, name: str, value: Tensor) -> None:

@@ -17,6 +17,9 @@ Reward = Callable[[Task, list[Message]], "float | Mapping[str, float] | Awaitabl
 """``reward(task, transcript)``: the transcript has the messages after the prompt; the last one is the final answer.
 Returns a number, or a mapping of named parts, which are summed and also recorded separately. May be ``async``."""
 
+RewardChoice = str | dict[str, float] | Reward
+"""A reward by name or import path; several of them with their weights, which are summed; or a function."""
+
 # a minus followed by a space is also a sign, unless it subtracts (`12 - 5`) or starts a list item
 _NUMBER = re.compile(
     r"(?:(?<![\w)])(?:[-−]|(?<![0-9)%}] )(?<!\n)[-−] ))?\$?(?=\.?[0-9])"
@@ -106,7 +109,52 @@ def math(task: Task, transcript: list[Message]) -> float:
     return 0.0
 
 
-BUILT_IN: dict[str, Reward] = {"exact": exact, "contains": contains, "number": number, "math": math}
+def format(task: Task, transcript: list[Message]) -> float:
+    """Return 1 if the policy kept to the form of a turn, else 0.
+
+    No assistant message ends inside of its reasoning, and each has an answer (``content``) or tool calls; the last one
+    has an answer. A message without reasoning keeps to the form, and so does one whose reasoning the budget closed.
+    """
+    said = [m for m in transcript if m["role"] == "assistant"]
+    kept = (not m.get("unfinished") and ((m.get("content") or "").strip() or m.get("tool_calls")) for m in said)
+    return float(all(kept) and bool(final_answer(transcript).strip()))
+
+
+BUILT_IN: dict[str, Reward] = {
+    "exact": exact,
+    "contains": contains,
+    "number": number,
+    "math": math,
+    "format": format,
+}
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """The sum of several rewards, each times its weight; the terms are the parts of the reward.
+
+    Args:
+        rewards: name -> (weight, reward).
+    """
+
+    rewards: dict[str, tuple[float, Reward]]
+
+    def __call__(self, task: Task, transcript: list[Message]) -> dict[str, float]:
+        return {name: weight * evaluate(reward, task, transcript)[0] for name, (weight, reward) in self.rewards.items()}
+
+
+def _weighted(weights: Mapping[str, float]) -> WeightedSum:
+    """Return the reward that a mapping describes.
+
+    Raises:
+        UserError: it is empty, a weight is not a finite number or 0, or a reward cannot be resolved.
+    """
+    if not weights:
+        raise UserError("reward {} names no reward; give weights by name, such as {number: 1.0, format: 0.2}")
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight) or weight == 0:
+            raise UserError(f"reward {name!r} has the weight {weight!r}; weights must be finite numbers, and not 0")
+    return WeightedSum({str(name): (float(weight), resolve_reward(name)) for name, weight in weights.items()})
 
 
 def import_function(path: str, what: str) -> Callable[..., Any]:
@@ -130,12 +178,14 @@ def import_function(path: str, what: str) -> Callable[..., Any]:
     return found
 
 
-def resolve_reward(reward: "str | Reward") -> Reward:
-    """Return a reward by its name or import path.
+def resolve_reward(reward: RewardChoice) -> Reward:
+    """Return a reward by its name or import path, or the weighted sum of several.
 
     Raises:
         UserError: it is not a built-in reward and cannot be imported, is not callable, yields, or an extra is missing.
     """
+    if isinstance(reward, Mapping):
+        return _weighted(reward)
     if not isinstance(reward, str):
         if not callable(reward):
             raise UserError(f"reward {reward!r} is not a name, an import path or a function")
@@ -152,7 +202,7 @@ def resolve_reward(reward: "str | Reward") -> Reward:
     return function
 
 
-def reward_of(task: Task, default: "str | Reward | None") -> Reward:
+def reward_of(task: Task, default: RewardChoice | None) -> Reward:
     """Return the reward that scores a task: the one in its meta, else the default.
 
     Raises:
@@ -172,18 +222,20 @@ def reward_of(task: Task, default: "str | Reward | None") -> Reward:
         raise UserError(f"task {task.id}: {error}") from None
 
 
-def check_reward(task: Task, default: "str | Reward | None") -> None:
+def check_reward(task: Task, default: RewardChoice | None) -> None:
     """Check before training that a task can be scored.
 
     Raises:
         UserError: there is no reward, or a built-in reward cannot use the task's answer; names the task.
     """
     reward = reward_of(task, default)
+    terms = [term for _, term in reward.rewards.values()] if isinstance(reward, WeightedSum) else [reward]
     try:
-        if reward is math:  # math-verify itself only reads the answer when it scores
-            answers_of(task)
-        elif reward in BUILT_IN.values():
-            reward(task, [])
+        for term in terms:
+            if term is math:  # math-verify itself only reads the answer when it scores
+                answers_of(task)
+            elif term in BUILT_IN.values():
+                term(task, [])
     except RewardError as error:
         raise UserError(str(error)) from None
 

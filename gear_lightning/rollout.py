@@ -6,9 +6,10 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from .batch import REASONING
 from .environments.awaiting import EpisodeTasks
 from .environments.base import Environment, FloodError, Message, RewardError, Step, Task, TransientError
 from .environments.checks import CheckedStep, checked_messages, checked_step, text_bytes
@@ -34,6 +35,7 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 # Statuses that the policy causes: the rollout keeps its reward so far and is used for learning. If such rollouts were
 # excluded, learning could never correct them. All other statuses are failures of the task or environment.
 LEARNABLE: frozenset[str] = frozenset({"done", "truncated", "invalid_tool_call", "empty_response", "environment_flood"})
+CHECK = 64  # tokens between two searches for reasoning that the policy has opened again, see `Budgets.thinking_tokens`
 SLOW_CALL = 1.0  # duration of an environment's call in seconds from which on progress is reported after it
 
 
@@ -47,7 +49,9 @@ class Rollout:
         action_mask  0 0 0 1 1 1 0 0 1 1
         turn_ids    -1-1-1 0 0 0-1-1 1 1
 
-    ``decisions`` is 1 on tokens of decisions that the environment judged right, -1 on those judged wrong, 0 elsewhere.
+    Context may also stand within a turn: the mark that closes reasoning which exceeds its budget. ``closed_thoughts``
+    counts these marks. ``decisions`` is 1 on tokens of decisions that the environment judged right, -1 on those judged
+    wrong, 0 elsewhere. ``parts`` is 1 on sampled tokens of reasoning, 2 on those of tool calls, 0 elsewhere.
     ``turn_rewards`` and ``states`` have one entry per turn: its reward, and the state in which it began. ``error`` is
     the reason of the status; ``side_error`` is the first failure that changed neither status nor reward;
     ``tool_errors`` are exceptions of tools that the policy has read as answers.
@@ -61,6 +65,7 @@ class Rollout:
     stop_mask: list[bool] = field(default_factory=list)
     sampler_logprobs: list[float] = field(default_factory=list)
     decisions: list[int] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
     prompt_length: int = 0
     opening_messages: int = 0
     turns: int = 0
@@ -76,6 +81,7 @@ class Rollout:
     tool_errors: list[str] = field(default_factory=list)
     retries: int = 0
     policy_version: int = 0
+    closed_thoughts: int = 0
 
     @property
     def learnable(self) -> bool:
@@ -95,18 +101,28 @@ class Rollout:
         self.stop_mask += [False] * len(ids)
         self.sampler_logprobs += [0.0] * len(ids)
         self.decisions += [0] * len(ids)
+        self.parts += [0] * len(ids)
 
     def add_turn(self, turn: SampledTurn) -> None:
         """Append a sampled turn."""
+        self.turn_rewards.append(0.0)
+        self.turns += 1
+        self.continue_turn(turn)
+
+    def continue_turn(self, turn: SampledTurn) -> None:
+        """Append the next sampled tokens of the last turn."""
         n = len(turn.ids)
         self.tokens += turn.ids
         self.action_mask += [True] * n
-        self.turn_ids += [self.turns] * n
+        self.turn_ids += [self.turns - 1] * n
         self.stop_mask += [False] * (n - 1) + [turn.stopped] * (n > 0)
         self.sampler_logprobs += turn.logprobs
         self.decisions += [0] * n
-        self.turn_rewards.append(0.0)
-        self.turns += 1
+        self.parts += [0] * n
+
+    def set_parts(self, begin: int, parts: list[int]) -> None:
+        """Set the parts of the last turn, whose first token is at ``begin``; those of context are 0."""
+        self.parts[begin:] = [part * own for part, own in zip(parts, self.action_mask[begin:], strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rollout as plain data for checkpoints, without the task, which its source can provide again."""
@@ -144,6 +160,8 @@ class _Episode:
     seed: tuple[int, ...]
     started: float
     sampled: int = 0
+    begin: int | None = None  # index of the first token of a turn that has not ended
+    requests: int = 0  # of that turn
     environment_bytes: int = 0  # bytes of text from the environment
     state: str = ""  # state in which the next turn begins
     transient: bool = False  # a retry may fix its failure
@@ -302,6 +320,12 @@ class AgentLoop:
         left = min(budgets.tokens - episode.sampled, budgets.context - len(rollout.tokens))
         return max(0, min(left, budgets.turn_tokens or budgets.tokens))
 
+    def _left_in_turn(self, episode: _Episode) -> int:
+        """Return the maximum number of further tokens of a turn that has not ended."""
+        budgets, rollout = self.budgets, episode.rollout
+        left = min(budgets.tokens - episode.sampled, budgets.context - len(rollout.tokens))
+        return min(left, (budgets.turn_tokens or budgets.tokens) - sum(rollout.action_mask[episode.begin :]))
+
     def _request(self, key: int, episode: _Episode, otherwise: Status) -> bool:
         """Request the next turn, or end the rollout with status ``otherwise`` if the budgets allow none. Return whether
         a turn was requested."""
@@ -314,7 +338,33 @@ class AgentLoop:
                     f"(budgets.context={self.budgets.context})"
                 )
             return False
+        if self.budgets.thinking_tokens is not None:
+            limit = min(limit, self.budgets.thinking_tokens)
+        episode.requests = 1
         self.engine.submit(TurnRequest(key, list(rollout.tokens), limit, (*episode.seed, rollout.turns)))
+        return True
+
+    def _continue(self, key: int, episode: _Episode) -> bool:
+        """Request further tokens of a turn that was cut to look at its reasoning. Close the reasoning if its budget is
+        used up. Return whether tokens were requested; if not, the turn has reached another limit."""
+        rollout, budget = episode.rollout, self.budgets.thinking_tokens
+        if budget is None:
+            return False
+        parts, inside = self.chat.open_thought(
+            rollout.tokens[episode.begin :], rollout.task.tools, rollout.tokens[: episode.begin]
+        )
+        sampled = rollout.action_mask[episode.begin :]
+        used = sum(part == REASONING for part, own in zip(parts, sampled, strict=True) if own)
+        mark = self.chat.closing() if inside and used >= budget else []
+        left = min(self._left_in_turn(episode), self.budgets.context - len(rollout.tokens) - len(mark))
+        if left < 1:
+            return False
+        rollout.add_context(mark)
+        rollout.closed_thoughts += bool(mark)
+        wait = budget - used if inside and not mark else max(budget - used, CHECK, budget // 4)
+        seed = (*episode.seed, rollout.turns - 1, episode.requests)
+        episode.requests += 1
+        self.engine.submit(TurnRequest(key, list(rollout.tokens), min(left, wait), seed))
         return True
 
     def _advance(self, key: int, episode: _Episode, turn: SampledTurn) -> bool:
@@ -326,17 +376,28 @@ class AgentLoop:
                 "large for this precision. Resume from an earlier checkpoint, by its name (--ckpt_path FILE), with a "
                 "lower learning rate, gradient clipping (trainer.gradient_clip_val) or a wider trainer.precision"
             )
-        rollout.states.append(episode.state)
-        rollout.add_turn(turn)
+        if episode.begin is None:
+            episode.begin = len(rollout.tokens)
+            rollout.states.append(episode.state)
+            rollout.add_turn(turn)
+        else:
+            rollout.continue_turn(turn)
         episode.sampled += len(turn.ids)
-        context = rollout.tokens[: len(rollout.tokens) - len(turn.ids)]
+        if not turn.stopped and self._continue(key, episode):
+            return False
+        begin, episode.begin = episode.begin, None
+        turn = replace(turn, ids=rollout.tokens[begin:])  # all of it, with marks that closed its reasoning
+        context, tools = rollout.tokens[:begin], rollout.task.tools
         made = sum(len(m.get("tool_calls") or ()) for m in rollout.messages)
         try:
-            read = self.chat.read(turn.ids, rollout.task.tools, context, made)
+            read = self.chat.read(turn.ids, tools, context, made)
         except ToolCallError as error:
-            rollout.messages.append({"role": "assistant", "content": self.chat.text(turn.ids)})
+            read = self.chat.read_invalid(turn.ids, tools, context)
+            rollout.messages.append(read.message)
+            rollout.set_parts(begin, read.parts)
             rollout.status, rollout.error = ("invalid_tool_call" if turn.stopped else "truncated"), str(error)
             return True
+        rollout.set_parts(begin, read.parts)
         message = read.message
         rollout.messages.append(message)
         if not turn.stopped and message.get("tool_calls"):
@@ -401,7 +462,8 @@ class AgentLoop:
         except ValueError as error:
             rollout.note(str(error))
         else:
-            rollout.decisions[len(rollout.decisions) - len(ids) :] = marks
+            begin = len(rollout.decisions) - len(ids)
+            rollout.decisions[begin:] = [m * own for m, own in zip(marks, rollout.action_mask[begin:], strict=True)]
 
     def _close(self, episode: _Episode) -> None:
         """Close an episode's environment, and cancel what it leaves behind. A failure is recorded but does not change

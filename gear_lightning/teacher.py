@@ -41,10 +41,11 @@ class TeacherOptions:
         every: optimizer steps between two updates of the average; with ``rate`` 1, the teacher is a copy of the policy
             made every this many steps (RLSD's released script: 20). Only for ``ema``.
         shows: the privileged text: the task's ``reference`` (a worked solution, or tool calls, if the task has any),
-            its bare ``answer``, the transcript of a successful ``peer`` of the rollout's group (SC-GRPO; never the
-            rollout itself) or the reference if there is no such peer, the environment's ``feedback`` on the rollout, or
-            ``peer_or_feedback`` (SDPO): a peer, or the feedback if there is no peer. If none of them exists, there is
-            no privileged text: credit weights are then 1, and distillation skips the rollout.
+            its bare ``answer``, the transcript of a successful ``peer`` of the rollout's group, without its reasoning
+            (SC-GRPO; never the rollout itself) or the reference if there is no such peer, the environment's
+            ``feedback`` on the rollout, or ``peer_or_feedback`` (SDPO): a peer, or the feedback if there is no peer. If
+            none of them exists, there is no privileged text: credit weights are then 1, and distillation skips the
+            rollout.
         park: keep the teacher's weights in CPU memory between uses; each use copies them to the GPU. Not for ``live``.
         template: privileged text, appended to the task's last user message; ``{reference}`` is replaced by the
             reference, the answer or the peer's transcript.

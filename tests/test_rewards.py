@@ -139,7 +139,7 @@ def test_the_tasks_reward_takes_precedence_over_the_environments():
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("numbr", "neither built in (exact, contains, number, math) nor an import path"),
+        ("numbr", "neither built in (exact, contains, number, math, format) nor an import path"),
         ("no_such_module.f", "'no_such_module.f' cannot be imported (ModuleNotFoundError: No module named"),
         (f"{__name__}.nothing", "has no attribute 'nothing'"),
         (f"{__name__}.NOT_A_REWARD", "is a int, not a function"),
@@ -294,3 +294,67 @@ class TestMath:
     def test_malicious_answers_score_0_in_a_rollout(self):
         rollout = answered(task(answer="1", reward="math"), SingleTurn, "$9^{9^{9^9}}$")
         assert (rollout.status, rollout.reward, rollout.learnable) == ("done", 0, True)
+
+
+# -- form, and several rewards -----------------------------------------------------------------------------------------
+
+CALL = tool_call("calculator", {"expression": "1"})
+RESULT = tool_result("calculator", "1")
+
+
+def said(content: str, **keys) -> Message:
+    return {"role": "assistant", "content": content, **keys}
+
+
+@pytest.mark.parametrize(
+    ("transcript", "value"),
+    [
+        ([said("It is 1.")], 1),
+        ([said("It is 1.", reasoning="Hm.")], 1),
+        ([CALL, RESULT, said("It is 1.")], 1),
+        ([said("Wait."), {"role": "user", "content": "?"}, said("It is 1.")], 1),
+        ([], 0),
+        ([said("")], 0),
+        ([said(" \n", reasoning="Hm.")], 0),
+        ([said("", reasoning="Hm.", unfinished=True)], 0),
+        ([said("I say", reasoning="Hm.", unfinished=True)], 0),
+        ([{**CALL, "reasoning": "Hm.", "unfinished": True}, RESULT, said("It is 1.")], 0),
+        ([said(""), {"role": "user", "content": "?"}, said("It is 1.")], 0),
+        ([CALL, RESULT], 0),
+    ],
+)
+def test_the_form_of_a_transcript(transcript, value):
+    assert evaluate(resolve_reward("format"), task(), transcript) == (value, {})
+    check_reward(task(), "format")
+
+
+def test_rewards_are_summed_with_their_weights():
+    both = {"number": 1.0, "format": 0.25, HERE: -2}
+    right = [said("It is 12.", reasoning="Hm.")]
+    total, parts = evaluate(resolve_reward(both), task(answer=12), right)
+    own = evaluate(resolve_reward(HERE), task(answer=12), right)[0]
+    assert parts == {"number": 1.0, "format": 0.25, HERE: -2 * own}
+    assert total == pytest.approx(1.25 - 2 * own)
+    rollout = answered(task(answer=12), lambda: SingleTurn({"number": 1.0, "format": 0.25}), "It is 13.")
+    assert (rollout.reward, rollout.success, rollout.reward_parts) == (0.25, False, {"number": 0.0, "format": 0.25})
+    assert reward_of(task(reward=both), "exact")(task(answer=12), right)["format"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({}, "names no reward"),
+        ({"number": 0.0}, "reward 'number' has the weight 0.0; weights must be finite numbers, and not 0"),
+        ({"number": float("nan")}, "has the weight nan"),
+        ({"number": True}, "has the weight True"),
+        ({"nmber": 1.0}, "reward 'nmber' is neither built in"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused(weights, message):
+    with pytest.raises(UserError, match=message):
+        check_reward(task(answer=1), weights)
+
+
+def test_every_term_of_a_sum_needs_the_task_s_answer():
+    with pytest.raises(UserError, match="task t1 has no answer"):
+        check_reward(task(), {"format": 0.2, "number": 1.0})

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..batch import Credit
+from ..batch import CALL, REASONING, Credit
 from ..credit import CreditAssigner
 from ..errors import UserError, printable
 from ..lens.difference import CHANGED, Pair, compare, largest_changes, summary
@@ -166,6 +166,13 @@ def _recordable(run: Path, rule: CreditAssigner, own: CreditAssigner | None, unk
             "none, or the environment does not report them. Environments with reports_decisions do "
             "(gear_lightning.environments.lookup_chain)"
         )
+    if rule.where != "all":
+        part, name = (CALL, "tool calls") if rule.where == "actions" else (REASONING, "reasoning")
+        if not any(_learned(record) and bool((record.tensors["parts"] == part).any()) for record in read_records(run)):
+            raise UserError(
+                f"{told(rule)} weighs {'only' if part == CALL else 'everything but'} {name}, and {run} has recorded "
+                f"none: the policy wrote none, or the run is of an earlier version. Leave out where={rule.where}"
+            )
     return _Rule(rule, stands_in(rule, own, unknown))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from ..batch import CALL, REASONING
 from ..environments.base import Message, tool_call
 from ..environments.calculator import CALCULATOR
 from ..errors import UserError
@@ -48,11 +49,7 @@ def spans(chat: Chat, *, tools: bool = True) -> Iterator[tuple[str, list[int]]]:
 def _parts(chat: Chat, turn: list[int], tools: Any, context: list[int]) -> Iterator[tuple[str, list[int]]]:
     """Yield the parts of a turn by role: reasoning, tool calls, the rest."""
     read = chat.read(turn, tools, context)
-    kinds = [
-        "thought" if thought else "call" if action else "sampled"
-        for thought, action in zip(read.thoughts, read.actions, strict=True)
-    ]
-    kinds[-1] = kinds[-2] if len(kinds) > 1 else kinds[-1]  # the stop token belongs to what it ends
+    kinds = [{REASONING: "thought", CALL: "call"}.get(part, "sampled") for part in read.parts]
     start = 0
     for place in range(1, len(turn) + 1):
         if place == len(turn) or kinds[place] != kinds[start]:

@@ -1,14 +1,16 @@
 """Interface of credit rules: from evidence about the rollouts of a micro-batch to an advantage for each token."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import wraps
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..batch import Credit, RolloutBatch, TokenStats
+from ..batch import CALL, REASONING, Credit, RolloutBatch, TokenStats
 from ..errors import UserError
 
 
@@ -47,6 +49,7 @@ class Evidence:
         decisions: 1 on tokens of a decision that the environment marks as right, -1 on those of a wrong one, 0
             elsewhere; None: the environment does not label decisions.
         solved: number of solved rollouts in the rollout's group; None: not known.
+        parts: 1 on tokens of reasoning, 2 on those of tool calls, 0 elsewhere; None: not known.
         noise: of rounding. Code that removes the size of a signal must compare that size with this noise (see
             `gear_lightning.gear.above_noise`); otherwise it assigns as much credit to rounding as to real differences.
     """
@@ -63,6 +66,7 @@ class Evidence:
     turn_advantages: Float[Tensor, "batch seq"] | None = None
     decisions: Int[Tensor, "batch seq"] | None = None
     solved: Int[Tensor, " batch"] | None = None
+    parts: Int[Tensor, "batch seq"] | None = None
     noise: RoundingNoise = RoundingNoise()
 
     @classmethod
@@ -89,6 +93,7 @@ class Evidence:
             turn_advantages=batch.base_advantages,
             decisions=batch.decisions,
             solved=batch.solved,
+            parts=batch.parts,
             noise=noise,
         )
 
@@ -99,12 +104,67 @@ class Evidence:
             return self.turn_advantages
         return self.advantages[:, None].expand(self.action_mask.shape)
 
+    def within(self, scope: Bool[Tensor, "batch seq"]) -> "Evidence":
+        """Return the evidence in which only the tokens of ``scope`` are action tokens."""
 
+        def only(values: Any) -> Any:
+            if values is None:
+                return None
+            return torch.where(scope.reshape(*scope.shape, *[1] * (values.dim() - 2)), values, 0)
+
+        def stats(given: TokenStats | None) -> Any:
+            return given and TokenStats(*(only(getattr(given, f.name)) for f in fields(TokenStats)))
+
+        return replace(
+            self,
+            action_mask=scope,
+            turn_ids=torch.where(scope, self.turn_ids, -1),
+            stop_mask=self.stop_mask & scope,
+            policy=stats(self.policy),
+            teacher=stats(self.teacher),
+            divergence=only(self.divergence),
+            turn_advantages=only(self.turn_advantages),
+            decisions=only(self.decisions),
+            parts=only(self.parts),
+        )
+
+
+Rule = Callable[["CreditAssigner", Evidence], Credit]
+
+
+def _scoped(rule: Rule) -> Rule:
+    """Return a rule's ``__call__`` that follows the option ``where``."""
+
+    @wraps(rule)
+    def call(self: "CreditAssigner", evidence: Evidence) -> Credit:
+        if self.where == "all":
+            return rule(self, evidence)
+        scope = self.scope(evidence)
+        found = rule(self, evidence.within(scope))
+        outside = torch.where(evidence.action_mask, evidence.base_advantages, 0)
+        return Credit(
+            torch.where(scope, found.weights, 1),
+            torch.where(scope, found.token_advantages, outside),
+            torch.where(scope, found.divergence, 0),
+            torch.where(scope, found.anchor, -1),
+            None if found.clipped is None else found.clipped & scope,
+        )
+
+    return call
+
+
+@dataclass(frozen=True)
 class CreditAssigner(ABC):
     """Computes `Credit` from `Evidence`.
 
     A subclass is a frozen dataclass, named in YAML by ``class_path``. It may use statistics of one rollout or a
-    constant, never statistics of the micro-batch.
+    constant, never statistics of the micro-batch. It need not know ``where``: calling a rule passes evidence in which
+    only the tokens of the scope are action tokens.
+
+    Args:
+        where: the tokens that the rule weighs: ``all`` sampled tokens, those of the ``answer`` (everything but the
+            reasoning), or those of ``actions`` (tool calls). The others keep a weight of 1, that is, the advantage of
+            GRPO, and the rule computes as if they were not sampled. A turn's stop token belongs to what it ends.
 
     Attributes:
         needs_teacher: whether the rule reads the teacher's statistics.
@@ -115,10 +175,35 @@ class CreditAssigner(ABC):
             results under the paper's name; shown next to results.
     """
 
-    lacks: str = ""
-    needs_teacher: bool = True
-    needs_decisions: bool = False
-    fixed_segments: bool = False
+    where: Literal["all", "answer", "actions"] = field(default="all", kw_only=True)
+
+    lacks: ClassVar[str] = ""
+    needs_teacher: ClassVar[bool] = True
+    needs_decisions: ClassVar[bool] = False
+    fixed_segments: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls):
+            cls.__call__ = _scoped(vars(cls)["__call__"])
+
+    def scope(self, tokens: "Evidence | RolloutBatch") -> Bool[Tensor, "batch seq"]:
+        """Return the action tokens that the rule weighs, see ``where``.
+
+        Raises:
+            UserError: an unknown ``where``, or evidence without the column ``parts``.
+        """
+        if self.where == "all":
+            return tokens.action_mask
+        if self.where not in ("answer", "actions"):
+            raise UserError(f"{type(self).__name__}: where={self.where} must be all, answer or actions")
+        if tokens.parts is None:
+            raise UserError(
+                f"{type(self).__name__}: where={self.where} needs to know which tokens are reasoning and tool calls "
+                "(Evidence.parts), and these rollouts have no such column"
+            )
+        inside = tokens.parts == CALL if self.where == "actions" else tokens.parts != REASONING
+        return tokens.action_mask & inside
 
     @property
     def compares_turns(self) -> bool:
@@ -221,9 +306,19 @@ class Uniform(CreditAssigner):
     """The same advantage for every token of a rollout, or of a turn if turns have their own advantages: plain GRPO.
 
     Runs no teacher.
+
+    Raises:
+        UserError: ``where`` is set: every weight is 1 anyway.
     """
 
     needs_teacher = False
+
+    def __post_init__(self):
+        if self.where != "all":
+            raise UserError(
+                f"Uniform: where={self.where} does nothing, because all weights are 1; set it to all, or use another "
+                "rule"
+            )
 
     def __call__(self, evidence: Evidence) -> Credit:
         return spread_credit(evidence, torch.ones_like(evidence.policy.logprobs), by_teacher=False)

@@ -134,9 +134,10 @@ class Environment(ABC):
 
     ``step`` receives the parsed assistant message: ``content`` (str) and, if the policy called tools, ``tool_calls`` as
     a list of ``{"type": "function", "id": str, "function": {"name": str, "arguments": dict}}``; ``id`` may be missing.
-    ``content`` is empty if the policy wrote nothing; score that like any other answer. An exception in ``reset`` or
-    ``step`` ends only that rollout; it is counted, recorded and excluded from the group's advantages. An exception in
-    ``close`` is counted and recorded.
+    ``content`` is the answer, without the reasoning, which is in ``reasoning`` if the policy wrote any; ``unfinished``
+    is True if the turn ends inside of it. ``content`` is empty if the policy wrote no answer; score that like any other
+    answer. An exception in ``reset`` or ``step`` ends only that rollout; it is counted, recorded and excluded from the
+    group's advantages. An exception in ``close`` is counted and recorded.
 
     Methods may be ``async``: they are awaited, under the same time limits. All of them run on one event loop of the
     process, so a client that is bound to its loop can serve all rollouts. Tasks that an episode starts may run until

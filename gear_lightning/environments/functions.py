@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from ..rewards import Reward, import_function
+from ..rewards import RewardChoice, import_function
 from .base import Task
 from .checks import refuse_generator
 from .tool_function import ToolFunction
@@ -49,7 +49,7 @@ class FunctionTools(ToolEnvironment):
 
     Args:
         tools: import paths of the functions.
-        reward: scores the transcript; the name of a built-in reward, an import path, or a function.
+        reward: as in `gear_lightning.environments.tools.ToolEnvironment`.
         max_calls: tool calls in an episode.
         on_error: what an exception of a function does, see `gear_lightning.environments.tools.ToolEnvironment`.
     """
@@ -59,7 +59,7 @@ class FunctionTools(ToolEnvironment):
     def __init__(
         self,
         tools: list[str],
-        reward: str | Reward | None = None,
+        reward: RewardChoice | None = None,
         max_calls: int = 16,
         on_error: OnError = "answer",
     ):

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import UserError
-from ..rewards import Reward
+from ..rewards import RewardChoice
 from .base import Task
 from .sandbox import Limits, Network, hang_up, plain_variables, require_confinement, start
 from .tools import ToolEnvironment, ToolError, unknown_tool
@@ -101,7 +101,7 @@ class PythonTool(ToolEnvironment):
     A task enables the tool by listing it (`JsonlTasks`: ``tools: [gear_lightning.environments.python_tool.python]``).
 
     Args:
-        reward: scores the transcript; the name of a built-in reward, an import path, or a function.
+        reward: as in `gear_lightning.environments.tools.ToolEnvironment`.
         max_calls: maximum number of tool calls in an episode.
         seconds: wall-clock limit of one call. All calls of a message together must take less than
             ``budgets.step_seconds``.
@@ -114,7 +114,7 @@ class PythonTool(ToolEnvironment):
 
     def __init__(
         self,
-        reward: str | Reward | None = None,
+        reward: RewardChoice | None = None,
         max_calls: int = 16,
         seconds: float = 10.0,
         limits: Limits = CALL,

@@ -1,6 +1,6 @@
 """An environment with one question and one answer."""
 
-from ..rewards import Reward, check_reward, evaluate, reward_of
+from ..rewards import RewardChoice, check_reward, evaluate, reward_of
 from .base import Environment, Message, Step, Task
 
 
@@ -8,11 +8,12 @@ class SingleTurn(Environment):
     """Scores the first assistant message and ends the episode.
 
     Args:
-        reward: scores the answer; the name of a built-in reward, an import path, or a function. The ``reward`` in a
-            task's meta takes precedence.
+        reward: scores the answer; the name of a built-in reward, an import path, a function, or several rewards
+            with their weights, which are summed, such as ``{number: 1.0, format: 0.2}``. The ``reward`` in a task's
+            meta takes precedence.
     """
 
-    def __init__(self, reward: str | Reward | None = None):
+    def __init__(self, reward: RewardChoice | None = None):
         self.default_reward = reward
 
     def check(self, task: Task) -> None:

@@ -90,6 +90,27 @@ def check_source(name: str, source: TaskSource, used: int | None, limit: int | N
         )
 
 
+def check_calls(credit: Any, source: TaskSource) -> None:
+    """Check that tasks have tools if a credit rule weighs only tool calls.
+
+    Args:
+        credit: a `gear_lightning.credit.CreditAssigner`.
+        source: the tasks to train on; a sample is searched for one with tools.
+
+    Raises:
+        UserError: no task of the sample has tools.
+    """
+    if credit.where != "actions":
+        return
+    size = ENDLESS if source.size is None else source.size
+    indices = list(dict.fromkeys(i * size // VIEWS for i in range(VIEWS)))
+    if not any(source[index].tools for index in indices):
+        raise UserError(
+            f"model.credit.where=actions weighs only tool calls, and none of {len(indices)} tasks of data.train_tasks "
+            "has tools: all weights would be 1. Leave it out, or use where=answer"
+        )
+
+
 def check_teacher_views(module: Any, source: TaskSource) -> None:
     """Check that at least one task's privileged prompt leaves the model space for a response.
 

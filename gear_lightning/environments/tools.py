@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic_core import to_jsonable_python
 
 from ..errors import UserError
-from ..rewards import Reward, check_reward, evaluate, reward_of
+from ..rewards import RewardChoice, check_reward, evaluate, reward_of
 from .arguments import check_parameters, read_arguments
 from .awaiting import awaited
 from .base import Environment, EnvironmentFailure, Message, RewardError, Step, Task, ToolCall, tool_calls, tool_result
@@ -46,8 +46,9 @@ class ToolEnvironment(Environment):
     `gear_lightning.environments.base`.
 
     Args:
-        reward: scores the transcript; the name of a built-in reward, an import path, or a function. The ``reward`` in
-            a task's meta takes precedence.
+        reward: scores the transcript; the name of a built-in reward, an import path, a function, or several rewards
+            with their weights, which are summed, such as ``{number: 1.0, format: 0.2}``. The ``reward`` in a task's
+            meta takes precedence.
         max_calls: maximum number of tool calls in an episode. A message that exceeds it ends the episode as truncated,
             without a score.
         on_error: what an exception of a tool does. ``answer``: see above; ``rollouts/tool_errors`` counts the rollouts.
@@ -56,7 +57,7 @@ class ToolEnvironment(Environment):
 
     max_result: ClassVar[int | None] = None  # characters of a result that the policy sees
 
-    def __init__(self, reward: str | Reward | None = None, max_calls: int = 16, on_error: OnError = "answer"):
+    def __init__(self, reward: RewardChoice | None = None, max_calls: int = 16, on_error: OnError = "answer"):
         if max_calls < 1:
             raise UserError(f"max_calls={max_calls}: must be at least 1")
         if on_error not in get_args(OnError):

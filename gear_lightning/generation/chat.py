@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..batch import CALL, REASONING
 from ..environments.base import Message
 from ..errors import UserError
 from .chat_template import ChatTemplate
@@ -60,15 +61,18 @@ class ReadTurn:
 
     Attributes:
         message: the assistant message: ``content``, and, if there are any, ``reasoning`` and ``tool_calls``.
-        thoughts: whether each token is reasoning or one of its marks.
-        actions: whether each token belongs to a tool call.
-        unfinished: whether the turn ends inside of its reasoning.
+            ``unfinished`` is True if the turn ends inside of its reasoning.
+        parts: for each token, `REASONING` (with its marks), `CALL` (a tool call), or 0. A stop token belongs to what it
+            ends.
     """
 
     message: Message
-    thoughts: list[bool]
-    actions: list[bool]
-    unfinished: bool
+    parts: list[int]
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the turn ends inside of its reasoning."""
+        return self.message.get("unfinished", False)
 
 
 def _thinking(options: ChatOptions, source: str) -> Thinking | None:
@@ -200,12 +204,24 @@ class Chat:
             ToolCallError: a tool call that cannot be read.
         """
         turn = self._split(self.text(ids), tools, context)
-        return ReadTurn(
-            self._message(turn, calls_before),
-            self.mask(ids, turn.thoughts),
-            self.mask(ids, turn.actions),
-            turn.unfinished,
-        )
+        return ReadTurn(self._message(turn, calls_before), self._parts(ids, turn))
+
+    def read_invalid(self, ids: list[int], tools: Any = (), context: Sequence[int] = ()) -> ReadTurn:
+        """Return a turn with a tool call that `read` cannot read. Behind the first thought, the text from the first
+        call on counts as a call, and it remains in ``content``."""
+        text = self.text(ids)
+        turn = self._split(text, (), context)
+        call = self.syntax.find(text, turn.thoughts[0][1] if turn.thoughts else 0, tools)
+        turn.actions = [] if call < 0 else [(call, len(text))]
+        return ReadTurn(self._message(turn), self._parts(ids, turn))
+
+    def _parts(self, ids: list[int], turn: TurnText) -> list[int]:
+        actions, thoughts = self.mask(ids, turn.actions), self.mask(ids, turn.thoughts)
+        parts = [REASONING if t else CALL if a else 0 for t, a in zip(thoughts, actions, strict=True)]
+        if ids and ids[-1] in self.stop_ids:  # of the last token before it that is not white space
+            before = zip(parts[-2::-1], ids[-2::-1], strict=True)
+            parts[-1] = next((part for part, token in before if self.text([token]).strip()), 0)
+        return parts
 
     def _split(self, text: str, tools: Any, context: Sequence[int]) -> TurnText:
         inside = False
@@ -218,17 +234,24 @@ class Chat:
         message: Message = {"role": "assistant", "content": content}
         if turn.reasoning:
             message["reasoning"] = turn.reasoning
+        if turn.unfinished:
+            message["unfinished"] = True
         if turn.calls:
             numbered = enumerate(turn.calls, calls_before)
             message["tool_calls"] = [{"id": f"call{number:05d}", **call} for number, call in numbered]
         return message
 
-    def thought_ends(self, ids: list[int], context: Sequence[int]) -> bool:
-        """Return whether a turn that has not ended yet is outside of reasoning."""
+    def open_thought(self, ids: list[int], tools: Any, context: Sequence[int]) -> tuple[list[int], bool]:
+        """Return the parts of a turn that has not ended yet (see `ReadTurn`), and whether it is inside of reasoning."""
         try:
-            return not self._split(self.text(ids), (), context).unfinished
-        except ToolCallError:
-            return True
+            read = self.read(ids, tools, context)
+        except ToolCallError:  # an incomplete call
+            read = self.read_invalid(ids, tools, context)
+        return read.parts, read.unfinished
+
+    def closing(self) -> list[int]:
+        """Return the ids that end reasoning, as the template writes them."""
+        return self.template.encode(self.turn.closing, after=self.turn.end_text)
 
     def mask(self, ids: list[int], spans: list[Span]) -> list[bool]:
         """Return whether each token of a turn overlaps one of the spans of its text."""

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ..batch import CALL, REASONING
 from ..rollout import Rollout, RolloutGroup
 
 
@@ -12,6 +13,10 @@ class IterationStats:
     """Counts for logging. Lists have one entry for each rollout that takes part in its group's advantages.
 
     Attributes:
+        tokens: sampled tokens.
+        reasoning: sampled tokens of reasoning.
+        calls: sampled tokens of tool calls.
+        closed_thoughts: rollouts in which the budget closed reasoning.
         zero_spread: groups without a learning signal.
         overlong: rollouts whose privileged text was dropped for its length.
         retried: rollouts whose environment was opened more than once.
@@ -24,6 +29,9 @@ class IterationStats:
 
     seconds: float = 0.0
     tokens: int = 0
+    reasoning: int = 0
+    calls: int = 0
+    closed_thoughts: int = 0
     groups: int = 0
     zero_spread: int = 0
     overlong: int = 0
@@ -46,6 +54,9 @@ class IterationStats:
             self.statuses[rollout.status] += 1
             self.retried += rollout.retries > 0
             self.tokens += sum(rollout.action_mask)
+            self.reasoning += rollout.parts.count(REASONING)
+            self.calls += rollout.parts.count(CALL)
+            self.closed_thoughts += rollout.closed_thoughts > 0
             self.masked += masked(rollout)
             self.side_errors += rollout.side_error is not None
             self.tool_errors += bool(rollout.tool_errors)

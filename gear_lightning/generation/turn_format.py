@@ -112,6 +112,11 @@ class TurnFormat:
         written = before + reasoning + behind
         return written[shared_length(written, self._prefilled) :] if opened else written
 
+    @property
+    def closing(self) -> str:
+        """The text that ends reasoning; empty if the text is not to be split."""
+        return self._thought_marks[1]
+
     def _find_end(self, alone: str, followed: str) -> None:
         """Find the end token: the first control token behind an answer, with only white space before it (``\\n<|EOT|>``
         of DeepSeek-Coder, ``' </s>'`` of Llama 2)."""

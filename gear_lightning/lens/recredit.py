@@ -11,6 +11,7 @@ from ..credit import GEAR, SCGRPO, CreditAssigner, Evidence, RoundingNoise
 from ..errors import UserError
 from ..runs.records import Record
 
+SCOPES = ("all", "answer", "actions")  # values of `CreditAssigner.where`; each contains the next
 CREDIT_KEYS = ("weights", "token_advantages", "divergence", "anchor")
 
 
@@ -58,6 +59,7 @@ def evidence_of(record: Record, rule: CreditAssigner, *, divergence: bool = Fals
         turn_advantages=t["base_advantages"],
         decisions=t["decisions"],
         solved=t["solved"],
+        parts=t.get("parts"),
         noise=recorded_noise(record),
     )
 
@@ -144,14 +146,15 @@ class Measured(NamedTuple):
     top_k: int
     exclude_stop: bool = False
     exclude_tail: int = 0
+    where: str = "all"
 
 
 def measured(rule: CreditAssigner) -> Measured | None:
     """Return the kind of a rule's recorded divergence; None if it is not of full distributions, or not known."""
     if isinstance(rule, GEAR) and type(rule).measure is GEAR.measure and rule.top_k:
-        return Measured(rule.divergence, rule.top_k, rule.exclude_stop, rule.exclude_tail)
+        return Measured(rule.divergence, rule.top_k, rule.exclude_stop, rule.exclude_tail, rule.where)
     if type(rule) is SCGRPO:
-        return Measured("forward_kl", rule.top_k)
+        return Measured("forward_kl", rule.top_k, where=rule.where)
     return None
 
 
@@ -174,6 +177,11 @@ def stands_in(rule: CreditAssigner, own: CreditAssigner | None, unknown: str = "
         return bool(rule.top_k)
     asked, there = measured(rule), None if own is None else measured(own)
     if asked is not None and there is not None and asked[:2] == there[:2]:
+        if SCOPES.index(asked.where) < SCOPES.index(there.where):
+            raise UserError(
+                f"the records have a divergence only for where={there.where}, and {told(rule)} counts more tokens; "
+                f"with where={there.where} it can be recomputed"
+            )
         stop, tail = there.exclude_stop > asked.exclude_stop, there.exclude_tail > asked.exclude_tail
         if not stop and not tail:
             return True

@@ -40,7 +40,8 @@ def render_credit_text(record: Record, index: int, decode: Decode, *, color: boo
         for message in one.rollout["messages"]:
             _heading(console, str(message.get("role", "?")), color)
             content, calls = message.get("content") or "", message.get("tool_calls")
-            for part in [content, calls] if calls else [content]:
+            reasoning = [f"reasoning: {message['reasoning']}"] if message.get("reasoning") else []
+            for part in [*reasoning, content, *([calls] if calls else [])]:
                 text = part if isinstance(part, str) else json.dumps(part, ensure_ascii=False, indent=1)
                 console.print(Text("\n".join(visible(line) for line in text.split("\n"))))
         return out.getvalue()

@@ -164,7 +164,7 @@ def score(policy: Any, batch: RolloutBatch, rule: CreditAssigner) -> Scored:
 def noise_of(scored: Scored, rule: CreditAssigner, rounding: RoundingNoise = RoundingNoise()) -> Noise:
     """Return the noise that the rule computes from two scores of the same tokens, with ``rounding`` as its constant."""
     batch, policy, teacher = scored
-    credit, mask = rule(Evidence.of(batch, policy, teacher, rounding)), batch.action_mask
+    credit, mask = rule(Evidence.of(batch, policy, teacher, rounding)), rule.scope(batch)
     return Noise(
         (policy.logprobs - teacher.logprobs)[mask].abs(),
         credit.divergence[mask].abs(),
@@ -337,6 +337,7 @@ def recorded_batches(run: Path, *, micro_batch_size: int, temperature: float, vo
                     policy_version=int(tensors["policy_version"][i]),
                     index=len(rows),
                     turn_advantages=_of_turns(cut["turn_ids"], cut["base_advantages"]),
+                    parts=cut["parts"],
                 )
             )
     if not rows:

@@ -202,6 +202,16 @@ def _switched_off(given: Given) -> Iterator[str]:
         yield from _line(names, "with model.distillation, which learns without rewards")
 
 
+def _reasoning(given: Given) -> Iterator[str]:
+    """Report options about reasoning with a chat template that knows none."""
+    names = ["generation.budgets.thinking_tokens"] * (given.generation.budgets.thinking_tokens is not None)
+    names += ["model.credit.where=answer"] * (given.module.credit.where == "answer")
+    thinking = given.module.chat_format.thinking if names else None
+    if thinking is not None and not thinking.native:
+        why = f"with this chat template, which knows no reasoning, unless the policy itself writes {thinking.open}"
+        yield from _line(names, why)
+
+
 def _stop_tokens(given: Given) -> Iterator[str]:
     if line := ignored_stops(given.module.chat_format):
         yield line
@@ -215,6 +225,7 @@ CHECKS: tuple[Callable[[Given], Iterator[str]], ...] = (
     _learning_from_rewards,
     _generation,
     _switched_off,
+    _reasoning,
     _stop_tokens,
 )
 

@@ -186,6 +186,7 @@ def refusals(
         rules.append(lambda: check_zero(stage, offload, str(trainer["gradient_clip_algorithm"])))
     precision = ALIASES.get(str(trainer["precision"]), str(trainer["precision"]))
     rules.append(lambda: head_in_float32(module.head_precision, precision))
+    rules.append(lambda: generation.check_reasoning(module))
     if fitting:
         rules.append(lambda: check_parts(module, data, generation))
         rules.append(lambda: check_limits(trainer.get, data, processes))

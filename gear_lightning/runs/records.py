@@ -36,6 +36,8 @@ TENSOR_KEYS = {
     "base_advantages": "float32 [B, T] before credit: advantage of the rollout or of its turn",
     "token_advantages": "float32 [B, T] weight x base advantage",
     "decisions": "int64 [B, T] 1 in a right decision, -1 in a wrong decision, 0 elsewhere or if unknown",
+    "parts": "int64 [B, T] 1 in reasoning, 2 in a tool call, 0 elsewhere; records of earlier versions, which lack it, "
+    "are read with zeros",
     "anchor": "int64 [B, T] index of the segment's anchor token, -1 outside segments",
     "rewards": "float32 [B]",
     "advantages": "float32 [B] after the group baseline",
@@ -66,6 +68,7 @@ ROLLOUT_KEYS = {
     "states": "the environment's state before each turn: as it reports it, or its last messages",
     "feedback": "the environment's feedback on the rollout, or null",
     "policy_version": "optimizer steps taken before sampling",
+    "closed_thoughts": "marks that closed reasoning (budgets.thinking_tokens); absent in records of earlier versions",
     "noise": "the rounding error that the credit rule assumed, 99th percentiles in nats: log_ratio, divergence (see "
     "gear_lightning.credit.RoundingNoise). Null if there is no row; absent in records of earlier versions, which "
     "assumed none",
@@ -200,7 +203,7 @@ def _no_constant(name: str) -> None:
 
 
 def _check_tensors(tensors: dict[str, Tensor], where: Path) -> None:
-    """Check the tensors against `TENSOR_KEYS`.
+    """Check the tensors against `TENSOR_KEYS`, and add those that records of earlier versions lack.
 
     Raises:
         UserError: a tensor is missing, or has another shape or dtype; names the tensor.
@@ -210,6 +213,7 @@ def _check_tensors(tensors: dict[str, Tensor], where: Path) -> None:
     size = tuple(tensors["tokens"].shape) if "tokens" in tensors else ()
     if len(size) != 2:
         raise UserError(f"{where}: tokens is not a matrix")
+    tensors.setdefault("parts", torch.zeros(size, dtype=torch.int64))
     for name, text in TENSOR_KEYS.items():
         kind, wanted = getattr(torch, text.split()[0]), size if "[B, T]" in text else size[:1]
         found = tensors.get(name)

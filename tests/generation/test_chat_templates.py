@@ -8,6 +8,7 @@ import torch
 from scripted_policy import Scripted
 from template_corpus import COLUMNS, FAMILIES, TOOLS, USER, called, chat_of, read_back, row, table
 
+from gear_lightning.batch import CALL, REASONING
 from gear_lightning.environments.base import Task
 from gear_lightning.environments.tools import ToolEnvironment
 from gear_lightning.generation.budgets import Budgets
@@ -91,8 +92,8 @@ def test_a_thought_that_drafts_a_call_is_not_carried_out():
         assert found.message["content"] == "No.", name
         assert "tool_calls" not in found.message, name
         assert "Maybe" in found.message["reasoning"], name
-        assert sum(found.thoughts) > len(ids) // 2, name
-        assert not any(found.actions), name
+        assert found.parts.count(REASONING) > len(ids) // 2, name
+        assert CALL not in found.parts, name
 
 
 def test_gpt_oss_may_name_the_recipient_before_or_behind_the_channel():

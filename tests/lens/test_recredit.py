@@ -10,13 +10,16 @@ import torch
 import yaml
 from command_line import FIT
 from credit_pages import add, fake_rollout, fake_tensors, page_data, unpack
+from safetensors.torch import load_file, save_file
 from tiny_runs import WORDS, AnyCall, data, generation, trainer
 
+from gear_lightning.batch import CALL, REASONING
 from gear_lightning.commands.recredit import recredit_command
 from gear_lightning.credit import GEAR, RLSD, SCGRPO, CreditAssigner, Placebo, TokenOnly, Turn, Uniform
 from gear_lightning.credit.base import spread_credit
 from gear_lightning.environments.base import Step, tool_result
 from gear_lightning.errors import UserError
+from gear_lightning.generation.chat import ChatOptions
 from gear_lightning.lens.difference import (
     auc,
     compare,
@@ -45,7 +48,10 @@ RULES = {
     "placebo": Placebo(anchor_floor=0.0, kappa=3.0),
     "sc-grpo": SCGRPO(),
     "uniform": Uniform(),
+    "rlsd-actions": RLSD(where="actions"),
+    "kl-answer": GEAR(divergence="forward_kl", anchor_floor=0.0, where="answer", **SYMMETRIC),
 }
+THINKING = ["e1", "e2"]  # marks of reasoning of the runs above whose rule has a scope
 
 
 class Going(AnyCall):
@@ -82,7 +88,10 @@ def trained(tmp_path_factory):
             generate = generation(environment=Going, budgets=Budgets(turns=4, tokens=60, turn_tokens=20, context=120))
             policy = Brief(WORDS, hidden_size=32, layers=2, heads=2, max_length=256)
             teacher = TeacherOptions(template=" <ref> {reference}")
-            model = GearModule(policy, rule, teacher=teacher, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3))
+            chat = ChatOptions() if rule.where == "all" else ChatOptions(thinking=THINKING)
+            model = GearModule(
+                policy, rule, teacher=teacher, chat=chat, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3)
+            )
             trainer(folder, generate).fit(model, datamodule=data(micro_batch_size=3))
             spec = {"class_path": f"gear_lightning.credit.{type(rule).__name__}", "init_args": dict(vars(rule))}
             (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"credit": spec}}))
@@ -114,6 +123,51 @@ def test_the_runs_own_rule_gives_the_recorded_credit(trained, name):
     assert turns == 3
     assert widest > 0.05 or name == "uniform"
     assert segments or name not in ("gear-segments", "gear-reverse-kl", "turn")
+
+
+@pytest.mark.parametrize("name", ["rlsd-actions", "kl-answer"])
+def test_a_run_with_a_scope_weighs_only_its_tokens(trained, name):
+    moved = {0: 0, REASONING: 0, CALL: 0}
+    for record in read_records(trained(name)):
+        t = record.tensors
+        assert not t["parts"][~t["action_mask"]].any()
+        for part in moved:
+            tokens = t["action_mask"] & (t["parts"] == part)
+            assert tokens.any()
+            moved[part] += int((t["weights"][tokens] != 1).sum())
+            if part == REASONING:
+                assert torch.equal(t["token_advantages"][tokens], t["base_advantages"][tokens])
+    assert [part for part, count in moved.items() if count] == ([CALL] if name == "rlsd-actions" else [0, CALL])
+
+
+def test_records_of_earlier_versions_have_no_parts(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained("rlsd"), folder)
+    for path in (folder / "rollouts").glob("*.safetensors"):
+        tensors = load_file(path)
+        del tensors["parts"]
+        save_file(tensors, path)
+    for old, new in zip(read_records(folder), read_records(trained("rlsd")), strict=True):
+        assert torch.equal(old.tensors["parts"], torch.zeros_like(old.tensors["tokens"]))
+        assert torch.equal(recredit(old, RLSD()).weights, recredit(new, RLSD()).weights)
+    for where, name in (("answer", "reasoning"), ("actions", "tool calls")):
+        with pytest.raises(UserError, match=f"RLSD.where='{where}'. weighs .* {name}, .* Leave out where={where}"):
+            recredit_command([str(folder), "--credit", "RLSD", f"--credit.where={where}"])
+
+
+def test_a_scope_is_recomputed_from_wider_records(trained, tmp_path, capsys):
+    out = tmp_path / "found.json"
+    run = str(trained("kl-answer"))
+    assert recredit_command([run, "--credit", "RLSD", "--credit.where=actions", "--json", str(out)]) == 0
+    assert "RLSD(where='actions')" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["check"]["differ"] == 0
+    assert found["overall"]["changed"] > 0
+    wide = GEAR(divergence="forward_kl", **SYMMETRIC)
+    narrow = GEAR(divergence="forward_kl", where="actions", **SYMMETRIC)
+    assert stands_in(narrow, RULES["kl-answer"])
+    with pytest.raises(UserError, match=r"a divergence only for where=answer, .*; with where=answer it can"):
+        stands_in(wide, RULES["kl-answer"])
 
 
 def test_the_command_reports_that_the_runs_own_rule_gives_the_recorded_credit(trained, tmp_path, capsys):

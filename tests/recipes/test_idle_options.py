@@ -179,6 +179,11 @@ PARTS = {
         {"val_sampling": Sampling(0.0, top_k=3)}, "generation.val_sampling.top_k=3 does nothing with temperature=0",
         {"val_sampling": Sampling(0.5, top_k=3)},
     ),
+    "a budget of reasoning with a template that knows none": (
+        {"budgets": Budgets(tokens=20, turn_tokens=8, thinking_tokens=4, context=96)},
+        "generation.budgets.thinking_tokens does nothing with this chat template, which knows no reasoning, unless",
+        {"budgets": Budgets(tokens=20, turn_tokens=8, context=96)},
+    ),
     "a turn limit above the rollout limit": (
         {"budgets": Budgets(tokens=8, turn_tokens=8, context=96)}, "turn_tokens=8 does nothing with generation.budgets",
         {"budgets": Budgets(tokens=8, turn_tokens=7, context=96)},

@@ -47,6 +47,7 @@ def fake_tensors(layout: str = LAYOUT, padding: int = 2) -> dict[str, torch.Tens
         "weights": weights,
         "base_advantages": torch.where(action, -0.5, 0.0),
         "decisions": torch.zeros(shape, dtype=torch.long),
+        "parts": torch.zeros(shape, dtype=torch.long),
         "token_advantages": torch.where(action, -0.5 * weights, 0.0),
         "anchor": anchor,
         "rewards": torch.zeros(1),

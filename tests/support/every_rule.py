@@ -235,7 +235,7 @@ def null_evidence(
     Args:
         size: of rounding, relative to that of bf16-mixed as measured on SmolLM2-135M.
         rollouts: number of rollouts, with advantages of 1 and -1.
-        turns: turns of each rollout, of equal length.
+        turns: turns of each rollout, of equal length: a third each of answer, reasoning and tool calls.
         tokens: tokens of each rollout.
         both_signs: give the turns of a rollout their own advantages, of both signs.
         says: standard deviation of an additional real log-ratio, in nats.
@@ -274,6 +274,7 @@ def null_evidence(
         turn_advantages=own if both_signs else None,
         decisions=torch.randint(-1, 2, shape, generator=draw),
         solved=torch.full((rollouts,), 2),
+        parts=(torch.arange(tokens) * turns * 3 // tokens % 3).expand(shape).clone(),
     )
 
 

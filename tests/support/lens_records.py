@@ -68,6 +68,7 @@ def record(
         "base_advantages": torch.where(action, advantage[:, None], 0.0),
         "token_advantages": torch.where(action, weights * advantage[:, None], 0.0),
         "decisions": decisions,
+        "parts": torch.zeros(shape, dtype=torch.long),
         "anchor": anchor,
         "rewards": torch.tensor(success).float(),
         "advantages": advantage,

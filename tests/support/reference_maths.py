@@ -38,8 +38,10 @@ class Rollout:
     decisions: list[int] | None = None
     turn_advantages: list[float] | None = None
     solved: int = 2
+    parts: list[int] | None = None
 
     def __post_init__(self) -> None:
+        self.parts = self.parts or [0] * len(self.turns)
         self.decisions = self.decisions or [0] * len(self.turns)
         self.stop = self.stop or [False] * len(self.turns)
         self.teacher_entropy = self.teacher_entropy or self.entropy
@@ -69,6 +71,7 @@ class Rollout:
                 "teacher_top",
                 "decisions",
                 "turn_advantages",
+                "parts",
             )
         }
         return Rollout(advantage=self.advantage, version=self.version, solved=self.solved, **parts)  # type: ignore[arg-type]
@@ -118,6 +121,7 @@ def evidence(rows: list[Rollout], padding: int = 0, noise: RoundingNoise = Round
         turn_advantages=pad([r.base for r in rows]) if any(r.turn_advantages for r in rows) else None,
         decisions=pad([[float(x) for x in r.decisions or []] for r in rows], -1).long(),
         solved=torch.tensor([r.solved for r in rows]),
+        parts=pad([[float(x) for x in r.parts or []] for r in rows], 1).long(),
         noise=noise,
     )
 
@@ -171,7 +175,16 @@ def random_rollout(rng: random.Random, *, vocabulary: int = 0) -> Rollout:
         teacher_top=[distribution() for _ in turns] if vocabulary else None,
         decisions=decisions[:n],
         solved=more.randint(0, 4),
+        parts=_parts(turns, more),
     )
+
+
+def _parts(turns: list[int], rng: random.Random) -> list[int]:
+    """Return parts of the turns' tokens: 0 answer, 1 reasoning, 2 call, in runs; 0 elsewhere."""
+    parts: list[int] = []
+    while len(parts) < len(turns):
+        parts += [rng.choice([0, 1, 2])] * rng.choice([1, 2, 5, 9])
+    return [part if turn >= 0 else 0 for turn, part in zip(turns, parts, strict=False)]
 
 
 def some_rollouts(seed: int, n: int = 6, **options: Any) -> list[Rollout]:
