@@ -185,7 +185,7 @@ class CreditAssigner(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__call__" in vars(cls):
-            cls.__call__ = _scoped(vars(cls)["__call__"])
+            cls.__call__ = _scoped(vars(cls)["__call__"])  # pyright: ignore[reportAttributeAccessIssue]
 
     def scope(self, tokens: "Evidence | RolloutBatch") -> Bool[Tensor, "batch seq"]:
         """Return the action tokens that the rule weighs, see ``where``.

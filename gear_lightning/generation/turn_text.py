@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from .tool_syntax.base import Call, ToolCallError, Tools, ToolSyntax, searched
 
 MAX_CANDIDATES = 8  # end marks of one thought that are tried; with more, the last one ends it
+MAX_THOUGHTS = 64  # thoughts of a turn that are told apart; the next one ends at the last end mark
 
 Span = tuple[int, int]
 
@@ -103,8 +104,15 @@ class _Reader:
             call = self.syntax.find(self.text, at, self.tools) if self.tools else -1
             if opened and (call < 0 or opened[0] <= call) and self._begins(opened, content + self.text[at : opened[0]]):
                 content += self.text[at : opened[0]]
-                rest = self.thought(*opened)
-                break
+                closed = self._first_close(opened[1]) if len(found.thoughts) < MAX_THOUGHTS else None
+                if closed is None:
+                    rest = self.thought(*opened)
+                    break
+                thought = self.text[opened[1] : closed[0]].strip()
+                found.reasoning = "\n".join(part for part in (found.reasoning, thought) if part)
+                found.thoughts.append((opened[0], closed[1]))
+                at = closed[1]
+                continue
             if call < 0:
                 content += self.text[at:]
                 rest = TurnText()
@@ -114,7 +122,8 @@ class _Reader:
             found.calls += calls
             found.actions.append((call, end))
             at = end
-        found.reasoning, found.unfinished = rest.reasoning, rest.unfinished
+        found.reasoning = "\n".join(part for part in (found.reasoning, rest.reasoning) if part)
+        found.unfinished = rest.unfinished
         found.content = content + rest.content
         found.calls += rest.calls
         found.thoughts += rest.thoughts
@@ -126,19 +135,19 @@ class _Reader:
         closes = self._closes(begin)
         if not closes:
             return TurnText(self.text[begin:].strip(), thoughts=[(start, len(self.text))], unfinished=True)
-        if self.thinking and not self.thinking.exclusive:
-            closes = closes[:1]
-        elif len(closes) > MAX_CANDIDATES:
+        if len(closes) > MAX_CANDIDATES:
             closes = closes[-1:]
-        for close in closes:
+        for close in closes[:-1]:
             try:
                 found = self.outside(close[1])
             except ToolCallError:
-                if close is closes[-1]:
-                    raise
                 continue
-            if close is closes[-1] or not self._has_close(found.content):
-                break
+            if not self._has_close(found.content):
+                return self._with_thought(found, start, begin, close)
+        return self._with_thought(self.outside(closes[-1][1]), start, begin, closes[-1])
+
+    def _with_thought(self, found: TurnText, start: int, begin: int, close: Span) -> TurnText:
+        """Return the parts of a turn with a thought before them."""
         reasoning = self.text[begin : close[0]].strip()
         found.reasoning = "\n".join(part for part in (reasoning, found.reasoning) if part)
         found.thoughts.insert(0, (start, close[1]))
@@ -157,6 +166,13 @@ class _Reader:
 
     def _closes(self, at: int) -> list[Span]:
         return [m.span() for m in searched(self.thinking.close).finditer(self.text, at)] if self.thinking else []
+
+    def _first_close(self, at: int) -> Span | None:
+        """Return the next end mark, if any end mark ends reasoning."""
+        if self.thinking is None or self.thinking.exclusive:
+            return None
+        found = searched(self.thinking.close).search(self.text, at)
+        return found.span() if found else None
 
     def _has_close(self, content: str) -> bool:
         return bool(self.thinking and searched(self.thinking.close).search(content))

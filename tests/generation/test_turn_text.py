@@ -156,10 +156,11 @@ def test_no_text_breaks_a_reader(name, text):
             assert 0 <= start <= end <= len(text)
 
 
-def test_many_marks_are_read_in_bounded_time():
+@pytest.mark.parametrize("thinking", [NATIVE, Thinking(native=True, exclusive=False)])
+def test_many_marks_need_neither_much_time_nor_a_deep_stack(thinking):
     for text in ("<think></think>" * 3000, "</think>" * 5000, "<think>" * 5000, "<tool_call>" * 5000):
         for syntax in SYNTAXES.values():
             try:
-                read_turn(text, syntax, TOOLS, NATIVE)
+                read_turn(text, syntax, TOOLS, thinking)
             except ToolCallError:
                 continue

@@ -40,7 +40,8 @@ class JsonCalls(MarkedCalls):
             if len(value) != 1:
                 raise ToolCallError("a tool call must be an object with the function's name as its only key")
             return function_call(*next(iter(value.items())))
-        inner = value.get("function") if isinstance(value.get("function"), dict) else value
+        nested = value.get("function")
+        inner = nested if isinstance(nested, dict) else value
         identifier = value.get("id") or value.get("tool_call_id")
         others = ("arguments", "parameters")  # models take one for the other
         key = next((k for k in (self.arguments_key, *others) if k in inner), None)

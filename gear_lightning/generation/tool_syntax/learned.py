@@ -77,7 +77,8 @@ def _json_object(one: str, two: str) -> ToolSyntax | None:
         inner = value[0] if listed and value else value
         if not isinstance(inner, dict):
             continue
-        inner = inner.get("function") if isinstance(inner.get("function"), dict) else inner
+        nested = inner.get("function")
+        inner = nested if isinstance(nested, dict) else inner
         marks = {"open": one[:start], "close": one[end:], "listed": listed}
         if _is_arguments(inner.get(FIRST)):
             return JsonCalls(**marks, name_key="", arguments_key="")
