@@ -10,7 +10,7 @@ HELP = """usage: gear-lightning COMMAND [OPTIONS]
 
 Post-train LLM agents with granularity-adaptive credit (GEAR) on PyTorch Lightning.
 
-train and evaluate (options: gear-lightning COMMAND --help)
+train and evaluate (options: gear-lightning COMMAND --help [SECTION|CLASS])
   fit        train:      gear-lightning fit --config configs/quickstart.yaml
   validate   evaluate on the validation tasks
   test       the same, logged as test/...
@@ -73,6 +73,7 @@ def main() -> None:
     # DeepSpeed sets its logger's level itself, and logs on every process that there is no GPU
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
     sys.path.append(os.getcwd())  # to import a user's own environments and rewards, as with `python -m`
+    from .commands.arguments import look_at, unknown_command
     from .errors import UserError, one_line, printable
     from .recipes.packaged import with_packaged
 
@@ -82,17 +83,19 @@ def main() -> None:
 
         NOTES.watch(signal.SIGUSR1, signal.SIGUSR2)
     try:
+        if command not in (*LIGHTNING, *COMMANDS):
+            raise unknown_command(command, [*LIGHTNING, *COMMANDS])
         rest = with_packaged(rest)
-        if command in LIGHTNING:
+        if (answer := look_at(command, rest)) is not None:
+            print(answer, end="")
+        elif command in LIGHTNING:
             from .recipes.cli import main as run
 
             run([command, *rest])
-        elif command in COMMANDS:
+        else:
             name = COMMANDS[command]
             module = import_module(f".commands.{name}", __package__)
             sys.exit(getattr(module, f"{name}_command")(rest))
-        else:
-            raise UserError(f"no command {command!r}; there are {', '.join((*LIGHTNING, *COMMANDS))}")
     except UserError as error:
         print(f"gear-lightning: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -1,6 +1,4 @@
-"""Errors that users can fix, which the command line prints in one line, and hooks into jsonargparse."""
-
-from typing import Any
+"""Errors that users can fix, which the command line prints in one line."""
 
 
 class UserError(ValueError):
@@ -77,43 +75,3 @@ def require_extra(module: str) -> None:
 
     if importlib.util.find_spec(module) is None:
         raise UserError(f"'{module}' is not installed: pip install 'gear_lightning[{EXTRAS[module]}]'")
-
-
-def let_through_unions() -> None:
-    """Make jsonargparse raise the `UserError` of a class for an option with a union type, for example a strategy.
-
-    A strategy is a name or an object. By default jsonargparse reports the error of every type of the union, and keeps
-    only the text of the errors. If the only other type is None, the message about None is left out, because it does not
-    help.
-    """
-    import jsonargparse._typehints as typehints
-
-    refuse = typehints.raise_union_unexpected_value
-
-    def raise_ours(subtypes: Any, val: Any, exceptions: list[Exception]) -> None:
-        for error in exceptions:
-            if isinstance(error, UserError):
-                raise error
-        if len(subtypes) == len(exceptions):
-            of_values = [e for kind, e in zip(subtypes, exceptions, strict=True) if kind is not type(None)]
-            if len(of_values) == 1:
-                raise ValueError(str(of_values[0])) from of_values[0]
-        refuse(subtypes, val, exceptions)
-
-    typehints.raise_union_unexpected_value = raise_ours  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def list_classes() -> None:
-    """Make jsonargparse list the class names that it accepts without an import path if a name is not one of them."""
-    import jsonargparse._typehints as typehints
-
-    resolve = typehints.resolve_class_path_by_name
-
-    def resolve_or_list(cls: Any, name: str) -> str:
-        found = resolve(cls, name)
-        if "." in found or not getattr(cls, "__module__", "").startswith("gear_lightning."):
-            return found
-        known = [path.rpartition(".")[2] for path in typehints.get_all_subclass_paths(cls)]
-        raise ValueError(f"No class {name}; known by name are {', '.join(sorted(known))}; others by their import path")
-
-    typehints.resolve_class_path_by_name = resolve_or_list

@@ -1,6 +1,5 @@
 """`gear-lightning compare RUN RUN ...`: compare learning curves and numbers of runs."""
 
-import argparse
 import glob
 import math
 import os
@@ -14,8 +13,9 @@ from ..runs.files import replace_text
 from ..study.comparison import draw, tables, write_page
 from ..study.figure import write_figure
 from ..study.numbers import Measure, measure
-from ..study.runs import AXES, Arm, check_metric, check_tasks, make_arms, read_run
+from ..study.runs import Arm, check_metric, check_tasks, make_arms, read_run
 from ..study.tables import Table, csv_text, markdown, print_tables
+from . import parsers
 
 KINDS = (".html", ".png", ".svg", ".csv", ".md")
 
@@ -32,7 +32,7 @@ def compare_command(argv: list[str]) -> int:
     Raises:
         UserError: runs cannot be read or compared, or options contradict each other.
     """
-    options = _parser().parse_args(argv)
+    options = parsers.compare().parse_args(argv)
     for out in options.out or []:
         if out.suffix not in KINDS:
             raise UserError(f"--out {out}: its name must end in {', '.join(KINDS)}")
@@ -61,50 +61,6 @@ def compare_command(argv: list[str]) -> int:
         _write(out, arms, what, found)
         print(f"Written: {printable(str(out))}")
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="gear-lightning compare",
-        description="Compare runs: learning curves over iterations, rollouts, sampled tokens and seconds; mean over "
-        "the curve and final value by arm; paired differences by seed. Runs whose configs differ only in seeds "
-        "form one arm. Every arm is compared with the arm of the first run.",
-    )
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories")
-    parser.add_argument("--metric", default="val/success", help="column of metrics.csv (default val/success)")
-    parser.add_argument(
-        "--over", choices=list(AXES), default="iterations", help="axis of the tables (default iterations)"
-    )
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        metavar="VALUE",
-        help="report when the metric reaches this value (default 0.8 for .../success)",
-    )
-    parser.add_argument(
-        "--group",
-        action="append",
-        metavar="LABEL=GLOB",
-        help="put the run directories that match a pattern into one arm, even if their configs differ; can be repeated",
-    )
-    parser.add_argument(
-        "--names",
-        type=lambda text: [name.strip() for name in text.split(",")],
-        metavar="NAME,NAME",
-        help="comma-separated names of the arms, in their order",
-    )
-    parser.add_argument(
-        "--out",
-        action="append",
-        type=Path,
-        metavar="FILE",
-        help="output file: .html (page with figure and tables), .png or .svg (figure), .csv (one row per run), .md "
-        "(tables); can be repeated (default: compare.html next to the first run)",
-    )
-    parser.add_argument(
-        "--allow-different-tasks", action="store_true", help="also compare runs of different tasks or environments"
-    )
-    return parser
 
 
 def _paths(given: list[Path], groups: list[str]) -> tuple[list[Path], dict[Path, str]]:

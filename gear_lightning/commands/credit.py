@@ -1,6 +1,5 @@
 """``gear-lightning credit``: print the credit of one rollout or a table of rollouts, or write the page of a run."""
 
-import argparse
 import os
 import shutil
 import sys
@@ -17,6 +16,7 @@ from ..lens.text import render_credit_text
 from ..lens.trace import Trace, load_decoder, trace, visible
 from ..runs.files import write_asked
 from ..runs.records import Record, read_records
+from . import parsers
 
 
 def credit_command(argv: list[str]) -> int:
@@ -31,26 +31,7 @@ def credit_command(argv: list[str]) -> int:
     Raises:
         UserError: there are no records, or none of the given iteration, task or rollout; the page cannot be written.
     """
-    parser = argparse.ArgumentParser(
-        prog="gear-lightning credit", description="Show the credit of each token of a recorded rollout."
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory (holds rollouts/ and tokenizer/)")
-    parser.add_argument("--iteration", type=int, metavar="N", help="default: the last one that has the rollout")
-    parser.add_argument("--task", metavar="ID", help="only rollouts of this task")
-    parser.add_argument("--rollout", type=int, metavar="K", help="number of the rollout in its group, from 0")
-    parser.add_argument("--list", action="store_true", help="print a table of the rollouts instead")
-    parser.add_argument(
-        "--html",
-        nargs="?",
-        type=Path,
-        const=Path(),
-        metavar="PATH",
-        help="write the page instead (default RUN/credit_map.html); of all iterations unless --iteration is given",
-    )
-    parser.add_argument(
-        "--no-colour", "--no-color", action="store_true", help="plain text, with the weights written out"
-    )
-    args = parser.parse_args(argv)
+    args = parsers.credit().parse_args(argv)
     if args.html is not None:
         if args.task is not None or args.rollout is not None or args.list:
             raise UserError("--html can be combined only with --iteration; tasks and rollouts are selected on the page")

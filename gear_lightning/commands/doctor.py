@@ -4,7 +4,6 @@ It does not run the recipe and allocates nothing: the model is built on the meta
 estimates.
 """
 
-import argparse
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from ..recipes.memory import (
 from ..recipes.model_shape import ModelShape, model_shape
 from ..recipes.recipe import Recipe, configured_gpus, read_recipe
 from ..recipes.refusals import configured_strategy
+from . import parsers
 
 GIB, MIB = 1 << 30, 1 << 20
 ROWS = {  # component -> row name in the table
@@ -263,15 +263,7 @@ def doctor_command(argv: list[str]) -> int:
     Raises:
         UserError: an option or the recipe is invalid.
     """
-    parser = argparse.ArgumentParser(
-        "gear-lightning doctor",
-        usage="gear-lightning doctor --config RECIPE [--config MORE ...] [--gpus N] [--gpu-memory GIB] [fit's options]",
-        description="Estimate a recipe's memory per GPU under each strategy and report problems, without running it.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--gpus", type=int, help="number of GPUs on all nodes; default: that of the recipe")
-    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of one GPU; default: of this machine's")
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parsers.doctor().parse_known_args(argv)
     if options.gpus is not None and options.gpus < 1:
         raise UserError(f"--gpus={options.gpus}: must be at least 1")
     if options.gpu_memory is not None and not options.gpu_memory > 0:

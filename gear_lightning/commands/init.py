@@ -1,17 +1,17 @@
 """``gear-lightning init``: a small project that trains at once."""
 
-import argparse
 import shlex
 from importlib.resources import files
 from pathlib import Path
 
 from ..errors import UserError
+from ..recipes.options.parser import CommandParser
 
 
 def init_command(argv: list[str]) -> int:
     """Write a project into a new or empty directory. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "gear-lightning init",
+    parser = CommandParser(
+        "init",
         description="Write a small project: tasks, a tool, a reward, an environment, a recipe and tests.",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="directory to write; must not exist, or be empty")

@@ -4,8 +4,6 @@ import sys
 from functools import partial
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser
-
 from ..credit import CreditAssigner
 from ..errors import UserError
 from ..probes.noise_floor import FILE, NEAR_ONE, QUANTILES, MeasureNoise
@@ -15,17 +13,7 @@ from .probe import ProbeCLI, probe_command
 class NoiseFloorCLI(ProbeCLI):
     """``gear-lightning noise-floor``."""
 
-    file = FILE
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--rollouts",
-            type=str | None,
-            default=None,
-            help="Run directory with recorded rollouts. Null: generate new ones.",
-        )
-        parser.add_argument("--micro_batches", type=int, default=2, help="Maximum number of micro-batches to measure.")
+    command, file = "noise-floor", FILE
 
     def make_probe(self, options: Any) -> MeasureNoise:
         return MeasureNoise(options["micro_batches"], options["rollouts"])

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..parity.compare import COMPARED, Comparison, compare, metric, precision_of, tolerance_of
-from ..parity.steps import LOW_TOLERANCE, TOLERANCE, Tolerance
+from ..parity.tolerance import TOLERANCE, Tolerance
 from ..runs.step_records import RECORDER
+from . import parsers
+from .parsers import DIFFERENT, EQUAL, UNCOMPARED
 
 ZERO = "gear_lightning.strategies.ZeRO"
 STRATEGIES = {  # name -> value of trainer.strategy; the same as in configs/strategy, which is not in the wheel
@@ -31,7 +33,6 @@ STRATEGIES = {  # name -> value of trainer.strategy; the same as in configs/stra
         "init_args": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
     },
 }
-EQUAL, DIFFERENT, UNCOMPARED = 0, 1, 3  # exit statuses; 2 is an error
 OWN = {  # options of fit that parity sets itself -> what to do instead
     "trainer.default_root_dir": "give --out DIR, which keeps the runs there",
     "trainer.max_epochs": "give --iterations",
@@ -65,31 +66,7 @@ def train(options: list[str], run: Path, deadline: float) -> str | None:
 
 def parity_command(argv: list[str]) -> int:
     """Run ``gear-lightning parity`` and return the exit status."""
-    parser = argparse.ArgumentParser(
-        "gear-lightning parity",
-        description="Train a recipe for a few iterations in one process and under several strategies, from the same "
-        "weights and seeds, and compare rollouts, credit, losses, gradients and updates. Differences that rounding "
-        "explains count as equal. All other options are those of fit.",
-        epilog=f"Exit status: {EQUAL} if all are equal, {DIFFERENT} if some differ or failed, {UNCOMPARED} if nothing "
-        "was trained, or if no iteration could be compared for one of them.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--strategies", default="ddp,fsdp,zero1,zero2,zero3", help="comma-separated: %(default)s")
-    parser.add_argument("--iterations", type=int, default=3, help="RL iterations (default %(default)s)")
-    parser.add_argument("--devices", type=int, help="number of processes per strategy (default: all GPUs, else 2)")
-    parser.add_argument("--reference", default="one", help="one (a single process, the default), or a strategy")
-    parser.add_argument("--resume", action="store_true", help="stop every strategy's run halfway and resume it")
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        help="relative difference of gradients, log-probs and credit that counts as rounding (default "
-        f"{TOLERANCE.share:g} in float32, {LOW_TOLERANCE.share:g} in bfloat16)",
-    )
-    parser.add_argument(
-        "--out", type=Path, help="directory for the runs (default: a temporary one, removed if all are equal)"
-    )
-    parser.add_argument("--deadline", type=float, default=3600, help="seconds for each run (default %(default)s)")
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parsers.parity().parse_known_args(argv)
     names = options.strategies.split(",")
     known = {"one": []} | {n: [f"--trainer.strategy={json.dumps(value)}"] for n, value in STRATEGIES.items()}
     for name in [*names, options.reference]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningCLI
 
 from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.callbacks.progress import PhaseProgress
@@ -33,12 +33,6 @@ class ProbeCLI(GearCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return {"fit": LightningCLI.subcommands()["fit"]}
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--out", type=str | None, default=None, help=f"File for the result. Null: {self.file} in the run directory."
-        )
 
     def make_probe(self, options: Any) -> L.Callback:
         """Return the callback that measures; it puts the result into its attribute ``result``.

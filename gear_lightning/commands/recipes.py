@@ -1,7 +1,6 @@
 """``gear-lightning recipes``: list the configuration files of the package."""
 
-import argparse
-
+from ..recipes.options.parser import CommandParser
 from ..recipes.packaged import about, configs
 
 KINDS = {
@@ -19,8 +18,8 @@ KINDS = {
 
 def recipes_command(argv: list[str]) -> int:
     """List packaged configuration files, one line each. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "gear-lightning recipes",
+    parser = CommandParser(
+        "recipes",
         description="List the packaged configuration files. --config takes their names: --config quickstart, "
         "--config credit/grpo. A file with that name in the working directory has precedence.",
     )

@@ -1,6 +1,5 @@
 """``gear-lightning recredit``: compute the credit of a run's recorded rollouts under another credit rule."""
 
-import argparse
 import heapq
 import json
 import re
@@ -18,39 +17,15 @@ from ..lens.page import render_credit_page
 from ..lens.recredit import check_credit, recorded_credit, recredit, stands_in, told
 from ..lens.recredit_report import change_data, finite, report, rule_data
 from ..lens.trace import Decode, load_decoder
-from ..recipes.rule_options import RULES, read_rule, run_rule, split
+from ..recipes.rule_arguments import RULES, split
+from ..recipes.rule_options import read_rule, run_rule
 from ..runs.files import check_place, write_asked
 from ..runs.records import Record, read_records, record_files
+from . import parsers
+from .parsers import ON_PAGE, PAGE
 
-PAGE = "recredit.html"
 UNCHECKED = "the run's own rule is not known, so the recomputation cannot be checked against the recorded credit"
-ON_PAGE = 1000  # rollouts
 SHOWN = 10  # tokens
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command. The options of the rules are only listed for the help."""
-    out = argparse.ArgumentParser(
-        "gear-lightning recredit",
-        usage="gear-lightning recredit RUN --credit RULE [--credit.OPTION VALUE ...] [--against RULE "
-        "[--against.OPTION VALUE ...]] [--iterations A-B] [--html [PATH]] [--json PATH]",
-        description="Recompute the credit of a run's recorded rollouts, without its model, and show the differences "
-        "from the recorded credit, or from that of a second rule. RULE is a class of gear_lightning.credit "
-        "(GEAR, RLSD, ...), the import path of your own class, or a YAML file with model.credit; --credit.help RULE "
-        "lists its options.",
-        allow_abbrev=False,
-    )
-    out.add_argument("run", type=Path, metavar="RUN", help="run directory (holds rollouts/ and tokenizer/)")
-    out.add_argument("--credit", metavar="RULE", help="rule to compute")
-    out.add_argument("--against", metavar="RULE", help="rule to compare with (default: the recorded credit)")
-    out.add_argument("--iterations", metavar="A-B", help="only these, inclusive; or one number (default: all)")
-    out.add_argument(
-        "--html", nargs="?", type=Path, const=Path(), metavar="PATH",
-        help=f"write the credit page with the computed and the recorded credit (default RUN/{PAGE}; the newest "
-        f"{ON_PAGE:,} rollouts)",
-    )  # fmt: skip
-    out.add_argument("--json", type=Path, metavar="PATH", help="write all values, of every iteration, as JSON")
-    return out
 
 
 def recredit_command(argv: list[str]) -> int:
@@ -69,7 +44,7 @@ def recredit_command(argv: list[str]) -> int:
         SystemExit: help was requested, or an option is unknown; the parser has reported it.
     """
     rest, typed = split(argv)
-    options = parser().parse_args(rest)
+    options = parsers.recredit().parse_args(rest)
     run: Path = options.run
     page = run / PAGE if options.html == Path() else options.html
     for path in (page, options.json):

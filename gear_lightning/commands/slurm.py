@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..recipes.options.parser import CommandParser
 from ..recipes.slurm_script import SEEDS, Job, check_job
 
 OURS = {  # options of fit that the job sets -> options of this command to use instead
@@ -27,15 +28,14 @@ OURS = {  # options of fit that the job sets -> options of this command to use i
 LISTS = ("setup", "sbatch", "container-mounts")  # can be repeated
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Return the parser of the command."""
-    out = argparse.ArgumentParser(
-        "gear-lightning slurm",
+    out = CommandParser(
+        "slurm",
         usage="gear-lightning slurm --config RECIPE [--config MORE ...] --nodes N --gpus-per-node N --time LIMIT "
         "[OPTIONS] [fit's options]",
         description="Write a batch script that trains a recipe under Slurm: RUN/slurm/job.sh (RUN is the recipe's "
         "trainer.default_root_dir). The recipe is checked first. All other options are those of fit.",
-        allow_abbrev=False,
     )
     size = out.add_argument_group("size")
     size.add_argument("--nodes", type=int, default=1, help="number of nodes (default %(default)s)")

@@ -1,6 +1,5 @@
 """`gear-lightning status RUN`: show the phase of a run, its newest checkpoint and its failures."""
 
-import argparse
 import json
 import os
 import socket
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..recipes.options.parser import CommandParser
 
 SILENT = 120.0  # seconds without an update of the status file after which a running run counts as silent
 
@@ -19,9 +19,7 @@ def status_command(args: list[str]) -> int:
     Raises:
         UserError: the path is not a run directory.
     """
-    parser = argparse.ArgumentParser(
-        "gear-lightning status", description="Show the phase of a run, its newest checkpoint and its failures."
-    )
+    parser = CommandParser("status", description="Show the phase of a run, its newest checkpoint and its failures.")
     parser.add_argument("run", type=Path, help="the run directory (trainer.default_root_dir)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(args)

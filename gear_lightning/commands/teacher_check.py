@@ -3,8 +3,6 @@
 from functools import partial
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser
-
 from ..errors import UserError
 from ..probes.teacher_check import FILE, CheckTeacher, table
 from ..teacher import SHOWN
@@ -14,16 +12,7 @@ from .probe import ProbeCLI, probe_command
 class TeacherCheckCLI(ProbeCLI):
     """``gear-lightning teacher-check``."""
 
-    file = FILE
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--tasks",
-            type=int | None,
-            default=None,
-            help="Number of tasks, with data.group_size rollouts each. Null: data.tasks_per_iteration.",
-        )
+    command, file = "teacher-check", FILE
 
     def make_probe(self, options: Any) -> CheckTeacher:
         return CheckTeacher()

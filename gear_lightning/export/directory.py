@@ -7,14 +7,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from ..errors import UserError
 from ..learning.shipped import CONFIG, GENERATION, as_json, file_name, merged_config, read_json
 from ..runs.checkpoints import check_whole
+from .dtypes import DType
 from .model_card import model_card
-
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)

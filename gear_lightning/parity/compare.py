@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..runs.step_records import read_steps, sample
-from .steps import LOW_TOLERANCE, TOLERANCE, Tolerance, compare_steps, drifts
+from .steps import compare_steps, drifts
+from .tolerance import LOW_TOLERANCE, TOLERANCE, Tolerance
 
 COMPARED = ("policy_logprobs", "divergence", "weights", "token_advantages")
 IN_NATS = ("policy_logprobs", "divergence")

@@ -7,13 +7,14 @@ what the recorded difference of its own gradients explains.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..runs.step_records import Step, is_teacher, read_steps
+from .tolerance import TOLERANCE, Tolerance
 
 ARITHMETIC = 1e-4  # share of a step: two implementations of one optimizer differ by less on the same gradients
 # A relative change r of the gradients seen so far changes an update by less than AMPLIFIED x r steps: for Adam by at
@@ -23,29 +24,6 @@ ROUNDINGS = 4  # rounding errors of a weight in the two runs' steps, in units in
 FEW = 1e-3  # share of a tensor's elements that may exceed the limit, e.g. if an optimizer like Lion uses only signs
 SMALL = 1e-2  # a tensor's gradient counts as at least this share of the average one, and a step's norm as at least
 QUIET = 1e-3  # this share of the largest one: smaller values are remainders of terms that cancel
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Limits below which differences count as rounding.
-
-    Args:
-        share: relative difference of log-probs, divergences, credit, losses and gradients.
-        norm: relative difference of the gradient's norm, where the rounding errors of its elements average out.
-        nats: mean difference of log-probs and divergences that counts as rounding, however small they are.
-    """
-
-    share: float = 1e-3
-    norm: float = 1e-3
-    nats: float = 1e-5
-
-    def after(self, drift: float) -> "Tolerance":
-        """Return the tolerance for weights that rounding has moved apart by this share of their change (`drifts`)."""
-        return replace(self, share=self.share + drift, norm=self.norm + drift)
-
-
-TOLERANCE = Tolerance()  # float32 and float64: measured differences are 1e-6
-LOW_TOLERANCE = Tolerance(share=0.1, norm=5e-3, nats=0.05)  # bfloat16: 2e-3 to 3e-2, norms 1e-4
 
 
 @dataclass

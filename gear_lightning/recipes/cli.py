@@ -1,6 +1,5 @@
 """`gear-lightning fit | validate | test | predict`: LightningCLI with the classes of this package as options."""
 
-import inspect
 import logging
 import os
 import sys
@@ -9,38 +8,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jsonargparse._typehints as typehints
 import lightning as L
 import torch
 from jsonargparse._util import import_object
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, OptimizerCallable
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from gear_lightning.callbacks.checkpoint import IterationCheckpoint
-from gear_lightning.callbacks.credit_map import CreditMap
 from gear_lightning.callbacks.first_evaluation import FirstEvaluation
-from gear_lightning.callbacks.generation import GenerationCallback
-from gear_lightning.callbacks.health import Health
-from gear_lightning.callbacks.noise_floor import NoiseFloor
 from gear_lightning.callbacks.preemption import Preemption
 from gear_lightning.callbacks.progress import PhaseProgress
 from gear_lightning.callbacks.resumption import Resumption
-from gear_lightning.callbacks.rollout_recorder import RolloutRecorder
 from gear_lightning.callbacks.run_status import RunStatus
-from gear_lightning.callbacks.sample_table import SampleTable
 from gear_lightning.callbacks.startup import StartupCheck, check_launch
-from gear_lightning.callbacks.throughput import Throughput
 from gear_lightning.callbacks.watchdog import Watchdog
 
 from ..data import RolloutDataModule
-from ..errors import Stopped, UserError, let_through_unions, list_classes
+from ..errors import Stopped, UserError
 from ..learning.warm_start import WarmStart, run_warm_start
 from ..module import GearModule
 from ..runs.checkpoints import CompleteCheckpoints
 from ..runs.files import hold
 from ..runs.loggers import Board, MetricsFile
 from .idle_options import idle_options
+from .options.sections import CALLBACKS, DEFAULTS, OWN, SEED, TRAINER_DEFAULTS, WARM_START_TEXT
+from .parser import Parser, install_hooks
 from .refusals import WRONG_PRECISION, check_strategy, refusals, skeleton_of
 from .saved_config import SavedConfig
 
@@ -50,51 +43,13 @@ RUN_FILES = (
 )  # fmt: skip
 
 
-class _Parser(LightningArgumentParser):
-    def print_usage(self, file: Any = None) -> None:
-        """Print no usage: its hundreds of options would hide the error printed after them. ``--help`` lists them."""
-
-
-def _forget_other_class(parser_or_action: Any, prev_val: Any, value: Any) -> None:
-    """Make a class that replaces another one start from its own defaults.
-
-    jsonargparse carries over every argument of the same name, including defaults
-    (https://github.com/mauvilsa/jsonargparse/issues/460): RLSD would get GEAR's clip.
-
-    An optimizer keeps options that were set for the previous optimizer if it has them too: the learning rate belongs to
-    the recipe.
-    """
-    if prev_val and "init_args" in prev_val and prev_val["class_path"] != value["class_path"]:
-        before, after = _optimizer_options(prev_val["class_path"]), _optimizer_options(value["class_path"])
-        for key in list(prev_val["init_args"].keys()):
-            known = key in before and key in after
-            if not known or _same(prev_val["init_args"][key], before[key].default):
-                prev_val["init_args"].pop(key)
-
-
-def _optimizer_options(class_path: Any) -> dict[str, inspect.Parameter]:
-    """Return the options of an optimizer class, or of a function that returns an `OptimizerCallable`, else none."""
-    try:
-        kind: Any = import_object(class_path)
-        signature = inspect.signature(kind)
-    except (ImportError, AttributeError, ValueError, TypeError):
-        return {}  # jsonargparse reports the error
-    optimizer = inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)
-    return dict(signature.parameters) if optimizer or signature.return_annotation == OptimizerCallable else {}
-
-
-def _same(given: Any, default: Any) -> bool:
-    return list(given) == list(default) if isinstance(default, tuple) and given is not None else given == default
-
-
-typehints.discard_init_args_on_class_path_change = _forget_other_class
-let_through_unions()
-list_classes()
+install_hooks()
 
 
 class GearCLI(LightningCLI):
     """LightningCLI for `GearModule` and `RolloutDataModule`, with rollouts, records and checkpoints enabled."""
 
+    command = "fit"  # whose own options are added, see `OWN`
     lock: Any = None  # the open lock file of the run directory
     reports_idle = True  # whether `fit` reports options without effect
 
@@ -105,17 +60,10 @@ class GearCLI(LightningCLI):
             RolloutDataModule,
             save_config_callback=SavedConfig,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={
-                "default_root_dir": "runs/default",
-                "max_epochs": 100,
-                "log_every_n_steps": 1,
-                "num_sanity_val_steps": 0,  # `FirstEvaluation` replaces it
-                "use_distributed_sampler": False,
-                "enable_model_summary": False,
-            },
-            seed_everything_default=0,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=SEED.default,
             parser_kwargs={"parser_mode": "omegaconf+"},
-            parser_class=_Parser,
+            parser_class=Parser,
             auto_configure_optimizers=False,
             args=args,
         )
@@ -126,30 +74,13 @@ class GearCLI(LightningCLI):
         return {name: skip for name, skip in known.items() if name == self._asked_for} or known
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(GenerationCallback, "generation")
-        parser.add_argument("--warm_start", type=WarmStart | None, default=None, help="Supervised stage before RL.")
-        parser.add_lightning_class_args(RolloutRecorder, "recorder")
-        parser.add_lightning_class_args(CreditMap, "credit_map")
-        parser.add_lightning_class_args(Health, "health")
-        parser.add_lightning_class_args(NoiseFloor, "noise_floor")
-        parser.add_lightning_class_args(SampleTable, "samples")
-        parser.add_lightning_class_args(Throughput, "throughput")
-        parser.add_lightning_class_args(PhaseProgress, "progress")
-        parser.add_lightning_class_args(Preemption, "preemption")
-        parser.add_lightning_class_args(Watchdog, "watchdog")
-        parser.add_lightning_class_args(FirstEvaluation, "first_evaluation")  # after the progress bar has opened
-        parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                # the module's default, as a class, so that an optimizer in a stacked config keeps its learning rate
-                "model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-6, "weight_decay": 0.0}},
-                "checkpoint.filename": "iteration={epoch:05d}",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.enable_version_counter": False,  # an iteration repeated after a kill replaces its file
-                "checkpoint.save_last": "link",
-                "checkpoint.save_on_train_epoch_end": True,
-            }
-        )
+        for name, path in CALLBACKS.items():
+            kind: Any = import_object(path)
+            parser.add_lightning_class_args(kind, name)
+        parser.add_argument("--warm_start", type=WarmStart | None, default=None, help=WARM_START_TEXT)
+        for own in OWN.get(self.command, ()):
+            parser.add_argument(f"--{own.name}", type=own.kind, default=own.default, help=own.text)
+        parser.set_defaults(DEFAULTS)
 
     @property
     def run_dir(self) -> Path:

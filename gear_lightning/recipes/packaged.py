@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..errors import UserError
+from .options.hints import did_you_mean
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TAKE_NAMES = ("--config", "-c", "--cluster")  # options whose value can be the name of a packaged file
@@ -41,7 +42,9 @@ def found(name: str) -> str:
         return name
     place = packaged(name)
     if place is None and name and not Path(name).suffix:
-        raise UserError(f"{name}: no such file, and no packaged recipe; `gear-lightning recipes` lists these")
+        names = [str(file.relative_to(configs()).with_suffix("")) for file in configs().rglob("*.yaml")]
+        meant = did_you_mean(name, names) or "; `gear-lightning recipes` lists these"
+        raise UserError(f"{name}: no such file, and no packaged recipe{meant}")
     return name if place is None else str(place)
 
 

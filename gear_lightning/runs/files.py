@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from ..errors import UserError
 
 
@@ -100,11 +98,11 @@ def try_to_write(kind: str, write: Callable[[], Any]) -> bool:
         if kind not in _failing:
             _failing.add(kind)
             where = f" ({error.filename})" if error.filename else ""
-            rank_zero_warn(f"The {kind} cannot be written{where}: {error.strerror or error}. Training continues.")
+            _warn(f"The {kind} cannot be written{where}: {error.strerror or error}. Training continues.")
         return False
     if kind in _failing:
         _failing.discard(kind)
-        rank_zero_warn(f"The {kind} are written again.")
+        _warn(f"The {kind} are written again.")
     return True
 
 
@@ -154,3 +152,9 @@ def build_once(folder: Path, build: Callable[[Path], Any]) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _warn(text: str) -> None:
+    from lightning.pytorch.utilities import rank_zero_warn  # not above: commands that only read files start without it
+
+    rank_zero_warn(text)

@@ -11,9 +11,10 @@ import numpy as np
 from ..errors import UserError, printable
 from ..recipes.rule_options import caveat
 from ..runs.files import replace_text
+from .axes import AXES
 from .figure import INK, label_ends, new_figure, plot_arm, render
 from .numbers import Measure, contrasts, summarise
-from .runs import AXES, Arm
+from .runs import Arm
 from .statistics import on_grid
 from .tables import Table, p_value, to_html, with_interval
 

@@ -11,9 +11,9 @@ import numpy as np
 from ..errors import UserError
 from ..runs.metrics_file import read_columns
 from ..runs.records import FORMAT
+from .axes import AXES
 
 # Axes of a curve: axis -> metric of `callbacks.throughput.Throughput`, counted since the start.
-AXES = {"iterations": None, "rollouts": "perf/rollouts", "tokens": "perf/sampled_tokens", "seconds": "perf/seconds"}
 TASK = (  # config keys: if these differ, metrics are not comparable
     "data.train_tasks", "data.val_tasks", "data.val_limit", "generation.environment", "generation.budgets",
     "generation.success_threshold", "generation.val_sampling",

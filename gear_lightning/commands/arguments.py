@@ -1,0 +1,83 @@
+"""What the command line does before anything is imported: help, and errors in keys, files and names."""
+
+from ..errors import UserError
+from ..recipes.options.check import CONFIG, Check, check_files
+from ..recipes.options.hints import close
+from ..recipes.options.pages import overview, page
+from ..recipes.options.sections import OWN, STAGES
+from ..recipes.options.study_check import check_study
+from ..recipes.rule_arguments import split
+from .parsers import PARSERS, WITH_RECIPE
+
+HELP = ("--help", "-h")
+PATHS = {"compare": ["runs"], "credit": ["run"], "recredit": ["run"], "export": ["checkpoint"]}  # that must exist
+ONLY_RECIPE = (*STAGES, *OWN)  # commands all of whose options are those of a recipe, and their own
+
+
+def topics(arguments: list[str]) -> list[str] | None:
+    """Return what a command line asks help for: the words after ``--help``; None if it asks for no help."""
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option in HELP:
+            following = [value] if equals else []
+            for word in arguments[place + 1 :]:
+                if word.startswith("-") and not (word.startswith("--") and word == arguments[-1] and not following):
+                    break
+                following.append(word)
+            return following
+    return None
+
+
+def look_at(command: str, arguments: list[str]) -> str | None:
+    """Check a command line, or answer it if it asks for help.
+
+    Args:
+        command: the command.
+        arguments: its arguments.
+
+    Returns:
+        The help; None if the command is to run.
+
+    Raises:
+        UserError: an option, a class or a file does not exist.
+        SystemExit: the parser of the command has printed its help.
+    """
+    asked = topics(arguments)
+    takes_recipe = command in ONLY_RECIPE or command in WITH_RECIPE
+    if asked and (takes_recipe or command in ("study", "recredit")):
+        return "\n".join(page(command if command in ONLY_RECIPE else "fit", topic) for topic in asked)
+    if asked is not None and command in ONLY_RECIPE:
+        return overview(command)
+    if takes_recipe or (command == "study" and asked is None):  # first, because it is quick
+        check_files(arguments, (*CONFIG, "--cluster") if command == "slurm" else CONFIG)
+    if command in ONLY_RECIPE:
+        Check(command).arguments(arguments)
+    elif command in PARSERS:
+        _parse(command, arguments)
+    elif command == "study" and asked is None:
+        check_study(arguments)
+    return None
+
+
+def _parse(command: str, arguments: list[str]) -> None:
+    """Parse the arguments of a command with its own parser, which the command does again, after its imports."""
+    known = PARSERS[command]()
+    if command in WITH_RECIPE:
+        _, rest = known.parse_known_args(arguments)
+        own = [o.removeprefix("--") for action in known._actions for o in action.option_strings if o.startswith("--")]
+        Check("fit", own).arguments([argument for argument in rest if argument != "--"])
+        return
+    options = known.parse_args(split(arguments)[0] if command == "recredit" else arguments)
+    for name in PATHS.get(command, ()):
+        given = getattr(options, name)
+        for path in given if isinstance(given, list) else [given]:
+            if not path.exists():
+                names = "; --names takes comma-separated names: --names A,B" if getattr(options, "names", None) else ""
+                raise UserError(f"{path}: no such file or directory{names}")
+
+
+def unknown_command(name: str, known: list[str]) -> UserError:
+    """Return the error for a command that does not exist."""
+    meant = close(name, known)
+    question = f"did you mean {meant}? There" if meant else "there"
+    return UserError(f"no command {name!r}; {question} are {', '.join(known)}")

@@ -1,0 +1,5 @@
+"""The dtypes of exported weights; ``auto``: as in the checkpoint."""
+
+from typing import Literal
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]

@@ -1,0 +1,189 @@
+"""Find classes and functions in source files without importing them: an import of torch and Lightning takes seconds."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+Named = ast.ClassDef | ast.FunctionDef | ast.expr
+
+
+@dataclass(frozen=True, eq=False)
+class Module:
+    """A module as text.
+
+    Attributes:
+        name: its import path.
+        package: the package that its relative imports start from.
+        definitions: name -> class, function or assigned value.
+        imports: name -> import path, for ``from ... import``.
+        modules: name -> module, for ``import``.
+        docstrings: class -> docstring, for ``CLASS.__doc__ = ...``.
+    """
+
+    name: str
+    package: str
+    definitions: dict[str, Named]
+    imports: dict[str, str]
+    modules: dict[str, str]
+    docstrings: dict[str, ast.expr]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A class, a function or an assigned value, and the module that defines it."""
+
+    module: Module
+    name: str
+    node: Named
+
+    @property
+    def path(self) -> str:
+        """Its import path."""
+        return f"{self.module.name}.{self.name}"
+
+
+def spec_of(name: str) -> ModuleSpec | None:
+    """Return where a module is, without importing its packages."""
+    package, _, _ = name.rpartition(".")
+    where = None
+    if package:
+        parent = spec_of(package)
+        if parent is None or parent.submodule_search_locations is None:
+            return None
+        where = tuple(parent.submodule_search_locations)
+        return _search(name, where)
+    return _search.__wrapped__(name, None)  # not cached, because sys.path can change
+
+
+@cache
+def _search(name: str, where: tuple[str, ...] | None) -> ModuleSpec | None:
+    specs = (finder.find_spec(name, None if where is None else list(where)) for finder in sys.meta_path)
+    return next((spec for spec in specs if spec is not None), None)
+
+
+def module(name: str) -> Module | None:
+    """Return a module as text; None if there is no such source file, or if it cannot be parsed."""
+    spec = spec_of(name)
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    file = Path(spec.origin)
+    try:
+        stamp = file.stat()
+        return _parsed(name, file, spec.submodule_search_locations is not None, stamp.st_mtime_ns, stamp.st_size)
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+@cache
+def _parsed(name: str, file: Path, is_package: bool, changed: int, size: int) -> Module:
+    del changed, size  # only keys of the cache: a file can change within a process
+    package = name if is_package else name.rpartition(".")[0]
+    out = Module(name, package, {}, {}, {}, {})
+    for node in _statements(ast.parse(file.read_text(encoding="utf-8")).body):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            out.definitions[node.name] = node
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            above = parts[: len(parts) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            out.imports.update({alias.asname or alias.name: f"{base}.{alias.name}" for alias in node.names})
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                first = alias.name.partition(".")[0]
+                out.modules[alias.asname or first] = alias.name if alias.asname else first
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            out.definitions[node.targets[0].id] = node.value
+        elif isinstance(node, ast.Assign) and dotted(node.targets[0]).endswith(".__doc__"):
+            out.docstrings[dotted(node.targets[0]).removesuffix(".__doc__")] = node.value
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            out.definitions[node.target.id] = node.value
+    return out
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield the statements of a module, with those under ``if`` and ``try``; of two branches the first comes last."""
+    for node in body:
+        if isinstance(node, ast.If):
+            yield from _statements([*node.orelse, *node.body])
+        elif isinstance(node, ast.Try):
+            yield from _statements([*(s for handler in node.handlers for s in handler.body), *node.body])
+        else:
+            yield node
+
+
+def find(path: str) -> Found | None:
+    """Return what an import path names, through re-exports; None if no source file defines it."""
+    return _find(path, 0)
+
+
+def _find(path: str, depth: int) -> Found | None:
+    home, _, name = path.rpartition(".")
+    if not home or depth > 20:  # modules can import a name from each other
+        return None
+    inside = module(home)
+    return None if inside is None else _in(inside, name, depth)
+
+
+def _in(inside: Module, name: str, depth: int) -> Found | None:
+    if name in inside.definitions:
+        node = inside.definitions[name]
+        if isinstance(node, ast.Name | ast.Attribute) and (other := _look_up(inside, node, depth + 1)) is not None:
+            return other
+        return Found(inside, name, node)
+    if name in inside.imports and inside.imports[name] != f"{inside.name}.{name}":
+        return _find(inside.imports[name], depth + 1)
+    return None
+
+
+def look_up(inside: Module, node: ast.expr) -> Found | None:
+    """Return what a name or a dotted name means in a module; None for anything else, and for built-in names."""
+    return _look_up(inside, node, 0)
+
+
+def _look_up(inside: Module, node: ast.expr, depth: int) -> Found | None:
+    if depth > 20:
+        return None
+    if isinstance(node, ast.Name):
+        return _in(inside, node.id, depth)
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value)
+        first, _, rest = base.partition(".")
+        home = inside.modules.get(first) or inside.imports.get(first)
+        return None if home is None else _find(".".join(filter(None, [home, rest, node.attr])), depth + 1)
+    return None
+
+
+def dotted(node: ast.expr) -> str:
+    """Return a dotted name as text; empty for another expression."""
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value)
+        return f"{base}.{node.attr}" if base else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def ancestors(kind: Found) -> tuple[list[Found], bool]:
+    """Return a class and its bases in the order in which Python looks up methods, and whether all were found."""
+    found, complete = [], True
+    for one, known in _bases(kind):
+        found = [f for f in found if f.path != one.path] + [one]  # a base class comes after all its subclasses
+        complete &= known
+    return found, complete
+
+
+def _bases(kind: Found) -> Iterator[tuple[Found, bool]]:
+    """Yield a class and its bases, depth first, each with whether all of its own bases were found."""
+    mine, complete = [], True
+    for base in kind.node.bases if isinstance(kind.node, ast.ClassDef) else []:
+        plain = base.value if isinstance(base, ast.Subscript) else base
+        other = look_up(kind.module, plain)
+        if other is not None and isinstance(other.node, ast.ClassDef) and other.path != kind.path:
+            mine.append(other)
+        elif dotted(plain).rpartition(".")[2] not in ("object", "ABC", "Protocol", "Generic", "Exception"):
+            complete = False
+    yield kind, complete
+    for one in mine:
+        yield from _bases(one)
