@@ -26,6 +26,7 @@ from gear_lightning.errors import UserError
 from gear_lightning.generation.cached_engine import CachedEngine
 from gear_lightning.generation.engine import GenerationEngine, Sampling
 from gear_lightning.generation.sampling_weights import SamplingWeights, WeightsMode
+from gear_lightning.generation.vocabulary import check_sampled, check_vocabulary
 from gear_lightning.learning.positions import longest_row
 from gear_lightning.module import GearModule
 from gear_lightning.probes.sampling_check import TRIES, compare, explain, make_trial, ordinary_ids, sample
@@ -95,6 +96,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self._checked = self._warned_stream = self._warned = self._warned_tool = self._warned_prompt = False
         self._module: GearModule | None = None
         self._trainer: L.Trainer | None = None
+        self._data: RolloutDataModule | None = None
 
     @property
     def temperature(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -120,7 +122,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 needs reasoning or tool calls, and there are none.
         """
         self.check_reasoning(module)
-        self._module = module
+        self._module, self._data = module, data
         data.generator = self
         data.check_tasks()
         check_teacher_views(module, data.train_tasks)
@@ -149,6 +151,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         with self._computing(self._trainer), opened as (model, check):
             started = time.monotonic()
             rollouts, _ = loop.run(model, jobs, policy_version=version, check=check)
+        check_sampled(self.engine, rollouts, module.policy.tokenizer_ids)
         self._warn_of_errors(rollouts)
         if stage == "fit" and self.overlong is not None:
             for rollout in rollouts:
@@ -267,12 +270,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 f"{longest.tokens} or less"
             )
         rows = shape(policy.get_input_embeddings().weight)[0]
-        highest = max(module.chat_format.prompt([{"role": "user", "content": "Hello"}]))
-        if highest >= rows:
-            raise UserError(
-                f"the tokenizer does not fit the model: it returns token id {highest}, and the vocabulary of "
-                f"{type(policy).__name__} has {rows} ids"
-            )
+        sources = () if self._data is None else (self._data.train_tasks, self._data.val_tasks)
+        check_vocabulary(module.chat_format, rows, type(policy).__name__, sources)
 
     def check_sampling(self, trainer: L.Trainer, module: GearModule, policy: Any, blank: Any) -> None:
         """Compare the engine's log-probs with the trainer's, see `sampling_check`. All ranks must call it.

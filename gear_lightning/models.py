@@ -3,7 +3,10 @@
 import hashlib
 import importlib
 import importlib.util
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -137,17 +140,22 @@ def _forward_checkpointed(layer: Any, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class Pretrained(PolicySource):
-    """A pretrained causal language model. Remote code is never executed.
+    """A pretrained causal language model, or the text part of a vision-language model. Remote code is never executed.
+
+    Where transformers has a class for the text part alone (Qwen3.5, Llama 4), only that is loaded and exported. Other
+    vision-language models (Qwen2.5-VL, Qwen3-VL, Mistral 3, Gemma 3) are loaded and exported whole: text trains the
+    language model, and the image encoder is frozen.
 
     Args:
         path: a model directory, a hub id, a ``.gguf`` file, or ``package:NAME/FILE.gguf`` for a file inside an
             installed Python package. GGUF files are dequantized once and cached.
-        attn_implementation: attention of transformers: ``sdpa``, ``eager`` or ``flash_attention_2``.
+        attn_implementation: attention of transformers: ``sdpa``, ``eager`` or ``flash_attention_2``. Null: sdpa, or
+            eager for a model that has no sdpa (GPT-OSS, Gemma 2).
         chat_template: file with a chat template that replaces the tokenizer's own.
     """
 
     path: str
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     chat_template: str | None = None
 
     def _resolve(self) -> str:
@@ -191,13 +199,24 @@ class Pretrained(PolicySource):
         return stop_ids(self.shipped(), self.path)
 
     def _load(self, loader: Any, **options: Any) -> Any:
-        try:
+        with self._errors("a model that can be loaded"):
             return loader.from_pretrained(self._resolve(), trust_remote_code=False, **options)
+
+    @contextmanager
+    def _errors(self, expected: str) -> Iterator[None]:
+        """Turn an error of transformers into one that says what to do."""
+        try:
+            yield
         except UserError:
             raise
         except (OSError, ValueError, ImportError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{self.path}: not a model that can be loaded ({first})") from None
+            if self.attn_implementation is not None and re.search("attention|attn", first, re.IGNORECASE):
+                raise UserError(
+                    f"{self.path}: model.policy.attn_implementation={self.attn_implementation} cannot be used here "
+                    f"({first}); remove it to use the best attention that this model has, or set it to eager"
+                ) from None
+            raise UserError(f"{self.path}: not {expected} ({first})") from None
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -211,9 +230,22 @@ class Pretrained(PolicySource):
 
     def model(self) -> Any:
         import torch
-        from transformers import AutoModelForCausalLM
+        from lightning.pytorch.utilities import rank_zero_info
 
-        return self._load(AutoModelForCausalLM, dtype=torch.float32, attn_implementation=self.attn_implementation)
+        from .auto_classes import auto_class
+
+        options = {"dtype": torch.float32, "attn_implementation": self.attn_implementation}
+        model, found = self._load(auto_class(self.config()), output_loading_info=True, **options)
+        if missing := sorted(found["missing_keys"]):
+            raise UserError(
+                f"{self.path}: its weights are incomplete for {type(model).__name__}: {', '.join(missing[:3])} "
+                f"({len(missing)} in total) would be random"
+            )
+        eager = model.config.get_text_config()._attn_implementation == "eager"
+        attends = any("Attention" in type(part).__name__ for part in model.modules())
+        if eager and attends and self.attn_implementation is None:
+            rank_zero_info(f"{self.path}: {type(model).__name__} has no sdpa attention; training uses eager attention")
+        return model
 
     def config(self) -> Any:
         from transformers import AutoConfig
@@ -222,16 +254,12 @@ class Pretrained(PolicySource):
 
     def skeleton(self) -> Any:
         import torch
-        from transformers import AutoModelForCausalLM
 
-        config = self.config()
-        try:
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=False, dtype=torch.float32, attn_implementation=self.attn_implementation
-                )
-        except ValueError as error:
-            raise UserError(f"{self.path}: not a causal language model ({str(error).splitlines()[0]})") from None
+        from .auto_classes import auto_class
+
+        config, options = self.config(), {"dtype": torch.float32, "attn_implementation": self.attn_implementation}
+        with self._errors("a causal language model"), torch.device("meta"):
+            return auto_class(config).from_config(config, trust_remote_code=False, **options)
 
 
 def _convert_gguf(file: Path) -> Path:

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import MaxMetric, MeanMetric
 
+from .auto_classes import freeze_other_parts
 from .batch import Credit, RolloutBatch, TokenStats
 from .credit import GEAR, CreditAssigner, Evidence, RoundingNoise, Uniform
 from .distillation import Distillation
@@ -23,12 +24,14 @@ from .learning.frozen import Kept, Scored, keep, recall
 from .learning.gradients import Float32Sums
 from .learning.head import HeadPrecision, head_in_float32, use_float32_head
 from .learning.lora import LoRA, add_teacher
-from .learning.metrics import Quantile
+from .learning.metrics import ExpertLoad, Quantile
 from .learning.module_state import ModuleState
 from .learning.positions import Longest, longest_row
+from .learning.routing import Routed, balance_loss, expert_counts, routers, watched
 from .learning.schedule import Schedule
 from .learning.step_guard import StepGuard
 from .learning.token_stats import check_head, token_stats
+from .logits import keep_to_tokenizer
 from .loss import ClippedSurrogate, LossTerms, PolicyLoss
 from .models import Float32Buffers, PolicySource, checkpoint_activations, without_dropout
 from .strategies import place
@@ -59,6 +62,8 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         head_precision: precision in which the output head computes logits, in rollouts and updates, for policy and
             teacher. ``float32`` halves the credit signal's rounding under bf16-mixed, and needs a float32 copy of the
             head if the weights are bfloat16. Null: float32 under mixed precision, otherwise that of the weights.
+        expert_balance: coefficient of a loss that makes a mixture of experts use its experts more evenly (that of
+            DeepSeek-V3, computed within each rollout). 0: none.
 
     Raises:
         UserError: options that contradict each other, or an option that would do nothing.
@@ -77,6 +82,7 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         activation_checkpointing: bool = False,
         distillation: Distillation | None = None,
         head_precision: HeadPrecision | None = None,
+        expert_balance: float = 0.0,
     ):
         super().__init__()
         self.source = policy
@@ -104,6 +110,9 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
                 )
         self.activation_checkpointing = activation_checkpointing
         self.head_precision: HeadPrecision | None = head_precision
+        self.expert_balance = expert_balance
+        if not 0 <= expert_balance < math.inf:
+            raise UserError(f"model.expert_balance={expert_balance}: must be at least 0, and finite")
         self.initial_weights: Path | None = None  # a model directory with starting weights that replace the source's
         self.base: str | None = None  # path or hub id of the adapters' base; None: only the checkpoint has it
         self.policy: Any = None
@@ -114,6 +123,7 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         self._base_model: str | None = None
         self._frozen: dict[tuple[int, ...], Kept] = {}  # scorings of this iteration, if later inner epochs use them
         self.noise = RoundingNoise()  # for the credit rule; the callback NoiseFloor measures it before the first step
+        self.expert_load = ExpertLoad()
         self.divergence_p95, self.sampler_gap_p95, self.sampler_gap_max = Quantile(0.95), Quantile(0.95), MaxMetric()
         self.val_success, self.val_reward, self.val_turns, self.val_tokens = (MeanMetric() for _ in range(4))
 
@@ -170,10 +180,15 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
     def as_trained(self, policy: Any, precision: str | None = None) -> Any:
         """Prepare a model of the source for training, in place, and return it.
 
-        Dropout is removed, and the head gets ``head_precision`` for a ``trainer.precision`` (None: that of this
-        module's trainer).
+        Dropout is removed, an image encoder is frozen, ids beyond the tokenizer are excluded, and the head gets
+        ``head_precision`` for a ``trainer.precision`` (None: that of this module's trainer).
         """
-        without_dropout(policy)
+        keep_to_tokenizer(freeze_other_parts(without_dropout(policy)), self.chat_format.tokenizer)
+        if self.expert_balance and not routers(policy):
+            raise UserError(
+                f"model.expert_balance does nothing: {type(policy).__name__} has no experts, or does not report which "
+                "it uses; remove it"
+            )
         if head_in_float32(self.head_precision, precision or str(self.trainer.precision)):
             use_float32_head(policy)
         return policy
@@ -233,7 +248,8 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
         self._check_version(batch)
         frozen = recall(self._frozen[_key(batch)], batch.action_mask) if batch.inner_epoch else None
-        policy = self._policy_stats(batch, frozen)
+        with watched(self.policy, batch.tokens.shape) as routed:
+            policy = self._policy_stats(batch, frozen)
         old_logprobs, teacher, credit = frozen or self._freeze(batch, policy)
         terms = distilled = None
         if self.objective is not None:
@@ -257,13 +273,23 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
                 advantages=batch.base_advantages,
                 step_tokens=batch.step_tokens,
             )
-        parts = [part for part in (terms and terms.loss, distilled) if part is not None]
-        share = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        balance = self._balance(batch, routed) if routed else None
+        parts = [part for part in (terms and terms.loss, distilled, balance) if part is not None]
+        share = sum(parts[1:], parts[0])
         self._log_step(batch, policy, teacher, credit)
         self._log_loss(share, terms, distilled, int(batch.action_mask.sum()))
         # Lightning divides by the micro-batches of a step, and the strategy averages over ranks; this undoes both
         loss = share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
         return {"loss": loss, "credit": credit, "policy": policy, "teacher": teacher}
+
+    def _balance(self, batch: RolloutBatch, routed: list[Routed]) -> Tensor | None:
+        """Log the load of the experts, and return this micro-batch's share of the loss on it; None without one."""
+        valid = batch.valid & (batch.index >= 0)[:, None]
+        self.expert_load.update(expert_counts(routed, valid))
+        self.log("train/expert_load", self.expert_load, on_step=False, on_epoch=True)
+        if not self.expert_balance:
+            return None
+        return self.expert_balance * balance_loss(routed, valid) / batch.step_rollouts
 
     def _policy_stats(self, batch: RolloutBatch, frozen: Scored | None) -> TokenStats:
         """Return the policy's current statistics. Later inner epochs use the top tokens of the frozen teacher."""

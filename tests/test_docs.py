@@ -141,12 +141,14 @@ def test_the_table_of_choices_names_every_open_option_of_gear():
 def test_the_metrics_of_the_reference_are_logged(tmp_path):
     import csv
 
+    from model_families import Family
     from tiny_runs import data, generation, module, trainer
 
     from gear_lightning.callbacks.noise_floor import NoiseFloor
-    from gear_lightning.credit import GEAR
+    from gear_lightning.credit import GEAR, Uniform
     from gear_lightning.distillation import SDAR
     from gear_lightning.loss import ClippedSurrogate
+    from gear_lightning.module import GearModule
 
     options = {"objective": ClippedSurrogate(sampler_cap=2.0), "distillation": SDAR()}
     corrected = module(GEAR(anchor_floor=0.0), **options)
@@ -154,8 +156,10 @@ def test_the_metrics_of_the_reference_are_logged(tmp_path):
     trainer(tmp_path, *callbacks, max_epochs=1, limit_val_batches=None).fit(corrected, datamodule=data())
     masked = tmp_path / "masked"
     trainer(masked, generation(), max_epochs=1).fit(module(), datamodule=data(truncated="mask", zero_spread="keep"))
+    experts = tmp_path / "experts"
+    trainer(experts, generation(), max_epochs=1).fit(GearModule(Family(kind="Qwen3-MoE"), Uniform()), datamodule=data())
     logged = set()
-    for run in (tmp_path, masked):
+    for run in (tmp_path, masked, experts):
         with (run / "metrics.csv").open() as file:
             logged |= set(next(csv.DictReader(file)))
     named = set(re.findall(r"`([a-z]+/[\w_]+)`", (DOCS / "reference" / "metrics.md").read_text()))

@@ -53,7 +53,8 @@ class ExportOptions:
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, options: ExportOptions = ExportOptions(), **changes: Any) -> str:
-    """Write the policy of a checkpoint as a directory that ``AutoModelForCausalLM.from_pretrained`` loads.
+    """Write the policy of a checkpoint as a directory that ``AutoModelForCausalLM.from_pretrained`` loads,
+    or ``AutoModelForImageTextToText`` if the policy is a whole vision-language model.
 
     The directory also contains the files that the model was published with (see `gear_lightning.learning.shipped`): its
     generation configuration with the stop tokens of training, its configuration with all keys, tokenizer, chat
@@ -137,6 +138,8 @@ def _not_ours(checkpoint: Path, error: Exception) -> UserError:
 
 def _write(checkpoint: Path, state: dict[str, Any], partial: Path, folder: Path, options: ExportOptions) -> str:
     """Write everything into ``partial``, which is later renamed to ``folder``. Return the expression that loads it."""
+    from ..auto_classes import auto_class
+
     lora = state.get("lora")
     try:
         files = {file_name(name): data.numpy().tobytes() for name, data in state["policy_files"].items()}
@@ -154,14 +157,16 @@ def _write(checkpoint: Path, state: dict[str, Any], partial: Path, folder: Path,
     except Exception as error:
         raise _not_ours(checkpoint, error) from None
     _cast(checkpoint, model, options.dtype)
+    kind = auto_class(model.config).__name__
     if options.adapter:
         base = _write_adapter(model, partial, folder, base, configs, options)
-        how = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(folder)!r})"
+        how = f"PeftModel.from_pretrained({kind}.from_pretrained({base!r}), {str(folder)!r})"
     else:
         _write_model(model, partial, configs, options)
-        how = f"AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+        how = f"{kind}.from_pretrained({str(folder)!r})"
     if options.card:
-        card = model_card(checkpoint, state, name=folder.name, adapter=options.adapter, license=options.license)
+        about = {"name": folder.name, "adapter": options.adapter, "license": options.license}
+        card = model_card(checkpoint, state, **about, loader=kind)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return how
 
@@ -209,12 +214,13 @@ def _check_size(config: Any, policy: dict[str, Any]) -> None:
         ValueError: the configuration describes a larger model.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from ..auto_classes import auto_class
 
     if (config.get_text_config().num_hidden_layers or 0) > len(policy):
         raise ValueError(f"its configuration has more layers than its weights have tensors, {len(policy)}")
     with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        bare = auto_class(config).from_config(config, trust_remote_code=False)
     wanted, there = (sum(x.numel() for x in xs) for xs in (bare.parameters(), policy.values()))
     if wanted > there:
         raise ValueError(f"its configuration describes {wanted:,} weights, but it contains {there:,}")
@@ -234,8 +240,9 @@ def _policy(
         merge: add the adapters to the weights.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    from ..auto_classes import auto_class
     from ..learning.lora import LoRA, remove, without_teacher
     from ..learning.lora_base import PREFIX, add_adapters, load_base
 
@@ -251,7 +258,7 @@ def _policy(
     _check_size(config, policy)
     dtype = next((value.dtype for value in policy.values() if value.is_floating_point()), torch.float32)
     dtype = torch.float32 if lora and merge else dtype
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+    model = auto_class(config).from_config(config, trust_remote_code=False, dtype=dtype)
     if lora is not None:
         LoRA(**lora["options"]).adapt(model)
     model.load_state_dict(without_teacher(policy))

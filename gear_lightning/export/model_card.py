@@ -39,7 +39,15 @@ def _one_line(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _one_line)
 
 
-def model_card(checkpoint: Path, state: dict[str, Any], *, name: str, adapter: bool, license: str | None) -> str:
+def model_card(
+    checkpoint: Path,
+    state: dict[str, Any],
+    *,
+    name: str,
+    adapter: bool,
+    license: str | None,
+    loader: str = "AutoModelForCausalLM",
+) -> str:
     """Return the text of a README.md with the hub's YAML front matter.
 
     Args:
@@ -48,6 +56,7 @@ def model_card(checkpoint: Path, state: dict[str, Any], *, name: str, adapter: b
         name: name of the model.
         adapter: whether only adapters are exported.
         license: license to name. None: no license is named.
+        loader: class of transformers that loads the model.
     """
     from huggingface_hub import ModelCardData
 
@@ -57,13 +66,13 @@ def model_card(checkpoint: Path, state: dict[str, Any], *, name: str, adapter: b
     step = step if isinstance(step, int) else 0
     front = ModelCardData(
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if "Image" in loader else "text-generation",
         base_model=base,
         license=license,
         tags=["gear_lightning", "reinforcement-learning"],
     )
     about = _about(recipe, base, _name(_at(made_by, "version")), _name(_at(made_by, "commit")), step)
-    body = [about, _use(base or "base", adapter), _data(recipe), _results(run, step), _whole(recipe) or UNKNOWN]
+    body = [about, _use(base or "base", adapter, loader), _data(recipe), _results(run, step), _whole(recipe) or UNKNOWN]
     return "\n\n".join([f"---\n{front.to_yaml()}\n---", f"# {_text(name)}", *filter(None, body)]) + "\n"
 
 
@@ -140,17 +149,17 @@ def _class(part: Any) -> str | None:
     return path.rpartition(".")[2] if isinstance(path, str) else None
 
 
-def _use(base: str, adapter: bool) -> str:
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig", ""]
+def _use(base: str, adapter: bool, loader: str) -> str:
+    lines = [f"from transformers import {loader}, AutoTokenizer, GenerationConfig", ""]
     if adapter:
         lines[:1] = ["from peft import PeftModel", lines[0]]
         lines += [
-            f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), DIRECTORY)",
+            f"model = PeftModel.from_pretrained({loader}.from_pretrained({base!r}), DIRECTORY)",
             "model.generation_config = GenerationConfig.from_pretrained(DIRECTORY)  # the stop tokens of training",
         ]
     else:
-        lines[0] = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-        lines.append("model = AutoModelForCausalLM.from_pretrained(DIRECTORY)")
+        lines[0] = f"from transformers import {loader}, AutoTokenizer"
+        lines.append(f"model = {loader}.from_pretrained(DIRECTORY)")
     lines.append("tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)  # with the chat template of training")
     return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
 

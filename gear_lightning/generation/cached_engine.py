@@ -1,7 +1,9 @@
-"""An engine that caches the keys and values of each conversation and feeds only new tokens."""
+"""An engine that caches the keys, values and states of each conversation and feeds only new tokens."""
 
+import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -9,69 +11,15 @@ from torch import Tensor
 
 from ..distributed.sharding import fingerprint, shape
 from ..errors import UserError
+from ..logits import decoder
 from .engine import GenerationEngine, SampledTurn, Sampling, TurnRequest, draw, next_logits
 from .perturbation import low_precision, rounded_anew
 
+if TYPE_CHECKING:
+    from .row_cache import RowCache
+
+CACHES = ("past_key_values", "cache_params")  # names of the decoder's argument for its cache
 OTHER_ENGINE = "set generation.engine to gear_lightning.generation.GenerateEngine"
-
-
-class _RowCache:
-    """Keys and values of conversations at different lengths: row r of every layer holds conversation r.
-
-    Replaces a transformers cache: attention layers call `update`. Columns beyond a row's length hold stale values that
-    the attention mask hides. Stored as [rows, columns, heads, dim]: the heads of a token are adjacent, so writing one
-    token of each row is one contiguous copy, and attention over few columns reads few cache lines.
-    """
-
-    def __init__(self) -> None:
-        self.layers: list[list[Tensor]] = []
-        self.rows: Tensor | None = None  # rows of this forward; None for all of them
-        self.places = torch.empty(0)  # [rows x queries] flat indices (row, column) that this forward writes
-        self.height = self.width = self.view = 0
-
-    def aim(self, rows: Tensor | None, columns: Tensor, view: int) -> None:
-        """Set where the next forward writes (``columns`` [rows, queries]) and how many columns it attends to."""
-        self.rows, self.view = rows, view
-        start = torch.arange(len(columns), device=columns.device) if rows is None else rows
-        self.places = (start[:, None] * self.width + columns).flatten()
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        while len(self.layers) <= layer_idx:
-            shape = (self.height, self.width, key.shape[1], key.shape[3])
-            self.layers.append([key.new_zeros(shape), value.new_zeros((*shape[:3], value.shape[3]))])
-        out = []
-        for store, new in zip(self.layers[layer_idx], (key, value), strict=True):
-            store.flatten(0, 1).index_copy_(0, self.places, new.transpose(1, 2).flatten(0, 1))
-            seen = store[:, : self.view] if self.rows is None else store[self.rows, : self.view]
-            out.append(seen.transpose(1, 2))
-        return out[0], out[1]
-
-    def get_seq_length(self, *_: Any) -> int:
-        return 0
-
-    def resize(self, height: int, width: int) -> None:
-        """Grow the cache to at least ``height`` rows and ``width`` columns, keeping its contents."""
-        if height <= self.height and width <= self.width:
-            return
-        height, width = max(height, self.height), max(width, self.width)
-        for layer in self.layers:
-            for i, old in enumerate(layer):
-                new = old.new_zeros((height, width, *old.shape[2:]))
-                new[: self.height, : self.width] = old
-                layer[i] = new
-        self.height, self.width = height, width
-
-    def copy_rows(self, source: Tensor, target: Tensor, width: int) -> None:
-        for layer in self.layers:
-            for store in layer:
-                store[target, :width] = store[source, :width]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these."""
-        for layer in self.layers:
-            for i, store in enumerate(layer):  # one tensor at a time, so that memory never holds two whole caches
-                layer[i] = store[rows]
-        self.height = len(rows)
 
 
 @dataclass
@@ -85,8 +33,8 @@ class _Row:
 class CachedEngine(GenerationEngine):
     """Samples with the policy itself, on this process's device.
 
-    Keeps each conversation's keys and values across turns, and computes a prompt that a group shares once. All open
-    turns advance together, one token per step; a finished turn does not wait for all others.
+    Keeps each conversation's keys, values and recurrent states across turns, and computes a prompt that a group shares
+    once. All open turns advance together, one token per step; a finished turn does not wait for all others.
 
     Args:
         prefill_tokens: maximum number of tokens (rows x longest) in one prefill forward.
@@ -98,26 +46,30 @@ class CachedEngine(GenerationEngine):
         self.prefill_tokens = prefill_tokens
         self._model: Any = None
         self._tested: type | None = None
+        self._one_by_one = False  # whether a recurrent state is continued by one token at a time
         self._rows: dict[int, int] = {}
         self._table: list[_Row | None] = []
         self._waiting: list[TurnRequest] = []
 
     def check(self, model: Any) -> None:
-        config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
-            kinds = {"sliding_attention"}
-        if kinds != {"full_attention"} or getattr(config, "_attn_implementation", "sdpa") != "sdpa":
-            raise UserError(
-                f"{type(model).__name__}: CachedEngine needs full attention in every layer (found {sorted(kinds)}) and "
-                f"attn_implementation=sdpa; {OTHER_ENGINE}"
-            )
+        self._new_cache(model)
+
+    def _new_cache(self, model: Any) -> "RowCache":
+        from .row_cache import RowCache  # imports transformers
+
+        taken = inspect.signature(decoder(model).forward).parameters
+        self._takes = {name for name in ("attention_mask", "position_ids", *CACHES) if name in taken}
+        try:
+            if not self._takes & {*CACHES}:
+                raise UserError("its decoder takes no cache")
+            return RowCache(model.config)
+        except UserError as error:
+            raise UserError(f"{type(model).__name__} cannot use CachedEngine ({error}); {OTHER_ENGINE}") from None
 
     def begin(self, model: Any, sampling: Sampling, stop_ids: set[int]) -> None:
-        self.check(model)
         self._model, self._sampling, self._stop_ids = model, sampling, stop_ids
         self._device = model.get_output_embeddings().weight.device
-        self._cache = _RowCache()
+        self._cache = self._new_cache(model)
         if self._tested is not type(model):
             self._test(model)
             self._tested = type(model)
@@ -125,37 +77,53 @@ class CachedEngine(GenerationEngine):
 
     @torch.no_grad()
     def _test(self, model: Any) -> None:
-        """Continue two conversations of different lengths from the cache, and compare the logits with the model's own
-        forward.
+        """Continue two conversations of different lengths from the cache, by several tokens and by one, and compare the
+        logits with those of the model's own forward. A model whose states take only single tokens is fed one by one.
 
         Raises:
-            UserError: the logits differ, so the model uses its cache in a way that this engine does not support.
+            UserError: the logits differ, or the model fails, so it uses its cache in a way that this engine does not
+                support.
         """
         size = shape(model.get_output_embeddings().weight)[0]
-        first, then = [[1 % size, 2 % size, 3 % size], [n % size for n in range(4, 11)]], [5 % size]
-        self._table = [_Row(), _Row()]
-        self._forward([0, 1], first)
-        for row, ids in zip(self._table, first, strict=True):
-            row.length = len(ids)  # pyright: ignore[reportOptionalMemberAccess]
-        ours = self._forward([0, 1], [then, then]).float()
-        whole = [torch.tensor([ids + then], device=self._device) for ids in first]
+        numbers = ([1, 2], [4, 5, 6, 7, 8]), ([5, 8], [9, 3]), ([6], [2])  # 8 tokens: some models have few positions
+        turns = [[[n % size for n in ids] for ids in turn] for turn in numbers]
+        whole = [torch.tensor([[*chain(*row)]], device=self._device) for row in zip(*turns, strict=True)]
 
-        def theirs() -> Tensor:
+        def theirs() -> Tensor:  # after the last token of each turn
             rows = []
             for ids in whole:
                 self.before_forward()
-                rows.append(model(input_ids=ids, use_cache=False).logits[:, -1])
-            return torch.cat(rows).float()
+                rows.append(model(input_ids=ids, use_cache=False).logits[0, [-4, -2, -1]])
+            return torch.stack(rows, 1).float()
 
         expected, allowed = theirs(), 1e-2
         if low_precision(model):
             with rounded_anew(model):
                 allowed = 0.05 + 4 * float((theirs() - expected).abs().max() / expected.std())
-        self._cache = _RowCache()
-        if not (ours - expected).abs().max() <= allowed * expected.std():
-            raise UserError(
-                f"{type(model).__name__}: the logits of CachedEngine differ from those of the model; {OTHER_ENGINE}"
-            )
+        for one_by_one in (False, True) if self._cache.recurrent else (False,):
+            self._one_by_one = one_by_one
+            ours = torch.stack(self._cached(model, turns))
+            if (ours - expected[..., : ours.shape[-1]]).abs().max() <= allowed * expected.std():
+                return
+        raise UserError(
+            f"{type(model).__name__}: the logits of CachedEngine differ from those of the model; {OTHER_ENGINE}"
+        )
+
+    def _cached(self, model: Any, turns: list[list[list[int]]]) -> list[Tensor]:
+        """Return the logits [rows, vocab] after each turn of new conversations; leave an empty cache."""
+        self._table, logits = list[_Row | None](_Row() for _ in turns[0]), []
+        try:
+            for feeds in turns:
+                logits.append(self._forward(list(range(len(feeds))), feeds).float())
+                for row, ids in zip(self._table, feeds, strict=True):
+                    row.length += len(ids)  # pyright: ignore[reportOptionalMemberAccess]
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            raise UserError(f"{type(model).__name__} cannot use CachedEngine ({what}); {OTHER_ENGINE}") from error
+        self._cache = self._new_cache(model)
+        return logits
 
     def submit(self, request: TurnRequest) -> None:
         self._waiting.append(request)
@@ -205,24 +173,53 @@ class CachedEngine(GenerationEngine):
 
     def _forward(self, rows: list[int], feeds: list[list[int]]) -> Tensor:
         """Feed ids to rows and return the logits [rows, vocab] after the last id of each."""
-        states = [self._table[i] for i in rows]
-        lengths = [row.length if row else 0 for row in states]
+        if not self._cache.recurrent:
+            return self._feed(rows, feeds)
+        # a recurrent state must not include padding: rows with equally many ids share a forward
+        groups: dict[tuple[int, bool], list[int]] = {}
+        for place, (i, ids) in enumerate(zip(rows, feeds, strict=True)):
+            groups.setdefault((len(ids), self._length(i) == 0), []).append(place)
+        parts = []
+        for (_, new), group in groups.items():
+            mine, ids = [rows[p] for p in group], [feeds[p] for p in group]
+            if new or not self._one_by_one:
+                parts.append(self._feed(mine, ids))
+            else:
+                steps = enumerate(zip(*ids, strict=True))
+                parts.append([self._feed(mine, [[i] for i in step], done) for done, step in steps][-1])
+        order = torch.tensor([p for group in groups.values() for p in group], device=self._device)
+        return torch.cat(parts)[order.argsort()]
+
+    def _length(self, index: int) -> int:
+        row = self._table[index]
+        return 0 if row is None else row.length
+
+    def _feed(self, rows: list[int], feeds: list[list[int]], further: int = 0) -> Tensor:
+        """As `_forward`, in one forward of the model, ``further`` tokens behind what the rows' lengths say. In a
+        recurrent model each row gets equally many ids, and all conversations are new or none is."""
+        lengths = [self._length(i) + further for i in rows]
         queries = max(map(len, feeds))
         self._cache.resize(len(self._table), _round_up(max(lengths) + queries))
         start = torch.tensor(lengths, device=self._device)
         columns = start[:, None] + torch.arange(queries, device=self._device)
         ids = torch.tensor([f + [0] * (queries - len(f)) for f in feeds], device=self._device)
-        view = max(n + len(f) for n, f in zip(lengths, feeds, strict=True))
         everything = len(rows) == self._cache.height and rows == list(range(len(rows)))
-        view = max(view, max(lengths) + queries)
-        self._cache.aim(None if everything else torch.tensor(rows, device=self._device), columns, view)
-        mask = torch.arange(view, device=self._device)[None, None, None, :] <= columns[:, None, :, None]
+        chosen = None if everything else torch.tensor(rows, device=self._device)
+        self._cache.start(chosen, columns, max(lengths) + queries, new=max(lengths) == 0)
         last = torch.tensor([len(f) - 1 for f in feeds], device=self._device)
         # padding gets the position of its row's last id: larger positions could exceed the context, and rotary
         # frequencies that depend on the length use the largest position of all rows
-        places = {"attention_mask": mask, "position_ids": torch.minimum(columns, start[:, None] + last[:, None])}
+        mask = self._cache.masks(columns, self._model.get_input_embeddings().weight.dtype)
+        offered = {
+            "attention_mask": mask,
+            "position_ids": torch.minimum(columns, start[:, None] + last[:, None]),
+            **dict.fromkeys(CACHES, self._cache),
+        }
+        taken = {name: value for name, value in offered.items() if name in self._takes and value is not None}
         self.before_forward()
-        return next_logits(self._model, last, ids, **places, past_key_values=self._cache, use_cache=True)
+        logits = next_logits(self._model, last, ids, **taken, use_cache=True)
+        self._cache.finish()
+        return logits
 
     def _take(self, rows: list[int], logits: Tensor) -> None:
         """Draw the next token of each row."""
@@ -236,13 +233,12 @@ class CachedEngine(GenerationEngine):
 
     def _decode(self, rows: list[int]) -> None:
         # all rows take part, so that no keys and values need to be gathered; an idle row writes a stale entry that its
-        # next real token overwrites
-        live = set(rows)
-        feeds = [[row.turn.ids[-1]] if i in live else [0] for i, row in enumerate(self._table)]  # pyright: ignore
-        logits = self._forward(list(range(len(feeds))), feeds)
+        # next real token overwrites. A recurrent state would not be restored
+        fed, live = rows if self._cache.recurrent else list(range(len(self._table))), set(rows)
+        logits = self._forward(fed, [[self._table[i].turn.ids[-1]] if i in live else [0] for i in fed])  # pyright: ignore
         for i in rows:
             self._table[i].length += 1  # pyright: ignore[reportOptionalMemberAccess]
-        self._take(rows, logits if len(rows) == len(feeds) else logits[rows])
+        self._take(rows, logits if len(rows) == len(fed) else logits[rows])
 
     def _compact(self) -> None:
         kept = [i for i, row in enumerate(self._table) if row is not None]

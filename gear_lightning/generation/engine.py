@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..distributed.sharding import forward_of_model
 from ..errors import UserError
+from ..logits import decoder, output_logits
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ class SampledTurn:
 
 @forward_of_model
 def next_logits(model: Any, last: Tensor, ids: Tensor, **cache: Any) -> Tensor:
-    """Return the logits [rows, vocab] after the id at position ``last`` [rows] of each row of ``ids`` [rows, seq]."""
-    hidden = model.get_decoder()(input_ids=ids, **cache).last_hidden_state
-    return model.get_output_embeddings()(hidden[torch.arange(len(last), device=ids.device), last])
+    """Return the logits [rows, ids] after the id at position ``last`` [rows] of each row of ``ids`` [rows, seq]."""
+    hidden = decoder(model)(input_ids=ids, **cache).last_hidden_state
+    return output_logits(model, hidden[torch.arange(len(last), device=ids.device), last])
 
 
 def _nothing() -> None:

@@ -7,7 +7,7 @@ whatever the precision of the base: see `Float32Linear`.
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..auto_classes import text_parts
 from ..errors import UserError, require_extra
 
 POLICY, TEACHER = "policy", "teacher"  # names of the adapters; they are part of the keys in a checkpoint
+MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # model types, as in peft
 SEED = 0  # of the initial adapters: equal on all processes and in all runs
 
 
@@ -54,7 +56,8 @@ class LoRA:
         rank: of the adapters.
         alpha: adapters are scaled by alpha / rank.
         targets: layers to adapt: names of linear layers in the model, e.g. ``[q_proj, v_proj]``, or ``all-linear`` for
-            every linear layer except the output head.
+            every linear layer except the output head. Layers of an image encoder, routers and some projections of Mamba
+            cannot be adapted.
     """
 
     rank: int = 16
@@ -85,8 +88,10 @@ class LoRA:
         """
         from transformers.pytorch_utils import Conv1D
 
-        linear = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear | Conv1D)}
-        head = model.get_output_embeddings()
+        head, reached = model.get_output_embeddings(), {id(m) for part in text_parts(model) for m in part.modules()}
+        found = [(name, part) for name, part in model.named_modules() if id(part) in reached]
+        kinds, kept_plain = nn.Linear | Conv1D, _kept_plain(model)
+        linear = {n: p for n, p in found if isinstance(p, kinds) and not kept_plain(n.rpartition(".")[2], p)}
         if self.targets == "all-linear":
             found = [name for name, part in linear.items() if part is not head]
         else:
@@ -127,6 +132,40 @@ class LoRA:
         _inject(model, config, POLICY)
 
 
+def _kept_plain(model: Any) -> Callable[[str, nn.Module], bool]:
+    """Return a function that tells, from name and layer, whether a linear layer cannot have adapters.
+
+    Routers that are linear layers have several outputs (Llama 4). Recurrent layers of Mamba read the weights of some
+    layers instead of calling them; peft refuses ``out_proj`` of these models.
+    """
+    mamba = getattr(model.config.get_text_config(), "model_type", None) in MAMBA
+
+    def kept(name: str, part: nn.Module) -> bool:
+        return type(part).__name__.endswith("Router") or name == "dt_proj" or (mamba and name == "out_proj")
+
+    return kept
+
+
+@contextmanager
+def _as_named() -> Iterator[None]:
+    """Keep peft from renaming targets within the context.
+
+    For mixtures of experts it takes ``gate_proj`` and others for names of transformers 4, where they were the experts,
+    and adapts the experts' parameters instead of the dense layers and shared experts that have these names now.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # older versions of peft rename nothing
+        yield
+        return
+    original = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = original
+
+
 def _inject(model: Any, config: Any, name: str) -> None:
     from peft import inject_adapter_in_model
 
@@ -134,7 +173,8 @@ def _inject(model: Any, config: Any, name: str) -> None:
     # on the CPU and from its own seed: equal on every device, and the run's random state does not change
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(SEED)
-        inject_adapter_in_model(config, model, adapter_name=name)
+        with _as_named():
+            inject_adapter_in_model(config, model, adapter_name=name)
         for layer in _adapted(model):
             _make_float32(layer, name)
     model.peft_config = {**others, name: config}

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from ..auto_classes import auto_class
 from ..distributed.sharding import fingerprint, local, rest
 from ..errors import UserError
 from .lora import is_adapter
@@ -136,13 +137,13 @@ def load_base(lora: dict[str, Any], base: str | None) -> Any:
     Raises:
         UserError: the model cannot be loaded, or is not the one that the adapters were trained on.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     where = base or lora["base"]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=torch.float32, trust_remote_code=False, local_files_only=base is None
-        )
+        local = {"trust_remote_code": False, "local_files_only": base is None}
+        config = AutoConfig.from_pretrained(where, **local)
+        model = auto_class(config).from_pretrained(where, dtype=torch.float32, **local)
     except Exception as error:  # a broken model can raise any exception
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

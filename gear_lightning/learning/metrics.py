@@ -37,3 +37,27 @@ class Quantile(Metric):
         high = min(low + 1, len(ordered) - 1)
         below, above = ordered[low], ordered[high]
         return torch.where(below == above, below, torch.lerp(below, above, place - low))  # also of infinities
+
+
+class ExpertLoad(Metric):
+    """Load of the most used expert relative to an even load, mean over layers, over all tokens since the last reset and
+    all processes. 1 is even; the number of experts divided by those per token is the maximum."""
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("counts", default=torch.zeros(0), dist_reduce_fx="sum")
+
+    def update(self, counts: Tensor) -> None:
+        """Add the numbers of tokens [layers, experts] that were sent to each expert."""
+        self.counts = counts if not self.counts.numel() else self.counts + counts
+
+    def compute(self) -> Tensor:
+        """Return the load; 1 without any tokens."""
+        if not self.counts.numel():
+            return torch.ones((), device=self.device)
+        total = self.counts.sum(-1)
+        load = self.counts.amax(-1) * self.counts.shape[-1] / total.clamp_min(1)
+        return torch.where(total > 0, load, 1).mean()

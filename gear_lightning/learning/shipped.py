@@ -15,7 +15,7 @@ from ..errors import UserError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 KEPT = (
-    CONFIG, GENERATION, "preprocessor_config.json", "processor_config.json",
+    CONFIG, GENERATION, "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "special_tokens_map.json", "added_tokens.json",
     "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md", "USE_POLICY.md",
 )  # fmt: skip

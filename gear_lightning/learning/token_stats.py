@@ -15,20 +15,21 @@ from torch.utils.checkpoint import checkpoint
 from ..batch import TokenStats
 from ..distributed.sharding import forward_of_model, is_zero3, most, shape
 from ..errors import UserError
+from ..logits import decoder, logit_transform, output_logits
 
 LOGITS = 1 << 24  # tokens x vocabulary in one chunk: 67 MB in float32
 
 
 def _chunk_stats(
     hidden: Tensor,
-    head: nn.Module,
+    model: nn.Module,
     targets: Tensor,
     temperature: float,
     top_k: int,
     top_ids: Tensor | None,
     top_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits = head(hidden).float()
+    logits = output_logits(model, hidden).float()
     if temperature != 1.0:
         logits = logits / temperature
     logprobs = logits.log_softmax(-1)
@@ -90,8 +91,8 @@ def _scores(
     """Compute `token_stats` inside the model's forward: log-probs, entropy, top ids and their log-probs."""
     # padding is on the right: causal attention keeps it out of every real token, so no mask is needed and the fast
     # attention kernels can be used
-    body, head = model.get_decoder(), model.get_output_embeddings()
-    hidden = body(input_ids=tokens, use_cache=False).last_hidden_state
+    head = model.get_output_embeddings()
+    hidden = decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state
     row, column = (wanted[:, 1:] & valid[:, 1:]).nonzero(as_tuple=True)
     states, targets = hidden[row, column], tokens[row, column + 1]
     size = max(1, LOGITS // shape(head.weight)[0])
@@ -104,7 +105,7 @@ def _scores(
     listed = [None] * chunks if top_ids is None else top_ids[row, column + 1].split(counts)
     parts = []
     for piece, want, ids in zip(pieces, wants, listed, strict=True):
-        args = (piece, head, want, temperature, top_k, ids, top_grad)
+        args = (piece, model, want, temperature, top_k, ids, top_grad)
         if chunks > 1 and torch.is_grad_enabled():  # recompute logits in backward instead of keeping them all
             parts.append(checkpoint(_chunk_stats, *args, use_reentrant=False))
         else:
@@ -121,27 +122,28 @@ def _scores(
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Check that a model's logits are its output head applied to the decoder's last hidden states, without changes.
+    """Check that a model's logits are what `logits.output_logits` computes from the decoder's last hidden states.
 
     The check runs on two tokens. In the model's own forward, a hook replaces the head's output by numbers from -1e4 to
-    1e4, which the model must return unchanged. This detects a soft-cap or a scale even if the model's logits are small,
-    and changes no weight.
+    1e4, most of them small, and the model must return what `logits.logit_transform` makes of them. This detects a
+    soft-cap or a scale even if the model's logits are small, and changes no weight.
 
     Raises:
-        UserError: the model has more than a linear head (soft-capping, scaled logits), has no decoder or head, returns
-            random outputs, or writes to its weights in a forward pass.
+        UserError: the model transforms its logits in another way than its configuration says, has no decoder or head,
+            returns random outputs, or writes to its weights in a forward pass.
     """
     name = type(model).__name__
     seen: list[Tensor] = []  # input of the head, and its replaced output, in the model's own forward
 
     def replace(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        marks = torch.linspace(-1e4, 1e4, output.numel(), device=output.device).view_as(output).to(output.dtype)
+        steps = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
+        marks = (1e4 * steps**5).to(output.dtype)
         seen[:] = [*args[:1], marks]
         return marks
 
     written = [p._version for p in model.parameters()]
     try:
-        body, head = model.get_decoder(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+        body, head = decoder(model), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
         ids = torch.tensor([[0, 1]], device=head.weight.device)
         hidden, again = (body(input_ids=ids, use_cache=False).last_hidden_state for _ in range(2))
         handle = head.register_forward_hook(replace)
@@ -161,5 +163,10 @@ def check_head(model: nn.Module) -> None:
             f"{name} does not apply its output head to the last hidden states of its decoder; such models are not "
             "supported"
         )
-    if not torch.allclose(logits.float(), seen[1].float(), atol=1e-3, rtol=1e-3):
-        raise UserError(f"{name} transforms its logits after the output head; such models are not supported yet")
+    transform = logit_transform(model.config)
+    expected, close = transform(seen[1]).float(), max(1e-4, 8 * torch.finfo(logits.dtype).eps)
+    if logits.shape != expected.shape or not torch.allclose(logits.float(), expected, atol=close, rtol=close):
+        raise UserError(
+            f"{name} transforms its logits in another way than its configuration says ({transform}); such models are "
+            "not supported"
+        )

@@ -34,6 +34,7 @@ from ..gear import masked_quantile
 from ..learning.head import head_in_float32
 from ..learning.positions import longest_row
 from ..learning.token_stats import token_stats
+from ..logits import decoder
 from ..runs.files import replace_text
 from ..runs.records import read_records, record_files
 from ..teacher import Teacher, TeacherOptions
@@ -108,7 +109,7 @@ def teacher_view(batch: RolloutBatch, widest: int | None = None) -> tuple[Rollou
 def _moves(model: Any) -> bool:
     """Return whether, except for rounding, the model's output is independent of the position at which a text starts:
     true for rotary embeddings whose frequencies do not depend on the length."""
-    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    rotary = getattr(decoder(model), "rotary_emb", None)
     kind = getattr(rotary, "rope_type", "default")
     kinds = set(kind.values()) if isinstance(kind, dict) else {kind}
     return rotary is not None and not kinds & {"dynamic", "longrope"}
@@ -122,7 +123,7 @@ def moved(model: Any, shift: Int[Tensor, " batch"]) -> Iterator[None]:
         columns = kwargs["input_ids"].shape[1]
         return args, {**kwargs, "position_ids": torch.arange(columns, device=shift.device) + shift[:, None]}
 
-    handle = model.get_decoder().register_forward_pre_hook(place, with_kwargs=True)
+    handle = decoder(model).register_forward_pre_hook(place, with_kwargs=True)
     try:
         yield
     finally:

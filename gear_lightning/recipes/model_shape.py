@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
+from ..logits import decoder
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def model_shape(model: Any) -> ModelShape:
     from torch import nn
 
     config = model.config.get_text_config()
-    body, head = model.get_decoder(), model.get_output_embeddings()
+    body, head = decoder(model), model.get_output_embeddings()
     blocks = next((part for part in body.modules() if isinstance(part, nn.ModuleList) and len(part)), None)
     names = {name.rpartition(".")[2] for name, _ in body.named_modules()}
     heads = getattr(config, "num_attention_heads", None)

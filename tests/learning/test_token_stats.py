@@ -1,12 +1,16 @@
 """Chunked statistics equal unchunked ones, values and gradients, and never hold all logits."""
 
+import copy
+
 import pytest
 import torch
 from model_families import LLAMA, Family
 from tiny_runs import source
 
 from gear_lightning.errors import UserError
+from gear_lightning.generation.engine import next_logits
 from gear_lightning.learning import token_stats as room
+from gear_lightning.logits import logit_transform
 
 
 def setup():
@@ -111,38 +115,80 @@ def test_a_model_that_transforms_its_logits_is_rejected():
             return out
 
     model.__class__ = Capped
-    with pytest.raises(UserError, match="transforms its logits"):
+    with pytest.raises(UserError, match=r"transforms its logits in another way .*scale 1"):
         room.check_head(model)
     assert model.get_output_embeddings() is head
+
+
+SCALED = [
+    ("Gemma2", {"head_dim": 16, "final_logit_softcapping": 3.0}),
+    ("Gemma2", {"head_dim": 16, "final_logit_softcapping": 1e3}),
+    ("Gemma2", {"head_dim": 16, "final_logit_softcapping": None}),
+    ("Granite", {"logits_scaling": 8.0}),
+    ("HyperCLOVAX", {"logits_scaling": 8.0}),
+    ("Cohere", {"logit_scale": 0.0625}),
+    ("FalconH1", {"lm_head_multiplier": 0.5, "head_dim": 16, "mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16,
+                  "mamba_d_state": 8, "mamba_n_groups": 1}),
+    ("RecurrentGemma", {"head_dim": 16, "num_hidden_layers": 3, "logits_soft_cap": 3.0, "lru_width": 32}),
+    ("NanoChat", {"final_logit_softcapping": 3.0}),
+    ("Llama", {}),
+]  # fmt: skip
+
+
+def scaled(kind, options, scale):
+    model = Family(kind=kind, options=tuple({**LLAMA, **options}.items())).model().eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(scale)
+    return model
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 50.0])
+@pytest.mark.parametrize(("kind", "options"), SCALED)
+def test_scales_and_soft_caps_are_those_of_the_model(kind, options, scale):
+    model = scaled(kind, options, scale)
+    states = {k: v.clone() for k, v in model.state_dict().items()}
+    room.check_head(model)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in states.items())
+    _, tokens, valid, wanted = setup()
+    stats = room.token_stats(model, tokens, valid, wanted, temperature=0.7, top_k=3)
+    picked, entropy, logprobs = plain(model, tokens, wanted, 0.7)
+    torch.testing.assert_close(stats.logprobs, picked, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats.entropy, entropy, atol=1e-5, rtol=1e-5)
+    sampled = next_logits(model, torch.tensor([10, 6]), tokens[:2], use_cache=False)
+    torch.testing.assert_close((sampled / 0.7).log_softmax(-1), logprobs[[0, 1], [10, 6]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 50.0])
+@pytest.mark.parametrize(
+    ("kind", "options", "key", "value"),
+    [
+        ("Gemma2", {"head_dim": 16, "final_logit_softcapping": 30.0}, "final_logit_softcapping", None),
+        ("Gemma2", {"head_dim": 16, "final_logit_softcapping": 30.0}, "final_logit_softcapping", 29.0),
+        ("Granite", {"logits_scaling": 8.0}, "logits_scaling", 1.0),
+        ("Llama", {}, "logit_scale", 0.99),
+    ],
+)
+def test_a_configuration_that_names_another_transformation_is_rejected(kind, options, key, value, scale, monkeypatch):
+    model = scaled(kind, options, scale)
+    wrong = copy.deepcopy(model.config)
+    setattr(wrong, key, value)
+    monkeypatch.setattr(room, "logit_transform", lambda config: logit_transform(wrong))
+    with pytest.raises(UserError, match=f"{kind}ForCausalLM transforms its logits in another way"):
+        room.check_head(model)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 50.0])
 @pytest.mark.parametrize(
     ("kind", "options", "refused"),
     [
-        ("Gemma2", {"head_dim": 16}, "transforms its logits"),
-        ("Gemma2", {"head_dim": 16, "final_logit_softcapping": 1e3}, "transforms its logits"),
-        ("Gemma2", {"head_dim": 16, "final_logit_softcapping": None}, None),
-        ("Granite", {"logits_scaling": 8.0}, "transforms its logits"),
-        ("Granite", {"logits_scaling": 1.0}, None),
-        ("Cohere", {"logit_scale": 0.0625}, "transforms its logits"),
         ("MiniCPM3", {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
                       "v_head_dim": 24, "dim_model_base": 16}, "does not apply its output head"),
         ("Rwkv", {"num_hidden_layers": 8, "rescale_every": 2, "attention_hidden_size": 32}, "changes its weights"),
-        ("Llama", {}, None),
     ],
 )  # fmt: skip
-def test_transformed_logits_are_detected_at_any_size(kind, options, refused, scale):
-    model = Family(kind=kind, options=tuple({**LLAMA, **options}.items())).model().eval()
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(scale)
-    states, logits = {k: v.clone() for k, v in model.state_dict().items()}, None
-    if refused is None:
-        logits = model(torch.tensor([[6, 7]])).logits
-        room.check_head(model)
-        assert torch.equal(logits, model(torch.tensor([[6, 7]])).logits)
-        assert all(torch.equal(v, model.state_dict()[k]) for k, v in states.items())
-        return
+def test_other_heads_are_rejected_at_any_size_of_the_logits(kind, options, refused, scale):
+    model = scaled(kind, options, scale)
+    states = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(UserError, match=f"{kind}ForCausalLM {refused}"):
         room.check_head(model)
     assert refused == "changes its weights" or all(torch.equal(v, model.state_dict()[k]) for k, v in states.items())

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from published_families import PUBLISHED, SIZES
 from tiny_runs import WORDS
 
 from gear_lightning.models import FromScratch
@@ -46,7 +47,7 @@ RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe": ("Phimoe", {**LLAMA, **MOE, "router_jitter_noise": 0.1, "input_jitter_noise": 0.0}),
     "llama": ("Llama", {**LLAMA, "attention_dropout": 0.3}),
 }  # fmt: skip
-SIZES = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
+MIXED = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", LLAMA),
     "qwen3": ("Qwen3", {**LLAMA, "head_dim": 16}),
@@ -60,7 +61,7 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 256}),
     "olmo2": ("Olmo2", LLAMA),
     "smollm3": ("SmolLM3", {**LLAMA, "no_rope_layers": [1, 0]}),
-    "gemma3": ("Gemma3Text", {**LLAMA, **SIZES}),
+    "gemma3": ("Gemma3Text", {**LLAMA, **MIXED}),
     "lfm2": ("Lfm2", {**LLAMA, "layer_types": ["conv", "full_attention"], "conv_L_cache": 3}),
     "mamba": ("Mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
 }  # fmt: skip
@@ -69,7 +70,8 @@ FAMILIES = {**RANDOM, **PLAIN}
 
 @dataclass(frozen=True)
 class Family(FromScratch):
-    """A tiny model of a family of `FAMILIES`, or of a configuration class with its options, over whole words.
+    """A tiny model of a family of `FAMILIES` or `PUBLISHED`, or of a configuration class with its options, over whole
+    words.
 
     Its weights are large, so that attention and routers matter.
     """
@@ -82,6 +84,8 @@ class Family(FromScratch):
         import transformers
 
         name, options = FAMILIES.get(self.kind, (self.kind, {}))
+        if self.kind in PUBLISHED:
+            name, options = PUBLISHED[self.kind][0], {**SIZES, **PUBLISHED[self.kind][1]}
         tokenizer = self.tokenizer()
         ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
         options = {"vocab_size": len(tokenizer), **ids, **options, **dict(self.options)}
