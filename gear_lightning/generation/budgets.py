@@ -14,10 +14,6 @@ class Budgets:
         turns: maximum number of assistant turns.
         tokens: maximum number of sampled tokens over all turns.
         turn_tokens: maximum number of sampled tokens in one turn. Null: only ``tokens`` applies.
-        thinking_tokens: maximum number of sampled tokens of reasoning in one turn. Longer reasoning is closed: the chat
-            template's mark is added as context, which the policy did not sample, and the policy continues the turn.
-            Reasoning that it opens again is closed within a quarter of the budget (64 tokens if that is more). Null: no
-            limit.
         context: maximum length of prompt and response together, tokens.
         step_seconds: wall-clock limit of one call of the environment (reset, step, close). A call that takes longer is
             abandoned. Environments are called one after another, so a call that hangs delays all rollouts by this time.
@@ -28,17 +24,21 @@ class Budgets:
         retries: number of retries of a rollout whose reset raises an ``OSError`` (for example a failed connection) or
             takes too long. Each retry creates a new environment, after the other rollouts have been opened. Nothing is
             retried once a token is sampled, because that would change what the policy saw.
+        thinking_tokens: maximum number of sampled tokens of reasoning in one turn. Longer reasoning is closed: the chat
+            template's mark is added as context, which the policy did not sample, and the policy continues the turn.
+            Reasoning that it opens again is closed within a quarter of the budget (64 tokens if that is more). Null: no
+            limit.
     """
 
     turns: int = 8
     tokens: int = 256
     turn_tokens: int | None = None
-    thinking_tokens: int | None = None
     context: int = 2048
     step_seconds: float = 30.0
     seconds: float | None = None
     output_bytes: int = 1_000_000
     retries: int = 1
+    thinking_tokens: int | None = None
 
     def __post_init__(self):
         if self.retries < 0:

@@ -133,7 +133,7 @@ class LoRA:
 
 
 def _kept_plain(model: Any) -> Callable[[str, nn.Module], bool]:
-    """Return a function that tells, from name and layer, whether a linear layer cannot have adapters.
+    """Return a function of a layer's name and the layer that returns whether it cannot have adapters.
 
     Routers that are linear layers have several outputs (Llama 4). Recurrent layers of Mamba read the weights of some
     layers instead of calling them; peft refuses ``out_proj`` of these models.

@@ -196,10 +196,13 @@ def test_the_policy_reads_what_is_wrong_with_its_arguments(name, given, lines):
     assert sorted(text.removeprefix("error: ").split("\n")) == sorted(f"{name}: {line}" for line in lines)
 
 
-def test_arguments_under_a_wrong_key_are_reported():
-    said = '<tool_call>[{"name": "count", "parameters": {"n": 1}}]</tool_call>'
-    rollout = answered(make_task(), lambda: FunctionTools(TOOLS, "exact"), said, "ok")
-    assert rollout.status == "invalid_tool_call" or "missing a required argument: 'n'" in results(rollout)[0]
+def test_arguments_under_another_key_are_not_lost():
+    call = '<tool_call>[{"name": "count", "%s": {"n": 1}}]</tool_call>'
+    rollout = answered(make_task(), lambda: FunctionTools(TOOLS, "exact"), call % "parameters", "ok")
+    assert results(rollout) == results(play(("count", {"n": 1})))
+    rollout = answered(make_task(), lambda: FunctionTools(TOOLS, "exact"), call % "args", "ok")
+    assert rollout.status == "invalid_tool_call"
+    assert rollout.error == 'a tool call has no "arguments", but: args'
 
 
 def test_text_counts_as_the_value_that_it_spells_out_where_no_text_is_allowed():
@@ -371,8 +374,11 @@ def test_async_calls_of_one_message_run_together_and_keep_their_order():
     assert results(rollout) == ['{"error": "KeyError: \'bad\'"}', "2", "good"]
 
 
-def test_calls_without_ids_are_answered_without_ids():
-    assert all("tool_call_id" not in m for m in play(("count", {"n": 1})).messages)
+def test_every_call_has_an_id_that_its_result_repeats():
+    messages = play(("count", {"n": 1}), ("count", {"n": 2})).messages
+    made = [call["id"] for m in messages for call in m.get("tool_calls") or []]
+    assert len(set(made)) == 2
+    assert [m["tool_call_id"] for m in messages if m["role"] == "tool"] == made
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------
