@@ -1,5 +1,7 @@
 """Errors that users can fix, which the command line prints in one line."""
 
+import re
+
 
 class UserError(ValueError):
     """An error that the user can fix: an invalid file, key, path or combination of options.
@@ -27,10 +29,12 @@ def printable(text: str) -> str:
 
 
 EXTRAS = {  # importable module -> the extra of this package that installs it
+    "datasets": "datasets",
     "gguf": "gguf",
     "math_verify": "math-verify",
     "matplotlib": "study",
     "peft": "lora",
+    "pyarrow": "datasets",
     "reasoning_gym": "reasoning-gym",
     "scipy": "study",
     "torchao": "torchao",
@@ -40,8 +44,9 @@ EXTRAS = {  # importable module -> the extra of this package that installs it
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
     """Return an install command if the import of an optional dependency failed; None for any other module."""
+    named = re.findall(r"[\w.-]+", error.name or str(error))
     for module, extra in EXTRAS.items():
-        if module in (error.name or str(error)):
+        if any(name.partition(".")[0].replace("-", "_") == module for name in named):
             return f"'{module}' is not installed: pip install 'gear_lightning[{extra}]'"
     return None
 

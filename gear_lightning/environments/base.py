@@ -92,6 +92,12 @@ class TaskSource(ABC):
         """Return the task at ``index`` (0-based; below ``size`` if that is not None)."""
 
     @property
+    def digest(self) -> str | None:
+        """A text that is equal on two processes if their tasks are. Before training it is compared between all ranks,
+        which finds different files on different machines. None: unknown."""
+        return None
+
+    @property
     def fingerprint(self) -> str | None:
         """A text that changes whenever any of the tasks changes. It is the key under which a passed check of the tasks
         is cached. None: unknown."""

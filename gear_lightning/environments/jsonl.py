@@ -1,6 +1,6 @@
 """Tasks from a JSON Lines file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -118,20 +118,77 @@ def parse_task(line: dict[str, Any], where: str, default_id: str, rewards: Seque
     return Task(str(name), messages, tools, reference, meta)
 
 
+class SharedSettings:
+    """Settings of a source that apply to all of its tasks.
+
+    Args:
+        limit: number of tasks, at least 1.
+        reward: of the tasks that name none.
+        tools: import paths of functions whose schemas are added to every task.
+        rewards: import paths that tasks may name.
+
+    Raises:
+        UserError: a setting is out of range or cannot be imported.
+    """
+
+    def __init__(self, limit: int | None, reward: str | None, tools: Sequence[str], rewards: Sequence[str]):
+        from .functions import tool_schemas
+
+        if limit is not None and limit < 1:
+            raise UserError(f"limit={limit}: must be at least 1")
+        for name in [*filter(None, [reward]), *rewards]:
+            resolve_reward(name)
+        self.reward = reward
+        self.rewards = list(rewards)
+        self.tools = tool_schemas(tools)
+
+    def complete(self, task: Task) -> Task:
+        """Return a task with the shared tools and reward."""
+        meta = {} if self.reward is None else {"reward": self.reward}
+        return replace(task, tools=[*task.tools, *self.tools], meta={**meta, **task.meta})
+
+    def identity(self, named: Iterable[str]) -> str | None:
+        """Return a text that changes with the shared tools, and with the rewards of the tasks; None if a reward cannot
+        be identified. ``named``: the rewards that tasks name."""
+        names = {*named, *self.rewards, *filter(None, [self.reward])}
+        try:
+            return repr([self.tools, [identity_of(resolve_reward(name)) for name in sorted(names)]])
+        except UnknownIdentityError:
+            return None
+
+
+def check_named(rewards: dict[str, int], where: Callable[[int], str]) -> None:
+    """Check that rewards can be imported on this machine: an index of the tasks from the cache does not guarantee it.
+
+    Args:
+        rewards: reward -> number of the first line that names it.
+        where: names the line with a number, for errors.
+
+    Raises:
+        UserError: one cannot be imported; names the line.
+    """
+    for reward, number in rewards.items():
+        try:
+            resolve_reward(reward)
+        except UserError as error:
+            raise UserError(f"{where(number)}: {error}") from None
+
+
 @dataclass(frozen=True)
 class JsonlTasks(TaskSource):
-    """Tasks from a .jsonl or .jsonl.gz file with one JSON object per line.
+    """Tasks from a .jsonl, .jsonl.gz or .jsonl.zst file with one JSON object per line.
 
     A line has ``prompt`` (text) or ``messages`` (chat messages), and may have ``id`` (default: file name and line
     number), ``tools`` (JSON schemas), ``reference`` (text or messages; only the teacher sees it), ``answer`` (for the
     built-in rewards: text, a number, true or false, or a list of accepted answers) and ``reward`` (a built-in one, or
     one of ``rewards``). All other keys go to the task's ``meta``. Messages and tools may have the forms of the OpenAI
-    API, see `gear_lightning.environments.openai_format`.
+    API, see `gear_lightning.environments.openai_format`. For other keys and other files, see
+    `gear_lightning.environments.dataset_tasks.DatasetTasks`.
     The whole file is checked before training. The index of a large file is cached, so it is checked only once. Lines
     are read when they are used. A line cannot import code: it can only name the rewards in ``rewards``.
 
     Args:
-        path: the file.
+        path: the file; .zst requires the extra ``datasets``.
         limit: number of tasks to use, from the start of the file. Null: all.
         reward: reward of the tasks that name none; a built-in reward or an import path. Null: the environment's.
         tools: import paths of functions whose schemas are added to every task, for `FunctionTools`.
@@ -145,18 +202,8 @@ class JsonlTasks(TaskSource):
     rewards: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        from .functions import tool_schemas
-
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit={self.limit}: must be at least 1")
-        meta = {}
-        if self.reward is not None:
-            resolve_reward(self.reward)
-            meta["reward"] = self.reward
-        for reward in self.rewards:
-            resolve_reward(reward)
-        shared = tool_schemas(self.tools)
-        stem = Path(self.path).name.removesuffix(".gz").removesuffix(".jsonl")
+        shared = SharedSettings(self.limit, self.reward, self.tools, self.rewards)
+        stem = Path(self.path).name.removesuffix(".gz").removesuffix(".zst").removesuffix(".jsonl")
         notes: dict[str, int] = {}  # reward -> the first line that names it
 
         def parse(number: int, line: dict[str, Any]) -> Task:
@@ -168,17 +215,11 @@ class JsonlTasks(TaskSource):
                 notes.setdefault(task.meta["reward"], number)
             return task.id
 
-        code = [file_digest(file) for file in (__file__, lines.__file__, openai_format.__file__)]
-        rules = [stem, sorted(self.rewards), *code]
-        found = index_lines(self.path, repr(rules), look, notes)
+        found = index_lines(self.path, repr([stem, sorted(self.rewards), code_digests()]), look, notes)
         if not len(found):
             raise UserError(f"{self.path}: found no lines, expected one JSON object per line")
-        for reward, number in notes.items():  # a cached index does not guarantee that the reward can be imported now
-            try:
-                resolve_reward(reward)
-            except UserError as error:
-                raise UserError(f"{self.path}:{number}: {error}") from None
-        for name, value in {"_lines": found, "_parse": parse, "_meta": meta, "_shared": shared}.items():
+        check_named(notes, found.source.where)
+        for name, value in {"_lines": found, "_parse": parse, "_shared": shared}.items():
             object.__setattr__(self, name, value)
 
     def __reduce__(self):
@@ -190,18 +231,22 @@ class JsonlTasks(TaskSource):
 
     def __getitem__(self, index: int) -> Task:
         task = self._parse(*self._lines[range(self.size)[index]])  # type: ignore[attr-defined]
-        tools = [*task.tools, *self._shared]  # type: ignore[attr-defined]
-        return replace(task, tools=tools, meta={**self._meta, **task.meta})  # type: ignore[attr-defined]
+        return self._shared.complete(task)  # type: ignore[attr-defined]
+
+    @property
+    def digest(self) -> str:
+        return self._lines.digest  # type: ignore[attr-defined]
 
     @property
     def fingerprint(self) -> str | None:
-        lines: IndexedLines = self._lines  # type: ignore[attr-defined]
-        named = {*lines.notes, *self.rewards, *filter(None, [self.reward])}
-        try:
-            rewards = [identity_of(resolve_reward(name)) for name in sorted(named)]
-        except UnknownIdentityError:
-            return None
-        return repr([lines.digest, self, self._shared, rewards])  # type: ignore[attr-defined]
+        found: IndexedLines = self._lines  # type: ignore[attr-defined]
+        shared = self._shared.identity(found.notes)  # type: ignore[attr-defined]
+        return None if shared is None else repr([found.digest, self, shared])
 
     def longest(self, count: int) -> list[int]:
         return self._lines.longest(count, self.size)  # type: ignore[attr-defined]
+
+
+def code_digests() -> list[str]:
+    """Return digests of the code that decides whether a line is a valid task."""
+    return [file_digest(file) for file in (__file__, lines.__file__, openai_format.__file__)]

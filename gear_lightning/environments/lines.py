@@ -1,4 +1,7 @@
-"""Random access to the lines of a large JSON Lines file. The whole file is read and checked once, then single lines."""
+"""Random access to the lines of a large JSON Lines file. The whole file is read and checked once, then single lines.
+
+`LineSource` is what has such lines: a `JsonlFile`, or rows of other files that are written as lines (`dataset_rows`).
+"""
 
 import gzip
 import hashlib
@@ -10,6 +13,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,12 +23,13 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ..checks import deeper_than
-from ..errors import UserError
+from ..errors import UserError, require_extra
 from ..runs.files import build_once, cache_dir
 
 MAX_DEPTH = 64  # nesting depth of lists and objects in a line
 SMALL = 1 << 22  # bytes up to which a file is kept in memory and its index is not cached
 LARGE = 1 << 27  # bytes from which on a log line reports that the file is being read
+COMPRESSED = (".gz", ".zst")
 _PART = 1 << 20
 _MARK = b"\xef\xbb\xbf"  # byte order mark of UTF-8
 KINDS = {"start": "q", "length": "q", "number": "q", "crc": "I"}  # columns of an index, and their types
@@ -32,23 +37,119 @@ KINDS = {"start": "q", "length": "q", "number": "q", "crc": "I"}  # columns of a
 Look = Callable[[int, dict[str, Any]], str | None]
 
 
+class LineSource(ABC):
+    """Lines with one JSON object each, one after another.
+
+    Attributes:
+        name: of the file or data set, for messages.
+        size: bytes of the file or files.
+        digest: changes whenever a line changes.
+        text: the text that the lines are parts of, for access by position: all bytes, or an open file. None: there is
+            none, so the lines are copied.
+    """
+
+    name: str
+    size: int
+    digest: str
+    text: bytes | IO[bytes] | None = None
+
+    @abstractmethod
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the number and the bytes of each line. Numbers rise.
+
+        Raises:
+            UserError: a line cannot be read.
+        """
+
+    @abstractmethod
+    def where(self, number: int) -> str:
+        """Return which line a number means, for errors."""
+
+    def earlier(self, number: int) -> str:
+        """Return which line a number means, in an error about a later one."""
+        return self.where(number)
+
+
+class JsonlFile(LineSource):
+    """Lines of a .jsonl, .jsonl.gz or .jsonl.zst file."""
+
+    def __init__(self, path: Path, file: IO[bytes]):
+        self.name = str(path)
+        self.path = path
+        self.file = file
+        self.size = os.fstat(file.fileno()).st_size
+        self.digest = digest_of(file)
+        file.seek(0)
+        if path.suffix not in COMPRESSED:
+            self.text = file.read() if self.size <= SMALL else file
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        stream = io.BytesIO(self.text) if isinstance(self.text, bytes) else unpacked(self.path, self.file)
+        yield from numbered(self.name, stream)
+
+    def where(self, number: int) -> str:
+        return f"{self.name}:{number}"
+
+    def earlier(self, number: int) -> str:
+        return f"line {number}"
+
+
+def unpacked(path: Path, file: IO[bytes]) -> IO[bytes]:
+    """Return the content of an open file that may be compressed, from its start.
+
+    Raises:
+        UserError: .zst, and the extra ``datasets`` is not installed.
+    """
+    file.seek(0)
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        require_extra("pyarrow")
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"))  # type: ignore[arg-type]
+    return file
+
+
+def numbered(name: str, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Yield the number (from 1) and the bytes of each line of a file.
+
+    Raises:
+        UserError: the file cannot be read to its end.
+    """
+    number = 0
+    try:
+        for number, line in enumerate(stream, 1):
+            yield number, line
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{name}: cannot be read beyond line {number} ({error})") from None
+
+
+def digest_of(file: IO[bytes]) -> str:
+    """Return the SHA-256 of an open file."""
+    sha = hashlib.sha256()
+    while part := file.read(_PART):
+        sha.update(part)
+    return sha.hexdigest()
+
+
 class IndexedLines:
-    """Lines of a .jsonl or .jsonl.gz file by index. It stores the position of each line, not its content.
+    """Lines by index. It stores the position of each line, not its content.
 
     Args:
-        path: the file, for errors.
-        text: the lines: all bytes, or an open file.
-        index: ``start``, ``length``, ``number`` (from 1) and ``crc`` of each line.
+        source: the lines, for errors.
+        text: the text that the positions are about: the source's, or a copy.
+        index: ``start``, ``length``, ``number`` and ``crc`` of each line.
         notes: the ``notes`` of `index_lines`, or those found in the cache.
-        digest: SHA-256 of the file.
     """
 
     def __init__(
-        self, path: Path, text: bytes | IO[bytes], index: dict[str, np.ndarray], notes: dict[str, int], digest: str
+        self, source: LineSource, text: bytes | IO[bytes], index: dict[str, np.ndarray], notes: dict[str, Any]
     ):
-        self.path = path
+        self.path = source.name
         self.notes = notes
-        self.digest = digest
+        self.digest = source.digest
+        self.source = source
         self._text = text
         self.index = index
 
@@ -63,7 +164,7 @@ class IndexedLines:
             UserError: the file was changed after it was indexed.
         """
         start, length, number, crc = (int(self.index[name][place]) for name in ("start", "length", "number", "crc"))
-        where = f"{self.path}:{number}"
+        where = self.source.where(number)
         if isinstance(self._text, bytes):
             line = self._text[start : start + length]
         else:
@@ -73,7 +174,7 @@ class IndexedLines:
                     f"{where}: the file was changed while the run was using it; restore it, or restart with "
                     "--ckpt_path last to continue with the new file"
                 )
-        return number, _object(line, where)
+        return number, parsed(line, where)
 
     def longest(self, count: int, among: int) -> list[int]:
         """Return the sorted indices of the ``count`` longest lines among the first ``among`` lines."""
@@ -81,11 +182,11 @@ class IndexedLines:
         return sorted(np.argsort(-lengths, kind="stable")[:count].tolist())
 
 
-def index_lines(path: str | Path, key: str, look: Look, notes: dict[str, int]) -> IndexedLines:
+def index_lines(path: str | Path, key: str, look: Look, notes: dict[str, Any]) -> IndexedLines:
     """Return the indexed lines of a file. Reads and checks the whole file, or uses a cached index of it.
 
     Args:
-        path: a .jsonl or .jsonl.gz file. Empty lines are skipped.
+        path: a .jsonl, .jsonl.gz or .jsonl.zst file. Empty lines are skipped.
         key: a text that identifies everything that ``look`` depends on.
         look: takes the number and the object of each line. Returns the line's id, which must be unique, or None to skip
             the line. Raises `UserError` for an invalid line.
@@ -98,37 +199,33 @@ def index_lines(path: str | Path, key: str, look: Look, notes: dict[str, int]) -
     path = Path(path)
     try:
         file = path.open("rb")
-        before, digest = os.fstat(file.fileno()), _digest(file)
+        before, source = os.fstat(file.fileno()), JsonlFile(path, file)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    if before.st_size > SMALL:
-        name = hashlib.sha256(f"{digest}{path.suffix}{key}".encode("utf-8", "surrogatepass")).hexdigest()
-        lines = _kept(path, file, cache_dir() / "tasks" / name[:32], look, notes, digest)
-    else:
-        lines = _made(path, file, look, notes, digest)
+    lines = index_source(source, f"{path.suffix}{key}", look, notes)
     after = os.fstat(file.fileno())
     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise UserError(f"{path}: the file was changed while it was read; start again")
     return lines
 
 
-def _digest(file: IO[bytes]) -> str:
-    sha = hashlib.sha256()
-    while part := file.read(_PART):
-        sha.update(part)
-    return sha.hexdigest()
-
-
-def _kept(path: Path, file: IO[bytes], folder: Path, look: Look, notes: dict[str, int], digest: str) -> IndexedLines:
-    """Return the lines of a large file with the cached index, and create the index if it is missing."""
+def index_source(source: LineSource, key: str | None, look: Look, notes: dict[str, Any]) -> IndexedLines:
+    """Return the indexed lines of a source, see `index_lines`. Without a ``key``, the index is not cached."""
+    large = source.size > LARGE
+    if key is None or source.size <= SMALL:
+        if large:
+            rank_zero_info(f"{source.name}: reading and checking all lines")
+        return _made(source, look, notes)
+    name = hashlib.sha256(f"{source.digest}{key}".encode("utf-8", "surrogatepass")).hexdigest()
+    folder = cache_dir() / "tasks" / name[:32]
 
     def build(partial: Path) -> None:
-        if os.fstat(file.fileno()).st_size > LARGE:
-            rank_zero_info(f"{path}: reading and checking all lines; this happens once per file")
-        copy = (partial / "text.jsonl").open("w+b") if path.suffix == ".gz" else None
-        found = _made(path, file, look, notes, digest, copy)
+        if large:
+            rank_zero_info(f"{source.name}: reading and checking all lines; this happens once per file")
+        copy = (partial / "text.jsonl").open("w+b") if source.text is None else None
+        found = _made(source, look, notes, copy)
         with (partial / "index.npz").open("wb") as index:
             np.savez(index, allow_pickle=False, **found.index)
         (partial / "notes.json").write_text(json.dumps(notes))
@@ -137,14 +234,16 @@ def _kept(path: Path, file: IO[bytes], folder: Path, look: Look, notes: dict[str
         try:
             build_once(folder, build)
         except OSError as error:
-            rank_zero_warn(f"{path}: its index cannot be stored in {folder.parent} ({error}); every start recreates it")
-            return _made(path, file, look, notes, digest)
+            rank_zero_warn(
+                f"{source.name}: its index cannot be stored in {folder.parent} ({error}); every start recreates it"
+            )
+            return _made(source, look, notes)
         try:
             with np.load(folder / "index.npz", allow_pickle=False) as stored:
                 index = {name: stored[name] for name in KINDS}
             notes |= json.loads((folder / "notes.json").read_text())
-            text = (folder / "text.jsonl").open("rb") if path.suffix == ".gz" else file
-            return IndexedLines(path, text, index, notes, digest)
+            text = (folder / "text.jsonl").open("rb") if source.text is None else source.text
+            return IndexedLines(source, text, index, notes)
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             if attempt:
                 raise
@@ -152,57 +251,37 @@ def _kept(path: Path, file: IO[bytes], folder: Path, look: Look, notes: dict[str
     raise AssertionError
 
 
-def _made(
-    path: Path, file: IO[bytes], look: Look, notes: dict[str, int], digest: str, copy: IO[bytes] | None = None
-) -> IndexedLines:
-    """Index a file now and return its lines.
+def _made(source: LineSource, look: Look, notes: dict[str, Any], copy: IO[bytes] | None = None) -> IndexedLines:
+    """Index lines now.
 
     Args:
-        path: for errors.
-        file: the file.
+        source: the lines.
         look: as in `index_lines`.
         notes: as in `index_lines`.
-        digest: of the file.
-        copy: where to write the text of a compressed file. None: a temporary file.
+        copy: where to write lines that are not parts of a text. None: a temporary file.
     """
-    file.seek(0)
-    text: bytes | IO[bytes] = file
-    if path.suffix == ".gz":
-        text = copy = copy or tempfile.TemporaryFile()  # noqa: SIM115 - stays open as long as the lines are used
-    elif os.fstat(file.fileno()).st_size <= SMALL:
-        text = file.read()
+    if source.text is None:
+        copy = copy or tempfile.TemporaryFile()  # noqa: SIM115 - stays open as long as the lines are used
     columns = {name: array(kind) for name, kind in KINDS.items()}
     ids = array("Q")
-    stream: Any = gzip.GzipFile(fileobj=file) if copy else io.BytesIO(text) if isinstance(text, bytes) else file
-    for number, start, line in _scan(path, stream):
+    start = 0
+    for number, line in source.lines():
         if copy is not None:
             copy.write(line)
-        if line.strip() and (name := look(number, _object(line, f"{path}:{number}"))) is not None:
+        if line.strip() and (name := look(number, parsed(line, source.where(number)))) is not None:
             found = {"start": start, "length": len(line), "number": number, "crc": zlib.crc32(line)}
             for column, value in found.items():
                 columns[column].append(value)
             ids.append(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little"))
+        start += len(line)
     if copy is not None:
         copy.flush()
     index = {name: np.frombuffer(column, dtype=column.typecode) for name, column in columns.items() if len(column)}
-    lines = IndexedLines(path, text, index or {name: np.zeros(0, kind) for name, kind in KINDS.items()}, notes, digest)
+    text = copy if source.text is None else source.text
+    assert text is not None
+    lines = IndexedLines(source, text, index or {name: np.zeros(0, kind) for name, kind in KINDS.items()}, notes)
     _check_ids(lines, np.frombuffer(ids, dtype="Q") if ids else np.zeros(0, "Q"), look)
     return lines
-
-
-def _scan(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, int, bytes]]:
-    """Yield the number (from 1), the start and the bytes of each line.
-
-    Raises:
-        UserError: the file cannot be read to its end.
-    """
-    number = start = 0
-    try:
-        for number, line in enumerate(stream, 1):
-            yield number, start, line
-            start += len(line)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read beyond line {number} ({error})") from None
 
 
 def _check_ids(lines: IndexedLines, ids: np.ndarray, look: Look) -> None:
@@ -223,13 +302,21 @@ def _check_ids(lines: IndexedLines, ids: np.ndarray, look: Look) -> None:
         number, line = lines[place]
         name = look(number, line)
         if name in seen:
-            raise UserError(
-                f"{lines.path}:{number}: found id {name!r} again (first in line {seen[name]}), expected a unique id"
-            )
+            where, earlier = lines.source.where(number), lines.source.earlier(seen[name])
+            raise UserError(f"{where}: found id {name!r} again (first in {earlier}), expected a unique id")
         seen[name] = number
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
+def parsed(line: bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object of a line.
+
+    Args:
+        line: UTF-8 text.
+        where: which line it is, for errors.
+
+    Raises:
+        UserError: it is not a JSON object, is nested too deeply, or has text or numbers that cannot be used.
+    """
     try:
         found = _DECODER.decode(line.removeprefix(_MARK).decode())
         if b"\\u" in line:  # an escape can be half of a surrogate pair, which tokenizers reject

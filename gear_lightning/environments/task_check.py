@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from ..distributed.collective import place, run_on_all_ranks
+from ..distributed.collective import check_same, place, run_on_all_ranks
 from ..errors import UserError
 from ..runs.files import cache_dir, replace_text, try_to_write
 from .base import Task, TaskSource
@@ -61,9 +61,12 @@ def check_source(name: str, source: TaskSource, used: int | None, limit: int | N
         checker: checks one task.
 
     Raises:
-        UserError: there are no tasks, or one cannot be used; names the task.
+        UserError: there are no tasks, or one cannot be used (names the task), or the ranks have different tasks.
     """
     rank, ranks = place()
+    digest = run_on_all_ranks(lambda: source.digest)
+    advice = "give all machines the same files; a build function must return the same on all of them"
+    check_same({name: "unknown" if digest is None else digest[:12]}, "other tasks", advice)
 
     def check() -> tuple[int, int, Path | None, bool]:
         size = ENDLESS if source.size is None else source.size
