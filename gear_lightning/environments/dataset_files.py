@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from os.path import commonpath
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class SplitFiles:
         self._files = files
         self._fetch = fetch
         every = [str(file) for found in files.values() for file in found]
-        self._shared = len(every[0]) - len(Path(every[0]).name) if len(every) == 1 else len(commonpath(every)) + 1
+        self._shared = commonprefix(every).rfind("/") + 1  # characters of the folders that all files share
 
     def count(self, split: str) -> int:
         """Return the number of files of a split."""
@@ -122,13 +122,17 @@ def _builder(path: str, **options: Any) -> Any:
     """Return the builder of `datasets` for a directory or a name on the Hub."""
     require_extra("datasets")
     import datasets
+    import huggingface_hub
 
-    before = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity_error()
+    loggers = [datasets.logging, huggingface_hub.logging]  # they report that a directory has no README
+    before = [logger.get_verbosity() for logger in loggers]
     try:
+        for logger in loggers:
+            logger.set_verbosity_error()
         return datasets.load_dataset_builder(path, **options)
     finally:
-        datasets.logging.set_verbosity(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.set_verbosity(level)
 
 
 def _directory(shown: str, folder: Path, name: str | None) -> SplitFiles:
@@ -148,17 +152,19 @@ def _hub(path: str, name: str | None, revision: str | None) -> SplitFiles:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    found = None
     try:
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("HF_HUB_OFFLINE is set")
-        found = HfApi().dataset_info(path, revision=revision, timeout=HUB_SECONDS).sha
+        HfApi().dataset_info(path, revision=revision, timeout=HUB_SECONDS)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         text = "neither a file or directory here nor a data set that the Hub shows"
         raise UserError(f"{path}: {text} ({_short(error)})") from None
     except Exception as error:
         try:
-            folder = snapshot_download(path, repo_type="dataset", revision=revision, local_files_only=True)
+            # the pattern, because the cache of the other files need not be complete
+            folder = snapshot_download(
+                path, repo_type="dataset", revision=revision, allow_patterns="README.md", local_files_only=True
+            )
         except Exception:
             raise UserError(
                 f"{path}: not a file or directory here, not in the cache of the Hub, and the Hub cannot be reached "
@@ -166,7 +172,7 @@ def _hub(path: str, name: str | None, revision: str | None) -> SplitFiles:
             ) from None
         return _directory(path, Path(folder), name)
     try:
-        builder = _builder(path, name=name, revision=found)
+        builder = _builder(path, name=name, revision=revision)
     except Exception as error:
         raise UserError(f"{path}: {_short(error)}") from None
     delimiter = _delimiter(path, builder)

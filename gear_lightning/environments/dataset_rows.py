@@ -3,9 +3,8 @@
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserError
 from ..rewards import import_function
@@ -17,6 +16,28 @@ KEYS = ("prompt", "messages", "id", "tools", "reference", "answer", "reward")  #
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _TWICE = 16  # number of rows for which `build` is called twice, to see whether it returns the same
 _MISSING = object()
+
+
+class Place(NamedTuple):
+    """Where a row is.
+
+    Attributes:
+        file: its file.
+        number: of the row in the file, see `DataFile.rows`.
+        label: file and split without the suffix and the folders that all files share, for ids.
+    """
+
+    file: DataFile
+    number: int
+    label: str
+
+    @property
+    def where(self) -> str:
+        return self.file.where(self.number)
+
+    @property
+    def default_id(self) -> str:
+        return f"{self.label}-{self.number}"
 
 
 class RowConverter:
@@ -46,56 +67,54 @@ class RowConverter:
         self._keys: list[str] = []  # of the first row
         self._twice = _TWICE
 
-    def line(self, row: Row, where: str, default_id: str, typed: bool) -> bytes | None:
+    def line(self, row: Row, place: Place) -> bytes | None:
         """Return the task of a row as a line of JSON, with the id of the task; None if ``build`` skips the row.
 
         Args:
             row: the values of the columns.
-            where: which row it is, for errors.
-            default_id: id of the task if the row has none.
-            typed: all rows of the file have the same columns.
+            place: where the row is, for errors and for the id of a task without one.
 
         Raises:
             UserError: a column is missing, ``build`` failed, or a value is not text, a number, a list or an object.
         """
         if self.build is None:
-            return self._encoded(self._renamed(row, where, typed), where, default_id)
+            return self._encoded(self._renamed(row, place), place)
         again = copy.deepcopy(row) if self._twice else None
-        line = self._encoded(self._built(row, where), where, default_id)
+        line = self._encoded(self._built(row, place.where), place)
         if again is not None:
             self._twice -= 1
-            if self._encoded(self._built(again, where), where, default_id) != line:
+            if self._encoded(self._built(again, place.where), place) != line:
                 raise UserError(
-                    f"{where}: {self.name} returned another task when it was called again; it must return the same "
-                    "for the same row: draw random numbers from random.Random(text of the row), and sort sets"
+                    f"{place.where}: {self.name} returned another task when it was called again; it must return the "
+                    "same for the same row: draw random numbers from random.Random(text of the row), and sort sets"
                 )
         return line
 
-    def _encoded(self, line: Row | None, where: str, default_id: str) -> bytes | None:
+    def _encoded(self, line: Row | None, place: Place) -> bytes | None:
         if line is None:
             return None
         if isinstance(line.get("prompt"), list) and "messages" not in line:  # a conversational prompt, as TRL calls it
             line["messages"] = line.pop("prompt")
         for key in ("messages", "tools", "reference"):
             if key in line:
-                line[key] = _opened(line[key], key, where)
-        line.setdefault("id", default_id)
+                line[key] = _opened(line[key], key, place)
+        line.setdefault("id", place.default_id)
         try:
             return _ENCODER.encode(line).encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"{where}: {_unusable(line, error)}") from None
+            raise UserError(f"{place.where}: {_unusable(line, error)}") from None
 
     def check_unseen(self, name: str) -> None:
-        """Raise `UserError` if no row had one of the columns."""
-        for key, column in self.unseen.items():
-            raise UserError(f"{name}: columns.{key}: {self._no_column(column, self._keys)}")
+        """Raise `UserError` if there were rows, and none had one of the columns."""
+        for key, column in self.unseen.items() if self._keys else ():
+            raise UserError(f"{name}: columns.{key}: {_no_column(column, self._keys)}")
 
-    def _renamed(self, row: Row, where: str, typed: bool) -> Row:
+    def _renamed(self, row: Row, place: Place) -> Row:
         self._keys = self._keys or list(row)
         if not self.columns:
             if self._keys and not ("prompt" in row or "messages" in row):
                 raise UserError(
-                    f"{where}: found the columns {', '.join(row) or 'none'}, expected prompt or messages; "
+                    f"{place.where}: found the columns {', '.join(row) or 'none'}, expected prompt or messages; "
                     "name the columns to use, for example columns: {prompt: question, answer: answer}"
                 )
             return {key: value for key, value in row.items() if value is not None}
@@ -103,19 +122,15 @@ class RowConverter:
         for key, column in self.columns.items():
             value = _value(row, column)
             if value is _MISSING:
-                if typed and "." not in column:
-                    raise UserError(f"{where}: columns.{key}: {self._no_column(column, list(row))}")
-                if key in ("prompt", "messages"):
-                    raise UserError(f"{where}: columns.{key}: {self._no_column(column, list(row))}")
+                if key in ("prompt", "messages") or (place.file.typed and "." not in column):
+                    text = _no_column(column, list(row))
+                    header = " (the first line of a CSV file is its header)" if place.file.kind == "csv" else ""
+                    raise UserError(f"{place.where}: columns.{key}: {text}{header}")
                 continue
             self.unseen.pop(key, None)
             if value is not None or key in ("prompt", "messages"):
                 line[key] = value
         return line
-
-    @staticmethod
-    def _no_column(column: str, keys: list[str]) -> str:
-        return f"no column {column!r}; columns are {', '.join(keys) or 'none'}{did_you_mean(column, keys)}"
 
     def _built(self, row: Row, where: str) -> Row | None:
         assert self.build is not None
@@ -143,6 +158,10 @@ class RowConverter:
         return {str(key): _as_json(value) for key, value in made.items()}
 
 
+def _no_column(column: str, keys: list[str]) -> str:
+    return f"no column {column!r}; columns are {', '.join(keys) or 'none'}{did_you_mean(column, keys)}"
+
+
 def _value(row: Row, column: str) -> Any:
     if column in row:
         return row[column]
@@ -163,13 +182,14 @@ def _as_json(value: Any) -> Any:
     return plain(value)
 
 
-def _opened(value: Any, key: str, where: str) -> Any:
+def _opened(value: Any, key: str, place: Place) -> Any:
     """Return messages or tools that a table stores as JSON text. A reference can be any text, so it stays as it is."""
     if isinstance(value, str) and key != "reference":
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
-            raise UserError(f"{where}: {key}: found text that is not JSON, expected a list, or one as JSON") from None
+            text = f"{key}: found text that is not JSON, expected a list, or one as JSON"
+            raise UserError(f"{place.where}: {text}") from None
     if isinstance(value, list):
         return [_opened_item(item) for item in value]
     return value
@@ -198,29 +218,6 @@ def _unusable(line: Row, error: Exception) -> str:
         except (ValueError, RecursionError):
             return f"{key}: found a number that is not finite, or values that are nested too deeply"
     return str(error)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a row is.
-
-    Attributes:
-        file: its file.
-        number: of the row in the file, see `DataFile.rows`.
-        label: file and split without the suffix and the folders that all files share, for ids.
-    """
-
-    file: DataFile
-    number: int
-    label: str
-
-    @property
-    def where(self) -> str:
-        return self.file.where(self.number)
-
-    @property
-    def default_id(self) -> str:
-        return f"{self.label}-{self.number}"
 
 
 def file_rows(found: SplitFiles, split: str, place: int) -> Iterator[tuple[Place, Row | UserError]]:

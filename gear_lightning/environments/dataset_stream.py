@@ -176,7 +176,7 @@ class _Reader:
         if isinstance(row, UserError):
             raise row
         assert isinstance(row, dict)
-        line = converter.line(row, at.where, at.default_id, at.file.typed)
+        line = converter.line(row, at)
         if line is None:
             return None
         return self.shared.complete(parse_task(parsed(line, at.where), at.where, "", self.options.rewards))

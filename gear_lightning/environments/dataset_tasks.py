@@ -63,7 +63,7 @@ class TaskLines(LineSource):
             file, number = place.file, start + place.number
             if isinstance(row, UserError):
                 raise row
-            line = self.converter.line(row, place.where, place.default_id, file.typed)
+            line = self.converter.line(row, place)
             if line is not None:
                 yield number, line
                 tasks += 1

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, time, timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,7 +41,7 @@ class DataFile:
     path: Path
     delimiter: str | None = None
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """How the file is read: ``parquet``, ``arrow``, ``csv``, ``lines`` or ``json``.
 
@@ -58,7 +59,7 @@ class DataFile:
         """Whether all rows have the same columns."""
         return self.kind in ("parquet", "arrow", "csv")
 
-    @property
+    @cached_property
     def prefix(self) -> str:
         """The text of `where` up to the number."""
         return f"{self.path}{':' if self.kind in ('csv', 'lines') else ': row '}"
@@ -103,7 +104,8 @@ class DataFile:
         if not text.lstrip().startswith(b"["):
             for number, line in enumerate(io.BytesIO(text)):
                 if line.strip():
-                    yield number, _parsed(line, f"{path}:{number + 1}")
+                    row = _parsed(line, f"{path}:{number + 1}")
+                    yield number, UserError(f"{row} per line, or a list of them") if isinstance(row, UserError) else row
             return
         try:
             items = json.loads(text)
