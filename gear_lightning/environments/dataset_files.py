@@ -5,15 +5,19 @@ set: its versions from 4 on refuse those that need code.
 """
 
 import glob
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
-from os.path import commonprefix
+from os.path import commonpath
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from ..errors import UserError, require_extra
+from ..runs.files import cache_dir, replace_text, try_to_write
 from .lines import COMPRESSED
 from .row_files import KINDS, DataFile
 
@@ -36,8 +40,8 @@ class SplitFiles:
         self.splits = list(files)
         self._files = files
         self._fetch = fetch
-        every = [str(file) for found in files.values() for file in found]
-        self._shared = commonprefix(every).rfind("/") + 1  # characters of the folders that all files share
+        folders = [Path(str(file)).parent for found in files.values() for file in found]
+        self._shared = commonpath(folders) if folders else ""
 
     def count(self, split: str) -> int:
         """Return the number of files of a split."""
@@ -58,7 +62,8 @@ class SplitFiles:
 
     def label(self, split: str, place: int) -> str:
         """Return the name of a file without its suffixes and the folders that all files share."""
-        path = Path(str(self._files[split][place])[self._shared :])
+        path = Path(str(self._files[split][place]))
+        path = path.relative_to(self._shared) if self._shared else path
         while path.suffix in {*KINDS, *COMPRESSED}:
             path = path.with_suffix("")
         return path.as_posix()
@@ -146,12 +151,13 @@ def _directory(shown: str, folder: Path, name: str | None) -> SplitFiles:
 
 
 def _hub(path: str, name: str | None, revision: str | None) -> SplitFiles:
-    """Return the files of a data set on the Hub. Without access to the Hub, those that its cache holds."""
+    """Return the files of a data set on the Hub. Without access to the Hub, those that are in its cache."""
     require_extra("datasets")
-    import datasets
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+    identity = repr([path, name, revision, constants.ENDPOINT]).encode()
+    kept = cache_dir() / "hub" / f"{hashlib.sha256(identity).hexdigest()[:32]}.json"
     try:
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("HF_HUB_OFFLINE is set")
@@ -160,6 +166,9 @@ def _hub(path: str, name: str | None, revision: str | None) -> SplitFiles:
         text = "neither a file or directory here nor a data set that the Hub shows"
         raise UserError(f"{path}: {text} ({_short(error)})") from None
     except Exception as error:
+        with suppress(OSError, ValueError):
+            listed = json.loads(kept.read_text())
+            return SplitFiles(path, listed["files"], lambda url: DataFile(_downloaded(path, url), listed["delimiter"]))
         try:
             # the pattern, because the cache of the other files need not be complete
             folder = snapshot_download(
@@ -168,7 +177,7 @@ def _hub(path: str, name: str | None, revision: str | None) -> SplitFiles:
         except Exception:
             raise UserError(
                 f"{path}: not a file or directory here, not in the cache of the Hub, and the Hub cannot be reached "
-                f"({_short(error)})"
+                f"({_short(error)}); where it can be reached, run: hf download --repo-type dataset {path}"
             ) from None
         return _directory(path, Path(folder), name)
     try:
@@ -176,14 +185,22 @@ def _hub(path: str, name: str | None, revision: str | None) -> SplitFiles:
     except Exception as error:
         raise UserError(f"{path}: {_short(error)}") from None
     delimiter = _delimiter(path, builder)
+    files = {str(split): list(urls) for split, urls in builder.config.data_files.items()}
+    listing = json.dumps({"files": files, "delimiter": delimiter})
+    try_to_write("lists of the files of data sets", lambda: replace_text(kept, listing))
+    return SplitFiles(path, files, lambda url: DataFile(_downloaded(path, url), delimiter))
 
-    def fetch(url: str) -> DataFile:
-        try:
-            return DataFile(Path(datasets.DownloadManager().download(url)), delimiter)  # type: ignore[arg-type]
-        except Exception as error:
-            raise UserError(f"{path}: {url} cannot be downloaded ({_short(error)})") from None
 
-    return SplitFiles(path, {str(split): list(urls) for split, urls in builder.config.data_files.items()}, fetch)
+def _downloaded(path: str, url: str) -> Path:
+    """Return the copy of a file in the Hub's cache; downloads it if there is none."""
+    from huggingface_hub import hf_hub_download
+
+    repo, _, rest = url.removeprefix("hf://datasets/").partition("@")
+    commit, _, file = rest.partition("/")
+    try:
+        return Path(hf_hub_download(repo, file, repo_type="dataset", revision=unquote(commit)))
+    except Exception as error:
+        raise UserError(f"{path}: {file} cannot be downloaded ({_short(error)})") from None
 
 
 def _delimiter(shown: str, builder: Any) -> str | None:

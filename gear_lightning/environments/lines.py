@@ -107,7 +107,9 @@ def unpacked(path: Path, file: IO[bytes]) -> IO[bytes]:
         require_extra("pyarrow")
         import pyarrow as pa
 
-        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"))  # type: ignore[arg-type]
+        own = os.fdopen(os.dup(file.fileno()), "rb")  # because the stream closes it
+        own.seek(0)
+        return io.BufferedReader(pa.CompressedInputStream(own, "zstd"))  # type: ignore[arg-type]
     return file
 
 
