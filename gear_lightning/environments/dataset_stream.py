@@ -160,7 +160,7 @@ class _Reader:
                         rank_zero_warn(f"{error}. This row is left out, like others that are not valid tasks")
                     first, left_out = first or error, left_out + 1
                     if not valid and left_out == _HOPELESS:
-                        raise UserError(f"none of {left_out} rows is a valid task; the first: {error}") from None
+                        raise UserError(f"none of {left_out} rows is a valid task; the last: {error}") from None
                     continue
                 if task is not None:
                     valid += 1

@@ -9,7 +9,11 @@ import os
 import pickle
 import random
 import re
+import subprocess
+import sys
+from pathlib import Path
 
+import deadlines
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -494,3 +498,46 @@ def test_the_missing_extra_is_named(tmp_path, monkeypatch, module):
     for given in {"pyarrow": [path, "a.jsonl.zst"], "datasets": ["set", "acme/math"]}[module]:
         with pytest.raises(UserError, match=rf"'{module}' is not installed: pip install 'gear_lightning\[datasets\]'"):
             DatasetTasks(given)
+
+
+# -- the Hub
+
+
+def test_a_name_on_the_hub_without_access_gives_one_line(monkeypatch):
+    import httpx
+    from huggingface_hub import HfApi, constants
+
+    def unreachable(*args, timeout, **kwargs):
+        assert timeout <= 60, "an answer must not be awaited without end"
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", unreachable)
+    text = "acme/math: not a file or directory here, not in the cache of the Hub, and the Hub cannot be reached "
+    with pytest.raises(UserError, match=re.escape(text + "(no route); where it can be reached, run: hf download")):
+        DatasetTasks("acme/math", columns=COLUMNS)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=re.escape(text + "(HF_HUB_OFFLINE is set)")):
+        DatasetTasks("acme/math", columns=COLUMNS)
+    with pytest.raises(UserError, match="no/such/path does not exist"):
+        DatasetTasks("no/such/path", columns=COLUMNS)
+
+
+def test_data_sets_of_the_hub_are_downloaded_and_found_again_without_access(tmp_path):
+    parquet(tmp_path / "hub" / "main" / "train.parquet", **problems(3))
+    parquet(tmp_path / "hub" / "main" / "test.parquet", **problems(2, 3))
+    card = "---\nconfigs:\n- config_name: main\n  data_files:\n"
+    card += "".join(f"  - split: {split}\n    path: main/{split}.parquet\n" for split in ("train", "test")) + "---\n"
+    (tmp_path / "hub" / "README.md").write_text(card)
+    script = Path(__file__).parent.parent / "support" / "hub_server.py"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, str(script), "hub"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=deadlines.seconds(120))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "train": ["train-0", "train-1", "train-2"],
+        "stream": ["train-0", "train-1", "train-2", "train-0"],
+        "no split": "acme/math: no split 'val'; splits are train, test",
+        "no name": "acme/math: neither a file or directory here nor a data set that the Hub shows",
+        "offline": ["train-0", "train-1", "train-2"],
+    }
