@@ -84,6 +84,7 @@ def test_invalid_rows_are_left_out_with_a_warning(folder):
         prompts(source, range(44, 90))
 
 
+@pytest.mark.filterwarnings("ignore:.*This row is left out")
 def test_data_without_tasks_ends_with_an_error(folder):
     path = write(folder / "bad.jsonl", *({"question": "a"} for _ in range(500)))
     with pytest.raises(

@@ -127,7 +127,7 @@ def test_values_of_tables_become_json(tmp_path):
         day=pa.array([datetime.date(2024, 1, 2)]),
         price=[decimal.Decimal("1.50")],
         count=pa.array([decimal.Decimal("3")]),
-        took=[datetime.timedelta(seconds=90)],
+        took=[datetime.timedelta(minutes=1.5)],
         vector=[[1.0, 2.0]],
         nested=[{"x": None, "y": {"z": None}, "list": [None, 1]}],
     )

@@ -90,6 +90,19 @@ def test_ranks_share_the_tasks_and_each_checks_at_least_one(monkeypatch):
     assert check(Numbers(1)) == [0], "the ranks of a machine must detect its problems"
 
 
+def test_ranks_with_different_tasks_stop_before_training(monkeypatch):
+    class Digested(Numbers):
+        digest = property(lambda self: "ab" * 32)
+
+    other = {"data.train_tasks": "ba" * 6}
+    gather = "gear_lightning.distributed.collective.gather"
+    monkeypatch.setattr(gather, lambda mine: [mine, other] if isinstance(mine, dict) else [mine])
+    with pytest.raises(UserError, match=r"rank 1 has other tasks than rank 0: data\.train_tasks is baba.* and abab"):
+        check(Digested(5))
+    other["data.train_tasks"] = "ab" * 6
+    assert check(Digested(5)) == [0, 1, 2, 3, 4]
+
+
 def test_a_passed_check_is_cached_for_the_same_tasks_and_checker(remembered):
     source = Numbers(50, fingerprint="a")
     assert len(check(source)) == 50
