@@ -2,13 +2,16 @@
 
 from ..errors import UserError
 from ..recipes.options.check import CONFIG, Check, check_files
-from ..recipes.options.hints import close
+from ..recipes.options.hints import close, did_you_mean, some
 from ..recipes.options.pages import overview, page
 from ..recipes.options.sections import OWN, STAGES
+from ..recipes.options.signatures import signature
 from ..recipes.options.study_check import check_study
+from ..recipes.options.tree import known_classes
 from ..recipes.rule_arguments import split
 from .parsers import PARSERS, WITH_RECIPE
 
+CREDIT = "gear_lightning.credit.base.CreditAssigner"
 HELP = ("--help", "-h")
 PATHS = {"compare": ["runs"], "credit": ["run"], "recredit": ["run"], "export": ["checkpoint"]}  # that must exist
 ONLY_RECIPE = (*STAGES, *OWN)  # commands all of whose options are those of a recipe, and their own
@@ -67,13 +70,31 @@ def _parse(command: str, arguments: list[str]) -> None:
         own = [o.removeprefix("--") for action in known._actions for o in action.option_strings if o.startswith("--")]
         Check("fit", own).arguments([argument for argument in rest if argument != "--"])
         return
-    options = known.parse_args(split(arguments)[0] if command == "recredit" else arguments)
+    rest, rules = split(arguments) if command == "recredit" else (arguments, {})
+    options = known.parse_args(rest)
     for name in PATHS.get(command, ()):
         given = getattr(options, name)
         for path in given if isinstance(given, list) else [given]:
             if not path.exists():
                 names = "; --names takes comma-separated names: --names A,B" if getattr(options, "names", None) else ""
                 raise UserError(f"{path}: no such file or directory{names}")
+    _check_rules(rules)
+
+
+def _check_rules(rules: dict[str, list[str]]) -> None:
+    """Check the options of the credit rules that ``recredit`` names, if these are rules of this package."""
+    for name, typed in rules.items():
+        keys = [argument.partition("=")[0] for argument in typed]
+        named = [argument.removeprefix(f"{name}=") for argument in typed if argument.startswith(f"{name}=")]
+        rule = known_classes(CREDIT).get(named[-1]) if named else None
+        if rule is None:
+            continue
+        options = signature(rule).options
+        for key in keys:
+            option = key.removeprefix(f"{name}.").removeprefix("init_args.")
+            if key != name and option not in (*options, "help"):
+                question = did_you_mean(key, [f"{name}.{one}" for one in options])
+                raise UserError(f"{key}: Option '{option}' is not accepted{question} ({rule.name} has {some(options)})")
 
 
 def unknown_command(name: str, known: list[str]) -> UserError:

@@ -129,7 +129,7 @@ class Chat:
         return ids[0]
 
     def _control(self, text: str) -> set[int]:
-        """Return the id of a control token as a set; empty for text that is none."""
+        """Return the id of a control token as a set; empty for other text."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return set(ids) if len(ids) == 1 and self.template.control.holds(ids[0]) else set()
 

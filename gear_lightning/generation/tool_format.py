@@ -354,7 +354,7 @@ class ToolFormat:
         """Return the text of an opening conversation, up to the start of the assistant's turn.
 
         Raises:
-            UserError: the template cannot render the messages, or nobody lists the tools.
+            UserError: the template cannot render the messages, or nothing lists the tools.
         """
         messages = self.shown(messages)
         if not tools:

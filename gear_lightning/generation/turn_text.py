@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from .tool_syntax.base import Call, ToolCallError, Tools, ToolSyntax, searched
 
 MAX_CANDIDATES = 8  # end marks of one thought that are tried; with more, the last one ends it
-MAX_THOUGHTS = 64  # thoughts of a turn that are told apart; the next one ends at the last end mark
+MAX_THOUGHTS = 64  # thoughts of a turn that are separated; the next one ends at the last end mark
 
 Span = tuple[int, int]
 

@@ -7,6 +7,7 @@ from typing import Any
 from .. import advantage, credit
 from ..credit import CreditAssigner
 from ..errors import UserError
+from .options.hints import did_you_mean
 
 
 def read_rule(name: str, typed: list[str], run: Path) -> tuple[CreditAssigner, str]:
@@ -128,7 +129,8 @@ def _start(name: str, value: str, run: Path) -> str:
     if "." in value or "{" in value:
         return f"{name}={value}"
     if value not in _names():
-        raise UserError(f"{name} {value}: not a class of gear_lightning.credit; there are {', '.join(_names())}")
+        meant = did_you_mean(value, _names())
+        raise UserError(f"{name} {value}: not a class of gear_lightning.credit; there are {', '.join(_names())}{meant}")
     return f"{name}=gear_lightning.credit.{value}"
 
 

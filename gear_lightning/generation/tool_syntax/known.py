@@ -1,6 +1,6 @@
 """Syntaxes by name, and syntaxes of chat templates that do not render the calls of earlier turns.
 
-Such a template tells the model in words how to write a call, or leaves it to the model's training. The marks are facts
+Such a template describes a call in words, or leaves it to the training of the model. The marks are facts
 from the models' cards.
 """
 

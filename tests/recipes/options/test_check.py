@@ -191,6 +191,7 @@ def test_a_mistyped_command_recipe_and_option_of_other_commands(command):
         (["credit", ".", "--iter", "3"], "did you mean --iteration?"),
         (["compare", ".", "--over", "step"], "invalid choice: 'step'"),
         (["recredit", ".", "--agains", "GEAR"], "did you mean --against?"),
+        (["recredit", ".", "--credit", "GEAR", "--credit.kapa", "3"], "did you mean --credit.kappa?"),
         (["recipes", "--pat"], "did you mean --path?"),
         (["study", "--sed", "3"], "did you mean --seeds?"),
         (["doctor", "--config", "quickstart", "--gpu", "8"], "did you mean --gpus?"),
