@@ -62,9 +62,15 @@ def is_dataclass(kind: Found) -> bool:
 
 
 def is_pure_dataclass(kind: Found) -> bool:
-    """Return whether a class and all its bases are dataclasses: its options need no ``class_path``."""
+    """Return whether a class and all its bases are dataclasses: its options need no ``class_path``. ``ABC`` is none."""
     family, complete = ancestors(kind)
-    return complete and isinstance(kind.node, ast.ClassDef) and all(map(is_dataclass, family))
+    plain = (is_dataclass(one) and not _derives_from_abc(one) for one in family)
+    return complete and isinstance(kind.node, ast.ClassDef) and all(plain)
+
+
+def _derives_from_abc(kind: Found) -> bool:
+    bases = kind.node.bases if isinstance(kind.node, ast.ClassDef) else []
+    return any(dotted(base).rpartition(".")[2] in ("ABC", "Protocol") for base in bases)
 
 
 def _dataclass_decorator(kind: Found) -> ast.expr | None:

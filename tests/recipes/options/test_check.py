@@ -41,7 +41,7 @@ def error(*arguments: str, command: str = "fit") -> str:
         ("--model.optimizer.params 3", "AdamW has no option params"),
         ("--model.credit Uniform --model.credit.kappa 3", "Uniform has no option kappa"),
         ("--data.train_tasks.foo 1", "options of LookupChainTasks: hops, split"),
-        ("--data.train_tasks.foo 1", "other classes of data.train_tasks: GSM8KTasks, JsonlTasks"),
+        ("--data.train_tasks.foo 1", "other classes of data.train_tasks: DatasetTasks, GSM8KTasks, JsonlTasks"),
         ("--data.train_tasks.init_args.foo 1", "options of LookupChainTasks: hops, split"),
         ("--trainer.max_epochs.x 3", "trainer.max_epochs is one value"),
         ("--foo.bar 3", "the sections are model, data, trainer"),
@@ -74,6 +74,7 @@ def test_a_mistake_on_the_command_line(arguments, message):
     [
         "--trainer.strategy ddp",
         "--model.credit.init_args.kappa 3",
+        "--model.credit.where answer --model.credit.kappa 3",
         "--model.credit.class_path Uniform",
         '--model.teacher={"rate":0.1}',
         "--model.chat.template_arguments.enable_thinking true",
