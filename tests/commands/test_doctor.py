@@ -321,6 +321,7 @@ def test_look_at_machine_describes_this_machine():
     [
         ([], "--config is missing"),
         (["--config", RECIPE, "--gpus", "0"], "--gpus=0: must be at least 1"),
+        (["--config", RECIPE, "--gpus", "many"], "argument --gpus: invalid int value: 'many'"),
         (["--config", RECIPE, "--gpu-memory", "-1"], "--gpu-memory=-1: must be above 0"),
         (["--config", RECIPE, "--trainer.precision", "64-true"], "trainer.precision=64-true"),
         (["--config", RECIPE, "--model.policy=gear_lightning.models.Pretrained", "--model.policy.path=./none"], "none"),
@@ -338,7 +339,6 @@ def test_invalid_options_give_one_error(args, message):
     [
         (["--config", "none.yaml"], "none.yaml"),
         (["--config", RECIPE, "--model.creditt=GEAR"], "creditt"),
-        (["--config", RECIPE, "--gpus", "many"], "invalid int value: 'many'"),
     ],
 )
 def test_errors_of_the_parser_give_exit_status_2(args, message, capsys):

@@ -49,7 +49,8 @@ def test_nothing_outside_of_the_packaged_folder_is_found(name):
 
 
 def test_an_unknown_name_is_reported_with_where_to_look(command):
-    assert "gear-lightning recipes" in error_of(command, "fit", "--config", "quickstrat")
+    assert "gear-lightning recipes" in error_of(command, "fit", "--config", "wholly_unknown")
+    assert "did you mean quickstart?" in error_of(command, "fit", "--config", "quickstrat")
     with pytest.raises(UserError, match="no packaged recipe"):
         found("quickstrat")
 
