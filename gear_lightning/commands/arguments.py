@@ -6,6 +6,7 @@ from ..recipes.options.hints import close, did_you_mean, some
 from ..recipes.options.pages import overview, page
 from ..recipes.options.sections import OWN, STAGES
 from ..recipes.options.signatures import signature
+from ..recipes.options.source import NoSourceError
 from ..recipes.options.study_check import check_study
 from ..recipes.options.tree import known_classes
 from ..recipes.rule_arguments import split
@@ -32,6 +33,14 @@ def topics(arguments: list[str]) -> list[str] | None:
 
 
 def look_at(command: str, arguments: list[str]) -> str | None:
+    """Check a command line, or answer it if it asks for help, as `_look_at` does, if source files are installed."""
+    try:
+        return _look_at(command, arguments)
+    except NoSourceError:  # an installation of compiled files only: the parser answers, after its imports
+        return None
+
+
+def _look_at(command: str, arguments: list[str]) -> str | None:
     """Check a command line, or answer it if it asks for help.
 
     Args:

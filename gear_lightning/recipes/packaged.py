@@ -43,8 +43,10 @@ def found(name: str) -> str:
     place = packaged(name)
     if place is None and name and not Path(name).suffix:
         names = [str(file.relative_to(configs()).with_suffix("")) for file in configs().rglob("*.yaml")]
-        meant = did_you_mean(name, names) or "; `gear-lightning recipes` lists these"
-        raise UserError(f"{name}: no such file, and no packaged recipe{meant}")
+        raise UserError(
+            f"{name}: no such file, and no packaged recipe{did_you_mean(name, names) or ';'} "
+            "`gear-lightning recipes` lists these"
+        )
     return name if place is None else str(place)
 
 

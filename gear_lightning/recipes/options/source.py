@@ -8,6 +8,11 @@ from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
+
+class NoSourceError(Exception):
+    """The source file of a class of this package or of Lightning is not installed."""
+
+
 Named = ast.ClassDef | ast.FunctionDef | ast.expr
 
 

@@ -35,7 +35,7 @@ from .signatures import (
     signature,
     type_text,
 )
-from .source import Found, ancestors, dotted, find, look_up, module, spec_of
+from .source import Found, NoSourceError, ancestors, dotted, find, look_up, module, spec_of
 
 PLAIN = ("str", "int", "float", "bool", "bytes", "None", "Path", "PathLike", "timedelta", "Literal", "Tensor")
 
@@ -166,19 +166,22 @@ def _plain(values: dict[str, Any]) -> str:
 
 
 def roots(command: str) -> dict[str, Node]:
-    """Return the sections and options of a command that takes a recipe, by their names."""
+    """Return the sections and options of a command that takes a recipe, by their names.
+
+    Raises:
+        NoSourceError: the source files are not installed.
+    """
     stage = command if command in STAGES else "fit"
     found = {"config": Node("config", Takes(many=True, text=True), "file or packaged recipe", "", None, CONFIG_TEXT)}
     for name, path in {"model": MODEL, "data": DATA, "trainer": TRAINER, **CALLBACKS}.items():
         found[name] = _section(name, path, "")
         if name == "generation":
-            kind = find(WARM_START)
-            assert kind is not None
-            found["warm_start"] = Node("warm_start", Takes(group=kind), "", "null", None, WARM_START_TEXT, True)
+            found["warm_start"] = Node(
+                "warm_start", Takes(group=_class(WARM_START)), "", "null", None, WARM_START_TEXT, True
+            )
     for own in (SEED, *OWN.get(command, ())):
         found[own.name] = _own(own)
-    trainer = find(TRAINER)
-    assert trainer is not None
+    trainer = _class(TRAINER)
     assert isinstance(trainer.node, ast.ClassDef)
     method = next(f for f in trainer.node.body if isinstance(f, ast.FunctionDef) and f.name == stage)
     arguments = signature(Found(trainer.module, stage, method))
@@ -194,10 +197,14 @@ PRINT_TEXT = "Print the complete resolved recipe and exit."
 
 
 def _section(name: str, path: str, text: str) -> Node:
-    kind = find(path)
-    if kind is None:
-        raise LookupError(f"{path}: no such class")
+    kind = _class(path)
     return Node(name, Takes(group=kind), "", "", None, text or about(kind), True)
+
+
+def _class(path: str) -> Found:
+    if (kind := find(path)) is None:
+        raise NoSourceError(f"there is no source file of {path}")
+    return kind
 
 
 def _own(own: Own) -> Node:
@@ -212,8 +219,8 @@ def _own(own: Own) -> Node:
 @cache
 def _declared() -> list[tuple[str, str, frozenset[str]]]:
     """Return (module, name, names of the bases) of the public classes of this package, without parsing its files."""
-    out = []
-    for name in ("gear_lightning", "gear_lightning.callbacks"):
+    out = {}
+    for name in ("gear_lightning", "gear_lightning.callbacks"):  # in a wheel the second is a folder of the first
         spec = spec_of(name)
         assert spec is not None
         for folder in spec.submodule_search_locations or ():
@@ -222,8 +229,8 @@ def _declared() -> list[tuple[str, str, frozenset[str]]]:
                 home = ".".join([name, *(part for part in parts if part != "__init__")])
                 for kind, bases in CLASS.findall(file.read_text(encoding="utf-8")):
                     names = re.sub(r"\[[^]]*\]", "", bases).split(",")
-                    out.append((home, kind, frozenset(one.strip().rpartition(".")[2] for one in names)))
-    return out
+                    out[home, kind] = frozenset(one.strip().rpartition(".")[2] for one in names)
+    return [(home, kind, bases) for (home, kind), bases in out.items()]
 
 
 CLASS = re.compile(r"^class ([A-Za-z]\w*)(?:\(([^)]*)\))?:", re.MULTILINE)

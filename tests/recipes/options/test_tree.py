@@ -136,3 +136,12 @@ def test_options_that_cannot_be_known_are_accepted(tmp_path, monkeypatch):
     credit = known.below(known.roots["model"])[0]["credit"]
     known.check_class(credit, "own_open.Open", "--model.credit")
     assert known.step(credit, "anything", "", "--model.credit.anything") is None
+
+
+def test_without_source_files_the_parser_answers(command, monkeypatch):
+    from gear_lightning.recipes.options import tree
+
+    monkeypatch.setattr(tree, "find", lambda path: None)
+    status, out, err = command("fit", "--help")
+    assert status == 0, err
+    assert "--model.teacher.rate RATE" in out
