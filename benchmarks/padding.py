@@ -66,7 +66,7 @@ def take_lengths(run: Path, tasks: Path) -> None:
     from gear_lightning.runs.records import read_records
     from gear_lightning.teacher import TeacherOptions, privileged_prompt
 
-    chat = Chat(AutoTokenizer.from_pretrained(run / "tokenizer"), ChatOptions())
+    chat = Chat(AutoTokenizer.from_pretrained(run / "tokenizer"), ChatOptions("json_list"))
     source = GSM8KTasks(str(tasks))
     known = {task.id: task for task in map(source.__getitem__, range(source.size))}
     with LENGTHS.open("w", newline="") as file:

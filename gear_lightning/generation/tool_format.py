@@ -147,8 +147,9 @@ class ToolFormat:
         """Return the text of a turn with calls as the template renders it, without its end token."""
         text = self._cut(self.turn.without_thought(self.turn.body(message, PROBE_TOOLS)))
         if not self._same(text, message):  # the template does not escape quotes, for example
-            written = (self.syntax or json_calls()).write([c["function"] for c in message["tool_calls"]])
-            return "\n".join(part for part in (message.get("content"), written) if part)
+            syntax = self.syntax or json_calls()
+            written = syntax.write([c["function"] for c in message["tool_calls"]])
+            return syntax.joint.join(part for part in (message.get("content"), written) if part)
         content = (message.get("content") or "").strip()
         if content and content not in unmarked(text):  # templates of models that never write both
             return content + (self.syntax or json_calls()).joint + text.lstrip("\n")
