@@ -1,8 +1,8 @@
 """What the command line does before anything is imported: help, and errors in keys, files and names."""
 
 from ..errors import UserError
+from ..hints import close, did_you_mean, some
 from ..recipes.options.check import CONFIG, Check, check_files
-from ..recipes.options.hints import close, did_you_mean, some
 from ..recipes.options.pages import overview, page
 from ..recipes.options.sections import OWN, STAGES
 from ..recipes.options.signatures import signature

@@ -10,13 +10,13 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from os.path import commonpath
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from ..errors import UserError, require_extra
+from ..hints import did_you_mean
 from ..runs.files import cache_dir, replace_text, try_to_write
 from .lines import COMPRESSED
 from .row_files import KINDS, DataFile
@@ -67,11 +67,6 @@ class SplitFiles:
         while path.suffix in {*KINDS, *COMPRESSED}:
             path = path.with_suffix("")
         return path.as_posix()
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Return ``; did you mean 'x'?`` for the known word that is most like this one; empty if none is."""
-    return "".join(f"; did you mean {near!r}?" for near in get_close_matches(word, known, 1))
 
 
 def find_files(path: str, name: str | None, revision: str | None) -> SplitFiles:

@@ -7,9 +7,10 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from ..errors import UserError
+from ..hints import did_you_mean
 from ..rewards import import_function
 from .base import Task
-from .dataset_files import SplitFiles, did_you_mean, parts
+from .dataset_files import SplitFiles, parts
 from .row_files import DataFile, Row, plain
 
 KEYS = ("prompt", "messages", "id", "tools", "reference", "answer", "reward")  # keys of a task; others are its meta

@@ -3,17 +3,17 @@
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
 from ..runs.identity import file_digest
 from . import dataset_files, dataset_rows, row_files
-from .base import Task, TaskSource
+from .base import Task
 from .dataset_files import SplitFiles, check_split, find_files
 from .dataset_rows import RowConverter, rows_of
-from .jsonl import SharedSettings, check_named, code_digests, parse_task
-from .lines import IndexedLines, LineSource, digest_of, index_source
+from .jsonl import SharedSettings, check_named, code_digests, noted, parse_task
+from .lines import IndexedLines, LineSource, LineTasks, digest_of, index_source
 from .row_files import DataFile
 
 
@@ -77,7 +77,7 @@ class TaskLines(LineSource):
 
 
 @dataclass(frozen=True)
-class DatasetTasks(TaskSource):
+class DatasetTasks(LineTasks):
     """Tasks from a data set: parquet, Arrow, CSV, JSON or JSON Lines files, or a name on the Hugging Face Hub.
 
     A row becomes a task by its columns, which have the meaning of the keys of `JsonlTasks`: without ``columns`` and
@@ -124,17 +124,14 @@ class DatasetTasks(TaskSource):
         source = TaskLines(find_files(self.path, self.name, self.revision), self.split, converter, self.limit)
         named: dict[str, int] = {}  # reward -> number of the first row that names it
 
-        def look(number: int, line: dict[str, Any]) -> str:
-            task = parse_task(line, source.where(number), "", self.rewards)
-            if "reward" in task.meta:
-                named.setdefault(task.meta["reward"], number)
-            return task.id
+        def parse(number: int, line: dict[str, Any]) -> Task:
+            return parse_task(line, source.where(number), "", self.rewards)
 
         notes = {"rewards": named, "starts": source.starts, "places": source.places}
         modules = (dataset_files, dataset_rows, row_files)
         code = [file_digest(str(module.__file__)) for module in modules] + [file_digest(__file__), *code_digests()]
         rules = [self.path, self.split, self.name, sorted(self.columns.items()), self.limit, sorted(self.rewards), code]
-        lines = index_source(source, None if self.build else repr(rules), look, notes)
+        lines = index_source(source, None if self.build else repr(rules), noted(parse, named), notes)
         source.starts, source.places = notes["starts"], notes["places"]
         if not len(lines):
             rows = "build skipped all rows" if self.build else "there are no rows"
@@ -142,13 +139,6 @@ class DatasetTasks(TaskSource):
         check_named(notes["rewards"], source.where)
         for key, value in {"_lines": lines, "_shared": shared}.items():
             object.__setattr__(self, key, value)
-
-    def __reduce__(self):
-        return type(self), tuple(getattr(self, f.name) for f in fields(self))
-
-    @property
-    def size(self) -> int:
-        return len(self._lines)  # type: ignore[attr-defined]
 
     def __getitem__(self, index: int) -> Task:
         lines: IndexedLines = self._lines  # type: ignore[attr-defined]
@@ -164,6 +154,3 @@ class DatasetTasks(TaskSource):
     def fingerprint(self) -> str | None:
         shared = self._shared.identity(self._lines.notes["rewards"])  # type: ignore[attr-defined]
         return None if shared is None else repr([self.digest, self, shared])
-
-    def longest(self, count: int) -> list[int]:
-        return self._lines.longest(count, self.size)  # type: ignore[attr-defined]

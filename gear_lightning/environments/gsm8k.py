@@ -14,9 +14,9 @@ from ..rewards import last_number
 from ..runs.identity import file_digest
 from . import lines
 from .arithmetic import CalculatorError, calculate
-from .base import Demonstration, Demonstrations, Message, Task, TaskSource, tool_call, tool_result
+from .base import Demonstration, Demonstrations, Message, Task, tool_call, tool_result
 from .calculator import CALCULATOR
-from .lines import IndexedLines, index_lines
+from .lines import IndexedLines, LineTasks, index_lines
 
 INSTRUCTION = (
     "Solve the problem step by step. Use the calculator for every calculation. "
@@ -73,7 +73,7 @@ def _task(name: str, question: str, answer: str, instruction: str, calculator: b
 
 
 @dataclass(frozen=True)
-class GSM8KTasks(TaskSource):
+class GSM8KTasks(LineTasks):
     """Problems of GSM8K. The worked solution is the reference.
 
     Args:
@@ -96,13 +96,6 @@ class GSM8KTasks(TaskSource):
     def __post_init__(self):
         object.__setattr__(self, "_lines", load(self.path, self.split, self.min_marks, self.max_marks))
 
-    def __reduce__(self):
-        return type(self), tuple(getattr(self, f.name) for f in fields(self))
-
-    @property
-    def size(self) -> int:
-        return len(self._lines)  # type: ignore[attr-defined]
-
     def __getitem__(self, index: int) -> Task:
         name, question, answer = problem(self._lines, index, self.split)  # type: ignore[attr-defined]
         return _task(name, question, answer, self.instruction, self.calculator)
@@ -110,9 +103,6 @@ class GSM8KTasks(TaskSource):
     @property
     def fingerprint(self) -> str:
         return repr([self._lines.digest, self])  # type: ignore[attr-defined]
-
-    def longest(self, count: int) -> list[int]:
-        return self._lines.longest(count, self.size)  # type: ignore[attr-defined]
 
 
 def transcript(answer: str) -> list[Message] | None:

@@ -1,7 +1,7 @@
 """Tasks from a JSON Lines file."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from ..errors import UserError
 from ..rewards import BUILT_IN, resolve_reward
 from ..runs.identity import UnknownIdentityError, file_digest, identity_of
 from . import lines, openai_format
-from .base import Message, Task, TaskSource
-from .lines import IndexedLines, index_lines, kind_of
+from .base import Message, Task
+from .lines import IndexedLines, LineTasks, index_lines, kind_of
 from .openai_format import TOOL_FORM, FormatError, is_tool, plain_messages, plain_tools
 
 ROLES = ("system", "user", "assistant", "tool")  # of OpenAI's, developer and function become system and tool
@@ -157,6 +157,23 @@ class SharedSettings:
             return None
 
 
+def noted(parse: Callable[[int, dict[str, Any]], Task], named: dict[str, int]) -> Callable[[int, dict[str, Any]], str]:
+    """Return a function of a line's number and the line that checks the line and returns the id of its task.
+
+    Args:
+        parse: returns the task of a line.
+        named: filled with the rewards that tasks name -> the number of the first line that names it.
+    """
+
+    def look(number: int, line: dict[str, Any]) -> str:
+        task = parse(number, line)
+        if "reward" in task.meta:
+            named.setdefault(task.meta["reward"], number)
+        return task.id
+
+    return look
+
+
 def check_named(rewards: dict[str, int], where: Callable[[int], str]) -> None:
     """Check that rewards can be imported on this machine: an index of the tasks from the cache does not guarantee it.
 
@@ -175,7 +192,7 @@ def check_named(rewards: dict[str, int], where: Callable[[int], str]) -> None:
 
 
 @dataclass(frozen=True)
-class JsonlTasks(TaskSource):
+class JsonlTasks(LineTasks):
     """Tasks from a .jsonl, .jsonl.gz or .jsonl.zst file with one JSON object per line.
 
     A line has ``prompt`` (text) or ``messages`` (chat messages), and may have ``id`` (default: file name and line
@@ -209,21 +226,13 @@ class JsonlTasks(TaskSource):
         def parse(number: int, line: dict[str, Any]) -> Task:
             return parse_task(line, f"{self.path}:{number}", f"{stem}-{number}", self.rewards)
 
-        def look(number: int, line: dict[str, Any]) -> str:
-            task = parse(number, line)
-            if "reward" in task.meta:
-                notes.setdefault(task.meta["reward"], number)
-            return task.id
-
-        found = index_lines(self.path, repr([stem, sorted(self.rewards), code_digests()]), look, notes)
+        rules = repr([stem, sorted(self.rewards), code_digests()])
+        found = index_lines(self.path, rules, noted(parse, notes), notes)
         if not len(found):
             raise UserError(f"{self.path}: found no lines, expected one JSON object per line")
         check_named(notes, found.source.where)
         for name, value in {"_lines": found, "_parse": parse, "_shared": shared}.items():
             object.__setattr__(self, name, value)
-
-    def __reduce__(self):
-        return type(self), tuple(getattr(self, f.name) for f in fields(self))
 
     @property
     def size(self) -> int:
@@ -242,9 +251,6 @@ class JsonlTasks(TaskSource):
         found: IndexedLines = self._lines  # type: ignore[attr-defined]
         shared = self._shared.identity(found.notes)  # type: ignore[attr-defined]
         return None if shared is None else repr([found.digest, self, shared])
-
-    def longest(self, count: int) -> list[int]:
-        return self._lines.longest(count, self.size)  # type: ignore[attr-defined]
 
 
 def code_digests() -> list[str]:

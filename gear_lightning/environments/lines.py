@@ -16,6 +16,7 @@ import zlib
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from ..checks import deeper_than
 from ..errors import UserError, require_extra
 from ..runs.files import build_once, cache_dir
+from .base import TaskSource
 
 MAX_DEPTH = 64  # nesting depth of lists and objects in a line
 SMALL = 1 << 22  # bytes up to which a file is kept in memory and its index is not cached
@@ -368,3 +370,19 @@ def kind_of(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value if len(value) <= 40 else value[:40] + "...", ensure_ascii=False)
     return "a list" if isinstance(value, list) else "an object"
+
+
+class LineTasks(TaskSource):
+    """Base of sources whose tasks are lines of an index: a frozen dataclass that sets ``_lines``."""
+
+    _lines: IndexedLines
+
+    def __reduce__(self):
+        return type(self), tuple(getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+
+    @property
+    def size(self) -> int:
+        return len(self._lines)
+
+    def longest(self, count: int) -> list[int]:
+        return self._lines.longest(count, self.size)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..errors import UserError
-from .options.hints import did_you_mean
+from ..hints import did_you_mean
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TAKE_NAMES = ("--config", "-c", "--cluster")  # options whose value can be the name of a packaged file

@@ -11,7 +11,7 @@ from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningArgumentParser, OptimizerCallable
 
 from ..errors import UserError
-from .options.hints import close
+from ..hints import close
 from .options.tree import known_classes
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from .. import advantage, credit
 from ..credit import CreditAssigner
 from ..errors import UserError
-from .options.hints import did_you_mean
+from ..hints import did_you_mean
 
 
 def read_rule(name: str, typed: list[str], run: Path) -> tuple[CreditAssigner, str]:

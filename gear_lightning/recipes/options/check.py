@@ -6,8 +6,8 @@ from pathlib import Path
 import yaml
 
 from ...errors import UserError
+from ...hints import close, did_you_mean
 from ..packaged import configs
-from .hints import close, did_you_mean
 from .known import WITHIN, Options
 from .tree import Node
 

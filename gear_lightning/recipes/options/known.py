@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from ...errors import UserError
-from .hints import close, some
+from ...hints import close, some
 from .signatures import signature
 from .source import Found, find
 from .tree import Node, Takes, import_path, is_abstract, named_class, roots

@@ -5,7 +5,7 @@ import shutil
 import textwrap
 
 from ...errors import UserError
-from .hints import close
+from ...hints import close
 from .known import Options
 from .signatures import Option, about, first_sentence, signature
 from .source import Found, ancestors, find

@@ -5,7 +5,7 @@ import re
 from typing import Any, NoReturn
 
 from ...errors import UserError
-from .hints import close
+from ...hints import close
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -5,9 +5,9 @@ from pathlib import Path
 import yaml
 
 from ...errors import UserError
+from ...hints import did_you_mean, some
 from ..packaged import found
 from .check import CONFIG, Check, Loader, syntax
-from .hints import did_you_mean, some
 from .signatures import signature
 from .source import find
 
