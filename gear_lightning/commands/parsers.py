@@ -1,5 +1,6 @@
 """The parsers of the commands that import torch when they run: their help and their errors need no import."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -166,7 +167,26 @@ def recredit() -> CommandParser:
     return parser
 
 
+def template() -> CommandParser:
+    """Return the parser of ``template``."""
+    parser = CommandParser(
+        "template",
+        description="Check a model's chat template: show what is trained on and what is context, and prove that tool "
+        "calls are read back as they are written.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="like model.policy.path: a directory, hub id, .gguf or package:..."
+    )
+    parser.add_argument("--tool_syntax", default="auto", choices=["auto", "json", "json_list", "words"])
+    parser.add_argument("--list_tools", default="template", choices=["template", "system"])
+    parser.add_argument(
+        "--template_arguments", type=json.loads, metavar="JSON", help="like model.chat.template_arguments"
+    )
+    return parser
+
+
 WITH_RECIPE: dict[str, Callable[[], CommandParser]] = {"doctor": doctor, "parity": parity, "slurm": slurm}
 PARSERS: dict[str, Callable[[], CommandParser]] = {
-    "credit": credit, "compare": compare, "export": export, "recredit": recredit, **WITH_RECIPE
+    "credit": credit, "compare": compare, "export": export, "recredit": recredit,
+    "template": template, **WITH_RECIPE
 }  # fmt: skip

@@ -1,7 +1,5 @@
 """``gear-lightning template MODEL``: check a model's chat template and show which spans are trained on."""
 
-import argparse
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +14,7 @@ from ..errors import UserError
 from ..generation.chat import Chat, ChatOptions, ignored_stops
 from ..lens.trace import visible
 from ..models import Pretrained
+from .parsers import template as parser
 
 STYLES = {"prompt": "dim", "thought": "italic magenta", "call": "bold cyan", "sampled": "bold", "observation": "green"}
 NOTES = {
@@ -66,21 +65,7 @@ def template_command(argv: list[str]) -> int:
     Raises:
         UserError: the model cannot be loaded, or its template cannot be used at all; says what is missing.
     """
-    parser = argparse.ArgumentParser(
-        "gear-lightning template",
-        description="Check a model's chat template: show what is trained on and what is context, and prove that tool "
-        "calls are read back as they are written.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "model", metavar="MODEL", help="like model.policy.path: a directory, hub id, .gguf or package:..."
-    )
-    parser.add_argument("--tool_syntax", default="auto", choices=["auto", "json", "json_list", "words"])
-    parser.add_argument("--list_tools", default="template", choices=["template", "system"])
-    parser.add_argument(
-        "--template_arguments", type=json.loads, metavar="JSON", help="like model.chat.template_arguments"
-    )
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     source = Pretrained(options.model)
     chosen = ChatOptions(
         options.tool_syntax, list_tools=options.list_tools, template_arguments=options.template_arguments
