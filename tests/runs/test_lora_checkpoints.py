@@ -6,7 +6,7 @@ import pytest
 import torch
 from lora_runs import SMALL, TEMPLATE, directory, fit, logits, with_peft
 from tiny_runs import data, generation, source, trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gear_lightning.commands.export import export_command
 from gear_lightning.errors import UserError
@@ -220,10 +220,11 @@ def test_an_export_does_not_download_a_model_that_a_checkpoint_names(run, tmp_pa
     states["lora"]["base"] = "someone/some-model"
     torch.save(states, tmp_path / "bad.ckpt")
     asked = []
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: asked.append(k) or 1 / 0)
+    for kind in (AutoConfig, AutoModelForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", lambda *a, **k: asked.append(k) or 1 / 0)
     with pytest.raises(UserError, match=r"that model, someone/some-model, cannot be loaded"):
         export_checkpoint(tmp_path / "bad.ckpt", tmp_path / "out")
-    assert asked[0]["local_files_only"] is True
+    assert [given["local_files_only"] for given in asked] == [True]
 
 
 def test_base_is_refused_for_checkpoints_with_all_weights(run, tmp_path):

@@ -67,7 +67,12 @@ def spec_of(name: str) -> ModuleSpec | None:
 @cache
 def _search(name: str, where: tuple[str, ...] | None) -> ModuleSpec | None:
     specs = (finder.find_spec(name, None if where is None else list(where)) for finder in sys.meta_path)
-    return next((spec for spec in specs if spec is not None), None)
+    try:
+        return next((spec for spec in specs if spec is not None), None)
+    except KeyError:  # a folder without __init__.py inside of a package that is not imported
+        spec = ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = [str(Path(folder, name.rpartition(".")[2])) for folder in where or ()]
+        return spec
 
 
 def module(name: str) -> Module | None:

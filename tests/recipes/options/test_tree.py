@@ -125,6 +125,16 @@ def test_a_file_that_changes_is_read_again(tmp_path, monkeypatch):
     assert set(signature(find("own_changing.Mine")).options) == {"one", "two"}  # pyright: ignore[reportArgumentType]
 
 
+def test_a_class_in_folders_without_init_is_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    inner = tmp_path / "own_folder" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "mine.py").write_text("class Mine:\n    def __init__(self, one: int = 1): ...\n")
+    assert set(signature(find("own_folder.inner.mine.Mine")).options) == {"one"}  # pyright: ignore[reportArgumentType]
+    assert find("own_folder.inner.other.Mine") is None
+    assert find("own_folder.other.mine.Mine") is None
+
+
 def test_options_that_cannot_be_known_are_accepted(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_open.py").write_text(
