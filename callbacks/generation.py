@@ -324,7 +324,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
     def teacher_prompt(self, rollout: Rollout, peer: Rollout | None) -> tuple[list[int], bool]:
         assert self._module is not None
         said = None if peer is None else peer.messages[peer.opening_messages :]
-        opening = rollout.messages[: rollout.opening_messages]
+        opening = rollout.prompt
         response = len(rollout.tokens) - rollout.prompt_length
         try:
             return self._module.privileged_prompt(rollout.task, opening, said, rollout.feedback, response)

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 from .batch import REASONING
@@ -52,9 +53,11 @@ class Rollout:
     Context may also stand within a turn: the mark that closes reasoning which exceeds its budget. ``closed_thoughts``
     counts these marks. ``decisions`` is 1 on tokens of decisions that the environment judged right, -1 on those judged
     wrong, 0 elsewhere. ``parts`` is 1 on sampled tokens of reasoning, 2 on those of tool calls, 0 elsewhere.
-    ``turn_rewards`` and ``states`` have one entry per turn: its reward, and the state in which it began. ``error`` is
-    the reason of the status; ``side_error`` is the first failure that changed neither status nor reward;
-    ``tool_errors`` are exceptions of tools that the policy has read as answers.
+    ``opening_messages`` counts the messages before the first turn, ``prompt_messages`` those of the prompt: more, if
+    earlier reasoning was dropped (`ChatOptions.earlier_reasoning`). ``turn_rewards`` and ``states`` have one entry per
+    turn: its reward, and the state in which it began. ``error`` is the reason of the status; ``side_error`` is the
+    first failure that changed neither status nor reward; ``tool_errors`` are exceptions of tools that the policy has
+    read as answers.
     """
 
     task: Task
@@ -68,6 +71,7 @@ class Rollout:
     parts: list[int] = field(default_factory=list)
     prompt_length: int = 0
     opening_messages: int = 0
+    prompt_messages: int = 0
     turns: int = 0
     reward: float = 0.0
     reward_parts: dict[str, float] = field(default_factory=dict)
@@ -89,9 +93,21 @@ class Rollout:
         caused = self.status != "environment_flood" or self.turns > 0  # the policy does not cause a flood in reset
         return self.status in LEARNABLE and caused
 
+    @property
+    def prompt(self) -> list[Message]:
+        """The messages of the prompt."""
+        return self.messages[: max(self.opening_messages, self.prompt_messages)]
+
     def note(self, failure: str) -> None:
         """Record a failure that changes neither the status nor the reward."""
         self.side_error = self.side_error or failure
+
+    def restart(self, prompt: list[int]) -> None:
+        """Replace all tokens by a prompt with the conversation so far."""
+        for column in ("tokens", "action_mask", "turn_ids", "stop_mask", "sampler_logprobs", "decisions", "parts"):
+            setattr(self, column, [])
+        self.prompt_messages, self.prompt_length = len(self.messages), len(prompt)
+        self.add_context(prompt)
 
     def add_context(self, ids: list[int]) -> None:
         """Append ids that the policy did not sample."""
@@ -434,14 +450,26 @@ class AgentLoop:
         if ended or cut:
             rollout.status = "truncated" if cut else "empty_response" if _empty(message) else "done"
             return True
-        context = self._guard(episode, lambda: self.chat.continuation(step.messages, turn.ids[-1]))
+        restart = REASONING in rollout.parts and self.chat.drops_reasoning(step.messages)
+        context = self._guard(episode, partial(self._context, rollout, step.messages, turn.ids[-1], restart))
         if rollout.error is not None:
             return True
-        if len(rollout.tokens) + len(context) >= self.budgets.context:  # the limit also applies to training rows
+        before = 0 if restart else len(rollout.tokens)
+        if before + len(context) >= self.budgets.context:  # the limit also applies to training rows
             rollout.status = "truncated"
             return True
-        rollout.add_context(context)
+        if restart:
+            rollout.restart(context)
+            self.engine.release(key)  # it continues other ids
+        else:
+            rollout.add_context(context)
         return not self._request(key, episode, "truncated")
+
+    def _context(self, rollout: Rollout, messages: list[Message], stop: int, restart: bool) -> list[int]:
+        """Return the ids between two turns; ``restart``: of the conversation so far, without its reasoning."""
+        if restart:
+            return self.chat.prompt(rollout.messages, rollout.task.tools)
+        return self.chat.continuation(messages, stop)
 
     def _score(self, rollout: Rollout, step: Step) -> None:
         """Add a step's reward."""

@@ -14,14 +14,16 @@ from tiny_runs import data, generation, module, source, trainer
 from gear_lightning.batch import CALL, REASONING
 from gear_lightning.credit import GEAR, RLSD
 from gear_lightning.data import make_row
-from gear_lightning.environments.base import Environment, Step, Task, tool_result
+from gear_lightning.environments.base import Demonstration, Environment, Step, Task, tool_result
 from gear_lightning.environments.lookup_chain import LookupChainTasks
 from gear_lightning.errors import UserError
 from gear_lightning.generation import CachedEngine, GenerateEngine
 from gear_lightning.generation.chat import Chat, ChatOptions
-from gear_lightning.generation.engine import GenerationEngine, SampledTurn, Sampling
+from gear_lightning.generation.engine import GenerationEngine, SampledTurn, Sampling, TurnRequest
+from gear_lightning.learning.warm_start import encode
 from gear_lightning.rollout import AgentLoop, Budgets, Rollout
 from gear_lightning.runs.records import read_records
+from gear_lightning.teacher import TeacherOptions
 
 CHAT = Chat(byte_tokenizer(CHATML), ChatOptions("json_list"))
 OPENED = Chat(byte_tokenizer(CHATML[: -len("{% endif %}")] + "<think>\n{% endif %}"), ChatOptions("json_list"))
@@ -77,10 +79,10 @@ class Answers(Environment):
         return Step(done=True, reward=1.0, info={"decisions": marks})
 
 
-def play(engine: GenerationEngine, chat: Chat = CHAT, tools=TOOLS, **budgets) -> Rollout:
+def play(engine: GenerationEngine, chat: Chat = CHAT, tools=TOOLS, environment=Answers, **budgets) -> Rollout:
     Answers.seen = []
     limits = Budgets(**{"tokens": 2000, "context": 4000, "step_seconds": seconds(30), **budgets})
-    loop = AgentLoop(chat, engine, Answers, limits, Sampling())
+    loop = AgentLoop(chat, engine, environment, limits, Sampling())
     (found,), _ = loop.run(torch.nn.Linear(1, 1), [(Task("t", [USER], tools), (0, 0, 0, 0))], policy_version=0)
     columns = (found.action_mask, found.turn_ids, found.stop_mask, found.sampler_logprobs, found.decisions, found.parts)
     assert {len(column) for column in columns} == {len(found.tokens)}
@@ -177,6 +179,87 @@ def test_a_turn_within_its_budget_is_the_turn_without_one():
     short = Thinks(CHAT, "<think>I look.</think>It rains.")
     assert play(short, thinking_tokens=100).tokens == play(Thinks(CHAT, *short.turns)).tokens
     assert len(short.requests) == 1
+
+
+class Asks(Environment):
+    """A user who asks twice; calls are answered in between."""
+
+    def reset(self, task, seed=None):
+        self.answers = 0
+        return []
+
+    def step(self, message):
+        if message.get("tool_calls"):
+            return Step([tool_result("weather_now", "rain")])
+        self.answers += 1
+        return Step([{"role": "user", "content": "And there?"}] if self.answers < 2 else [], done=self.answers == 2)
+
+
+ASKED = [f"<think>I look.</think>{CALL_TEXT}", "<think>It is wet.</think>It rains.", "<think>Hm.</think>It snows."]
+
+
+def test_earlier_reasoning_is_dropped_when_a_user_message_comes():
+    chat = Chat(CHAT.tokenizer, ChatOptions("json_list", earlier_reasoning="drop"))
+    engine = Thinks(chat, *ASKED)
+    found = play(engine, chat, environment=Asks)
+    first, second, third = (chat.tokenizer.decode(request.ids) for request in engine.requests)
+    assert second.startswith(f"{first}<think>I look.</think>{CALL_TEXT}<|im_end|>"), "a result drops nothing"
+    assert "<think>" not in third.removeprefix(first)
+    assert third.startswith(f"{first}{CALL_TEXT}<|im_end|>"), "the calls remain"
+    assert third.index("rain") < third.index("It rains.") < third.index("And there?")
+    assert (found.status, found.turns, found.states[2:]) == ("done", 3, ["And there?"])
+    assert part_texts(found, chat) == {REASONING: "<think>Hm.</think>", 0: "It snows.<|im_end|>", CALL: ""}
+    assert set(found.turn_ids) == {-1, 2}
+    assert [m.get("reasoning") for m in found.messages if m["role"] == "assistant"] == ["I look.", "It is wet.", "Hm."]
+    assert found.tokens[: found.prompt_length] == chat.prompt(found.prompt, TOOLS) == engine.requests[2].ids
+    assert found.opening_messages == 1
+    assert Rollout.from_state_dict(found.state_dict(), found.task).prompt == found.prompt
+
+
+def test_earlier_reasoning_is_kept_by_default_and_turns_without_any_stay_learned():
+    kept = play(Thinks(CHAT, *ASKED), environment=Asks)
+    assert set(kept.turn_ids) == {-1, 0, 1, 2}
+    chat = Chat(CHAT.tokenizer, ChatOptions("json_list", earlier_reasoning="drop"))
+    plain = play(Thinks(chat, CALL_TEXT, "It rains.", "It snows."), chat, environment=Asks)
+    assert set(plain.turn_ids) == {-1, 0, 1, 2}
+
+
+@pytest.mark.parametrize("engine", [CachedEngine, GenerateEngine])
+def test_engines_sample_a_conversation_that_restarts_from_its_prompt(engine):
+    model = source().model()
+    made = engine()
+    made.begin(model.eval(), Sampling(), set())
+    turns = []
+    for key, ids in ((0, [7, 8, 9, 10, 11, 12]), (0, [7, 9, 13]), (1, [7, 9, 13])):
+        made.release(0)
+        made.submit(TurnRequest(key, ids, 6, (1,)))
+        turns.append(made.poll()[0].ids)
+    assert turns[1] == turns[2] != turns[0]
+    made.end()
+
+
+def test_demonstrations_restart_like_rollouts():
+    chat = Chat(CHAT.tokenizer, ChatOptions("json_list", earlier_reasoning="drop"))
+    engine = Thinks(chat, *ASKED)
+    found = play(engine, chat, environment=Asks)
+    item = Demonstration(found.task, found.messages[1:])
+    made = [encode(item, chat, TeacherOptions(), stretch=number) for number in range(3)]
+    assert made[0] == made[2]
+    texts = [chat.tokenizer.decode([t for t, own in zip(*pair, strict=True) if own]) for pair in made]
+    assert texts[0].count("<think>") == 2
+    assert "It rains." in texts[0]
+    assert made[1][0][: found.prompt_length] == found.tokens[: found.prompt_length]
+    assert texts[1].count("<think>") == 1
+    assert "It snows." in texts[1]
+
+
+def test_a_template_that_omits_earlier_calls_cannot_drop_reasoning():
+    silent = CHATML.replace("{{ m.content }}", "{{ m.content if loop.index < 3 or loop.last else '' }}")
+    chat = Chat(byte_tokenizer(silent), ChatOptions("json_list", earlier_reasoning="drop"))
+    with pytest.raises(UserError, match=r"earlier_reasoning=drop: .* cannot render .*; set it to keep"):
+        chat.check_tools()
+    with pytest.raises(UserError, match=r"earlier_reasoning=drop needs .* model.chat.thinking=off does not"):
+        Chat(CHAT.tokenizer, ChatOptions("json_list", earlier_reasoning="drop", thinking="off"))
 
 
 def test_every_turn_has_a_budget_of_its_own():

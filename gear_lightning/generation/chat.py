@@ -11,16 +11,18 @@ import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from ..batch import CALL, REASONING
 from ..environments.base import Message
 from ..errors import UserError
 from .chat_template import ChatTemplate
-from .tool_format import ToolFormat
+from .tool_format import BOTH, ToolFormat, calls_of
 from .tool_syntax.base import ToolCallError, ToolSyntax
 from .tool_syntax.known import json_calls
-from .turn_format import TurnFormat, thinking_of
+from .tool_syntax.learned import IDS, PROBE_TOOLS, SECOND
+from .turn_format import HELLO, MARK, TurnFormat, thinking_of
 from .turn_text import Span, Thinking, TurnText, read_turn
 
 __all__ = ["Chat", "ChatOptions", "ToolCallError", "ignored_stops"]
@@ -44,6 +46,10 @@ class ChatOptions:
             system message, for templates that list none but whose model writes calls (DeepSeek R1).
         thinking: the marks of reasoning, as a list of two texts. ``auto``: those of the chat template, else
             ``<think>`` and ``</think>``. ``off``: reasoning is not separated from the answer.
+        earlier_reasoning: what later turns see of it. ``keep``: all of it, because turns are only appended. ``drop``:
+            none of it from the next user message on, as many templates render it. The conversation so far is then
+            rendered again and becomes the prompt of the rollout: only the turns behind the last such message are
+            learned from.
         stop_tokens: further tokens that end the policy's turn, as text.
         template_arguments: extra arguments of the chat template, such as ``enable_thinking``.
     """
@@ -51,6 +57,7 @@ class ChatOptions:
     tool_syntax: Literal["auto", "json", "json_list", "words"] | ToolSyntax = "auto"
     list_tools: Literal["template", "system"] = "template"
     thinking: Literal["auto", "off"] | list[str] = "auto"
+    earlier_reasoning: Literal["keep", "drop"] = "keep"
     stop_tokens: list[str] | None = None
     template_arguments: dict[str, Any] | None = None
 
@@ -76,6 +83,11 @@ class ReadTurn:
 
 
 def _thinking(options: ChatOptions, source: str) -> Thinking | None:
+    if options.thinking == "off" and options.earlier_reasoning == "drop":
+        raise UserError(
+            "model.chat.earlier_reasoning=drop needs reasoning that is separated from the answer; "
+            "model.chat.thinking=off does not separate it"
+        )
     if isinstance(options.thinking, str):
         return None if options.thinking == "off" else thinking_of(source)
     if len(options.thinking) != 2 or not all(mark.strip() for mark in options.thinking):
@@ -153,7 +165,30 @@ class Chat:
         Raises:
             UserError: the template cannot render the messages, or there are tools that it does not list.
         """
-        return self._cached([messages, list(tools)], lambda: self.template.encode(self.tools.opening(messages, tools)))
+        return self._cached([messages, list(tools)], lambda: self._prompt(messages, tools))
+
+    def _prompt(self, messages: list[Message], tools: Any) -> list[int]:
+        return self.template.encode(self.tools.opening([self._earlier(m) for m in messages], tools))
+
+    def _earlier(self, message: Message) -> Message:
+        """Return a message as the template is to render it: with its calls as text, if the template would not render
+        them in the policy's syntax; without its reasoning, if that is to be dropped and the template does not."""
+        if self.options.earlier_reasoning == "drop" and not self._template_drops:
+            message = {key: value for key, value in message.items() if key != "reasoning"}
+        if not message.get("tool_calls") or self.tools.native:
+            return message
+        kept = {key: value for key, value in message.items() if key != "tool_calls"}
+        return {**kept, "content": self._with_calls(message)}
+
+    @cached_property
+    def _template_drops(self) -> bool:
+        """Whether the template drops reasoning before a user message."""
+        messages = [HELLO, {"role": "assistant", "content": "Hi", "reasoning": MARK}, HELLO]
+        return MARK not in self.template.render(messages, generate=True)
+
+    def drops_reasoning(self, messages: list[Message]) -> bool:
+        """Return whether the reasoning before these messages is dropped (`ChatOptions.earlier_reasoning`)."""
+        return self.options.earlier_reasoning == "drop" and any(m["role"] == "user" for m in messages)
 
     def _cached(self, key: list[Any], ids: Callable[[], list[int]]) -> list[int]:
         """Return ids from the cache: rollouts of a group share their prompt, and often the answers of a tool."""
@@ -286,9 +321,13 @@ class Chat:
             return thought + self.turn.before + content + self.turn.before_end, self.turn.end_text
         if self.tools.native:
             return thought + self.tools.rendered({**message, "reasoning": ""}), self.tools.end_text
+        return thought + self._with_calls(message) + self.turn.before_end, self.turn.end_text
+
+    def _with_calls(self, message: Message) -> str:
+        """Return the content and the calls of a message as text in the syntax of `ToolFormat.syntax`."""
+        content = message.get("content") or ""
         functions = [{**call["function"], "id": call.get("id")} for call in message["tool_calls"]]
-        body = (content + self.syntax.joint if content else "") + self.syntax.write(functions)
-        return thought + body + self.turn.before_end, self.turn.end_text
+        return (content + self.syntax.joint if content else "") + self.syntax.write(functions)
 
     def check_tools(self) -> None:
         """Check that calls and results pass through the chat template unchanged.
@@ -297,6 +336,23 @@ class Chat:
             UserError: they do not; the message says what to set.
         """
         self.tools.check()
+        if self.options.earlier_reasoning == "drop":
+            self._check_rendered_again()
+
+    def _check_rendered_again(self) -> None:
+        result: Message = {"role": "tool", "name": SECOND, "tool_call_id": IDS[0], "content": "probe result"}
+        messages = [HELLO, calls_of(BOTH[1]), result, {"role": "assistant", "content": MARK}, HELLO]
+        try:
+            text = self.tokenizer.decode(self._prompt(messages, PROBE_TOOLS))
+            lost = [part for part in (*BOTH[1][1].values(), "probe result", MARK) if str(part) not in text]
+            problem = f"it omits {lost[0]!r} of an earlier turn" if lost else ""
+        except UserError as error:
+            problem = str(error)
+        if problem:
+            raise UserError(
+                "model.chat.earlier_reasoning=drop: the chat template cannot render a whole conversation with calls "
+                f"({problem}); set it to keep"
+            )
 
 
 def ignored_stops(chat: Chat) -> str:

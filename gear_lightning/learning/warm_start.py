@@ -64,24 +64,41 @@ class WarmStart:
             )
 
 
-def encode(item: Demonstration, chat: Chat, teacher: TeacherOptions) -> tuple[list[int], list[bool]]:
-    """Return the ids of a demonstration, and a mask of the learned ones: those that the policy would have sampled."""
+def encode(item: Demonstration, chat: Chat, teacher: TeacherOptions, stretch: int = 0) -> tuple[list[int], list[bool]]:
+    """Return the ids of a demonstration, and a mask of the learned ones: those that the policy would have sampled.
+
+    Args:
+        item: the demonstration.
+        chat: converts it to ids.
+        teacher: options of the teacher's prompt.
+        stretch: with ``earlier_reasoning=drop`` a user message can restart the context; which of these stretches is
+            returned, modulo their number.
+    """
+    opening = item.task.messages
     if item.privileged:
-        ids, _ = privileged_prompt(item.task, item.task.messages, chat, teacher)
+        ids, _ = privileged_prompt(item.task, opening, chat, teacher)
     else:
-        ids = chat.prompt(item.task.messages, item.task.tools)
+        ids = chat.prompt(opening, item.task.tools)
     ids, learned = list(ids), [False] * len(ids)
+    stretches: list[tuple[list[int], list[bool]]] = []
     between: list[Any] = []
+    reasoned = False
     for number, message in enumerate(item.messages):
         if message["role"] != "assistant":
             between.append(message)
             continue
-        if between:
+        if between and reasoned and chat.drops_reasoning(between):
+            stretches.append((ids, learned))
+            ids = chat.prompt([*opening, *item.messages[:number]], item.task.tools)
+            learned, between, reasoned = [False] * len(ids), [], False
+        elif between:
             context = chat.continuation(between)
             ids, learned, between = ids + context, learned + [False] * len(context), []
         turn = chat.write(message)
         ids, learned = ids + turn, learned + [number not in item.unlearned] * len(turn)
-    return ids, learned
+        reasoned = reasoned or bool(message.get("reasoning"))
+    stretches.append((ids, learned))
+    return stretches[stretch % len(stretches)]
 
 
 class _Batches(torch.utils.data.IterableDataset):
@@ -106,7 +123,8 @@ class _Batches(torch.utils.data.IterableDataset):
     def _row(self, index: int) -> RolloutRow:
         stride = self.options.steps * self.options.batch_size
         for attempt in range(100):
-            ids, learned = encode(self.options.demonstrations[index + attempt * stride], self.chat, self.teacher)
+            item = self.options.demonstrations[index + attempt * stride]
+            ids, learned = encode(item, self.chat, self.teacher, stretch=index + attempt)
             if len(ids) <= self.limit:
                 n = len(ids)
                 return RolloutRow(ids, learned, [-1] * n, [False] * n, [0.0] * n, 1, [0], 0.0, False, 0.0, -1, 0, index)

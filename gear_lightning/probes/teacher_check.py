@@ -82,7 +82,7 @@ def score(module: Any, rollouts: list[Rollout], pairs: dict[str, Task], temperat
     prompts: dict[str, list[list[int]]] = {view: [] for view in VIEWS}
     kept = []
     for rollout in rollouts:
-        opening = rollout.messages[: rollout.opening_messages]
+        opening = rollout.prompt
         response = len(rollout.tokens) - rollout.prompt_length
         views = (rollout.task, pairs[rollout.task.id])
         made = [module.privileged_prompt(task, opening, response=response) for task in views]

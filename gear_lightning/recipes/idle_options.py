@@ -206,6 +206,7 @@ def _reasoning(given: Given) -> Iterator[str]:
     """Report options about reasoning with a chat template that knows none."""
     names = ["generation.budgets.thinking_tokens"] * (given.generation.budgets.thinking_tokens is not None)
     names += ["model.credit.where=answer"] * (given.module.credit.where == "answer")
+    names += ["model.chat.earlier_reasoning=drop"] * (given.module.chat_format.options.earlier_reasoning == "drop")
     thinking = given.module.chat_format.thinking if names else None
     if thinking is not None and not thinking.native:
         why = f"with this chat template, which knows no reasoning, unless the policy itself writes {thinking.open}"

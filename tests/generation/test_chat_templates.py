@@ -55,6 +55,31 @@ def test_the_documented_table_is_true():
     assert table(ROWS) in shown
 
 
+REASONED = {"role": "assistant", "content": "It rains.", "reasoning": "Let me think."}
+DROPS = []  # filled by the next test
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_conversations_restart_as_the_template_drops_reasoning(name):
+    """Where the template drops earlier reasoning at a user message, ``drop`` gives exactly what it renders."""
+    if "refused" in ROWS[name].values():
+        return
+    chat = chat_of(FAMILIES[name], earlier_reasoning="drop")
+    ids = chat.prompt([USER, REASONED, USER])
+    text = chat.tokenizer.decode(ids)
+    assert "Let me think" not in text
+    assert text.count("How is the weather?") == 2
+    assert "It rains." in text
+    rendered = chat.template.render([USER, REASONED, USER], generate=True) + chat.turn.header
+    if chat.thinking and chat.thinking.native and "Let me think" not in rendered:
+        assert ids == chat.template.encode(rendered)
+        DROPS.append(name)
+
+
+def test_many_templates_drop_earlier_reasoning():
+    assert {"Qwen3", "GLM 4.5", "Nemotron 3 Nano"} <= set(DROPS)
+
+
 @pytest.mark.parametrize("name", NATIVE)
 def test_arguments_may_contain_the_syntax_s_own_marks(name):
     chat = chat_of(FAMILIES[name])

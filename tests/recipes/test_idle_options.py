@@ -17,6 +17,7 @@ from gear_lightning.callbacks.sample_table import SampleTable
 from gear_lightning.credit import GEAR, Uniform
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.distillation import OPSD, SDPG, SDPO
+from gear_lightning.generation.chat import ChatOptions
 from gear_lightning.generation.engine import Sampling
 from gear_lightning.loss import CISPO, GSPO, ClippedSurrogate
 from gear_lightning.recipes.cli import GearCLI
@@ -197,6 +198,11 @@ def test_data_and_generation_options_without_effect_are_reported(case):
     (found,) = idle_lines(parts=parts)
     assert line in found
     assert idle_lines(parts=other) == []
+
+
+def test_dropping_reasoning_has_no_effect_with_a_template_that_knows_none():
+    (found,) = idle_lines(chat=ChatOptions("words", earlier_reasoning="drop"))
+    assert found.startswith("model.chat.earlier_reasoning=drop does nothing with this chat template")
 
 
 def test_stream_has_an_effect_on_sharded_weights():
