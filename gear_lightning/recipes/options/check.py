@@ -10,9 +10,9 @@ from ...hints import close, did_you_mean
 from ..packaged import configs
 from .known import WITHIN, Options
 from .tree import Node
+from .values import Loader, problem
 
 CONFIG = ("--config", "-c")
-Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Check:
@@ -69,7 +69,7 @@ class Check:
             self._anything()
 
     def _anything(self) -> None:
-        self.options.foreign = True
+        self.options.foreign = self.options.steered = True
         for node in [*self.options.every()]:
             if node.takes.bases:
                 self.options.name_class(node, None, False)
@@ -124,6 +124,11 @@ class Check:
                 self._value(node, found, option, set())
         else:
             self._class(node, value, option)
+            self._single(node, value, option)
+
+    def _single(self, node: Node, value: str | yaml.Node, where: str) -> None:
+        if (wrong := problem(node, value, where)) is not None:
+            raise UserError(wrong)
 
     def _class(self, node: Node, value: str, where: str) -> None:
         """Check text that may name a class."""
@@ -133,7 +138,7 @@ class Check:
             self.options.name_class(node, None)
         elif "${" in value or value.endswith((".yaml", ".yml", ".json")) or Path(value).is_file():
             self.options.name_class(node, None, False)
-            self.options.foreign = True
+            self.options.foreign = self.options.steered = True
         elif node.takes.bases and value.lower() not in ("true", "false") and value.replace(".", "a").isidentifier():
             self.options.check_class(node, value, where)
 
@@ -225,6 +230,7 @@ class Check:
         return f"{where}: beside class_path there are only init_args and dict_kwargs{hint}"
 
     def _value(self, node: Node, value: yaml.Node, name: str, above: set[int]) -> None:
+        self._single(node, value, _where(name, value, None, node.path))
         if isinstance(value, yaml.ScalarNode):
             quoted = value.style in ("'", '"')
             text = str(value.value) if quoted or value.tag.endswith(":str") else ""
@@ -240,7 +246,9 @@ class Check:
 
 def _where(name: str, place: yaml.Node, node: Node | None, key: str) -> str:
     full = key if node is None else f"{node.path}.{key}"
-    return f"{name}: {full}" if name.startswith("--") else f"{name}:{place.start_mark.line + 1}: {full}"
+    if name.startswith("--"):
+        return name if name == f"--{full}" else f"{name}: {full}"
+    return f"{name}:{place.start_mark.line + 1}: {full}"
 
 
 def syntax(error: yaml.YAMLError, name: str) -> str:

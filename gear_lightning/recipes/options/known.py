@@ -5,10 +5,9 @@ from collections.abc import Iterable, Iterator
 from ...errors import UserError
 from ...hints import close, some
 from .signatures import signature
-from .source import Found, find
+from .source import KNOWN, Found, absent, beside, find, steers_imports
 from .tree import Node, Takes, import_path, is_abstract, named_class, roots
 
-KNOWN = ("gear_lightning", "lightning", "torch")  # packages whose classes are known without importing them
 WITHIN = ("class_path", "init_args", "dict_kwargs")  # keys of a class in a config file
 
 
@@ -22,6 +21,7 @@ class Options:
     Attributes:
         named: dotted key -> the class that it names; None if it names none, or one that is not found.
         foreign: whether classes of other packages may have been imported, whose names are not known here.
+        steered: whether such an import may have let modules be found that are not found here.
     """
 
     def __init__(self, command: str, own: Iterable[str] = ()):
@@ -29,7 +29,8 @@ class Options:
         self.roots = roots(command) | {name: Node(name, Takes(text=True), "", "", None, "") for name in own}
         self.named: dict[str, Found | None] = {}
         self.unknown: set[str] = set()  # keys whose class is not known
-        self.foreign = False
+        self.foreign = self.steered = False
+        self._imported: set[str] = set()
 
     def name_class(self, node: Node, kind: Found | None, known: bool = True) -> None:
         """Record the class that an option names.
@@ -144,32 +145,38 @@ class Options:
         Raises:
             UserError: there is no such class.
         """
-        package = name.partition(".")[0]
-        if "." in name:
-            self.foreign |= package not in KNOWN
-        kind = named_class(node, name)
+        kind, plain = named_class(node, name), "." not in name
+        missing = None if plain or kind is not None or self.steered or node.takes.any else absent(name)
+        takes_text = node.takes.text and node.path.count(".") != 1  # no name that the trainer knows has a dot
+        if not plain:
+            self.foreign |= name.partition(".")[0] not in KNOWN
+            self.steered |= steers_imports(name.rpartition(".")[0], self._imported)
         if kind is not None:
             usable = not hasattr(kind.node, "value") and signature(kind).complete
             self.name_class(node, kind, usable)
-        elif "." in name or self.foreign or node.takes.text:
-            self._check_path(node, name, where)
+        elif missing is not None and not takes_text:
+            raise UserError(self._no_class(node, name, where, missing))
+        elif not plain or self.foreign or node.takes.text:
             self.name_class(node, None, False)
         elif node.takes.bases and not node.takes.any and node.takes.group is None:
             raise UserError(self._no_class(node, name, where))
 
-    def _check_path(self, node: Node, name: str, where: str) -> None:
-        last = name.rpartition(".")[2]
-        if name.partition(".")[0] not in KNOWN:  # other packages can create names when they are imported
-            return
-        if last in node.classes or close(last, node.classes):
-            meant = node.classes.get(last) or node.classes[str(close(last, node.classes))]
-            raise UserError(f"{where}: there is no {name}; did you mean {import_path(meant)}?")
-
-    def _no_class(self, node: Node, name: str, where: str) -> str:
+    def _no_class(self, node: Node, name: str, where: str, missing: str | None = None) -> str:
         known = node.classes
-        meant = close(name, known)
+        meant = close(name, known) if missing is None else self._meant_path(node, name, missing)
+        module = "" if missing in (None, name) else f" (there is no module {missing})"
         question = "; known" if meant is None else f"; did you mean {meant}? Known"
         return (
-            f"{where}: No class {name}{question} by name are {some(known)}; others by their import path\n"
+            f"{where}: No class {name}{module}{question} by name are {some(known)}; others by their import path\n"
             f"  (gear-lightning {self.command} --help CLASS shows the options of a class)"
         )
+
+    def _meant_path(self, node: Node, name: str, missing: str) -> str | None:
+        """Return the import path that was probably meant by one whose part ``missing`` does not exist."""
+        above, dot, last = missing.rpartition(".")
+        near = close(last, beside(missing), 0.75)
+        there = None if near is None else f"{above}{dot}{near}{name[len(missing) :]}"
+        if there is not None and (name == missing or find(there) is not None):
+            return there
+        ours = close(name.rpartition(".")[2], node.classes, 0.85)
+        return import_path(node.classes[ours]) if ours is not None else near and f"{above}{dot}{near}"

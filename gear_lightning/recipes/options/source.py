@@ -1,6 +1,8 @@
 """Find classes and functions in source files without importing them: an import of torch and Lightning takes seconds."""
 
 import ast
+import pkgutil
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +14,10 @@ from pathlib import Path
 class NoSourceError(Exception):
     """The source file of a class of this package or of Lightning is not installed."""
 
+
+KNOWN = ("gear_lightning", "lightning", "torch")  # packages whose modules are all source files
+OPEN = re.compile(r"import \*|__getattr__|__path__|__dict__|sys\.modules|\b(?:globals|vars|setattr|exec)\(")
+STEERS = re.compile(r"sys\.(?:path|modules|meta_path)\b|addsitedir")  # in a module that may let others be found
 
 Named = ast.ClassDef | ast.FunctionDef | ast.expr
 
@@ -123,6 +129,65 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _statements([*(s for handler in node.handlers for s in handler.body), *node.body])
         else:
             yield node
+
+
+def absent(path: str) -> str | None:
+    """Return the first part of an import path that certainly does not exist; None if all of it may exist."""
+    names = path.split(".")
+    for end in range(1, len(names) + 1):
+        part = ".".join(names[:end])
+        if part not in sys.modules and spec_of(part) is None:
+            above = ".".join(names[: end - 1])
+            return None if above and _may_define(above, names[end - 1], end == len(names)) else part
+    return None
+
+
+def _may_define(home: str, name: str, last: bool) -> bool:
+    """Return whether a module may have an attribute: its text has the name, or it can make names in other ways."""
+    spec = spec_of(home)
+    if spec is None or (spec.origin is not None and not spec.origin.endswith(".py")):
+        return True
+    if (text := _text(home)) is None:
+        return spec.origin is not None  # else a folder
+    opens = "import *" in text and last if home.partition(".")[0] in KNOWN else OPEN.search(text)
+    return bool(opens or re.search(rf"\b{name}\b", text))
+
+
+def _text(name: str) -> str | None:
+    """Return the source of a module; None if it is not read."""
+    spec = spec_of(name)
+    try:
+        return None if spec is None or spec.origin is None else Path(spec.origin).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def steers_imports(name: str, seen: set[str]) -> bool:
+    """Return whether the import of a module may let others be found, by its text and that of the modules it imports.
+
+    Args:
+        name: the module.
+        seen: modules that were looked at; those found here are added.
+    """
+    if not name or name in seen or name.partition(".")[0] in (*KNOWN, *sys.stdlib_module_names):
+        return False
+    seen.add(name)
+    spec, found = spec_of(name), module(name)
+    if spec is None or "site-packages" in str(spec.origin):
+        return steers_imports(name.rpartition(".")[0], seen)
+    if found is None or STEERS.search(_text(name) or ""):
+        return spec.origin is not None
+    used = [name.rpartition(".")[0], *found.modules.values(), *found.imports.values()]
+    return any(steers_imports(one, seen) for one in used)
+
+
+def beside(path: str) -> list[str]:
+    """Return the names of the modules, classes and functions beside one that does not exist."""
+    above = path.rpartition(".")[0]
+    spec, found = (spec_of(above), module(above)) if above else (None, None)
+    folders = sys.path if spec is None else spec.submodule_search_locations or ()
+    names = [one.name for one in pkgutil.iter_modules(folders)]
+    return names if found is None else [*names, *found.definitions, *found.imports]
 
 
 def find(path: str) -> Found | None:

@@ -7,9 +7,10 @@ import yaml
 from ...errors import UserError
 from ...hints import did_you_mean, some
 from ..packaged import found
-from .check import CONFIG, Check, Loader, syntax
+from .check import CONFIG, Check, syntax
 from .signatures import signature
 from .source import find
+from .values import Loader
 
 STUDY = "gear_lightning.study.plan.Study"
 FLAGS = ("report_only", "no_report_only", "plan", "no_plan", "config", "help", "print_config")
@@ -56,7 +57,7 @@ def _check_file(name: str, known: list[str]) -> None:
     recipe = Check("fit")
     recipe.arguments([f"--config={one}" for one in _files(given.get("recipe"))])
     for key in ("options", "grid", "per_seed"):
-        _check_options(recipe, given.get(key), name)
+        _check_options(recipe, given.get(key), name, many=key == "grid")
     arms = given.get("arms")
     for _, arm in arms.value if isinstance(arms, yaml.MappingNode) else ():
         _check_options(recipe.copy(), arm, name)
@@ -71,13 +72,16 @@ def _files(node: yaml.Node | None) -> list[str]:
     return [found(str(item.value)) for item in items if isinstance(item, yaml.ScalarNode)]
 
 
-def _check_options(check: Check, node: yaml.Node | None, name: str) -> None:
-    """Check the keys of a mapping from options of ``fit`` to values."""
+def _check_options(check: Check, node: yaml.Node | None, name: str, many: bool = False) -> None:
+    """Check a mapping from options of ``fit`` to values; with ``many``, to lists of values."""
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
         if key.value == "config":
             check.arguments([f"--config={one}" for one in _files(value)])
     for key, value in node.value:
-        if key.value != "config":
-            check.entry(key, value, name)
+        values = value.value if many and isinstance(value, yaml.SequenceNode) else [value]
+        for one in values if key.value != "config" else ():
+            if isinstance(one, yaml.ScalarNode):
+                one.value = one.value.replace("{seed}", "0").replace("{block}", "0")  # as in the first run
+            check.entry(key, one, name)

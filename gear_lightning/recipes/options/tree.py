@@ -51,6 +51,9 @@ class Takes:
         many: whether it can be a list.
         text: whether it can be text that names no class.
         any: whether it can have any keys, as a mapping has, or has a type that is not understood here.
+        kinds: what single values it can have, if it can have no others than these and ``choices``: ``int``, ``float``,
+            ``bool`` and ``null``.
+        choices: names that it can have.
     """
 
     group: Found | None = None
@@ -59,6 +62,8 @@ class Takes:
     many: bool = False
     text: bool = False
     any: bool = False
+    kinds: frozenset[str] = frozenset()
+    choices: tuple[str, ...] = ()
 
 
 def takes(home: Found, annotation: ast.expr | None) -> Takes:
@@ -87,7 +92,24 @@ def takes(home: Found, annotation: ast.expr | None) -> Takes:
                 bases.append(kind)
         else:
             anything = True
-    return Takes(group, tuple({base.path: base for base in bases}.values()), given, many, text, anything)
+    named = tuple({base.path: base for base in bases}.values())
+    return Takes(group, named, given, many, text, anything, *_single(home, annotation))
+
+
+def _single(home: Found, annotation: ast.expr) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Return the kinds of single values that a type allows, and the names; nothing if it allows other values too."""
+    kinds, choices = set(), []
+    for where, part in parts(home, annotation):
+        name = "None" if isinstance(part, ast.Constant) and part.value is None else dotted(part)
+        inside = part.slice if isinstance(part, ast.Subscript) and dotted(part.value).endswith("Literal") else None
+        names = inside.elts if isinstance(inside, ast.Tuple) else [inside]
+        if name in ("int", "float", "bool", "None") and look_up(where.module, part) is None:
+            kinds.add(name.replace("None", "null"))
+        elif all(isinstance(one, ast.Constant) and isinstance(one.value, str) for one in names):
+            choices += [str(one.value) for one in names if isinstance(one, ast.Constant)]
+        else:
+            return frozenset(), ()
+    return frozenset(kinds), tuple(choices)
 
 
 @dataclass(frozen=True)
@@ -210,7 +232,9 @@ def _class(path: str) -> Found:
 def _own(own: Own) -> Node:
     shown = str(own.kind) if isinstance(own.kind, UnionType) else own.kind.__name__
     default = json.dumps(own.default)
-    return Node(own.name, Takes(text=True), shown.replace("None", "null"), default, None, own.text)
+    shown = shown.replace("None", "null")
+    kinds = frozenset() if "str" in shown else frozenset(shown.split(" | "))
+    return Node(own.name, Takes(text=True, kinds=kinds), shown, default, None, own.text)
 
 
 # -- classes ----------------------------------------------------------------------------------------------------------

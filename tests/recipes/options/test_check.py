@@ -12,6 +12,12 @@ from gear_lightning.recipes.packaged import configs
 QUICK = ["--config", str(configs() / "quickstart.yaml")]
 
 
+@pytest.fixture
+def own_module(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_module.py").write_text("class Mine:\n    def __init__(self, **options): ...\n")
+
+
 def error(*arguments: str, command: str = "fit") -> str:
     with pytest.raises(UserError) as raised:
         Check(command).arguments([*QUICK, *arguments])
@@ -50,10 +56,33 @@ def error(*arguments: str, command: str = "fit") -> str:
         ("--model.optimizer AdmW", "did you mean AdamW?"),
         ("--trainer.callbacks+=EarlyStoping", "did you mean EarlyStopping?"),
         ("--data.train_tasks JsonTasks", "did you mean JsonlTasks?"),
-        ("--model.credit gear_lightning.credits.GEAR", "there is no gear_lightning.credits.GEAR; did you mean"),
+        ("--model.credit gear_lightning.credits.GEAR", "no module gear_lightning.credits); did you mean gear_lightn"),
         ('--model.credit={"class_path":"GEAR","kapa":3}', "did you mean init_args.kappa?"),
         ('--model={"credit":{"class_path":"GEAR","init_args":{"kapa":3}}}', "GEAR has no option kapa"),
         ("--trainer.callbacks lightning.pytorch.callbacks.EarlyStoping", "did you mean lightning.pytorch.callbacks.E"),
+        ("--data.train_tasks nosuch.Tasks", "--data.train_tasks: No class nosuch.Tasks (there is no module nosuch); "),
+        ("--data.train_tasks nosuch.Tasks", "by name are DatasetTasks, GSM8KTasks, JsonlTasks"),
+        ("--data.train_tasks.class_path nosuch.Tasks", "--data.train_tasks.class_path: No class nosuch.Tasks"),
+        ("--data.train_tasks gear_lightning.environments.nosuch.X", "no module gear_lightning.environments.nosuch)"),
+        ("--data.train_tasks gear_lightning.environments.jsnl.JsonlTasks", "mean gear_lightning.environments.jsonl.J"),
+        ("--trainer.callbacks+=lightning.nosuch.X", "there is no module lightning.nosuch"),
+        ("--trainer.callbacks+=lightning.pytorch.callbacks.Nothing", "No class lightning.pytorch.callbacks.Nothing; k"),
+        ("--trainer.strategy nosuch.Own", "there is no module nosuch"),
+        ("--model.optimizer torch.nosuch.X", "there is no module torch.nosuch); known by name are Adadelta"),
+        ('--trainer.callbacks=[{"class_path":"nosuch.X"}]', ": No class nosuch.X (there is no module nosuch)"),
+        ("--model.credit own_modul.Mine", "there is no module own_modul); did you mean own_module.Mine?"),
+        ("--model.credit own_module.Min", "No class own_module.Min; did you mean own_module.Mine?"),
+        ("--model.credit own_module.Mine --data.advantage nosuch.X", "there is no module nosuch"),
+        ("--data.group_size x", "--data.group_size=x: must be a whole number"),
+        ("--data.group_size=3.0", "--data.group_size=3.0: must be a whole number"),
+        ("--data.group_size [4]", "--data.group_size: must be a whole number"),
+        ("--data.group_size null", "--data.group_size=null: must be a whole number"),
+        ("--trainer.max_epochs x", "--trainer.max_epochs=x: must be a whole number or null"),
+        ("--model.teacher.rate much", "--model.teacher.rate=much: must be a number"),
+        ("--trainer.enable_checkpointing ja", "--trainer.enable_checkpointing=ja: must be true or false or null"),
+        ("--seed_everything x", "--seed_everything=x: must be a whole number or true or false"),
+        ("--model.credit.where answers", "=answers: must be one of all, answer, actions; did you mean answer?"),
+        ('--model.credit={"class_path":"GEAR","init_args":{"kappa":"x"}}', "--model.credit: model.credit.kappa=x: mus"),
         ("--trainer.max_epochs", "--trainer.max_epochs: its value is missing"),
         ("--config=", "the name of a file is missing"),
         ("quickstart", "did you mean --config quickstart?"),
@@ -65,7 +94,7 @@ def error(*arguments: str, command: str = "fit") -> str:
         ("--config .", "is a directory"),
     ],
 )  # fmt: skip
-def test_a_mistake_on_the_command_line(arguments, message):
+def test_a_mistake_on_the_command_line(arguments, message, own_module):
     assert message in error(*arguments.split(" "))
 
 
@@ -90,9 +119,13 @@ def test_a_mistake_on_the_command_line(arguments, message):
         "--trainer.callbacks.help EarlyStopping",
         "--data.val_tasks.dict_kwargs.x 3",
         "--trainer.precision=bf16-mixed",
+        "--model.teacher.rate 1e-3 --trainer.gradient_clip_val null --trainer.max_epochs 1_000",
+        "--data.group_size ${trainer.max_epochs} --trainer.limit_train_batches 0.5 --seed_everything false",
+        "--model.credit own_module.Mine.Inner",
+        "--model.credit collections.abc.Mine",
     ],
 )
-def test_what_the_parser_accepts_is_accepted(arguments):
+def test_what_the_parser_accepts_is_accepted(arguments, own_module):
     Check("fit").arguments([*QUICK, *arguments.split(" ")])
 
 
@@ -126,6 +159,13 @@ def _raised(call) -> UserError:
         ("trainer: {max_epochs: 3\n", ": no valid YAML"),
         ("trainer:\n\tmax_epochs: 3\n", ":2: no valid YAML"),
         ("just text\n", "a config must have keys and values"),
+        ("data:\n  group_size: four\n", ":2: data.group_size=four: must be a whole number"),
+        ("data:\n  group_size: {a: 4}\n", ":2: data.group_size: must be a whole number"),
+        ("data.group_size: 4.5\n", ":1: data.group_size=4.5: must be a whole number"),
+        ("model:\n  credit:\n    where: answers\n", ":3: model.credit.where=answers: must be one of all, answer, act"),
+        ("data:\n  train_tasks: nosuch.Tasks\n", ":2: data.train_tasks: No class nosuch.Tasks (there is no module"),
+        ("data:\n  train_tasks:\n    class_path: nosuch.Tasks\n", ":3: data.train_tasks.class_path: No class nosuch."),
+        ("trainer:\n  callbacks:\n  - nosuch.X\n", ":3: trainer.callbacks: No class nosuch.X (there is no module nosu"),
         ("base: &a {max_step: 3}\ntrainer: *a\n", ":1: base: there is no such option"),
     ],
 )  # fmt: skip
@@ -177,6 +217,9 @@ def study(tmp_path: Path, text: str) -> str:
         ("seds: 3\n", ":2: seds: a study has no such key; did you mean seeds?"),
         ("arms:\n  A: {model.credit: GEAR, model.credit.kapa: 3}\n", ":3: model.credit.kapa: GEAR has no option kapa"),
         ("grid:\n  model.optimizer.lrr: [1]\n", "did you mean model.optimizer.lr?"),
+        ("grid:\n  data.group_size: [4, x]\n", ":3: data.group_size=x: must be a whole number"),
+        ("options: {data.group_size: x}\n", ":2: data.group_size=x: must be a whole number"),
+        ("per_seed: {data.seed: '{seed}x'}\n", ":2: data.seed=0x: must be a whole number"),
         ("per_seed: {data.sed: '{seed}'}\n", "did you mean data.seed?"),
     ],
 )
