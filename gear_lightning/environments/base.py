@@ -103,6 +103,10 @@ class TaskSource(ABC):
         is cached. None: unknown."""
         return None
 
+    def place_of(self, index: int) -> str | None:
+        """Return where the task at ``index`` is written, such as its file and line, for errors; None if unknown."""
+        return None
+
     def longest(self, count: int) -> Sequence[int]:
         """Return the indices of at most ``count`` tasks that probably have the longest prompts; empty if unknown."""
         return ()

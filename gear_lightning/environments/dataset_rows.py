@@ -7,7 +7,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from ..hints import did_you_mean
+from ..hints import did_you_mean, some
 from ..rewards import import_function
 from .base import Task
 from .dataset_files import SplitFiles, parts
@@ -15,6 +15,7 @@ from .row_files import DataFile, Row, plain
 
 KEYS = ("prompt", "messages", "id", "tools", "reference", "answer", "reward")  # keys of a task; others are its meta
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+_LISTED = 100  # number of columns up to which keys of objects are noted for errors
 _TWICE = 16  # number of rows for which `build` is called twice, to see whether it returns the same
 _MISSING = object()
 
@@ -65,7 +66,7 @@ class RowConverter:
         self.build = None if build is None else import_function(build, "function of build")
         self.name = build
         self.unseen = dict(columns)  # columns that no row had so far
-        self._keys: list[str] = []  # of the first row
+        self._keys: list[str] = []  # columns of the first row, and keys of objects in rows without one of `unseen`
         self._twice = _TWICE
 
     def line(self, row: Row, place: Place) -> bytes | None:
@@ -108,10 +109,16 @@ class RowConverter:
     def check_unseen(self, name: str) -> None:
         """Raise `UserError` if there were rows, and none had one of the columns."""
         for key, column in self.unseen.items() if self._keys else ():
-            raise UserError(f"{name}: columns.{key}: {_no_column(column, self._keys)}")
+            empty = " with a value" * ("." in column)  # a table does not say which keys an empty object could have
+            raise UserError(f"{name}: columns.{key}: {_no_column(column, self._keys, empty)}")
+
+    def _note_keys(self, row: Row) -> None:
+        nested = any("." in column for column in self.unseen.values())
+        if not self._keys or (nested and len(self._keys) < _LISTED):
+            self._keys = [*dict.fromkeys([*self._keys, *(_flat(row) if nested else row)])]
 
     def _renamed(self, row: Row, place: Place) -> Row:
-        self._keys = self._keys or list(row)
+        self._note_keys(row)
         if not self.columns:
             if self._keys and not ("prompt" in row or "messages" in row):
                 raise UserError(
@@ -124,11 +131,12 @@ class RowConverter:
             value = _value(row, column)
             if value is _MISSING:
                 if key in ("prompt", "messages") or (place.file.typed and "." not in column):
-                    text = _no_column(column, list(row))
+                    text = _no_column(column, [*_flat(row)] if "." in column else list(row))
                     header = " (the first line of a CSV file is its header)" if place.file.kind == "csv" else ""
                     raise UserError(f"{place.where}: columns.{key}: {text}{header}")
                 continue
-            self.unseen.pop(key, None)
+            if value is not None or column in row:  # an empty object can lack the key of ``column.key``
+                self.unseen.pop(key, None)
             if value is not None or key in ("prompt", "messages"):
                 line[key] = value
         return line
@@ -159,8 +167,17 @@ class RowConverter:
         return {str(key): _as_json(value) for key, value in made.items()}
 
 
-def _no_column(column: str, keys: list[str]) -> str:
-    return f"no column {column!r}; columns are {', '.join(keys) or 'none'}{did_you_mean(column, keys)}"
+def _no_column(column: str, keys: list[str], more: str = "") -> str:
+    return f"no column {column!r}{more}; columns are {some(keys) or 'none'}{did_you_mean(column, keys)}"
+
+
+def _flat(row: Row, above: str = "") -> Iterator[str]:
+    """Yield the columns of a row, as ``column.key`` for the keys of objects."""
+    for key, value in row.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}"
 
 
 def _value(row: Row, column: str) -> Any:

@@ -15,23 +15,25 @@ from .dataset_rows import Place, RowConverter, file_rows
 from .jsonl import SharedSettings, parse_task
 from .lines import parsed
 
+Placed = tuple[Task, str]  # a task, and the place of its row
+
 RECENT = 1024  # number of the newest tasks that are kept for another access
 _HOPELESS = 100  # number of rows without a valid one at which a pass ends with an error
 
 
 class Passes:
-    """Access by index to the tasks of endless passes over rows.
+    """Access by index to the tasks of endless passes over rows, each with the place of its row.
 
     Args:
         name: of the data set, for errors.
-        read: returns the tasks of a pass. All passes must have the same number of tasks.
+        read: returns the tasks of a pass and their places. All passes must have the same number of tasks.
     """
 
-    def __init__(self, name: str, read: Callable[[int], Iterator[Task]]):
+    def __init__(self, name: str, read: Callable[[int], Iterator[Placed]]):
         self.name = name
         self.read = read
         self.length: int | None = None  # tasks of a pass; None until a pass has ended
-        self.recent: deque[Task] = deque(maxlen=RECENT)  # the last ones are before `next`
+        self.recent: deque[Placed] = deque(maxlen=RECENT)  # the last ones are before `next`
         self._begin(0)
 
     def _begin(self, number: int) -> None:
@@ -40,7 +42,7 @@ class Passes:
         self.recent.clear()
         self.tasks = self.read(number)
 
-    def __getitem__(self, index: int) -> Task:
+    def __getitem__(self, index: int) -> Placed:
         if index < self.next - len(self.recent) or (self.length and index // self.length > self.number):
             self._begin(index // self.length if self.length else 0)
         while index >= self.next:
@@ -114,7 +116,10 @@ class StreamedTasks(TaskSource):
         return None
 
     def __getitem__(self, index: int) -> Task:
-        return self._passes[index]  # type: ignore[attr-defined]
+        return self._passes[index][0]  # type: ignore[attr-defined]
+
+    def place_of(self, index: int) -> str:
+        return self._passes[index][1]  # type: ignore[attr-defined]
 
     @property
     def digest(self) -> str:
@@ -132,12 +137,12 @@ class _Reader:
     def digest(self) -> str:
         return hashlib.sha256(repr([self.found.identity(*file) for file in self.files]).encode()).hexdigest()
 
-    def read(self, number: int) -> Iterator[Task]:
+    def read(self, number: int) -> Iterator[Placed]:
         draw = random.Random(f"stream-{self.options.seed}-{number}")
         files, size = list(self.files), self.options.buffer
         if size > 1:
             draw.shuffle(files)
-        waiting: list[Task] = []
+        waiting: list[Placed] = []
         for task in self._valid(files):
             waiting.append(task)
             if len(waiting) == size:
@@ -148,7 +153,7 @@ class _Reader:
             draw.shuffle(waiting)
         yield from waiting
 
-    def _valid(self, files: list[tuple[str, int]]) -> Iterator[Task]:
+    def _valid(self, files: list[tuple[str, int]]) -> Iterator[Placed]:
         converter = RowConverter(self.options.columns, self.options.build)
         valid, left_out, first = 0, 0, None
         for name, place in files:
@@ -164,7 +169,7 @@ class _Reader:
                     continue
                 if task is not None:
                     valid += 1
-                    yield task
+                    yield task, at.where
         converter.check_unseen(self.options.path)
         if first is not None and not valid:
             raise first

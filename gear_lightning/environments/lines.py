@@ -180,6 +180,10 @@ class IndexedLines:
                 )
         return number, parsed(line, where)
 
+    def where(self, place: int) -> str:
+        """Return which line the index means, for errors."""
+        return self.source.where(int(self.index["number"][place]))
+
     def longest(self, count: int, among: int) -> list[int]:
         """Return the sorted indices of the ``count`` longest lines among the first ``among`` lines."""
         lengths = self.index["length"][:among]
@@ -383,6 +387,9 @@ class LineTasks(TaskSource):
     @property
     def size(self) -> int:
         return len(self._lines)
+
+    def place_of(self, index: int) -> str:
+        return self._lines.where(range(self.size)[index])
 
     def longest(self, count: int) -> list[int]:
         return self._lines.longest(count, self.size)

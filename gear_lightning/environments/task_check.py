@@ -61,7 +61,8 @@ def check_source(name: str, source: TaskSource, used: int | None, limit: int | N
         checker: checks one task.
 
     Raises:
-        UserError: there are no tasks, or one cannot be used (names the task), or the ranks have different tasks.
+        UserError: there are no tasks, or one cannot be used (names the task, and its file and row if these are known),
+            or the ranks have different tasks.
     """
     rank, ranks = place()
     digest = run_on_all_ranks(lambda: source.digest)
@@ -78,7 +79,7 @@ def check_source(name: str, source: TaskSource, used: int | None, limit: int | N
         known = stamp is not None and stamp.exists()
         mine = [] if known else indices[rank::ranks]
         for index in mine or indices[:1]:  # at least one: something may be missing on this machine only
-            checker.check_task(source[index])
+            _check(checker, source, index)
         return len(indices), count, stamp, known
 
     checked, count, stamp, known = run_on_all_ranks(check)
@@ -91,6 +92,19 @@ def check_source(name: str, source: TaskSource, used: int | None, limit: int | N
             f"{name}: checked {checked:,} of {count:,} tasks{when}: a sample, and those with the longest lines. If an "
             "unchecked task turns out invalid, its rollouts fail (data.check_limit)"
         )
+
+
+def _check(checker: TaskChecker, source: TaskSource, index: int) -> None:
+    try:
+        checker.check_task(source[index])
+    except UserError as error:
+        raise _placed(error, source, index) from error
+
+
+def _placed(error: UserError, source: TaskSource, index: int) -> UserError:
+    """Return an error about a task that names the file and the row, if these are known."""
+    place = source.place_of(index)
+    return error if place is None or place in str(error) else UserError(f"{place}: {error}")
 
 
 def check_calls(credit: Any, source: TaskSource) -> None:
@@ -134,7 +148,7 @@ def check_teacher_views(module: Any, source: TaskSource) -> None:
             module.privileged_prompt(task, task.messages, options=options)
             return
         except UserError as error:
-            refused.append(str(error))
+            refused.append(str(_placed(error, source, index)))
     raise UserError(
         f"the privileged prompt leaves no space for a response in any of {len(refused)} tasks, so the teacher would "
         f"see no privileged text: {refused[0]}. Shorten the {options.shows}s or model.teacher.template, use another "

@@ -50,7 +50,11 @@ def _prompts(chat: Any, sources: Iterable[TaskSource | None]) -> Iterator[tuple[
         for i in range(0 if source is None else ENDLESS if source.size is None else source.size):
             task = source[i]  # pyright: ignore[reportOptionalSubscript]
             if task.messages:  # else the environment writes the prompt
-                yield f"the prompt of task {task.id}", chat.prompt(task.messages, task.tools)
+                place = source.place_of(i)  # pyright: ignore[reportOptionalMemberAccess]
+                yield (
+                    f"the prompt of task {task.id}{'' if place is None else f' ({place})'}",
+                    chat.prompt(task.messages, task.tools),
+                )
 
 
 def _template(chat: Any) -> Iterator[tuple[str, list[int]]]:

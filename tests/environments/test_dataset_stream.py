@@ -97,6 +97,14 @@ def test_data_without_tasks_ends_with_an_error(folder):
         StreamedTasks(write(folder / "empty.jsonl"))[3]
 
 
+def test_the_place_of_a_task_is_that_of_its_row():
+    source = StreamedTasks("set/*.jsonl", buffer=8)
+    for index in (*range(70), 3):
+        number = int(source[index].messages[0]["content"])
+        place = source.place_of(index)
+        assert place.endswith(f"part{number // 10}.jsonl:{number % 10 + 1}")
+
+
 def test_a_file_that_cannot_be_read_ends_the_run(folder):
     (folder / "set" / "part1.jsonl.gz").write_bytes(b"no gzip")
     source = StreamedTasks("set/part1*", buffer=1)

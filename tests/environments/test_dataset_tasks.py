@@ -311,7 +311,7 @@ def test_damaged_files_give_one_line_with_file_and_row(tmp_path, kind, expected)
             {"prompt": "qestion"},
             "columns are question; did you mean question?",
         ),
-        ({"q": [{"x": "a"}]}, {"prompt": "q.y"}, "no column 'q.y'; columns are q"),
+        ({"q": [{"x": "a"}]}, {"prompt": "q.y"}, "no column 'q.y'; columns are q.x"),
     ],
 )
 def test_rows_that_are_not_tasks_are_named(tmp_path, rows, columns, expected):
@@ -365,6 +365,18 @@ def test_a_column_that_no_line_has_is_an_error_but_a_missing_key_is_not(tmp_path
     assert [task.reference for task in every(source)] == [None, "c", None]
     with pytest.raises(UserError, match=r"a\.jsonl: columns\.answer: no column 'r'; columns are q"):
         DatasetTasks(str(path), columns={"prompt": "q", "answer": "r"})
+
+
+@pytest.mark.parametrize("objects", [[{"y": 1}, {"y": 2}], [{"y": 1, "z": None}, None], [None, {"y": 1}]])
+@pytest.mark.parametrize("column", ["x.z", "x.y.z", "w.z"])
+def test_a_key_of_an_object_that_no_row_has_is_an_error_that_lists_those_there_are(tmp_path, objects, column):
+    path = parquet(tmp_path / "a.parquet", q=["a", "b"], x=objects)
+    expected = rf"a\.parquet: columns\.answer: no column '{column}' with a value; columns are q, .*x\.y"
+    with pytest.raises(UserError, match=expected):
+        DatasetTasks(path, columns={"prompt": "q", "answer": column})
+    assert 1 in [
+        task.meta.get("answer") for task in every(DatasetTasks(path, columns={"prompt": "q", "answer": "x.y"}))
+    ]
 
 
 # -- functions of the row

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,8 @@ from tiny_runs import AnyCall, data, generation, module, trainer
 from gear_lightning.credit import GEAR, Uniform
 from gear_lightning.environments import lines, task_check
 from gear_lightning.environments.base import Task, TaskSource
+from gear_lightning.environments.dataset_stream import StreamedTasks
+from gear_lightning.environments.dataset_tasks import DatasetTasks
 from gear_lightning.environments.jsonl import JsonlTasks
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.environments.task_check import TaskChecker, check_source, chosen
@@ -59,6 +62,16 @@ def check(source, checker=None, used=None, limit=100) -> list[int]:
 def remembered(tmp_path, monkeypatch):
     monkeypatch.setenv("GEAR_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(task_check, "REMEMBERED", 10)
+
+
+@pytest.mark.parametrize("kind", ["lines", "rows", "stream"])
+def test_the_error_about_a_task_names_its_file_and_row(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("GEAR_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "q.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "p", "id": str(i)}) + "\n" for i in range(3)))
+    sources = {"lines": JsonlTasks, "rows": DatasetTasks, "stream": functools.partial(StreamedTasks, buffer=1)}
+    with pytest.raises(UserError, match=rf"^{re.escape(str(file))}:2: task 1 is bad$"):
+        check(sources[kind](str(file)), Looks(bad=(1,)))
 
 
 def test_a_small_source_is_checked_completely_and_a_large_one_by_a_fixed_sample(caplog):
@@ -178,7 +191,7 @@ ODD = [
 def test_an_invalid_task_that_the_check_misses_fails_its_rollouts_and_not_the_run(tmp_path, monkeypatch, odd, metric):
     environment = functools.partial(SingleTurn, "contains")
     source = data(train_tasks=lookups(tmp_path / "tasks.jsonl", 8, **odd), tasks_per_iteration=8, val_tasks=None)
-    with pytest.raises(UserError, match="task tasks-5"):
+    with pytest.raises(UserError, match=r"tasks\.jsonl:5: task tasks-5"):
         generation(environment=environment).attach(module(), source)
     source.check_limit = 1
     monkeypatch.setattr(JsonlTasks, "longest", lambda self, count: ())
