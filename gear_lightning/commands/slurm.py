@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..recipes.options.parser import CommandParser
+from ..recipes.options.values import composed, text_of
 from ..recipes.slurm_script import SEEDS, Job, check_job
 
 OURS = {  # options of fit that the job sets -> options of this command to use instead
@@ -82,11 +83,11 @@ def from_file(path: Path, known: argparse.ArgumentParser) -> list[str]:
 
     try:
         # BaseLoader keeps all values as text: YAML would parse 24:00:00 as 86400
-        found = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
-    except OSError as error:
-        raise UserError(f"--cluster {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--cluster {path}: {' '.join(str(error).split())}") from None
+        text = text_of(path)
+        composed(text, str(path))
+        found = yaml.load(text, Loader=yaml.BaseLoader)
+    except UserError as error:
+        raise UserError(f"--cluster {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"--cluster {path}: must hold one option per line, such as `nodes: 2`")
     names = {o[2:] for a in known._actions for o in a.option_strings} - {"cluster", "dry-run", "submit", "help"}

@@ -8,6 +8,7 @@ from .. import advantage, credit
 from ..credit import CreditAssigner
 from ..errors import UserError
 from ..hints import did_you_mean
+from .options.values import check_keys
 
 
 def read_rule(name: str, typed: list[str], run: Path) -> tuple[CreditAssigner, str]:
@@ -150,7 +151,11 @@ def _yaml(path: Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text())
+        text = path.read_text()
+        check_keys(yaml.compose(text, yaml.SafeLoader), str(path))
+        return yaml.safe_load(text)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

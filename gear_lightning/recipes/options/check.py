@@ -10,7 +10,7 @@ from ...hints import close, did_you_mean
 from ..packaged import configs
 from .known import WITHIN, Options
 from .tree import Node
-from .values import Loader, problem
+from .values import Loader, check_keys, composed, problem, text_of
 
 CONFIG = ("--config", "-c")
 
@@ -118,6 +118,8 @@ class Check:
                 found = yaml.compose(value, Loader)
             except yaml.YAMLError:
                 return  # the parser reports it
+            if not node.takes.text:
+                check_keys(found, option)
             if inside and isinstance(found, yaml.MappingNode):
                 self._mapping(node, found, option, set())
             elif found is not None:
@@ -139,6 +141,8 @@ class Check:
         elif "${" in value or value.endswith((".yaml", ".yml", ".json")) or Path(value).is_file():
             self.options.name_class(node, None, False)
             self.options.foreign = self.options.steered = True
+            if value.endswith((".yaml", ".yml", ".json")) and Path(value).is_file():
+                composed(text_of(Path(value)), value)
         elif node.takes.bases and value.lower() not in ("true", "false") and value.replace(".", "a").isidentifier():
             self.options.check_class(node, value, where)
 
@@ -146,11 +150,7 @@ class Check:
 
     def file(self, path: Path) -> None:
         """Check a config file."""
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-        self.text(text, str(path))
+        self.text(text_of(path), str(path))
 
     def text(self, text: str, name: str) -> None:
         """Check a config as text.
@@ -159,10 +159,7 @@ class Check:
             text: the config.
             name: its name in messages.
         """
-        try:
-            found = yaml.compose(text, Loader)
-        except yaml.YAMLError as error:
-            raise UserError(syntax(error, name)) from None
+        found = composed(text, name)
         if isinstance(found, yaml.MappingNode):
             self.options.typed = False
             self._mapping(None, found, name, set())
@@ -249,13 +246,6 @@ def _where(name: str, place: yaml.Node, node: Node | None, key: str) -> str:
     if name.startswith("--"):
         return name if name == f"--{full}" else f"{name}: {full}"
     return f"{name}:{place.start_mark.line + 1}: {full}"
-
-
-def syntax(error: yaml.YAMLError, name: str) -> str:
-    """Return the message for text that is not YAML: its name, line and problem."""
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error)
-    return f"{name}{'' if mark is None else f':{mark.line + 1}'}: no valid YAML: {' '.join(str(problem).split())}"
 
 
 def _stray(argument: str) -> str:

@@ -7,10 +7,10 @@ import yaml
 from ...errors import UserError
 from ...hints import did_you_mean, some
 from ..packaged import found
-from .check import CONFIG, Check, syntax
+from .check import CONFIG, Check
 from .signatures import signature
 from .source import find
-from .values import Loader
+from .values import composed, text_of
 
 STUDY = "gear_lightning.study.plan.Study"
 FLAGS = ("report_only", "no_report_only", "plan", "no_plan", "config", "help", "print_config")
@@ -40,12 +40,7 @@ def _check_file(name: str, known: list[str]) -> None:
     path = Path(name)
     if not path.is_file():
         return
-    try:
-        plan = yaml.compose(path.read_text(encoding="utf-8"), Loader)
-    except yaml.YAMLError as error:
-        raise UserError(syntax(error, name)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    plan = composed(text_of(path), name)
     if not isinstance(plan, yaml.MappingNode):
         raise UserError(f"{name}: a study must have keys and values; they are {some(known)}")
     given = {}

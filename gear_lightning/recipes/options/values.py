@@ -1,10 +1,12 @@
-"""Whether an option can have a value: numbers, true and false, null, and names from a list. Others are not judged."""
+"""YAML with line numbers, and whether an option can have a value: a number, true, false, null, a name from a list."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ...errors import UserError
 from ...hints import did_you_mean, some
 from .tree import Node
 
@@ -24,6 +26,66 @@ Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?)$"),
     list("-+0123456789."),
 )
+
+
+def text_of(path: Path) -> str:
+    """Return the text of a config file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def composed(text: str, name: str) -> yaml.Node | None:
+    """Return YAML as nodes, which know their lines; None if there is none.
+
+    Args:
+        text: the YAML.
+        name: its name in messages.
+
+    Raises:
+        UserError: it is no YAML, or a mapping has a key twice.
+    """
+    try:
+        found = yaml.compose(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        said = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{name}{'' if mark is None else f':{mark.line + 1}'}: no valid YAML: {said}") from None
+    check_keys(found, name)
+    return found
+
+
+def check_keys(found: yaml.Node | None, name: str) -> None:
+    """Check that no mapping has a key twice, of which YAML would use the last.
+
+    Args:
+        found: what to check, with all that is inside.
+        name: see `composed`.
+
+    Raises:
+        UserError: one has; names the lines.
+    """
+    waiting, seen = [found], set()
+    while waiting:
+        node = waiting.pop(0)
+        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:  # an alias can be inside of its own anchor
+            continue
+        seen.add(id(node))
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            line, same = key.start_mark.line + 1, (key.tag, str(key.value))
+            if same in lines and "merge" not in key.tag:
+                where, both = f"{name}:{line}", f", in lines {lines[same]} and {line}"
+                where, both = (name, "") if name.startswith("--") else (where, both)
+                raise UserError(f"{where}: the key {key.value} is there twice{both}; remove one")
+            lines[same] = line
+            waiting.append(value)
+        waiting += node.value if isinstance(node, yaml.SequenceNode) else ()
 
 
 def problem(node: Node, value: str | yaml.Node, where: str) -> str | None:

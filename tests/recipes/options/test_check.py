@@ -83,6 +83,8 @@ def error(*arguments: str, command: str = "fit") -> str:
         ("--seed_everything x", "--seed_everything=x: must be a whole number or true or false"),
         ("--model.credit.where answers", "=answers: must be one of all, answer, actions; did you mean answer?"),
         ('--model.credit={"class_path":"GEAR","init_args":{"kappa":"x"}}', "--model.credit: model.credit.kappa=x: mus"),
+        ('--data={"seed":1,"seed":2}', "--data: the key seed is there twice; remove one"),
+        ('--config={"data":{"seed":1,"seed":2}}', "--config: the key seed is there twice; remove one"),
         ("--trainer.max_epochs", "--trainer.max_epochs: its value is missing"),
         ("--config=", "the name of a file is missing"),
         ("quickstart", "did you mean --config quickstart?"),
@@ -166,6 +168,11 @@ def _raised(call) -> UserError:
         ("data:\n  train_tasks: nosuch.Tasks\n", ":2: data.train_tasks: No class nosuch.Tasks (there is no module"),
         ("data:\n  train_tasks:\n    class_path: nosuch.Tasks\n", ":3: data.train_tasks.class_path: No class nosuch."),
         ("trainer:\n  callbacks:\n  - nosuch.X\n", ":3: trainer.callbacks: No class nosuch.X (there is no module nosu"),
+        ("data:\n  group_size: 4\n  seed: 1\n  group_size: 5\n", ":4: the key group_size is there twice, in lines 2 "),
+        ("data: {seed: 1}\ntrainer: {}\n'data': {}\n", ":3: the key data is there twice, in lines 1 and 3; remove one"),
+        ("data.seed: 1\ndata.seed: 2\n", ":2: the key data.seed is there twice, in lines 1 and 2"),
+        ("trainer:\n  callbacks:\n  - {class_path: Health,\n     class_path: Health}\n", ":4: the key class_path is"),
+        ("model:\n  chat:\n    template_arguments: {a: {b: 1, b: 1}}\n", ":3: the key b is there twice, in lines 3 "),
         ("base: &a {max_step: 3}\ntrainer: *a\n", ":1: base: there is no such option"),
     ],
 )  # fmt: skip
@@ -177,6 +184,14 @@ def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path, text, message):
     assert message in found
 
 
+def test_a_key_twice_in_a_file_that_an_option_names(tmp_path, monkeypatch):
+    (tmp_path / "credit.yaml").write_text("class_path: GEAR\nclass_path: Uniform\n")
+    monkeypatch.chdir(tmp_path)
+    assert error("--model.credit", "credit.yaml") == (
+        "credit.yaml:2: the key class_path is there twice, in lines 1 and 2; remove one"
+    )
+
+
 def test_files_that_the_parser_accepts_are_accepted(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
@@ -185,6 +200,7 @@ def test_files_that_the_parser_accepts_are_accepted(tmp_path):
         "  teacher: {class_path: gear_lightning.teacher.TeacherOptions}\n"
         "data:\n  val_tasks: {class_path: '${...train_tasks.class_path}', init_args: {hops: 3}}\nwarm_start.steps: 3\n"
         "generation: {environment: my_module.Env}\n"
+        "model.chat.template_arguments: {one: &one {a: 1}, two: {<<: *one, a: 2}, three: *one}\n"
     )
     Check("fit").arguments([*QUICK, "--config", str(file)])
 
@@ -214,6 +230,8 @@ def study(tmp_path: Path, text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("seeds: 3\nseeds: 4\n", ":3: the key seeds is there twice, in lines 2 and 3"),
+        ("arms:\n  A: {}\n  B: {}\n  A: {}\n", ":5: the key A is there twice, in lines 3 and 5"),
         ("seds: 3\n", ":2: seds: a study has no such key; did you mean seeds?"),
         ("arms:\n  A: {model.credit: GEAR, model.credit.kapa: 3}\n", ":3: model.credit.kapa: GEAR has no option kapa"),
         ("grid:\n  model.optimizer.lrr: [1]\n", "did you mean model.optimizer.lr?"),
