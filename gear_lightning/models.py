@@ -14,7 +14,7 @@ from types import MethodType
 from typing import Any, Literal
 
 from .errors import UserError, require_extra
-from .learning.shipped import shipped_files, stop_ids
+from .learning.shipped import OBJECTS, check_object, shipped_files, stop_ids
 from .runs.files import build_once, cache_dir
 
 
@@ -200,7 +200,10 @@ class Pretrained(PolicySource):
 
     def _load(self, loader: Any, **options: Any) -> Any:
         with self._errors("a model that can be loaded"):
-            return loader.from_pretrained(self._resolve(), trust_remote_code=False, **options)
+            where = self._resolve()
+            for name in OBJECTS:
+                check_object(Path(where, name))
+            return loader.from_pretrained(where, trust_remote_code=False, **options)
 
     @contextmanager
     def _errors(self, expected: str) -> Iterator[None]:
@@ -209,14 +212,19 @@ class Pretrained(PolicySource):
             yield
         except UserError:
             raise
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # a damaged file can raise anything
+            if isinstance(error, MemoryError) or "out of memory" in str(error):
+                raise
+            check_object(Path(self.path, "tokenizer.json"))  # large, so it is read here only to name it
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if not isinstance(error, OSError | ImportError) and type(error) is not ValueError:
+                first = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if self.attn_implementation is not None and re.search("attention|attn", first, re.IGNORECASE):
                 raise UserError(
                     f"{self.path}: model.policy.attn_implementation={self.attn_implementation} cannot be used here "
                     f"({first}); remove it to use the best attention that this model has, or set it to eager"
                 ) from None
-            raise UserError(f"{self.path}: not {expected} ({first})") from None
+            raise UserError(f"{self.path}: not {expected} ({first})") from error
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -226,6 +234,14 @@ class Pretrained(PolicySource):
             if not Path(self.chat_template).is_file():
                 raise UserError(f"{self.chat_template}: no such chat template file")
             tokenizer.chat_template = Path(self.chat_template).read_text()
+        named = tokenizer.chat_template or ""  # a dict: templates by name
+        for template in named.values() if isinstance(named, dict) else [named]:
+            if not isinstance(template, str):
+                raise UserError(f"{self.path}: its chat template is a {type(template).__name__}, expected text")
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise UserError(
+                f"{self.path}: model_max_length={tokenizer.model_max_length!r} of its tokenizer is no number"
+            )
         return tokenizer
 
     def model(self) -> Any:

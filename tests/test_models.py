@@ -50,6 +50,14 @@ def test_sdpa_is_the_default_without_a_message(tmp_path, caplog):
     assert not caplog.text
 
 
+@pytest.mark.parametrize(("file", "text"), [("model.safetensors", "{"), ("model.safetensors.index.json", "[1]")])
+def test_damaged_weights_are_named(tmp_path, file, text):
+    folder = written("Mamba 2", tmp_path)
+    (folder / file).write_text(text)
+    with pytest.raises(UserError, match=str(folder)):
+        Pretrained(str(folder)).model()
+
+
 def test_a_model_whose_weights_are_incomplete_is_rejected(tmp_path):
     """transformers would fill them with random numbers."""
     file = written("Qwen3", tmp_path) / "model.safetensors"

@@ -37,11 +37,12 @@ def spans(chat: Chat, *, tools: bool = True) -> Iterator[tuple[str, list[int]]]:
     if tools:
         turn = chat.write(tool_call("calculator", {"expression": "12 * 3"}, "I will calculate it."))
         yield from _parts(chat, turn, listed, ids)
-        call = chat.read(turn, listed, ids).message["tool_calls"][0]
-        answer: Message = {"role": "tool", "name": "calculator", "tool_call_id": call["id"], "content": "36"}
-        context = chat.continuation([answer], turn[-1])
-        yield "observation", context
-        ids = [*ids, *turn, *context]
+        ids = [*ids, *turn]
+        for call in chat.read(turn, listed, ids[: -len(turn)]).message.get("tool_calls", [])[:1]:
+            answer: Message = {"role": "tool", "name": "calculator", "tool_call_id": call["id"], "content": "36"}
+            context = chat.continuation([answer], turn[-1])
+            yield "observation", context
+            ids += context
     yield from _parts(chat, chat.write({"role": "assistant", "content": "It is 36."}), listed, ids)
 
 

@@ -28,6 +28,28 @@ _PLAIN = r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(json|txt|model)"
 _TERMS = r"(LICENSE|NOTICE|USE_POLICY)(\.(txt|md))?"
 
 
+OBJECTS = (  # files of a model directory that are one JSON object
+    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.json", "adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+)  # fmt: skip
+
+
+def check_object(file: Path) -> None:
+    """Check a file of a model directory, if it exists.
+
+    Raises:
+        UserError: it is not a JSON object; names the file.
+    """
+    if not file.is_file():
+        return
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: no valid JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: found {json.dumps(found)[:40]}, expected a JSON object")
+
+
 def shipped_files(where: str) -> dict[str, bytes]:
     """Return the files of `KEPT` that a model has.
 

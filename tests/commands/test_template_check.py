@@ -1,6 +1,7 @@
 """``gear-lightning template`` shows which spans are trained on, and proves or refuses tool calls."""
 
 import re
+from pathlib import Path
 
 import pytest
 from chat_templates import CHATML, HERMES, NO_TOOL_ROLE, byte_tokenizer
@@ -65,6 +66,38 @@ def test_tools_that_cannot_be_used_give_status_1_and_what_to_set(template, publi
     assert "set model.chat.tool_syntax to json_list" in shown
     assert "failed: tools are listed" in shown
     assert "answer: trained on" in shown, "chat without tools works"
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        *[(name, text) for name in ("config.json", "tokenizer_config.json") for text in ("[1]", "null", "5", "{", "")],
+        *[(name, "[1]") for name in ("special_tokens_map.json", "added_tokens.json", "tokenizer.json")],
+        ("tokenizer.json", "{}"),
+        ("tokenizer_config.json", '{"tokenizer_class": 5}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": 5}'),
+        ("tokenizer_config.json", '{"chat_template": 5}'),
+        ("tokenizer_config.json", '{"model_max_length": "x"}'),
+        ("config.json", '{"model_type": "llama", "hidden_size": "x"}'),
+        ("generation_config.json", "[1]"),
+        ("model.safetensors.index.json", "5"),
+    ],
+)
+def test_a_damaged_file_of_a_model_directory_is_one_line(file, text, published):
+    folder = Path(published(byte_tokenizer(CHATML)))
+    if file == "tokenizer_config.json":
+        (folder / "chat_template.jinja").unlink()
+    (folder / file).write_text(text)
+    with pytest.raises(UserError, match=re.escape(str(folder))) as raised:
+        template_command([str(folder)])
+    assert "\n" not in str(raised.value)
+    if not text.startswith("{"):
+        assert file in str(raised.value)
+
+
+def test_calls_that_are_not_read_back_are_shown_without_a_result(published, capsys):
+    assert template_command([published(source().tokenizer())]) in (0, 1)
+    assert "answer: trained on" in capsys.readouterr().out
 
 
 def test_a_template_that_cannot_be_continued_is_refused(published):
