@@ -6,10 +6,13 @@ import dataclasses
 import inspect
 import json
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping, Set
+from enum import Enum
 from typing import Any, ClassVar, Literal, get_args
 
-from pydantic_core import to_jsonable_python
+from pydantic import BaseModel
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from ..errors import UserError
 from ..rewards import RewardChoice, check_reward, evaluate, reward_of
@@ -198,8 +201,29 @@ def result_text(value: Any) -> str:
         return value.decode("utf-8", "replace")
     if isinstance(value, Iterator) or hasattr(value, "__anext__"):
         raise EnvironmentFailure(f"a tool returned a {type(value).__name__}, which is not supported; return a list")
-    plain = to_jsonable_python(value, fallback=_unknown)
+    try:
+        plain = to_jsonable_python(value, fallback=_unknown)
+    except (UnicodeDecodeError, PydanticSerializationError):
+        plain = to_jsonable_python(_decoded(value), fallback=_unknown)
     return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
+
+
+def _decoded(value: Any) -> Any:
+    """Return a value with text in place of bytes, also inside of it."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).decode("utf-8", "replace")
+    if isinstance(value, Enum):
+        return _decoded(value.value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _decoded(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, BaseModel):
+        return _decoded(value.model_dump(by_alias=True))
+    if isinstance(value, Mapping):
+        return {_decoded(key): _decoded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | Set | deque):
+        return [_decoded(item) for item in value]
+    of_numpy = getattr(value, "tolist", None)
+    return _decoded(of_numpy()) if callable(of_numpy) else value
 
 
 def _unknown(value: Any) -> Any:

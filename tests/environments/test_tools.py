@@ -1,8 +1,13 @@
 """Tools: schemas of functions, checked and converted arguments, results as JSON, exceptions, several calls at once."""
 
+import dataclasses
+import enum
 import functools
 import json
+from collections import deque
 
+import numpy as np
+import pydantic
 import pytest
 from deadlines import seconds
 from rich_tools import order
@@ -13,7 +18,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 from gear_lightning.environments.arguments import read_arguments
 from gear_lightning.environments.base import Task, tool_calls
 from gear_lightning.environments.functions import FunctionTools, tool_schemas
-from gear_lightning.environments.tools import ToolEnvironment
+from gear_lightning.environments.tools import ToolEnvironment, result_text
 from gear_lightning.errors import UserError
 from gear_lightning.rollout import Budgets
 from gear_lightning.runs.identity import identity_of
@@ -408,3 +413,34 @@ def test_a_run_counts_records_and_reports_exceptions_of_tools(tmp_path):
     assert fit.callback_metrics["rollouts/side_errors"] == 0
     (record,) = read_records(tmp_path)
     assert all(r["tool_errors"] == ["KeyError: 'pencil'"] and r["error"] is None for r in record.rollouts)
+
+
+@dataclasses.dataclass
+class Read:
+    data: bytes
+
+
+class Sent(pydantic.BaseModel):
+    data: bytes = pydantic.Field(serialization_alias="body")
+
+
+Mark = enum.Enum("Mark", {"ODD": b"a\xff"})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"a": b"ok", "b": 1.5}, '{"a": "ok", "b": 1.5}'),
+        ({"a": b"a\xff", "b": [1, None]}, '{"a": "a�", "b": [1, null]}'),
+        ({b"a\xff": {"c": (b"a\xff",)}}, '{"a�": {"c": ["a�"]}}'),
+        ([bytearray(b"a\xff"), deque([b"a\xff"]), {b"a\xff"}], '["a�", ["a�"], ["a�"]]'),
+        ({"a": Read(b"a\xff")}, '{"a": {"data": "a�"}}'),
+        ([Sent(data=b"a\xff")], '[{"body": "a�"}]'),
+        ([Mark.ODD], '["a�"]'),
+        (np.array([b"a\xff"]), '["a�"]'),
+        (b"a\xff", "a�"),
+        (bytearray(b"a\xff"), "a�"),
+    ],
+)
+def test_bytes_in_a_result_are_decoded_with_replacement(value, text):
+    assert result_text(value) == text
