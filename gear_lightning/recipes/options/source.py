@@ -67,7 +67,8 @@ def spec_of(name: str) -> ModuleSpec | None:
             return None
         where = tuple(parent.submodule_search_locations)
         return _search(name, where)
-    return _search.__wrapped__(name, None)  # not cached, because sys.path can change
+    find = _search if name in KNOWN else _search.__wrapped__  # others are not cached, because sys.path can change
+    return find(name, None)
 
 
 @cache
