@@ -164,3 +164,191 @@ def test_many_marks_need_neither_much_time_nor_a_deep_stack(thinking):
                 read_turn(text, syntax, TOOLS, thinking)
             except ToolCallError:
                 continue
+
+
+LEVELS = {"type": "string", "enum": ["1", "2"]}
+TEXT_OR_NULL = [
+    {"type": ["string", "null"]},
+    {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    {"oneOf": [{"$ref": "#/$defs/Level"}, {"type": "null"}]},
+    {"type": "string", "nullable": True},
+    {"enum": ["a", None]},
+]
+ONLY_TEXT = [
+    {"type": "string"},
+    {"$ref": "#/$defs/Level"},
+    {"$ref": "#level"},
+    {"allOf": [{"$ref": "#/$defs/Level"}], "default": "1"},
+    {"allOf": [{"type": ["string", "integer"]}, {"type": "string"}]},
+    {"anyOf": [{"$ref": "#/$defs/Level"}, {"const": "x"}]},
+    {"$ref": "#/$defs/Alias"},
+]
+NOT_ONLY_TEXT = [{}, True, {"type": ["string", "integer"]}, {"anyOf": [{"type": "string"}, {"type": "number"}]}]
+
+
+def read_value(name, schema, text, parent=None):
+    """Return a value that is read from a tagged call."""
+    syntax = SYNTAXES[name]
+    defs = {"Level": LEVELS, "Alias": {"$ref": "#/$defs/Level"}, "Named": {"$anchor": "level", **LEVELS}}
+    parameters = {"type": "object", "$defs": defs, **(parent or {"properties": {"a": schema}})}
+    call = syntax.write([{"name": "h", "arguments": {"a": text}}])
+    return read(call, syntax=syntax, tools=[{"function": {"name": "h", "parameters": parameters}}])[2][0]["a"]
+
+
+@pytest.mark.parametrize("name", ["tags", "glm"])
+def test_the_schema_decides_whether_a_value_is_text(name):
+    for schema in ONLY_TEXT:
+        for text in ("1", "007e1", "null", "None", "true", '"x"', "[1]"):
+            assert read_value(name, schema, text) == text, schema
+    for schema in TEXT_OR_NULL:
+        assert [read_value(name, schema, text) for text in ("null", "None", "1", "nullable")] == [
+            None, None, "1", "nullable",
+        ], schema  # fmt: skip
+    for schema in NOT_ONLY_TEXT:
+        assert [read_value(name, schema, text) for text in ("1", "x")] == [1, "x"], schema
+    assert read_value(name, {"anyOf": [{"type": "string"}, {"type": "array"}]}, "007e1") == "007e1"
+    assert read_value(name, {"anyOf": [{"type": "string"}, {"type": "array"}]}, "[1]") == [1]
+    assert read_value(name, {"$ref": "https://example.org/unknown.json"}, "1") == 1
+
+
+@pytest.mark.parametrize(
+    "parent",
+    [
+        {"$ref": "#/$defs/Arguments", "$defs": {"Arguments": {"properties": {"a": {"type": "string"}}}}},
+        {"allOf": [{"properties": {"a": {"type": "string"}}}]},
+        {"additionalProperties": {"type": "string"}},
+    ],
+)
+def test_the_schema_of_a_parameter_may_stand_elsewhere(parent):
+    assert read_value("tags", None, "1", parent) == "1"
+
+
+def test_a_schema_that_refers_to_itself_is_read():
+    loop = {"$ref": "#/$defs/Loop", "$defs": {"Loop": {"anyOf": [{"$ref": "#/$defs/Loop"}, {"$ref": "#/$defs/Loop"}]}}}
+    assert read_value("tags", None, "1", {**loop, "properties": {"a": {"$ref": "#/$defs/Loop"}}}) == 1
+
+
+BARE = JsonCalls(arguments_key="parameters")
+BARE_CALL = '{"name": "f", "parameters": {"a": "x"}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "count"),
+    [
+        (f"I look.{BARE_CALL}", "I look.", 1),
+        (f"I look.\n\n{BARE_CALL}\n", "I look.", 1),
+        (f"<|python_tag|>{BARE_CALL}", "", 1),
+        (f"I look. <|python_tag|>{BARE_CALL}", "I look.", 1),
+        (f"I look.\n```json\n{BARE_CALL}\n```", "I look.", 1),
+        (f"I look. [{BARE_CALL}, {BARE_CALL}]", "I look.", 2),
+        (f"{BARE_CALL}; {BARE_CALL}", "", 2),
+        (f"I look.\n{BARE_CALL}\n{BARE_CALL}", "I look.", 2),
+        ('I look. {"parameters": {"a": "x"}, "name": "f"}', "I look.", 1),
+        ('{"type": "function", "function": {"name": "f", "arguments": {"a": "x"}}}', "", 1),
+        ('Set {x: 1}, {"a": 1}. {"name": "f", "parameters": {"a": "x"}}', 'Set {x: 1}, {"a": 1}.', 1),
+        (f"A call is {BARE_CALL}, for example.", f"A call is {BARE_CALL}, for example.", 0),
+        ('It is {"name": "Bern", "days": 3}', 'It is {"name": "Bern", "days": 3}', 0),
+        (f'{{"calls": [{BARE_CALL}]}}', f'{{"calls": [{BARE_CALL}]}}', 0),
+    ],
+)
+def test_a_json_call_without_marks_is_found_behind_text(text, content, count):
+    assert read(text, syntax=BARE) == ("", content, [{"a": "x"}] * count)
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "count"),
+    [
+        ('I look.[f(a="x")]', "I look.", 1),
+        ('<|python_tag|>[f(a="x")]', "", 1),
+        ('I look.\n```python\nf(a="x")\n```', "I look.", 1),
+        ('I look: [f(a="x"), f(a="x")]', "I look:", 2),
+        ('f(a="x")', "", 1),
+        ('Use [f(a="x")] for that.', 'Use [f(a="x")] for that.', 0),
+        ("The value of half(a=3)", "The value of half(a=3)", 0),
+    ],
+)
+def test_a_python_call_without_marks_is_found_behind_text(text, content, count):
+    assert read(text, syntax=PythonCalls()) == ("", content, [{"a": "x"}] * count)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "text"),
+    [
+        (BARE, 'I look. {"name": "f", "parameters": {"a": x}}'),
+        (BARE, 'I look. {"name": "f", "parameters": {"a": "x'),
+        (BARE, f'{BARE_CALL}; {{"name": "f", "parameters": {{"a": '),
+        (PythonCalls(), "I look. [f(a=1 + x)]"),
+        (PythonCalls(), 'I look. [f(a="x'),
+        (PythonCalls(), "f(1)"),
+        (PythonCalls(), "[f(a=1, a=2)]"),
+    ],
+)
+def test_a_broken_call_behind_text_is_an_error(syntax, text):
+    with pytest.raises(ToolCallError):
+        read(text, syntax=syntax)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=TEXT, content=st.sampled_from(["", "I look.", "See {x} and [y]", "```", '{"a": 1}', "f (x) <|python_tag|>"])
+)
+def test_calls_without_marks_are_read_behind_any_text(text, content):
+    for syntax in (BARE, PythonCalls()):
+        written = content + "\n" + syntax.write([{"name": "f", "arguments": {"a": text}}])
+        assert read(written, syntax=syntax)[2] == [{"a": text}]
+
+
+def test_python_calls_need_no_python_names():
+    text = "[get-x.v2(from='A, (b', class=[1, {'k': None}], x-y=-2.5), ns/f:g()]"
+    calls, end = PythonCalls("<call>", "</call>").read(f"<call>{text}</call>", 0, ())
+    assert [c["function"] for c in calls] == [
+        {"name": "get-x.v2", "arguments": {"from": "A, (b", "class": [1, {"k": None}], "x-y": -2.5}},
+        {"name": "ns/f:g", "arguments": {}},
+    ]
+    assert end == len(text) + len("<call></call>")
+
+
+def gemma(value):
+    return GemmaCalls().write([{"name": "f", "arguments": value}])
+
+
+OWN = gemma({"a": "q"})
+QUOTE, OPEN, CLOSE = '<|"|>', "<|tool_call>call:", "<tool_call|>"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": OWN + OWN},
+        {"b": {"x": OWN}},
+        {"b": {"x": OWN + "\n" + OWN}, "a": f"see {OWN} end"},
+        {"b": [OWN, OWN, {"k": OWN}]},
+        {"a": OPEN},
+        {"a": CLOSE},
+        {"a": OPEN + "f{"},
+        {"a": QUOTE},
+        {"a": f"{QUOTE}}}{CLOSE}", "b": {"n": 1}},
+        {"a": gemma({"a": OWN})},
+        {"b": list(range(2000))},
+        {"b": {"x:y": 1, "": 2, "{": "}"}},
+    ],
+)
+def test_gemma_s_strings_may_quote_calls(value):
+    for calls in ([value], [value, {"a": "z"}]):
+        text = GemmaCalls().write([{"name": "f", "arguments": c} for c in calls])
+        try:
+            found = read(text, syntax=GemmaCalls())[2]
+        except ToolCallError:
+            assert QUOTE in str(value.values()), "only a quotation mark makes a string ambiguous"
+            continue
+        assert found == calls
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([OPEN, CLOSE, QUOTE, "f{", "}", "a:", ",", "x", OWN, " "]), max_size=6).map("".join))
+def test_gemma_s_strings_are_read_in_time(text):
+    for value in ({"a": text}, {"b": [text, {"k": text}]}):
+        try:
+            read(gemma(value), syntax=GemmaCalls())
+        except ToolCallError:
+            continue

@@ -43,6 +43,12 @@ class ToolSyntax(ABC):
     joint: str = "\n"
     any_text: ClassVar[bool] = True
 
+    @property
+    def literal_marks(self) -> tuple[str, ...]:
+        """Marks around text without escapes. Where such a mark is a control token, the same text in ordinary tokens
+        is not a mark."""
+        return ()
+
     @abstractmethod
     def find(self, text: str, start: int, tools: Tools) -> int:
         """Return the index at which the next call begins, at or after ``start``; -1 if there is none."""
@@ -60,6 +66,15 @@ class ToolSyntax(ABC):
     @abstractmethod
     def write(self, calls: list[dict[str, Any]]) -> str:
         """Return the text of calls. ``calls``: objects with ``name``, ``arguments``, and optionally ``id``."""
+
+    def introduced(self, content: str, calls: str) -> str:
+        """Return the text of a turn in which calls follow text.
+
+        Args:
+            content: the text; may be empty.
+            calls: the text of the calls.
+        """
+        return content + self.joint + calls.lstrip("\n") if content else calls
 
     def clean(self, content: str) -> str:
         """Return the answer without marks of the turn format, given the text outside of reasoning and calls."""
@@ -157,28 +172,28 @@ def checked_value(value: Any) -> Any:
     return value
 
 
-def schema_of(tools: Tools, name: str) -> dict[str, Any]:
-    """Return the schemas of a tool's parameters by name; empty if the tool is unknown."""
-    for tool in tools:
-        function = tool.get("function") or tool
-        if function.get("name") == name:
-            found = (function.get("parameters") or {}).get("properties")
-            return found if isinstance(found, dict) else {}
-    return {}
+def bracket_end(text: str, start: int) -> int:
+    """Return the index behind the bracketed expression at ``start``: brackets inside of strings do not count.
 
-
-def takes_text(schema: Any) -> bool:
-    """Return whether a parameter with this JSON schema is text, so that its value is used as it is written."""
-    if not isinstance(schema, dict):
-        return False
-    kinds = schema.get("type")
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    if "string" in kinds:
-        return set(kinds) <= {"string", "null"}
-    options = [*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ())]
-    if options:
-        return all(takes_text(option) or option == {"type": "null"} for option in options)
-    return bool(schema.get("enum")) and all(isinstance(value, str) for value in schema["enum"])
+    Raises:
+        ToolCallError: a bracket or a quotation mark is not closed.
+    """
+    depth, at, quote = 0, start, ""
+    while at < len(text):
+        character = text[at]
+        if quote:
+            at += character == "\\"
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+            if depth <= 0:
+                return at + 1
+        at += 1
+    raise ToolCallError("a bracket or a quotation mark of the call is not closed")
 
 
 @lru_cache(maxsize=256)

@@ -40,5 +40,9 @@ class HarmonyCalls(ToolSyntax):
         form = "<|channel|>commentary to=functions.{} <|constrain|>json<|message|>{}"
         return "<|call|><|start|>assistant".join(form.format(c["name"], dumps(c["arguments"])) for c in calls)
 
+    def introduced(self, content: str, calls: str) -> str:
+        opening, closing = "<|channel|>commentary<|message|>", "<|end|><|start|>assistant"
+        return opening + content + closing + calls if content else calls
+
     def clean(self, content: str) -> str:
         return _HEADER.sub("", content).strip()

@@ -4,8 +4,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from .base import NAME, Call, ToolCallError, Tools, dumps, function_call, mark, read_json
-from .marked import MarkedCalls
+from .base import NAME, Call, ToolCallError, Tools, bracket_end, dumps, function_call, mark, read_json
+from .marked import BEFORE_BARE, MarkedCalls, before_bare, behind_bare
+from .schemas import names_of
+
+OTHER_KEYS = ("arguments", "parameters")  # models take one for the other
+_SEPARATOR = re.compile(r"\s*[;,]?\s*")
 
 
 @dataclass(frozen=True)
@@ -25,13 +29,70 @@ class JsonCalls(MarkedCalls):
     arguments_key: str = "arguments"
     listed: bool = False
 
-    def bare(self, text: str, start: int) -> int:
-        begins = re.compile(r"\s*\[?\s*\{\s*\"" + re.escape(self.name_key or "")).match(text, start)
-        return -1 if not begins else start + len(text[start:]) - len(text[start:].lstrip())
+    def bare(self, text: str, start: int, tools: Tools) -> int:
+        begins = re.compile(r"\s*(?:<\|python_tag\|>\s*)?\[?\s*\{\s*\"" + re.escape(self.name_key)).match(text, start)
+        if begins:
+            return start + len(text[start:]) - len(text[start:].lstrip())
+        names, at = set(names_of(tools)), start
+        while found := re.compile(BEFORE_BARE + r"(?:\[\s*)?\{").search(text, at):
+            called, at = self._bare_call(text, before_bare(text, found.start())[0], names)
+            if called:
+                return found.start()
+        return -1
+
+    def _bare_call(self, text: str, begin: int, names: set[str]) -> tuple[bool, int]:
+        """Return whether the JSON value at an index is a call that ends the text, and where to search for the next."""
+        try:
+            value, end = read_json(text, begin)
+        except ToolCallError:
+            named = re.compile(r"\[?\s*\{\s*\"" + (re.escape(self.name_key) + r'"\s*:\s*"' if self.name_key else ""))
+            found = named.match(text, begin)
+            tried = found and any(text.startswith(f'{name}"', found.end()) for name in names)
+            return bool(tried) and self._ends(text, begin), begin + 1
+        calls = value if isinstance(value, list) else [value]
+        if not calls or not all(self._is_call(one, names) for one in calls):
+            return False, end
+        rest = _SEPARATOR.match(text, behind_bare(text, end))
+        assert rest
+        if rest.end() == len(text):
+            return True, end
+        return text[rest.end()] in "[{" and self._bare_call(text, rest.end(), names)[0], end
+
+    @staticmethod
+    def _ends(text: str, begin: int) -> bool:
+        """Return whether the text ends with, or within, the bracketed expression at an index."""
+        try:
+            return not text[behind_bare(text, bracket_end(text, begin)) :].strip()
+        except ToolCallError:
+            return True
+
+    def _is_call(self, value: Any, names: set[str]) -> bool:
+        if not isinstance(value, dict):
+            return False
+        if not self.name_key:
+            return len(value) == 1 and set(value) <= names
+        nested = value.get("function")
+        inner = nested if isinstance(nested, dict) else value
+        keys = {self.arguments_key, *OTHER_KEYS}
+        if inner.get(self.name_key) in names:
+            return bool(keys & set(inner)) or not set(inner) - {self.name_key, "id", "type", "tool_call_id"}
+        return isinstance(inner.get(self.name_key), str) and any(isinstance(inner.get(key), dict) for key in keys)
 
     def body(self, text: str, start: int, tools: Tools) -> tuple[list[Call], int]:
-        value, end = read_json(text, start)
-        return [self._call(one) for one in (value if isinstance(value, list) else [value])], end
+        if not self.unmarked:
+            value, end = read_json(text, start)
+            return [self._call(one) for one in (value if isinstance(value, list) else [value])], end
+        calls: list[Call] = []
+        names, (at, fenced) = set(names_of(tools)), before_bare(text, start)
+        while True:
+            value, end = read_json(text, at)
+            calls += [self._call(one) for one in (value if isinstance(value, list) else [value])]
+            end = behind_bare(text, end, fenced)
+            following = _SEPARATOR.match(text, end)
+            assert following
+            at = following.end()
+            if text[at : at + 1] not in ("[", "{") or not self._bare_call(text, at, names)[0]:
+                return calls, end
 
     def _call(self, value: Any) -> Call:
         if not isinstance(value, dict):
@@ -43,8 +104,7 @@ class JsonCalls(MarkedCalls):
         nested = value.get("function")
         inner = nested if isinstance(nested, dict) else value
         identifier = value.get("id") or value.get("tool_call_id")
-        others = ("arguments", "parameters")  # models take one for the other
-        key = next((k for k in (self.arguments_key, *others) if k in inner), None)
+        key = next((k for k in (self.arguments_key, *OTHER_KEYS) if k in inner), None)
         if key is None and set(inner) - {self.name_key, "id", "type", "tool_call_id"}:
             extra = ", ".join(sorted(map(str, set(inner) - {self.name_key})))[:60]
             raise ToolCallError(f'a tool call has no "{self.arguments_key}", but: {extra}')

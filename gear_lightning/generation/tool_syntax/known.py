@@ -7,9 +7,10 @@ from the models' cards.
 from collections.abc import Callable
 
 from .base import ToolSyntax
+from .gemma_calls import GemmaCalls
 from .harmony import HarmonyCalls
 from .json_calls import JsonCalls, NamedJsonCalls
-from .literal_calls import GemmaCalls, PythonCalls
+from .python_calls import PythonCalls
 from .words import WordCalls
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .base import ToolCallError, ToolSyntax, read_json
 from .json_calls import JsonCalls, NamedJsonCalls
-from .literal_calls import PythonCalls
+from .python_calls import PythonCalls
 from .tagged_calls import TaggedCalls
 
 FIRST, SECOND = "probe_one", "probe_two"  # names of the tools in the probe

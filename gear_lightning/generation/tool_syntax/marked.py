@@ -1,5 +1,6 @@
 """Calls between marks: the layout that most syntaxes share."""
 
+import re
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -35,15 +36,20 @@ class MarkedCalls(ToolSyntax):
     def written(self, calls: list[dict[str, Any]]) -> list[str]:
         """Return the bodies of calls."""
 
-    def bare(self, text: str, start: int) -> int:
-        """Return the index of a call without marks that begins at ``start`` or behind white space; -1 if there is
-        none."""
+    def bare(self, text: str, start: int, tools: Tools) -> int:
+        """Return the index of a call without marks: one that begins at ``start`` or behind white space, or one that
+        ends the text; -1 if there is none."""
         return -1
 
+    @property
+    def unmarked(self) -> bool:
+        """Whether calls have no mark before them."""
+        return not (self.first.strip() or self.open.strip())
+
     def find(self, text: str, start: int, tools: Tools) -> int:
+        if self.unmarked:
+            return self.bare(text, start, tools)
         marks = [m for m in (self.first, self.open) if m.strip()]
-        if not marks:
-            return self.bare(text, start)
         found = [match.start() for m in marks if (match := searched(m).search(text, start))]
         return min(found, default=-1)
 
@@ -71,6 +77,23 @@ class MarkedCalls(ToolSyntax):
     def write(self, calls: list[dict[str, Any]]) -> str:
         between = "" if self.first.strip() else "\n"
         return self.first + between.join(self.open + body + self.close for body in self.written(calls)) + self.last
+
+
+# What models write before a call without marks, although no template renders it.
+BEFORE_BARE = r"(?:```\w*\s*)?(?:<\|python_tag\|>\s*)?"
+
+
+def before_bare(text: str, start: int) -> tuple[int, bool]:
+    """Return the index of a call without marks behind `BEFORE_BARE`, and whether a fence encloses it."""
+    found = re.compile(r"\s*" + BEFORE_BARE).match(text, start)
+    assert found
+    return found.end(), "```" in found[0]
+
+
+def behind_bare(text: str, at: int, fenced: bool = True) -> int:
+    """Return the index behind the fence that may follow a call without marks."""
+    found = re.compile(r"\s*```").match(text, at) if fenced else None
+    return found.end() if found else at
 
 
 def _shown(text: str, at: int) -> str:

@@ -15,11 +15,10 @@ from .base import (
     function_call,
     mark,
     parse_json,
-    schema_of,
     searched,
-    takes_text,
 )
 from .marked import MarkedCalls
+from .schemas import Parameters, kinds_of, parameters_in
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,9 @@ class TaggedCalls(MarkedCalls):
     and later, MiniMax, Nemotron 3, Seed-OSS.
 
     A value is text, without escapes. The tool's JSON schema decides whether it is used as it is written (parameters of
-    type ``string``) or read as JSON. A value ends at the first ``value_close`` that another argument or the end of the
-    call follows, so a value may contain the syntax's own tags.
+    type ``string``) or read as JSON; ``null`` or ``None`` is null where the schema allows both. A value ends at the
+    first ``value_close`` that another argument or the end of the call follows, so a value may contain the syntax's own
+    tags.
 
     Args:
         middle: text between the name and the first argument.
@@ -52,15 +52,15 @@ class TaggedCalls(MarkedCalls):
         found = head.match(text, start)
         if not found or not found["name"]:
             raise ToolCallError(f"expected a function's name, found {text[start:].strip()[:40]!r}")
-        schemas, arguments, at = schema_of(tools, found["name"]), {}, found.end()
+        parameters, arguments, at = parameters_in(tools, found["name"]), {}, found.end()
         while opened := mark(self.key_open).match(text, at):
-            key, value, as_text, at = self._argument(text, opened.end(), schemas)
+            key, value, as_text, at = self._argument(text, opened.end())
             if key in arguments:
                 raise ToolCallError(f"the argument {key[:40]!r} occurs twice")
-            arguments[key] = value if as_text else _value(value, schemas.get(key))
+            arguments[key] = value if as_text else _value(value, key, parameters)
         return [function_call(found["name"], checked_value(arguments))], at
 
-    def _argument(self, text: str, at: int, schemas: dict[str, Any]) -> tuple[str, str, bool, int]:
+    def _argument(self, text: str, at: int) -> tuple[str, str, bool, int]:
         """Return an argument's name, its text, whether its mark says that it is text, and the index behind it."""
         closes = [c for c in (self.key_close, self.other_key_close) if c]
         named = [(match, c) for c in closes if (match := searched(c).search(text, at))]
@@ -77,8 +77,7 @@ class TaggedCalls(MarkedCalls):
         value = text[begin:stop]
         if self.value_close.startswith("\n") and value.endswith("\n"):
             value = value[:-1]
-        as_text = takes_text(schemas.get(key)) or bool(self.other_key_close and close == self.key_close)
-        return key, value, as_text, behind
+        return key, value, bool(self.other_key_close and close == self.key_close), behind
 
     def _value_end(self, text: str, begin: int) -> tuple[int, int]:
         """Return the index of the mark that ends a value, and the index behind the mark."""
@@ -118,11 +117,23 @@ class TaggedCalls(MarkedCalls):
         return bodies
 
 
-def _value(text: str, schema: Any) -> Any:
-    """Return the value of an argument that is not text: JSON, or a Python literal, which some templates write.
+def _value(text: str, name: str, parameters: Parameters) -> Any:
+    """Return the value of an argument: JSON, or a Python literal, which some templates write.
 
-    Text that is neither stays text; the environment checks the arguments against the schema.
+    Where the schema allows text, a value of a type that it does not allow is text: ``007`` of a parameter that is text
+    or a list, and every value but null of one that is text or null. Text that is neither JSON nor a literal stays text;
+    the environment checks the arguments against the schema.
     """
+    kinds = parameters.kinds(name)
+    if kinds == {"string"}:
+        return text
+    if kinds <= {"string", "null"} and "string" in kinds:
+        return None if text.strip() in ("null", "None") else text
+    value = _literal(text)
+    return text if "string" in kinds and not kinds & kinds_of(value) else value
+
+
+def _literal(text: str) -> Any:
     try:
         return parse_json(text)
     except ToolCallError:
