@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..environments.base import Message
@@ -81,6 +82,13 @@ class ChatTemplate:
                 return self._retry("_empty_tools", messages, generate, tools)
             raise self._failure(messages, error) from None
         except (TemplateError, LookupError, AttributeError, ValueError, ArithmeticError) as error:
+            if (
+                isinstance(error, TemplateError)
+                and not self._argument_text
+                and any(m.get("tool_calls") for m in messages)
+            ):
+                with suppress(UserError):  # the template's own check of the arguments
+                    return self._retry("_argument_text", messages, generate, tools)
             raise self._failure(messages, error) from None
 
     def encode(self, text: str, after: str = "") -> list[int]:

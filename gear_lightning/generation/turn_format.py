@@ -10,6 +10,7 @@ from .turn_text import Thinking
 
 HELLO: Message = {"role": "user", "content": "Hello"}
 MARK = "zq7answer7qz"  # placeholder of an assistant's text; assumed not to occur in real text
+THOUGHT = "zq7thought7qz"  # the same for reasoning
 
 # Marks of reasoning in published templates: texts that the template contains, and the marks.
 THINKING_MARKS = [
@@ -38,6 +39,10 @@ def thinking_of(source: str) -> Thinking:
         if all(text in source for text in contained):
             return Thinking(opening, closing, native=True, exclusive="<|end|>" not in closing)
     return Thinking()
+
+
+class MisplacedTurnError(UserError):
+    """The chat template renders an assistant turn that does not begin where its generation prompt ends."""
 
 
 class TurnFormat:
@@ -69,15 +74,12 @@ class TurnFormat:
         followed = template.render([*closed, HELLO], generate=True)
         if MARK not in alone and MARK not in followed:
             raise UserError("the chat template does not render the text of assistant messages")
-        self.header = ""
+        lead, _, after = alone.partition(MARK)
         opened = template.render([HELLO], generate=True)
-        if opened == template.render([HELLO], generate=False):
-            before = alone.partition(MARK)[0]
-            if before.startswith(opened) and before[len(opened) :].strip():
-                self.header = before[len(opened) :]
-        self._find_end(alone.partition(MARK)[2], followed.partition(MARK)[2])
+        self.header = self._find_header(opened, lead, after)
+        self._find_end(after, followed.partition(MARK)[2])
+        self._check_position(followed)
         core = self.core(opened + self.header)
-        lead = alone.partition(MARK)[0]
         if not lead.startswith(core.rstrip()):
             raise UserError(
                 "the chat template renders an earlier assistant turn with another beginning "
@@ -86,27 +88,74 @@ class TurnFormat:
             )
         self.before = self.without_thought(lead[shared_length(lead, core) :])
         self._prefilled = (opened + self.header)[len(core) :]
+        start = core + _space(self._prefilled)
+        self._slack = start[shared_length(start, lead) :]  # white space that earlier turns lack
         special = [opened.rfind(text) + len(text) for text in template.control.special if text in opened]
         self.lead = (opened + self.header)[max(special, default=0) :]
         self._thought_marks = self._learn_thought()
 
+    def _find_header(self, opened: str, lead: str, after: str) -> str:
+        """Return the text that opens a turn, if the template ignores ``add_generation_prompt``."""
+        if opened != self.template.render([HELLO], generate=False):
+            return ""
+        if not lead.startswith(opened) or not lead[len(opened) :].strip():
+            return ""
+        earlier = self.template.render([HELLO, {"role": "assistant", "content": MARK}, HELLO], generate=False)
+        if not earlier.partition(MARK)[2].startswith(after):  # the generation prompt is always there (Command R7B)
+            return ""
+        return lead[len(opened) :]
+
+    def _check_position(self, followed: str) -> None:
+        """Check that a user message is rendered in the same way wherever it stands.
+
+        Raises:
+            UserError: it is not; a continuation would be rendered for the wrong position.
+        """
+        turns = [HELLO, {"role": "assistant", "content": "Hi"}, HELLO, {"role": "assistant", "content": MARK}, HELLO]
+        deeper = self.template.render(turns, generate=True)
+        first, later = (text.rpartition(MARK)[2] for text in (followed, deeper))
+        if MARK in deeper and first != later:
+            at = max(shared_length(first, later) - 10, 0)
+            raise UserError(
+                "the chat template renders a message in another way if it stands at another position "
+                f"({first[at:][:40]!r}, later {later[at:][:40]!r}), so a conversation cannot be continued turn by "
+                "turn; use a template without numbers of messages or rounds"
+            )
+
     def _learn_thought(self) -> tuple[str, str]:
         """Return the texts before and behind reasoning, which the policy writes."""
-        thinking, wanted = self.thinking, "zq7thought7qz"
-        if thinking is None:
+        if self.thinking is None:
             return "", ""
-        text = self.body({"role": "assistant", "content": MARK, "reasoning": wanted})
-        before, found, behind = text.partition(wanted)
-        if found and thinking.open.strip() in before and thinking.close.strip() in behind.partition(MARK)[0]:
-            return before, behind.partition(MARK)[0].removesuffix(self.before)
-        return thinking.open.rstrip() + "\n", f"\n{thinking.close}\n\n"
+        text = self.body({"role": "assistant", "content": MARK, "reasoning": THOUGHT})
+        found = self.marks_in(text.partition(MARK)[0], self.before)
+        return found or (self.thinking.open.rstrip() + "\n", f"\n{self.thinking.close}\n\n")
 
-    def thought(self, reasoning: str) -> str:
-        """Return the text that the policy writes for its reasoning, after what the generation prompt has opened."""
+    def marks_in(self, text: str, behind: str) -> tuple[str, str] | None:
+        """Return the texts before and behind reasoning in a turn; None if it is not rendered as reasoning.
+
+        Args:
+            text: the text of the turn, with the reasoning `THOUGHT`.
+            behind: its text without the reasoning.
+        """
+        before, found, after = text.partition(THOUGHT)
+        if self.thinking is None or not found or not after.endswith(behind):
+            return None
+        after = after.removesuffix(behind)
+        return (
+            (before, after) if self.thinking.open.strip() in before and self.thinking.close.strip() in after else None
+        )
+
+    def thought(self, reasoning: str, marks: tuple[str, str] | None = None) -> str:
+        """Return the text that the policy writes for its reasoning, after what the generation prompt has opened.
+
+        Args:
+            reasoning: the reasoning.
+            marks: the texts before and behind it, if not those before an answer.
+        """
         opened = bool(self.thinking and self.thinking.opened_in(self._prefilled))
         if self.thinking is None or not (reasoning or opened):
             return ""
-        before, behind = self._thought_marks
+        before, behind = marks or self._thought_marks
         if not reasoning:
             return behind
         written = before + reasoning + behind
@@ -153,13 +202,14 @@ class TurnFormat:
         """Return the text of a turn without an empty thought at its beginning."""
         if self.thinking is None:
             return text
-        pattern = self._marks()
+        pattern = self._marks(closed=not self.thinking.exclusive)
         closing = rf"\s*{re.escape(self.thinking.close.strip())}\s*"  # the generation prompt opened it
         return re.sub(rf"^\s*(?:{pattern}\s*|{closing})", "", text, count=1)
 
-    def _marks(self) -> str:
+    def _marks(self, *, closed: bool = False) -> str:
+        """Return the pattern of reasoning without text. ``closed``: whether the end mark must be there."""
         opening, closing = (re.escape(m.strip()) for m in (self.thinking.open, self.thinking.close))  # type: ignore[union-attr]
-        return rf"\s*{opening}\s*(?:{closing})?" if opening else r"(?!)"
+        return rf"\s*{opening}\s*(?:{closing}){'' if closed else '?'}" if opening else r"(?!)"
 
     def body(self, message: Message, tools: Any = (), before: list[Message] | None = None) -> str:
         """Return the text of an assistant turn as the template renders it, from the answer's beginning on.
@@ -168,8 +218,30 @@ class TurnFormat:
             message: the assistant message.
             tools: JSON schemas of the tools.
             before: the messages before it.
+
+        Raises:
+            MisplacedTurnError: the turn does not begin where the generation prompt ends, so the policy cannot write it.
         """
         context = before or [HELLO]
-        core = self.core(self.opening(context, tools))
+        opened = self.opening(context, tools)
+        core = self.core(opened)
         text = self.template.render([*context, message], generate=False, tools=tools)
-        return text[shared_length(core, text) :]
+        begins = shared_length(core, text)
+        start = core + _space(opened[len(core) :])
+        missing = start[shared_length(start, text) :]
+        spaced = not missing.strip() and (missing == self._slack or self._begins_with_thought(text[begins:]))
+        if missing and not spaced:
+            raise MisplacedTurnError(
+                f"the turn begins with {text[shared_length(start, text) :][:40]!r} where the generation prompt has "
+                f"{missing[:40]!r}"
+            )
+        return text[begins:]
+
+    def _begins_with_thought(self, text: str) -> bool:
+        """Return whether a turn begins with a mark of reasoning."""
+        return bool(self.thinking) and text.lstrip() != self.without_thought(text).lstrip()
+
+
+def _space(text: str) -> str:
+    """Return the white space at the beginning of a text."""
+    return text[: len(text) - len(text.lstrip())]
