@@ -380,6 +380,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         if task.tools:
             chat.check_tools()
         try:
+            chat.check_task(task.messages, task.tools)
             length = len(chat.prompt(task.messages, task.tools))
             if task.messages:  # else the environment writes the prompt
                 self._module.privileged_prompt(task, task.messages)

@@ -11,7 +11,7 @@ from ..batch import CALL, REASONING
 from ..environments.base import Message, tool_call
 from ..environments.calculator import CALCULATOR
 from ..errors import UserError
-from ..generation.chat import Chat, ChatOptions, ignored_stops
+from ..generation.chat import Chat, ChatOptions, ToolCallError, ignored_stops
 from ..lens.trace import visible
 from ..models import Pretrained
 from .parsers import template as parser
@@ -37,12 +37,11 @@ def spans(chat: Chat, *, tools: bool = True) -> Iterator[tuple[str, list[int]]]:
     if tools:
         turn = chat.write(tool_call("calculator", {"expression": "12 * 3"}, "I will calculate it."))
         yield from _parts(chat, turn, listed, ids)
-        ids = [*ids, *turn]
-        for call in chat.read(turn, listed, ids[: -len(turn)]).message.get("tool_calls", [])[:1]:
-            answer: Message = {"role": "tool", "name": "calculator", "tool_call_id": call["id"], "content": "36"}
-            context = chat.continuation([answer], turn[-1])
-            yield "observation", context
-            ids += context
+        calls = chat.read(turn, listed, ids).message.get("tool_calls") or [{"id": ""}]  # words call no calculator
+        answer: Message = {"role": "tool", "name": "calculator", "tool_call_id": calls[0]["id"], "content": "36"}
+        context = chat.continuation([answer], turn[-1])
+        yield "observation", context
+        ids = [*ids, *turn, *context]
     yield from _parts(chat, chat.write({"role": "assistant", "content": "It is 36."}), listed, ids)
 
 
@@ -86,10 +85,14 @@ def template_command(argv: list[str]) -> int:
         console.print("  note: the template does not escape all arguments; demonstrations are written with escapes")
     if problem:
         console.print(f"tools cannot be used: {problem}", style="red")
-    for kind, ids in spans(chat, tools=not problem):
-        title = NOTES.get(kind, kind)
-        console.print(Text(f"-- {title}, {len(ids)} tokens", style="bold"))
-        console.print(_text(chat, ids, STYLES[kind]))
+    try:
+        for kind, ids in spans(chat, tools=not problem):
+            title = NOTES.get(kind, kind)
+            console.print(Text(f"-- {title}, {len(ids)} tokens", style="bold"))
+            console.print(_text(chat, ids, STYLES[kind]))
+    except (UserError, ToolCallError) as error:
+        problem = str(error)
+        console.print(f"the sample conversation cannot be rendered: {problem}", style="red")
     return 1 if problem else 0
 
 

@@ -18,7 +18,9 @@ from ..batch import CALL, REASONING
 from ..environments.base import Message
 from ..errors import UserError
 from .chat_template import ChatTemplate
-from .tool_format import BOTH, ToolFormat, calls_of
+from .spelled_marks import hide_spelled, reveal
+from .tool_format import ToolFormat, calls_of
+from .tool_proof import BOTH, check_names
 from .tool_syntax.base import ToolCallError, ToolSyntax
 from .tool_syntax.known import json_calls
 from .tool_syntax.learned import IDS, PROBE_TOOLS, SECOND
@@ -125,6 +127,7 @@ class Chat:
         self.thinking = _thinking(options, self.template.source)
         self.turn = TurnFormat(self.template, self.thinking)
         self._remembered: dict[str, list[int]] = {}
+        self._checked: set[str] = set()  # what has passed `check_tools` and `check_task`
         given = set(stop_ids)
         self.ignored_stops = {i for i in given if not self.template.control.holds(i)}
         named = {self._token(text) for text in options.stop_tokens or ()}
@@ -224,7 +227,7 @@ class Chat:
         Raises:
             ToolCallError: a tool call that cannot be read.
         """
-        return self._message(self._split(self.text(ids), tools, context))
+        return self._message(self._split(ids, tools, context))
 
     def read(self, ids: list[int], tools: Any = (), context: Sequence[int] = (), calls_before: int = 0) -> ReadTurn:
         """Return what the sampled ids encode.
@@ -238,14 +241,14 @@ class Chat:
         Raises:
             ToolCallError: a tool call that cannot be read.
         """
-        turn = self._split(self.text(ids), tools, context)
+        turn = self._split(ids, tools, context)
         return ReadTurn(self._message(turn, calls_before), self._parts(ids, turn))
 
     def read_invalid(self, ids: list[int], tools: Any = (), context: Sequence[int] = ()) -> ReadTurn:
         """Return a turn with a tool call that `read` cannot read. Behind the first thought, the text from the first
         call on counts as a call, and it remains in ``content``."""
         text = self.text(ids)
-        turn = self._split(text, (), context)
+        turn = self._split(ids, (), context)
         call = self.syntax.find(text, turn.thoughts[0][1] if turn.thoughts else 0, tools)
         turn.actions = [] if call < 0 else [(call, len(text))]
         return ReadTurn(self._message(turn), self._parts(ids, turn))
@@ -258,11 +261,14 @@ class Chat:
             parts[-1] = next((part for part, token in before if self.text([token]).strip()), 0)
         return parts
 
-    def _split(self, text: str, tools: Any, context: Sequence[int]) -> TurnText:
+    def _split(self, ids: list[int], tools: Any, context: Sequence[int]) -> TurnText:
         inside = False
         if self.thinking and context:
             inside = self.thinking.opened_in(self.tokenizer.decode(context[-CONTEXT:], skip_special_tokens=False))
-        return read_turn(text, self.syntax, tools, self.thinking, inside)
+        marks, text = self.syntax.literal_marks, self.text(ids)
+        for mark in marks:
+            text = hide_spelled(text, mark, self._control(mark), ids, self.text)
+        return reveal(read_turn(text, self.syntax, tools, self.thinking, inside), marks)
 
     def _message(self, turn: TurnText, calls_before: int = 0) -> Message:
         content = turn.content.removeprefix(self.turn.before.strip()).strip() if self.turn.before else turn.content
@@ -315,19 +321,21 @@ class Chat:
 
     def _written(self, message: Message) -> tuple[str, str]:
         """Return the text of a turn and its end token."""
-        content, reasoning = message.get("content") or "", message.get("reasoning") or ""
+        mark = self.template.control.mark
+        content, reasoning = mark(message.get("content") or ""), mark(message.get("reasoning") or "")
+        if message.get("tool_calls") and self.tools.native:
+            thought = self.turn.thought(reasoning, self.tools.thought_marks(bool(content)))
+            return thought + self.tools.rendered({**message, "reasoning": ""}), self.tools.end_text
         thought = self.turn.thought(reasoning)
         if not message.get("tool_calls"):
             return thought + self.turn.before + content + self.turn.before_end, self.turn.end_text
-        if self.tools.native:
-            return thought + self.tools.rendered({**message, "reasoning": ""}), self.tools.end_text
-        return thought + self._with_calls(message) + self.turn.before_end, self.turn.end_text
+        return thought + self._with_calls({**message, "content": content}) + self.turn.before_end, self.turn.end_text
 
     def _with_calls(self, message: Message) -> str:
         """Return the content and the calls of a message as text in the syntax of `ToolFormat.syntax`."""
         content = message.get("content") or ""
         functions = [{**call["function"], "id": call.get("id")} for call in message["tool_calls"]]
-        return (content + self.syntax.joint if content else "") + self.syntax.write(functions)
+        return self.syntax.introduced(content, self.tools.write(functions))
 
     def check_tools(self) -> None:
         """Check that calls and results pass through the chat template unchanged.
@@ -335,9 +343,33 @@ class Chat:
         Raises:
             UserError: they do not; the message says what to set.
         """
-        self.tools.check()
+        if "" in self._checked:
+            return
+        self.tools.listing.check(self.tools.syntax)
         if self.options.earlier_reasoning == "drop":
             self._check_rendered_again()
+        self.tools.check()
+        self._checked.add("")
+
+    def check_task(self, messages: list[Message], tools: Any) -> None:
+        """Check that the policy can call the tools of a task: `check_tools`, that its prompt names them, and that calls
+        with their names and parameters are read.
+
+        Args:
+            messages: the task's messages; empty if the environment writes the prompt.
+            tools: JSON schemas of the task's tools.
+
+        Raises:
+            UserError: it cannot; the message names the tool, and says what to set.
+        """
+        if not tools:
+            return
+        self.check_tools()
+        self.prompt(messages or [HELLO], tools)
+        key = json.dumps(list(tools), default=repr)
+        if key not in self._checked:
+            check_names(self.tools, tools)
+            self._checked.add(key)
 
     def _check_rendered_again(self) -> None:
         result: Message = {"role": "tool", "name": SECOND, "tool_call_id": IDS[0], "content": "probe result"}

@@ -12,7 +12,7 @@ from typing import Any
 
 MAX_STEPS = 1_000_000  # lines and calls of a template's code in one rendering; real templates take thousands
 MAX_TEXT = 5_000_000  # characters in the result of one rendering
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode reserves for internal use
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode reserves for internal use
 
 
 class TemplateLimit(ValueError):
@@ -84,7 +84,7 @@ class ControlTokens:
         self._tokenizer = tokenizer
         self.special = sorted(self._ids, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, self.special)) or "(?!)")
-        self._marked = re.compile(f"{_OPEN}({self._any.pattern}){_CLOSE}|[{_OPEN}{_CLOSE}]")
+        self._marked = re.compile(f"{OPEN}({self._any.pattern}){CLOSE}|[{OPEN}{CLOSE}]")
 
     def holds(self, token: int) -> bool:
         """Return whether an id is a control token or another added token. Added tokens of white space do not count."""
@@ -95,11 +95,15 @@ class ControlTokens:
         if isinstance(value, str):
             if not self._any.search(value):
                 return value
-            text = value.replace(_OPEN, "").replace(_CLOSE, "")  # the text itself must not contain marks
-            return self._any.sub(f"{_OPEN}\\g<0>{_CLOSE}", text)
+            text = value.replace(OPEN, "").replace(CLOSE, "")  # the text itself must not contain marks
+            return self._any.sub(f"{OPEN}\\g<0>{CLOSE}", text)
         if isinstance(value, dict):
             return {self.mark(key): self.mark(item) for key, item in value.items()}
         return [self.mark(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def removed(self, text: str) -> str:
+        """Return a text without its control tokens."""
+        return self._any.sub("", text)
 
     def encode(self, text: str, after: str = "") -> list[int]:
         """Return the ids of rendered text. Control tokens written by the template get their own id; marked ones are

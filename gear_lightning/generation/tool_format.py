@@ -3,21 +3,24 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from ..environments.base import Message
 from ..errors import UserError
+from .chat_safety import CLOSE, OPEN
+from .spelled_marks import hide_marked, reveal
+from .tool_listing import ToolListing
+from .tool_proof import BOTH, RESULTS, proof, result_of
 from .tool_syntax.base import ToolCallError, Tools, ToolSyntax
 from .tool_syntax.known import FALLBACK, FIRST_CHOICE, NAMED, described, json_calls, known
 from .tool_syntax.learned import ARGUMENTS, FIRST, IDS, PROBE_TOOLS, SECOND, candidates
-from .turn_format import HELLO, MARK, TurnFormat
-from .turn_text import read_turn
+from .turn_format import HELLO, MARK, THOUGHT, MisplacedTurnError, TurnFormat
+from .turn_text import TurnText, read_turn
 
-BOTH = [(FIRST, ARGUMENTS[0]), (SECOND, ARGUMENTS[1])]
+_PLAIN = {OPEN: "zq7open7qz", CLOSE: "zq7close7qz"}  # marks as text that every syntax writes as it is
 _MARKS = str.maketrans("", "", "\ufdd0\ufdd1")
 LOOK = 200  # characters in which the end token of a turn is searched
-EXAMPLE = "zq7example7qz"  # placeholder of the example of a call
 RESULT = "<tool_response>\n{}\n</tool_response>"  # a result for templates without a tool role
 
 
@@ -27,8 +30,20 @@ def unmarked(text: str) -> str:
 
 
 def _schema(arguments: dict[str, Any]) -> dict[str, Any]:
-    kinds = {name: {"type": "string" if isinstance(value, str) else "object"} for name, value in arguments.items()}
+    """Return a schema of arguments: text, or any other value."""
+    kinds = {name: {"type": "string"} if isinstance(value, str) else {} for name, value in arguments.items()}
     return {"properties": kinds}
+
+
+def _replaced(value: Any, texts: dict[str, str]) -> Any:
+    """Return a value in whose texts some texts are replaced."""
+    if isinstance(value, str):
+        for old, new in texts.items():
+            value = value.replace(old, new)
+        return value
+    if isinstance(value, dict):
+        return {_replaced(key, texts): _replaced(item, texts) for key, item in value.items()}
+    return [_replaced(item, texts) for item in value] if isinstance(value, list) else value
 
 
 def calls_of(*calls: tuple[str, dict[str, Any]], ids: Iterable[str] = IDS) -> Message:
@@ -38,6 +53,9 @@ def calls_of(*calls: tuple[str, dict[str, Any]], ids: Iterable[str] = IDS) -> Me
         for (name, arguments), identifier in zip(calls, ids, strict=False)
     ]
     return {"role": "assistant", "content": "", "tool_calls": made}
+
+
+Calls = Sequence[tuple[str, dict[str, Any]]]
 
 
 class ToolFormat:
@@ -50,10 +68,14 @@ class ToolFormat:
         stop_ids: tokens that end a turn.
 
     Attributes:
+        listing: who lists the tools, and where.
         syntax: how the policy writes calls; None if the template's own syntax is unknown.
         native: whether turns with calls are rendered by the template; otherwise ``syntax`` writes them.
         renders: whether the template renders the calls of earlier turns.
+        unreadable: why the calls that the template renders cannot be the policy's; empty if they can, or if it renders
+            none.
         lists: whether the template lists the tools.
+        describes: whether this package lists them.
         end_text: the token that ends a turn with calls.
         lossy: whether the template renders some arguments in a way that cannot be read back, as the proof found;
             ``syntax`` writes demonstrations with such arguments.
@@ -67,27 +89,40 @@ class ToolFormat:
         self._stops = sorted({turn.end_text, *(decode([i]) for i in stop_ids)} - {""}, key=len, reverse=True)
         # A tokenizer with several templates uses the one for tools only if there are tools.
         self._given: Tools = PROBE_TOOLS if isinstance(self.template.tokenizer.chat_template, dict) else ()
-        self.lists = FIRST in self._opening_with_tools()
-        one = self._probe((FIRST, ARGUMENTS[0]))
-        self.renders = one is not None and FIRST in one and "alpha" in one
+        self.describes = choice == "json_list" or list_tools == "system"
+        self.listing = ToolListing(turn, self.describes)
+        self.lists = self.listing.lists
+        one, self.unreadable = self._first_call()
+        self.renders = one is not None
         self.lossy = False
         self.native = self.renders and choice != "json_list"
-        self.syntax = self._find_syntax(one) if self.renders else self._unrendered()
+        self.syntax = None if self.unreadable else self._find_syntax(one) if self.renders else self._unrendered()
         if isinstance(choice, ToolSyntax):
             self.syntax = choice
         elif choice != "auto":
             self.syntax = NAMED[choice]()
-        self.describes = choice == "json_list" or list_tools == "system"
-        self._system_role = self._has_system_role()
         self.results_as_user = False
         self.results_as_user = self.describes and not self.shows_results()
         self.end_text = self._end_of_calls()
 
-    def _opening_with_tools(self) -> str:
+    def _first_call(self) -> tuple[str | None, str]:
+        """Return the text of a turn with a call (None if the template renders none), and why it cannot be the
+        policy's."""
+        call = calls_of((FIRST, ARGUMENTS[0]))
         try:
-            return self.turn.opening([HELLO], PROBE_TOOLS)
+            text = self._cut(self.turn.without_thought(self.turn.body(call, PROBE_TOOLS)))
+        except MisplacedTurnError as error:
+            return None, str(error)
         except UserError:
-            return ""
+            return None, ""
+        if FIRST in text and "alpha" in text:
+            return text, ""
+        try:
+            empty = self._cut(self.turn.without_thought(self.turn.body({**call, "tool_calls": []}, PROBE_TOOLS)))
+        except UserError:
+            empty = text
+        same = "".join(text.split()) == "".join(empty.split())
+        return None, "" if same else f"the template renders a call as {text.strip()[:40]!r}"
 
     def _probe(self, *calls: tuple[str, dict[str, Any]]) -> str | None:
         """Return the text of a turn with calls, without its end token; None if the template cannot render it."""
@@ -106,6 +141,22 @@ class ToolFormat:
         special = next((t for t in self.template.control.special if text.endswith(t)), "")
         return text[: len(text) - len(special)]
 
+    @cache  # noqa: B019 - one instance per run
+    def thought_marks(self, content: bool) -> tuple[str, str] | None:
+        """Return the texts before and behind reasoning in a turn with calls; None if the template renders it only in
+        other turns.
+
+        Args:
+            content: whether text stands before the calls.
+        """
+        message = {**calls_of(BOTH[1]), "content": "I look." if content else ""}
+        try:
+            text = self._cut(self.turn.without_thought(self.turn.body(message, PROBE_TOOLS)))
+            thought = self._cut(self.turn.body({**message, "reasoning": THOUGHT}, PROBE_TOOLS))
+        except UserError:
+            return None
+        return self.turn.marks_in(thought, text)
+
     def _find_syntax(self, one: str | None) -> ToolSyntax | None:
         """Return the first syntax that reads back what the template renders."""
         first = known(FIRST_CHOICE, self.template.source)
@@ -123,66 +174,76 @@ class ToolFormat:
 
     def reads_back(self, syntax: ToolSyntax, *calls: tuple[str, dict[str, Any]]) -> bool:
         """Return whether calls are read as the template (or the syntax, for templates that render none) writes them."""
-        return self._read(syntax, self._text(syntax, calls)) == list(calls)
+        return self.read_text(syntax, self.text_of(syntax, calls)) == list(calls)
 
-    def _text(self, syntax: ToolSyntax, calls: Sequence[tuple[str, dict[str, Any]]]) -> str | None:
-        return self._probe(*calls) if self.native else self._written(syntax, list(calls))
+    def text_of(self, syntax: ToolSyntax, calls: Calls) -> str | None:
+        """Return calls as the template renders them, or as the syntax writes them if the template renders none; None
+        if it cannot."""
+        return self._probe(*calls) if self.native else self.written(syntax, calls)
 
-    def _read(self, syntax: ToolSyntax, text: str | None) -> list[tuple[str, Any]] | None:
+    def read_text(self, syntax: ToolSyntax, text: str | None, tools: Tools = PROBE_TOOLS) -> Sequence[Any] | None:
         """Return the calls in a text; None if there is no text, if it cannot be read, or if text is left over."""
         if text is None:
             return None
         try:
-            found = read_turn(unmarked(text), syntax, PROBE_TOOLS, self.turn.thinking)
+            found = self.read(syntax, text, tools)
         except ToolCallError:
             return None
         calls = [(c["function"]["name"], c["function"]["arguments"]) for c in found.calls]
         return None if found.content else calls
 
-    @staticmethod
-    def _written(syntax: ToolSyntax, calls: list[tuple[str, dict[str, Any]]]) -> str:
-        return syntax.write([{"name": name, "arguments": arguments} for name, arguments in calls])
+    def read(self, syntax: ToolSyntax, text: str, tools: Tools = PROBE_TOOLS) -> TurnText:
+        """Return the parts of a turn in rendered text, in which spelled-out control tokens are marked.
+
+        Raises:
+            ToolCallError: a call that cannot be read.
+        """
+        marks = syntax.literal_marks
+        return reveal(read_turn(unmarked(hide_marked(text, marks)), syntax, tools, self.turn.thinking), marks)
+
+    def written(self, syntax: ToolSyntax, calls: Calls) -> str:
+        """Return calls as a syntax writes them."""
+        return self.write([{"name": name, "arguments": arguments} for name, arguments in calls], syntax)
+
+    def write(self, calls: Sequence[dict[str, Any]], syntax: ToolSyntax | None = None) -> str:
+        """Return calls as a syntax writes them, with marks at the control tokens that are spelled out in them."""
+        text = (syntax or self.syntax or json_calls()).write(_replaced(self.template.control.mark(list(calls)), _PLAIN))
+        for mark, plain in _PLAIN.items():
+            text = text.replace(plain, mark)
+        return text
 
     def rendered(self, message: Message) -> str:
-        """Return the text of a turn with calls as the template renders it, without its end token."""
+        """Return the text of a turn with calls as the template renders it, without its end token.
+
+        Raises:
+            UserError: the calls of the message would not be read back from any text.
+        """
         text = self._cut(self.turn.without_thought(self.turn.body(message, PROBE_TOOLS)))
+        syntax, content = self.syntax or json_calls(), (message.get("content") or "").strip()
+        marked = self.template.control.mark(content)
         if not self._same(text, message):  # the template does not escape quotes, for example
-            syntax = self.syntax or json_calls()
-            written = syntax.write([c["function"] for c in message["tool_calls"]])
-            return syntax.joint.join(part for part in (message.get("content"), written) if part)
-        content = (message.get("content") or "").strip()
-        if content and content not in unmarked(text):  # templates of models that never write both
-            return content + (self.syntax or json_calls()).joint + text.lstrip("\n")
+            text = syntax.introduced(marked, self.write([c["function"] for c in message["tool_calls"]]))
+        elif content and (content not in unmarked(text) or not self._shows(content, text)):
+            # templates of models that never write both, or write the text as reasoning
+            alone = self.turn.body({**message, "content": ""}, PROBE_TOOLS)
+            text = syntax.introduced(marked, self._cut(self.turn.without_thought(alone)))
+        if not self._same(text, message):
+            raise UserError(f"the calls of this turn cannot be written so that they are read back: {text[:200]!r}")
         return text
+
+    def _shows(self, content: str, text: str) -> bool:
+        """Return whether the content of a turn with calls is not read as reasoning."""
+        return content not in self.read(self.syntax or json_calls(), text).reasoning
 
     def _same(self, text: str, message: Message) -> bool:
         """Return whether the calls of a message are read from its text as they are."""
         wanted = [c["function"] for c in message["tool_calls"]]
+        tools = [{"function": {"name": c["name"], "parameters": _schema(c["arguments"])}} for c in wanted]
         try:
-            tools = [{"function": {"name": c["name"], "parameters": _schema(c["arguments"])}} for c in wanted]
-            found = read_turn(unmarked(text), self.syntax or json_calls(), tools, self.turn.thinking).calls
+            found = self.read(self.syntax or json_calls(), text, tools).calls
         except ToolCallError:
             return False
         return [c["function"] for c in found] == [{"name": c["name"], "arguments": c["arguments"]} for c in wanted]
-
-    def check_listing(self) -> None:
-        """Check that someone lists the tools.
-
-        Raises:
-            UserError: neither the template nor this package does.
-        """
-        if self.lists or self.describes or (self.syntax and not self.syntax.any_text):
-            return
-        own = (
-            "model.chat.list_tools to system (this package lists the tools in the system message, and the policy "
-            "calls them in the template's own syntax) or "
-            if self.syntax is not None
-            else ""
-        )
-        raise UserError(
-            f"the chat template lists no tools, so the policy would not know them: set {own}model.chat.tool_syntax to "
-            "json_list (this package lists the tools in the system message and describes its own syntax of calls)"
-        )
 
     def check(self) -> None:
         """Check that calls and results pass through the chat template unchanged.
@@ -190,7 +251,7 @@ class ToolFormat:
         Raises:
             UserError: they do not; the message says what to set.
         """
-        self.check_listing()
+        self.listing.check(self.syntax)
         failed = next((f"{name}: {problem}" for name, problem in self.proof() if problem), None)
         if failed:
             raise UserError(
@@ -202,74 +263,20 @@ class ToolFormat:
 
     def proof(self) -> Iterator[tuple[str, str]]:
         """Yield what the round trip checks, and what is wrong with it (empty: nothing)."""
-        syntax = self.syntax
-        if syntax and not syntax.any_text:
-            return
-        yield "tools are listed", "" if self.lists or self.describes else "the template lists none"
-        if syntax is None:
-            yield "a call is read back", "the syntax of the calls that the template renders is unknown"
-            return
-        for name, call in self._calls(syntax):
-            yield name, self._problem(syntax, call)
-        text = self._text(syntax, BOTH)
-        if text is not None and SECOND in text:  # some models make one call per turn
-            yield "two calls in one turn", self._problem(syntax, *BOTH)
-        yield "results are shown", self._result_problem()
-
-    def _problem(self, syntax: ToolSyntax, *calls: tuple[str, dict[str, Any]]) -> str:
-        found = self._read(syntax, self._text(syntax, calls))
-        if found == list(calls):
-            return ""
-        if found or calls[0] in BOTH or not self.native:
-            return "the call is not read back as it was written"
-        # the template does not escape such arguments, so they cannot be read back; the syntax itself must
-        if self._read(syntax, self._written(syntax, list(calls))) != list(calls):
-            return "the call is not read back as it was written"
-        self.lossy = True
-        return ""
-
-    def _calls(self, syntax: ToolSyntax) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
-        """Yield calls that a round trip must preserve, with a description."""
-        yield "a call is read back", BOTH[0]
-        yield "a call of another function", BOTH[1]
-        for name, arguments in self._arguments(syntax):
-            yield name, (FIRST, arguments)
-
-    def _arguments(self, syntax: ToolSyntax) -> Iterator[tuple[str, dict[str, Any]]]:
-        deep = {"a": [1, 2.5, {"b": None, "c": [True, False, "x"]}], "d": {}}
-        yield "nested objects", {"alpha": "x", "beta": deep}
-        yield "characters that are not ASCII", {"alpha": "Zürich ☃ 日本 🙂"}
-        yield "quotes and backslashes", {"alpha": "a \" and ' and \\ and `"}
-        yield "line breaks", {"alpha": "first\n  second\n\nlast"}
-        yield "text that looks like a number", {"alpha": "42"}
-        yield "text that looks like JSON", {"alpha": '{"k": 1}'}
-        whole = unmarked(self._written(syntax, [(FIRST, {"alpha": MARK})]))
-        opening, closing = whole.partition(FIRST)[0], whole.rpartition(MARK)[2]
-        yield "text with the syntax's own marks", {"alpha": f"a {opening}b{closing} c"}
-
-    def _result_problem(self) -> str:
-        try:
-            text = self.continuation(self.shown([self._result("probe result")]))[0]
-        except UserError as error:
-            return str(error)
-        return "" if "probe result" in text else "the template does not show the result of a call"
+        return proof(self)
 
     def shows_results(self) -> bool:
         """Return whether the template shows the text of a tool's result."""
         try:
-            return "probe result" in self.continuation([self._result("probe result")])[0]
+            return RESULTS[0] in self.continuation([result_of(RESULTS[0])])[0]
         except UserError:
             return False
 
     def _end_of_calls(self) -> str:
         try:
-            return self.continuation([self._result("probe result")])[1]
+            return self.continuation([result_of(RESULTS[0])])[1]
         except UserError:
             return self.turn.end_text
-
-    @staticmethod
-    def _result(text: str) -> Message:
-        return {"role": "tool", "name": FIRST, "tool_call_id": IDS[0], "content": text}
 
     def shown(self, messages: list[Message]) -> list[Message]:
         """Return messages as the template can render them: results as user messages if it has no tool role."""
@@ -287,10 +294,27 @@ class ToolFormat:
                 found.append({"role": "user", "content": text, "_results": True})
         return [{k: v for k, v in m.items() if k != "_results"} for m in found]
 
-    def continuation(self, messages: list[Message]) -> tuple[str, str, bool]:
+    def position_problem(self, text: str) -> str:
+        """Return what is wrong if the first probe result is not rendered as ``text`` behind earlier turns, too."""
+        earlier = [{"role": "assistant", "content": "Hi"}, HELLO]
+        if self.renders and not self.results_as_user:
+            earlier = [calls_of(BOTH[0]), result_of("probe result")]
+        try:
+            later = self.continuation(self.shown([result_of(RESULTS[0])]), earlier)[0]
+        except UserError as error:
+            return str(error)
+        # DeepSeek V3 omits control tokens of later results, which is an error of its template
+        one, other = (re.sub(r"\s+", "", self.template.control.removed(part)) for part in (text, later))
+        return "" if one == other else "the template renders a result in another way behind earlier turns"
+
+    def continuation(self, messages: list[Message], before: Sequence[Message] = ()) -> tuple[str, str, bool]:
         """Return the text behind a turn: (text behind its end token, the end token's text, whether it is shared).
 
         The turn is a placeholder: with a call for each result, because templates render results from the calls.
+
+        Args:
+            messages: the messages behind the turn.
+            before: messages between the first user message and the turn.
 
         Raises:
             UserError: the template cannot render these messages after an assistant turn.
@@ -304,12 +328,12 @@ class ToolFormat:
             messages = self._with_ids(messages, ids)
         tools = self._given if results else ()
         try:
-            text = self.turn.opening([HELLO, stand_in, *messages], tools)
+            text = self.turn.opening([HELLO, *before, stand_in, *messages], tools)
         except UserError:
             if len(results) < 2 or "tool_calls" not in stand_in:
                 raise
             stand_in = {**stand_in, "tool_calls": stand_in["tool_calls"][:1]}  # one call per turn: Llama 3
-            text = self.turn.opening([HELLO, stand_in, *messages], tools)
+            text = self.turn.opening([HELLO, *before, stand_in, *messages], tools)
         return self._behind(text, stand_in)
 
     @staticmethod
@@ -355,29 +379,6 @@ class ToolFormat:
         """Return the text of an opening conversation, up to the start of the assistant's turn.
 
         Raises:
-            UserError: the template cannot render the messages, or nothing lists the tools.
+            UserError: the template cannot render the messages or omits a part of them, or nothing lists the tools.
         """
-        messages = self.shown(messages)
-        if not tools:
-            return self.turn.opening(messages)
-        self.check_listing()
-        if not self.describes:
-            return self.turn.opening(messages, tools)
-        syntax = self.syntax or json_calls(listed=True)
-        # The template and this package write control tokens, messages do not: the example is inserted afterwards.
-        return self.turn.opening(self._described(messages, syntax, tools)).replace(EXAMPLE, syntax.example())
-
-    def _described(self, messages: list[Message], syntax: ToolSyntax, tools: Tools) -> list[Message]:
-        """Return messages with the tools in the system message, or in the first one if there is no system role."""
-        listed = syntax.system_text(tools, EXAMPLE)
-        if messages and messages[0]["role"] == "system":
-            return [{**messages[0], "content": f"{messages[0]['content']}\n\n{listed}"}, *messages[1:]]
-        if self._system_role:
-            return [{"role": "system", "content": listed}, *messages]
-        return [{**messages[0], "content": f"{listed}\n\n{messages[0].get('content') or ''}"}, *messages[1:]]
-
-    def _has_system_role(self) -> bool:
-        try:
-            return MARK in self.turn.opening([{"role": "system", "content": MARK}, HELLO])
-        except UserError:
-            return False
+        return self.listing.opening(self.shown(messages), tools, self.syntax)

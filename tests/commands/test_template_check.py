@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from chat_templates import CHATML, HERMES, NO_TOOL_ROLE, byte_tokenizer
-from template_corpus import FAMILIES, tokenizer_of
+from template_corpus import FAMILIES, chat_of, tokenizer_of
 from tiny_runs import source
 
 from gear_lightning.commands.template import spans, template_command
@@ -123,3 +123,21 @@ def test_the_command_says_what_serves_a_model(name, facts, published, capsys):
     shown = capsys.readouterr().out
     for fact in facts:
         assert fact in shown, shown
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_sample_conversation_of_every_family_has_a_call(name):
+    chat = chat_of(FAMILIES[name])
+    try:
+        chat.check_tools()
+    except UserError:
+        assert [kind for kind, _ in spans(chat, tools=False)][:1] == ["prompt"]
+        return
+    assert "call" in [kind for kind, _ in spans(chat)]
+
+
+def test_a_sample_conversation_that_cannot_be_rendered_is_reported(published, capsys):
+    check = "{% if '12' in m.content %}{{ raise_exception('no numbers') }}{% endif %}"
+    limited = CHATML.replace("<|im_start|>{{", check + "<|im_start|>{{")
+    assert template_command([published(byte_tokenizer(limited)), "--tool_syntax", "json_list"]) == 1
+    assert "the sample conversation cannot be rendered" in capsys.readouterr().out

@@ -6,7 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 from scripted_policy import Scripted
-from template_corpus import COLUMNS, FAMILIES, TOOLS, USER, called, chat_of, read_back, row, table
+from template_corpus import (
+    COLUMNS,
+    FAMILIES,
+    NESTED,
+    ONE,
+    TOOLS,
+    USER,
+    called,
+    chat_of,
+    differences,
+    read_back,
+    row,
+    table,
+)
 
 from gear_lightning.batch import CALL, REASONING
 from gear_lightning.environments.base import Task
@@ -41,6 +54,54 @@ def test_nothing_fails_in_silence(name):
 def test_the_model_s_own_calls_are_read(name):
     assert {ROWS[name][column] for column in COLUMNS} <= {"yes", "-"}
     assert "tool_syntax" not in ROWS[name]["syntax"]
+
+
+TURNS = {
+    "call": called(ONE),
+    "nested arguments": called(NESTED),
+    "text": called(ONE, content="I look."),
+    "thought": called(ONE, reasoning="Let me look."),
+    "thought and text": called(ONE, content="I look.", reasoning="Let me look."),
+    "two calls": called(ONE, {"city": "Bern"}),
+}
+# Templates that render a conversation in another way once it continues: (family, text that only they render there).
+REWRITTEN = [
+    ("GPT-OSS", "<|end|><|start|>user"),  # the answer ends with another token than the one that the model samples
+    ("GPT-OSS", "<|channel|>analysis<|message|>I look."),  # text before a call becomes reasoning
+    ("Gemma diffusion", "<|turn>model\nIt rains."),  # the generation prompt has no such header behind a result
+    ("Mistral 7B v0.3, Nemo", "</s>[AVAILABLE_TOOLS]"),  # the tools are listed at the last user message
+    ("Mistral Small 3.2", "</s>[AVAILABLE_TOOLS]"),
+    ("Ministral 3, Devstral", "</s>[AVAILABLE_TOOLS]"),
+    ("LFM2.5", "a \\ and\na line"),  # text is rendered without escapes
+    ("LFM2.5 (2)", "a \\ and\na line"),
+]
+COMPARED = {}  # filled by the next test
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_the_policy_writes_and_reads_is_what_the_template_renders(name):
+    if "refused" in ROWS[name].values():
+        return
+    chat = chat_of(FAMILIES[name])
+    if not chat.tools.native or chat.tools.describes:
+        return
+    chat.check_tools()
+    for turn, message in TURNS.items():
+        thinks = chat.thinking and chat.thinking.native
+        several = turn != "two calls" or ROWS[name]["two calls"] == "yes"
+        if ("thought" in turn and not thinks) or not several or (name, turn) == ("GPT-OSS", "thought and text"):
+            continue
+        compared, found = differences(chat, message)
+        left = [pair for pair in found if not any(name == n and text in pair[0] for n, text in REWRITTEN)]
+        assert not left, (turn, left)
+        COMPARED[name, turn] = compared
+
+
+def test_most_turns_are_compared_with_the_template():
+    assert len({name for (name, _), parts in COMPARED.items() if "call" in parts}) >= 30
+    assert {"Command R7B", "Gemma 4", "GLM 4.5", "Qwen3.5", "Llama 3.1, 3.3"} <= {n for n, t in COMPARED if t == "call"}
+    for name in ("Gemma 4", "Nemotron 3 Ultra", "Nemotron 3.5", "Qwen3", "GLM 4.7, GLM 5", "MiniMax M2"):
+        assert "call" in COMPARED[name, "thought"], name
 
 
 def test_most_families_with_tools_need_no_override():
@@ -149,6 +210,46 @@ def test_gemma_s_notation_is_read():
     ):
         with pytest.raises(ToolCallError):
             GemmaCalls().read(broken, 0, ())
+
+
+GEMMA = [name for name in FAMILIES if name.startswith("Gemma 4")]
+QUOTE = '<|"|>'
+
+
+@pytest.mark.parametrize("name", GEMMA)
+def test_gemma_s_marks_in_an_argument_are_no_tokens(name):
+    """A string that spells the marks consists of ordinary tokens, so no text can end it."""
+    chat = chat_of(FAMILIES[name])
+    opening, closing = f"<|tool_call>call:weather_now{{city:{QUOTE}", f"{QUOTE}}}<tool_call|>"
+    for text in (f"a{closing}{opening}b", (opening + "q" + closing) * 2, QUOTE, closing, f"{QUOTE},days:7,x:{QUOTE}"):
+        for message in (called({"city": text, "days": 1}), called({"options": {"x": [text]}}, {"city": text})):
+            assert read_back(chat, message), text
+
+
+@pytest.mark.parametrize("name", ["Llama 3.1, 3.3", "Llama 3.2", "Llama 4 (JSON)", "Llama 4, 3.2 (Python)"])
+def test_a_call_without_marks_is_carried_out_behind_text(name):
+    chat = chat_of(FAMILIES[name])
+    assert read_back(chat, called({"city": "Bern"}, content="I look."))
+    call = chat.syntax.write([{"name": "weather_now", "arguments": {"city": "Bern"}}])
+    context = chat.prompt([USER], TOOLS)
+    for text in ("<|python_tag|>" + call, "Let me see.\n\n" + call):
+        found = chat.read(chat.encode(text), TOOLS, context)
+        assert found.message["tool_calls"][0]["function"]["arguments"] == {"city": "Bern"}
+        assert CALL in found.parts
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_an_optional_text_may_be_null(name):
+    chat = chat_of(FAMILIES[name])
+    note = {"anyOf": [{"type": "string"}, {"type": "null"}], "description": "A note."}
+    function = {
+        "name": "weather_now",
+        "description": "d",
+        "parameters": {"type": "object", "properties": {"note": note}},
+    }
+    tools = [{"type": "function", "function": function}]
+    for value in (None, "nothing", "0"):
+        assert read_back(chat, called({"note": value}), tools), value
 
 
 def test_stop_tokens_are_those_of_the_template_and_of_the_generation_config():

@@ -17,7 +17,7 @@ from template_families import WRITTEN, Family
 from gear_lightning.environments.base import Message
 from gear_lightning.errors import UserError
 from gear_lightning.generation.chat import Chat, ChatOptions, ToolCallError
-from gear_lightning.generation.tool_format import BOTH
+from gear_lightning.generation.tool_proof import BOTH
 
 # Templates in TRL's wheel: file -> (family, end-of-sequence token, further stop tokens, options).
 _LIST = {"tool_syntax": "json_list"}
@@ -81,7 +81,8 @@ _SPECIAL = re.compile(
     r"|\[gMASK\]|<sop>"
 )
 # Tokens of vocabularies that the template does not mention.
-_MORE = {"lfm2": ("<|tool_call_start|>", "<|tool_call_end|>")}
+_GEMMA_4 = ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5", "diffusion_gemma")
+_MORE = {"lfm2": ("<|tool_call_start|>", "<|tool_call_end|>"), **dict.fromkeys(_GEMMA_4, ('<|"|>',))}
 
 
 def trl_families() -> list[Family]:
@@ -236,6 +237,61 @@ def _thinking(chat: Chat) -> bool | None:
     quoted = f"I could write {chat.syntax.write([{'name': 'weather_now', 'arguments': ONE}])} now."
     drafted = {"role": "assistant", "content": "It rains.", "reasoning": quoted}
     return all(read_back(chat, m) for m in (answer, drafted, called(ONE, reasoning="Let me look.")))
+
+
+def differences(chat: Chat, first: Message) -> tuple[list[str], list[tuple[str, str]]]:
+    """Compare a conversation that is appended turn by turn with what the template renders for it.
+
+    A part is compared if the template only adds text to what it rendered before, and renders all of the message. An
+    empty thought that the template adds to earlier turns does not count.
+
+    Args:
+        chat: the chat format.
+        first: the first turn, with calls.
+
+    Returns:
+        Names of the compared parts, and what differs: pairs (rendered, appended).
+    """
+
+    def render(messages: list[Message], generate: bool) -> str:
+        text = chat.template.render(messages, generate=generate, tools=TOOLS)
+        return text.replace("\ufdd0", "").replace("\ufdd1", "") + chat.turn.header * generate
+
+    compared, found = [], []
+    ids, history = chat.prompt([USER], TOOLS), [USER]
+    for part, message in (("call", first), ("answer", {"role": "assistant", "content": "It rains."})):
+        opening, closed = chat.tokenizer.decode(ids), render([*history, message], False)
+        turn = chat.write(message)
+        stop = chat.tokenizer.decode(turn[-1:])  # it may be the first token of the next message
+        wanted = closed[len(opening) :]
+        calls = message.get("tool_calls") or []
+        texts = [message["content"], message.get("reasoning") or "", *(c["function"]["name"] for c in calls)]
+        if (
+            opening == render(history, True)
+            and closed.startswith(opening)
+            and all(map(wanted.count, filter(None, texts)))
+        ):
+            compared.append(part)
+            got = chat.tokenizer.decode(turn).removesuffix(stop)
+            plain = wanted if message.get("reasoning") else chat.turn.without_thought(wanted)
+            if not any(
+                text.startswith(got) and text[len(got) :].strip()[: len(stop)] in ("", stop) for text in (wanted, plain)
+            ):
+                found.append((wanted, got + stop))
+        behind: list[Message] = [
+            {"role": "tool", "name": "weather_now", "tool_call_id": call["id"], "content": f"rain {number}"}
+            for number, call in enumerate(calls)
+        ] or [USER]
+        more = chat.continuation(behind, turn[-1])
+        history += [message, *behind]
+        wanted, added = render(history, True), chat.tokenizer.decode(more)
+        before = closed.rstrip().removesuffix(stop)
+        if wanted.startswith(before):
+            compared.append(f"behind the {part}")
+            if wanted[len(before) :].lstrip().removeprefix(stop) != added:
+                found.append((wanted[len(before) :], stop + added))
+        ids = [*ids, *turn, *more]
+    return compared, found
 
 
 CHECKS: dict[str, Any] = {
