@@ -23,6 +23,8 @@ from gear_lightning.environments.checks import refuse_generator_methods
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.environments.task_check import check_calls, check_teacher_views
 from gear_lightning.errors import UserError
+from gear_lightning.generation.agent_loop import AgentLoop
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.cached_engine import CachedEngine
 from gear_lightning.generation.engine import GenerationEngine, Sampling
 from gear_lightning.generation.sampling_weights import SamplingWeights, WeightsMode
@@ -31,7 +33,7 @@ from gear_lightning.learning.positions import longest_row
 from gear_lightning.module import GearModule
 from gear_lightning.probes.sampling_check import TRIES, compare, explain, make_trial, ordinary_ids, sample
 from gear_lightning.rewards import OverlongPenalty
-from gear_lightning.rollout import STATUSES, AgentLoop, Budgets, Rollout
+from gear_lightning.rollout import STATUSES, Rollout
 from gear_lightning.runs.identity import UnknownIdentityError, identity_of
 from gear_lightning.teacher import SHOWN, OverlongError, privileged_text
 

@@ -149,9 +149,9 @@ def test_the_metrics_of_the_reference_are_logged(tmp_path):
     from gear_lightning.callbacks.noise_floor import NoiseFloor
     from gear_lightning.credit import GEAR, Uniform
     from gear_lightning.distillation import SDAR
+    from gear_lightning.generation.budgets import Budgets
     from gear_lightning.loss import ClippedSurrogate
     from gear_lightning.module import GearModule
-    from gear_lightning.rollout import Budgets
 
     options = {"objective": ClippedSurrogate(sampler_cap=2.0), "distillation": SDAR()}
     corrected = module(GEAR(anchor_floor=0.0), **options)

@@ -18,8 +18,10 @@ from gear_lightning.environments.calculator import CALCULATOR, Calculator
 from gear_lightning.environments.functions import FunctionTools
 from gear_lightning.environments.lookup_chain import TOOLS
 from gear_lightning.environments.single_turn import SingleTurn
+from gear_lightning.generation.agent_loop import AgentLoop
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.engine import SampledTurn, Sampling
-from gear_lightning.rollout import LEARNABLE, STATUSES, AgentLoop, Budgets, Rollout
+from gear_lightning.rollout import LEARNABLE, STATUSES, Rollout
 from gear_lightning.runs.records import read_records
 
 CALL = '<tool_call>[{"name": "look", "arguments": {"relation": "r1", "entity": "e1"}}]</tool_call>'

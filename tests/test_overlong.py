@@ -12,8 +12,9 @@ from gear_lightning.advantage import TurnGRPO
 from gear_lightning.callbacks.generation import _penalise
 from gear_lightning.environments.base import Task
 from gear_lightning.errors import UserError
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.rewards import OverlongPenalty
-from gear_lightning.rollout import Budgets, Rollout
+from gear_lightning.rollout import Rollout
 from gear_lightning.runs.records import read_records
 
 PENALTY = OverlongPenalty(expected=28, buffer=40, factor=2.0)  # budgets of `talking`: 80 tokens

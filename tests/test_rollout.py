@@ -14,9 +14,11 @@ from tiny_runs import source
 from gear_lightning.environments.base import Environment, Step, Task, tool_call, tool_result
 from gear_lightning.environments.lookup_chain import TOOLS, LookupChain, LookupChainTasks
 from gear_lightning.errors import UserError
+from gear_lightning.generation.agent_loop import AgentLoop
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.chat import Chat
 from gear_lightning.generation.engine import Sampling
-from gear_lightning.rollout import AgentLoop, Budgets, Rollout
+from gear_lightning.rollout import Rollout
 
 CALL = '<tool_call>[{"name": "look", "arguments": {"relation": "r1", "entity": "e1"}}]</tool_call>'
 

@@ -17,10 +17,11 @@ from gear_lightning.distillation import OPSD
 from gear_lightning.environments.base import Step, Task
 from gear_lightning.environments.lookup_chain import WORDS
 from gear_lightning.errors import UserError
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.chat import Chat, ChatOptions
 from gear_lightning.generation.engine import Sampling
 from gear_lightning.module import GearModule
-from gear_lightning.rollout import Budgets, Rollout, RolloutGroup
+from gear_lightning.rollout import Rollout, RolloutGroup
 from gear_lightning.teacher import TeacherOptions, privileged_prompt, privileged_text
 
 TEMPLATE = " <ref> {reference}"

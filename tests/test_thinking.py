@@ -18,10 +18,12 @@ from gear_lightning.environments.base import Demonstration, Environment, Step, T
 from gear_lightning.environments.lookup_chain import LookupChainTasks
 from gear_lightning.errors import UserError
 from gear_lightning.generation import CachedEngine, GenerateEngine
+from gear_lightning.generation.agent_loop import AgentLoop
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.chat import Chat, ChatOptions
 from gear_lightning.generation.engine import GenerationEngine, SampledTurn, Sampling, TurnRequest
 from gear_lightning.learning.warm_start import encode
-from gear_lightning.rollout import AgentLoop, Budgets, Rollout
+from gear_lightning.rollout import Rollout
 from gear_lightning.runs.records import read_records
 from gear_lightning.teacher import TeacherOptions
 

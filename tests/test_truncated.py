@@ -12,9 +12,9 @@ from gear_lightning.callbacks.run_status import RunStatus
 from gear_lightning.commands.status import status_of
 from gear_lightning.credit import Uniform
 from gear_lightning.environments.base import Step
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.module import GearModule
 from gear_lightning.rewards import OverlongPenalty
-from gear_lightning.rollout import Budgets
 from gear_lightning.runs.records import read_records
 
 

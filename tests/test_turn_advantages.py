@@ -22,7 +22,7 @@ from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.environments.base import Environment, Step, Task
 from gear_lightning.errors import UserError
-from gear_lightning.rollout import Budgets
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.runs.records import read_records
 
 RULES = [TurnGRPO(), MTGRPO(), MTGRPO(coef=0.3), GiGPO(), GiGPO(step_weight=0.5, gamma=0.5, divide_by_std=False)]

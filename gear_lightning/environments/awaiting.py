@@ -1,7 +1,7 @@
 """Async environments, tools and rewards: their awaitables run on one event loop of the process, on a thread of its own.
 
 The loop lives as long as the process, so a client that is bound to its loop (an HTTP session of a module) serves all
-rollouts. The thread that waits for an awaitable has the deadline (`DeadlineRunner`): when it passes, the awaitable is
+rollouts. The thread that waits for an awaitable has the deadline (`CallPool`): when it passes, the awaitable is
 canceled (`give_up`). A loop that a call has blocked is replaced.
 """
 

@@ -1,10 +1,13 @@
-"""Calls of external code with a deadline, on a thread that is abandoned if the call does not return."""
+"""Calls of external code with deadlines, on threads that are abandoned if a call does not return."""
 
+import itertools
 import os
 import queue
 import threading
+import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from .awaiting import FORKED, give_up
@@ -17,73 +20,172 @@ _abandoned: list[threading.Thread] = []  # threads whose call had not returned a
 _warned = False
 
 
-class _Worker:
-    """A thread that runs calls one after another. It is abandoned when a call hangs."""
+@dataclass(eq=False)
+class Call:
+    """A call.
 
-    def __init__(self, folder: str | None) -> None:
-        self._calls: queue.SimpleQueue = queue.SimpleQueue()
-        self._folder = folder
+    Attributes:
+        key: who asked for it.
+        function: what is called.
+        seconds: its deadline, from its start.
+        result: what the function returned.
+        error: why there is no result: `TimeoutError`: the deadline has passed. An async call is canceled; any other
+            stays on a daemon thread, which ends when the call returns. `RewardError`: the function raised one.
+            `EnvironmentFailure`: it raised another exception, which the text names. A `FloodError` or `TransientError`
+            keeps its type, and an `OSError` becomes a `TransientError`.
+        started: when it began, on the clock of `time.monotonic`; None if it waits.
+    """
+
+    key: Any
+    function: Callable[[], Any]
+    seconds: float
+    result: Any = None
+    error: Exception | None = None
+    started: float | None = None
+    thread: "threading.Thread | None" = field(default=None, repr=False)
+
+
+class CallPool:
+    """Makes calls, each with a deadline, side by side on threads. It is used by one thread.
+
+    Args:
+        workers: most calls at the same time.
+    """
+
+    def __init__(self, workers: int = 1) -> None:
+        self._workers = workers
+        self._folder = _here()
+        self._waiting: queue.PriorityQueue = queue.PriorityQueue()  # (priority, number, call)
+        self._done: queue.SimpleQueue[tuple[Call, Any, Exception | None]] = queue.SimpleQueue()
+        self._number = itertools.count()
+        self._open: set[Call] = set()  # calls without an outcome
+        self._threads: set[threading.Thread] = set()
+
+    @property
+    def busy(self) -> int:
+        """Number of calls whose outcome `finished` has not returned."""
+        return len(self._open)
+
+    @property
+    def ready(self) -> int:
+        """Number of calls that have returned, and whose outcome `finished` has not returned."""
+        return self._done.qsize()
+
+    def __contains__(self, call: Call) -> bool:
+        return call in self._open
+
+    def start(self, key: Any, function: Callable[[], Any], seconds: float, priority: int = 0) -> Call:
+        """Make a call as soon as a thread is free: those with the smallest priority first."""
+        call = Call(key, function, seconds)
+        self._open.add(call)
+        self._waiting.put((priority, next(self._number), call))
+        if len(self._threads) < min(self._workers, len(self._open)):
+            self._add_thread()
+        return call
+
+    def finished(self, wait: float | None = 0.0) -> list[Call]:
+        """Return calls that have ended. Wait up to this number of seconds (None: without limit) for the first one."""
+        until = None if wait is None else time.monotonic() + wait
+        found = self._collect() + self._expired()
+        while self._open and not found and (until is None or time.monotonic() < until):
+            try:
+                returned = [self._done.get(timeout=self._patience(until))]
+            except queue.Empty:
+                returned = []
+            found = self._collect(returned) + self._expired()
+        return found
+
+    def _patience(self, until: float | None) -> float:
+        """Return the seconds to the next deadline, or to ``until``."""
+        now = time.monotonic()
+        ends = [(call.started or now) + call.seconds for call in self._open]
+        ends += [] if until is None else [until]
+        return max(min(ends) - now, 0.0) + 1e-4
+
+    def __call__(self, function: Callable[[], Any], seconds: float) -> Any:
+        """Call a function and return its result.
+
+        Raises:
+            Exception: see `Call.error`.
+        """
+        mine = self.start(None, function, seconds)
+        while mine not in self.finished(None):
+            continue
+        if mine.error is not None:
+            raise mine.error
+        return mine.result
+
+    def cancel_waiting(self) -> list[Call]:
+        """Cancel the calls that have not begun, and return them."""
+        found = []
+        while True:
+            try:
+                call = self._waiting.get_nowait()[2]
+            except queue.Empty:
+                break
+            found.append(call)
+        self._open.difference_update(found)
+        return found
+
+    def close(self) -> None:
+        """End the threads after their calls, and wait for the exited processes that calls forked."""
+        self.cancel_waiting()
+        for _ in self._threads:
+            self._waiting.put((0, next(self._number), None))
+        self._threads.clear()
+        _reap_forks()
+
+    def _add_thread(self) -> None:
         # threads that a call starts inherit the daemon flag, so none of them keeps the process from exiting
-        self.thread = threading.Thread(target=self._serve, daemon=True, name="environment")
-        self.thread.start()
+        thread = threading.Thread(target=self._serve, daemon=True, name="environment")
+        self._threads.add(thread)
+        thread.start()
 
     def _serve(self) -> None:
-        process = os.getpid()
-        while (call := self._calls.get()) is not None:
-            function, answer = call
+        process, me = os.getpid(), threading.current_thread()
+        while (call := self._waiting.get()[2]) is not None:
+            call.thread, call.started = me, time.monotonic()
+            result, failure = None, None
             try:
-                found = function(), None
+                result = call.function()
             except BaseException as error:  # even SystemExit in a tool counts as a failure of the tool
-                found = None, _plain_error(error)
+                failure = _plain_error(error)
             if os.getpid() != process:
                 os._exit(FORKED)  # the call forked, and this is the child: it must not continue as a second trainer
             _return_to(self._folder)
-            answer.put(found)
-            del call, function, answer, found  # free the call's objects before waiting for the next call
+            del call.function  # free the call's objects
+            self._done.put((call, result, failure))
+            del call, result, failure
+            if me not in self._threads:  # abandoned, or closed
+                return
 
-    def stop(self) -> None:
-        """End the thread after its queued calls."""
-        self._calls.put(None)
+    def _collect(self, returned: list[tuple[Call, Any, Exception | None]] | None = None) -> list[Call]:
+        """Return calls with their outcomes: those of ``returned``, and all further ones that have returned."""
+        returned, found = list(returned or ()), []
+        while self._done.qsize():
+            returned.append(self._done.get())
+        for call, result, error in returned:
+            if call in self._open:  # else it was abandoned
+                self._open.remove(call)
+                call.result, call.error = result, error
+                found.append(call)
+        return found
 
-    def start(self, function: Callable[[], Any]) -> "queue.SimpleQueue":
-        answer: queue.SimpleQueue = queue.SimpleQueue()
-        self._calls.put((function, answer))
-        return answer
-
-
-class DeadlineRunner:
-    """Runs functions with a deadline, on a thread that is replaced when a function does not return in time."""
-
-    def __init__(self) -> None:
-        self._folder = _here()
-        self._worker = _Worker(self._folder)
-
-    def close(self) -> None:
-        """Stop the thread, and wait for the exited processes that calls forked."""
-        self._worker.stop()
-        _reap_forks()
-
-    def __call__(self, function: Callable[[], Any], seconds: float) -> Any:
-        """Call the function and return its result.
-
-        Raises:
-            TimeoutError: no result in time. An async call is canceled; any other stays on a daemon thread, which ends
-                when the call returns.
-            RewardError: the function raised one.
-            EnvironmentFailure: the function raised another exception, which the text names. A `FloodError` or
-                `TransientError` keeps its type, and an `OSError` becomes a `TransientError`.
-        """
-        answer = self._worker.start(function)
-        try:
-            result, error = answer.get(timeout=seconds)
-        except queue.Empty:
-            _abandon(self._worker)
+    def _expired(self) -> list[Call]:
+        """Abandon the calls whose deadline has passed."""
+        now = time.monotonic()
+        found = [c for c in self._open if c.started is not None and now >= c.started + c.seconds]
+        for call in found:
+            self._open.remove(call)
+            call.error = TimeoutError(f"no result within {call.seconds:g} s")
+            thread = call.thread
+            assert thread is not None
+            self._threads.discard(thread)
+            _abandon(thread)
             _return_to(self._folder)
-            self._worker = _Worker(self._folder)
-            raise TimeoutError(f"no result within {seconds:g} s") from None
-        if error is not None:
-            raise error
-        return result
+            if len(self._threads) < min(self._workers, len(self._open)):
+                self._add_thread()
+        return found
 
 
 def _plain_error(error: BaseException) -> Exception:
@@ -111,13 +213,12 @@ def _return_to(folder: str | None) -> None:
         os.chdir(folder)
 
 
-def _abandon(worker: _Worker) -> None:
-    """Abandon a worker, and cancel what it awaits. Warn once when there are many abandoned workers."""
+def _abandon(thread: threading.Thread) -> None:
+    """Cancel what an abandoned thread awaits. Warn once when there are many of them."""
     global _warned
-    worker.stop()
-    give_up(worker.thread)
-    _abandoned[:] = [thread for thread in _abandoned if thread.is_alive()]
-    _abandoned.append(worker.thread)
+    give_up(thread)
+    _abandoned[:] = [other for other in _abandoned if other.is_alive()]
+    _abandoned.append(thread)
     if len(_abandoned) >= MANY and not _warned:
         _warned = True
         warnings.warn(

@@ -152,7 +152,7 @@ class CachedEngine(GenerationEngine):
         enough = max(1, len(open_rows) // 8)
         while open_rows:
             done = [i for i in open_rows if self._finished(i)]
-            if len(done) >= enough or len(done) == len(open_rows):
+            if len(done) >= enough or len(done) == len(open_rows) or self.interrupted():
                 return [self._close(i) for i in done]
             self._decode([i for i in open_rows if i not in set(done)])
         return []

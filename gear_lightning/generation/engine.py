@@ -47,7 +47,8 @@ class TurnRequest:
     """A request for one turn.
 
     Attributes:
-        key: the conversation. A later request with the same key extends the ids of the earlier one.
+        key: the conversation. A later request with the same key extends the ids of the earlier one, unless the
+            conversation was released in between.
         ids: the whole context, up to the start of the policy's turn.
         max_tokens: maximum length of the turn.
         seed: seed of this turn's draws.
@@ -89,14 +90,21 @@ def _nothing() -> None:
     """Default of `GenerationEngine.before_forward`: do nothing."""
 
 
+def _never() -> bool:
+    """Default of `GenerationEngine.interrupted`."""
+    return False
+
+
 class GenerationEngine(ABC):
     """Samples turns from the policy's current weights.
 
     An engine must call ``before_forward`` before every forward of the model: if weights are gathered layer by layer,
-    all ranks must take part in each forward.
+    all ranks must take part in each forward. ``interrupted`` says that requests are waiting to be submitted: `poll`
+    should then return what is finished, even if it is nothing, so that they join the batch.
     """
 
     before_forward: Callable[[], None] = staticmethod(_nothing)
+    interrupted: Callable[[], bool] = staticmethod(_never)
 
     def fingerprint(self, dtype: torch.dtype | None) -> str | None:
         """Return `sharding.fingerprint` of the weights that the engine samples with, rounded to ``dtype``; None if the
@@ -116,7 +124,7 @@ class GenerationEngine(ABC):
 
     @abstractmethod
     def poll(self) -> list[SampledTurn]:
-        """Sample until at least one submitted turn is finished. Return the finished turns; empty if none is open."""
+        """Sample until at least one submitted turn is finished, or until ``interrupted``. Return the finished turns."""
 
     @abstractmethod
     def release(self, key: int) -> None:

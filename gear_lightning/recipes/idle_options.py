@@ -24,11 +24,11 @@ from ..advantage import GRPO
 from ..data import RolloutDataModule
 from ..distillation import SDPG, SDPO
 from ..environments.single_turn import SingleTurn
+from ..generation.budgets import Budgets
 from ..generation.chat import ignored_stops
 from ..generation.engine import Sampling
 from ..loss import CISPO, GSPO, ClippedSurrogate
 from ..module import GearModule
-from ..rollout import Budgets
 from ..teacher import TeacherOptions
 from .refusals import configured_strategy
 

@@ -15,12 +15,12 @@ from tiny_runs import data, generation, module, trainer
 from gear_lightning.callbacks.noise_floor import NoiseFloor
 from gear_lightning.credit import GEAR, RLSD, RoundingNoise, TokenOnly, TurnSight
 from gear_lightning.errors import UserError
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.lens.recredit import recorded_noise, recredit
 from gear_lightning.module import GearModule
 from gear_lightning.probes import rounding
 from gear_lightning.probes.noise_floor import MeasureNoise, read_floor, write_result
 from gear_lightning.probes.rounding import Floor, chosen, measure_floor
-from gear_lightning.rollout import Budgets
 from gear_lightning.runs.records import read_records
 from gear_lightning.teacher import TeacherOptions
 

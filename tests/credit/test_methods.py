@@ -43,9 +43,10 @@ from gear_lightning.data import make_row
 from gear_lightning.environments.base import Environment, Step
 from gear_lightning.environments.lookup_chain import LookupChainTasks
 from gear_lightning.errors import UserError
+from gear_lightning.generation.agent_loop import AgentLoop
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.engine import Sampling
 from gear_lightning.probes.noise_floor import anchor_tokens
-from gear_lightning.rollout import AgentLoop, Budgets
 from gear_lightning.runs.records import read_records
 
 TEACHERS = [EGRSD(), CREST(), TurnSight(), PBSD()]

@@ -16,8 +16,8 @@ from gear_lightning.callbacks.checkpoint import IterationCheckpoint
 from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.callbacks.resumption import Resumption
 from gear_lightning.data import RolloutDataModule
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.module import GearModule
-from gear_lightning.rollout import Budgets
 from gear_lightning.runs.checkpoints import CompleteCheckpoints
 from gear_lightning.teacher import TeacherOptions
 

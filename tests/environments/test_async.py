@@ -23,9 +23,10 @@ from gear_lightning.environments.sandbox import Isolated
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.environments.tools import ToolEnvironment
 from gear_lightning.errors import UserError
+from gear_lightning.generation.agent_loop import AgentLoop
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.engine import Sampling
 from gear_lightning.rewards import resolve_reward
-from gear_lightning.rollout import AgentLoop, Budgets
 
 TASK = Task("t1", [{"role": "user", "content": "Go."}], meta={"answer": "3"})
 CALL = '<tool_call>[{"name": "%s", "arguments": {"item": "pen"}}]</tool_call>'

@@ -18,10 +18,12 @@ from gear_lightning.environments.lookup_chain import (
     LookupChainTasks,
     solution,
 )
+from gear_lightning.generation.agent_loop import AgentLoop
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.chat import Chat
 from gear_lightning.generation.engine import SampledTurn, Sampling
 from gear_lightning.models import FromScratch
-from gear_lightning.rollout import AgentLoop, Budgets, Rollout
+from gear_lightning.rollout import Rollout
 
 CALL = '<tool_call>[{"name": "look", "arguments": {"relation": "r1", "entity": "e1"}}]</tool_call>'
 

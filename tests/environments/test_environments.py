@@ -16,8 +16,8 @@ from gear_lightning.environments.reasoning_gym import ReasoningGymTasks
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.environments.tools import ToolError
 from gear_lightning.errors import UserError
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.rewards import evaluate, resolve_reward
-from gear_lightning.rollout import Budgets
 
 
 def call(name: str, times: int = 1, **arguments) -> str:

@@ -23,8 +23,9 @@ from gear_lightning.environments.functions import FunctionTools, tool_schemas
 from gear_lightning.environments.python_tool import CALL, PythonTool, run_python
 from gear_lightning.environments.sandbox import Isolated, Limits
 from gear_lightning.errors import UserError
+from gear_lightning.generation.agent_loop import AgentLoop
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.engine import Sampling
-from gear_lightning.rollout import AgentLoop, Budgets
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="processes with resource limits need Linux"

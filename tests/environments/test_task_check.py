@@ -18,8 +18,8 @@ from gear_lightning.environments.jsonl import JsonlTasks
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.environments.task_check import TaskChecker, check_source, chosen
 from gear_lightning.errors import UserError
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.module import GearModule
-from gear_lightning.rollout import Budgets
 from gear_lightning.teacher import TeacherOptions
 
 

@@ -20,7 +20,7 @@ from gear_lightning.environments.base import Task, tool_calls
 from gear_lightning.environments.functions import FunctionTools, tool_schemas
 from gear_lightning.environments.tools import ToolEnvironment, result_text
 from gear_lightning.errors import UserError
-from gear_lightning.rollout import Budgets
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.runs.identity import identity_of
 from gear_lightning.runs.records import read_records
 

@@ -24,11 +24,11 @@ from template_corpus import (
 from gear_lightning.batch import CALL, REASONING
 from gear_lightning.environments.base import Task
 from gear_lightning.environments.tools import ToolEnvironment
+from gear_lightning.generation.agent_loop import AgentLoop
 from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.chat import ToolCallError
 from gear_lightning.generation.engine import SampledTurn, Sampling
 from gear_lightning.generation.tool_syntax import GemmaCalls, HarmonyCalls, JsonCalls
-from gear_lightning.rollout import AgentLoop
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "chat_templates.md"
 ROWS = {name: row(family) for name, family in FAMILIES.items()}

@@ -13,6 +13,7 @@ from tiny_runs import data, generation
 from gear_lightning.credit import GEAR, Uniform
 from gear_lightning.environments.base import Task
 from gear_lightning.errors import UserError
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.cached_engine import CachedEngine
 from gear_lightning.generation.engine import Sampling, TurnRequest
 from gear_lightning.generation.generate_engine import GenerateEngine
@@ -21,7 +22,6 @@ from gear_lightning.models import FromScratch
 from gear_lightning.module import GearModule
 from gear_lightning.probes.noise_floor import measure
 from gear_lightning.recipes.refusals import refusals, skeleton_of
-from gear_lightning.rollout import Budgets
 from gear_lightning.teacher import TeacherOptions, privileged_prompt
 
 TEMPLATE = " <ref> {reference}"

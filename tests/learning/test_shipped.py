@@ -16,11 +16,11 @@ from gear_lightning.credit import Uniform
 from gear_lightning.environments.base import Task, TaskSource
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.export.directory import export_checkpoint
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.chat import Chat, ignored_stops
 from gear_lightning.learning.shipped import generation_config, merged_config
 from gear_lightning.models import Pretrained
 from gear_lightning.module import GearModule
-from gear_lightning.rollout import Budgets
 
 DOCUMENT_END = "<|endoftext|>"
 

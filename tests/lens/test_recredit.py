@@ -19,6 +19,7 @@ from gear_lightning.credit import GEAR, RLSD, SCGRPO, CreditAssigner, Placebo, T
 from gear_lightning.credit.base import spread_credit
 from gear_lightning.environments.base import Step, tool_result
 from gear_lightning.errors import UserError
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.chat import ChatOptions
 from gear_lightning.lens.difference import (
     auc,
@@ -33,7 +34,6 @@ from gear_lightning.lens.difference import (
 from gear_lightning.lens.recredit import CREDIT_KEYS, recorded_credit, recredit, stands_in, told
 from gear_lightning.models import FromScratch
 from gear_lightning.module import GearModule
-from gear_lightning.rollout import Budgets
 from gear_lightning.runs.records import Record, read_records
 from gear_lightning.teacher import TeacherOptions
 

@@ -14,12 +14,12 @@ from tiny_runs import trainer
 from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.credit import GEAR
 from gear_lightning.errors import UserError
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.cached_engine import CachedEngine
 from gear_lightning.generation.engine import Sampling
 from gear_lightning.generation.generate_engine import GenerateEngine
 from gear_lightning.learning.token_stats import token_stats
 from gear_lightning.loss import ClippedSurrogate
-from gear_lightning.rollout import Budgets
 
 SAMPLINGS = [
     Sampling(0.6),
@@ -68,8 +68,8 @@ def test_the_samplers_logprobs_equal_the_trainers_in_every_iteration(tmp_path, e
 
 @pytest.mark.parametrize("engine", [CachedEngine, GenerateEngine])
 def test_an_engine_uses_weights_that_change_between_phases(engine):
+    from gear_lightning.generation.agent_loop import AgentLoop
     from gear_lightning.generation.chat import Chat
-    from gear_lightning.rollout import AgentLoop
 
     model, other = Sharp().model(), Sharp(seed=1).model()
     loop = AgentLoop(Chat(Sharp().tokenizer()), engine(), Talk, Budgets(4, 80, 24, 250), Sampling(0.9))

@@ -13,11 +13,11 @@ from gear_lightning.environments.python_tool import PythonTool
 from gear_lightning.environments.sandbox import Limits
 from gear_lightning.errors import UserError
 from gear_lightning.gear import find_spikes
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.engine import Sampling
 from gear_lightning.learning.lora import LoRA
 from gear_lightning.learning.warm_start import WarmStart
 from gear_lightning.rewards import OverlongPenalty
-from gear_lightning.rollout import Budgets
 
 NUMERIC_OPTIONS = {
     "generation.success_threshold": lambda x: generation(success_threshold=x),

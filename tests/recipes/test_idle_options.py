@@ -17,6 +17,7 @@ from gear_lightning.callbacks.sample_table import SampleTable
 from gear_lightning.credit import GEAR, Uniform
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.distillation import OPSD, SDPG, SDPO
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.chat import ChatOptions
 from gear_lightning.generation.engine import Sampling
 from gear_lightning.loss import CISPO, GSPO, ClippedSurrogate
@@ -24,7 +25,6 @@ from gear_lightning.recipes.cli import GearCLI
 from gear_lightning.recipes.idle_options import idle_options
 from gear_lightning.recipes.recipe import idle, read_recipe
 from gear_lightning.rewards import OverlongPenalty
-from gear_lightning.rollout import Budgets
 from gear_lightning.teacher import TeacherOptions
 
 SECTIONS = {

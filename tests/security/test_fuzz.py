@@ -24,11 +24,11 @@ from gear_lightning.environments.gsm8k import load, transcript
 from gear_lightning.environments.jsonl import JsonlTasks
 from gear_lightning.environments.lookup_chain import TOOLS
 from gear_lightning.errors import UserError, printable
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.chat import Chat, ChatOptions, ToolCallError
 from gear_lightning.lens.page import render_credit_page
 from gear_lightning.lens.text import render_credit_text
 from gear_lightning.rewards import BUILT_IN, evaluate, last_number
-from gear_lightning.rollout import Budgets
 from gear_lightning.runs.records import Record, read_records, write_record
 
 CHATS = [

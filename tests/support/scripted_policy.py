@@ -7,9 +7,11 @@ from chat_templates import CHATML, byte_tokenizer
 from deadlines import seconds
 
 from gear_lightning.environments.base import Environment, Task
+from gear_lightning.generation.agent_loop import AgentLoop
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.chat import Chat, ChatOptions
 from gear_lightning.generation.engine import GenerationEngine, SampledTurn, Sampling
-from gear_lightning.rollout import AgentLoop, Budgets, Rollout
+from gear_lightning.rollout import Rollout
 
 CHAT = Chat(byte_tokenizer(CHATML), ChatOptions("json_list"))
 

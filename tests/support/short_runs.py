@@ -14,10 +14,10 @@ from gear_lightning.callbacks.first_evaluation import FirstEvaluation
 from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.callbacks.step_recorder import StepRecorder
 from gear_lightning.data import RolloutDataModule
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.cached_engine import CachedEngine
 from gear_lightning.learning import token_stats
 from gear_lightning.module import GearModule
-from gear_lightning.rollout import Budgets
 from gear_lightning.teacher import TeacherOptions
 
 

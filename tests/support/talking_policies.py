@@ -8,8 +8,8 @@ from tiny_runs import data
 
 from gear_lightning.callbacks.generation import GenerationCallback
 from gear_lightning.credit import Uniform
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.module import GearModule
-from gear_lightning.rollout import Budgets
 from gear_lightning.teacher import TeacherOptions
 
 

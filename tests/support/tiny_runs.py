@@ -14,9 +14,9 @@ from gear_lightning.credit import GEAR, CreditAssigner
 from gear_lightning.data import RolloutDataModule
 from gear_lightning.environments.base import Step
 from gear_lightning.environments.lookup_chain import LookupChain, LookupChainTasks
+from gear_lightning.generation.budgets import Budgets
 from gear_lightning.models import FromScratch
 from gear_lightning.module import GearModule
-from gear_lightning.rollout import Budgets
 from gear_lightning.runs.loggers import MetricsFile
 from gear_lightning.teacher import TeacherOptions
 

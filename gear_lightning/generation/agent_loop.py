@@ -1,0 +1,239 @@
+"""The agent loop: runs episodes with a policy and a generation engine, and their environments side by side."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from ..environments.base import Environment, Task
+from ..environments.deadline import Call, CallPool
+from ..rollout import Rollout
+from .budgets import Budgets
+from .chat import Chat
+from .engine import GenerationEngine, SampledTurn, Sampling, TurnRequest
+from .episode import EnvironmentCall, Episode, Needs, Setting
+
+SLOW_CALL = 1.0  # seconds of waiting for environments after which progress is reported
+STEP, OPEN = 0, 1  # priorities of calls: episodes that have begun come first
+
+
+class AgentLoop:
+    """Generates rollouts: runs episodes of tasks with a policy and a generation engine.
+
+    Args:
+        chat: converts messages to ids and back.
+        engine: samples turns.
+        environment: creates one environment per rollout.
+        budgets: limits of a rollout.
+        sampling: sampling options.
+        success_threshold: reward from which a rollout counts as solved if the environment does not set ``success``.
+        on_progress: called from time to time with (finished rollouts, all rollouts, sampled tokens).
+        stop: called before every call of an environment. If it returns True, unfinished rollouts stay as they are, and
+            rollouts that have not begun are omitted.
+        workers: calls of environments at the same time, while the engine samples; 0: one after another, between turns.
+
+    Attributes:
+        waited: seconds in which nothing was sampled because environments were called.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        engine: GenerationEngine,
+        environment: Callable[[], Environment],
+        budgets: Budgets,
+        sampling: Sampling,
+        success_threshold: float = 1.0,
+        on_progress: Callable[[int, int, int], None] = lambda *_: None,
+        stop: Callable[[], bool] = lambda: False,
+        workers: int = 0,
+    ):
+        self.chat = chat
+        self.engine = engine
+        self.setting = Setting(chat, environment, budgets, success_threshold)
+        self.budgets = budgets
+        self.sampling = sampling
+        self.on_progress = on_progress
+        self.stop = stop
+        self.workers = workers
+        self.waited = 0.0
+
+    def run(
+        self,
+        model: Any,
+        jobs: list[tuple[Task, tuple[int, ...]]],
+        *,
+        policy_version: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> tuple[list[Rollout], Counter]:
+        """Generate one rollout per job.
+
+        Args:
+            model: the policy; used in eval mode.
+            jobs: (task, seed) pairs; the seed determines all randomness of that rollout.
+            policy_version: recorded in the rollouts.
+            check: called after the engine has received the model and before it samples.
+
+        Returns:
+            The rollouts in the order of the jobs, and counts of their statuses. Failures are recorded, never raised.
+        """
+        self._jobs, self._version = jobs, policy_version
+        self._episodes: dict[int, Episode] = {}
+        self._unopened, self._retry = set(range(len(jobs))), list[int]()
+        self._requested = self._finished = self._tokens = 0
+        self._calls = CallPool(max(self.workers, 1))
+        training = model.training
+        model.eval()
+        self.engine.begin(model, self.sampling, self.chat.stop_ids)
+        try:
+            self.engine.interrupted = self._interrupted
+            check()
+            for key in range(len(jobs)):
+                self._open(key)
+            while not self.stop() and (self._requested or self._calls.busy):
+                if self._requested:
+                    self._sample()
+                else:
+                    self._wait()
+        finally:
+            del self.engine.interrupted
+            self.engine.end()
+            model.train(training)
+            self._close_all()
+        rollouts = [self._episodes[key].rollout for key in sorted(self._episodes)]
+        return rollouts, Counter(r.status for r in rollouts)
+
+    # -- sampling -------------------------------------------------------------------------------------------------
+
+    def _sample(self) -> None:
+        """Take the environments' answers at hand, sample until turns have ended, and advance their episodes."""
+        for call in self._calls.finished():
+            self._resume(call)
+        turns = self.engine.poll()
+        if not turns and not self._calls.ready:
+            raise RuntimeError(f"{type(self.engine).__name__} returned no turn, and {self._requested} are requested")
+        self._requested -= len(turns)
+        for turn in turns:
+            if self.stop():
+                break
+            self._advance(turn)
+        self._report()
+
+    def _advance(self, turn: SampledTurn) -> None:
+        self._tokens += len(turn.ids)
+        episode = self._episodes[turn.key]
+        self._meet(episode, episode.advance(turn))
+
+    def _interrupted(self) -> bool:
+        """Return whether so many environments have answered that their next turns should join the engine's batch."""
+        return self._calls.ready > self._requested // 8
+
+    def _report(self) -> None:
+        self.on_progress(self._finished, len(self._jobs), self._tokens)
+
+    # -- episodes -------------------------------------------------------------------------------------------------
+
+    def _open(self, key: int, attempt: int = 0) -> None:
+        if self.stop():
+            return
+        before = self._episodes.get(key)
+        episode = self._episodes[key] = Episode(key, *self._jobs[key], self.setting, self._version, attempt)
+        if before is not None:
+            episode.rollout.side_error = before.rollout.side_error
+        self._call(episode, episode.open(), OPEN)
+
+    def _meet(self, episode: Episode, needs: Needs) -> None:
+        """Request the turn, or make the call, that an episode needs."""
+        if isinstance(needs, TurnRequest):
+            if episode.restarted:
+                self.engine.release(episode.key)  # the request does not extend the earlier ids
+                episode.restarted = False
+            self.engine.submit(needs)
+            self._requested += 1
+            self._opened(episode)
+        elif isinstance(needs, EnvironmentCall):
+            if not self.stop():
+                self._call(episode, needs)
+        elif not episode.over:
+            self._end(episode)
+        else:
+            self._opened(episode)
+
+    def _end(self, episode: Episode) -> None:
+        """Close the environment of an episode that is over."""
+        episode.over = True
+        self._finished += not self._again(episode)
+        if episode.rollout.turns:
+            self.engine.release(episode.key)
+        closing = episode.close()
+        if closing is None:
+            self._opened(episode)
+        else:
+            self._call(episode, closing)
+
+    def _again(self, episode: Episode) -> bool:
+        return episode.transient and episode.attempt < self.budgets.retries
+
+    def _opened(self, episode: Episode) -> None:
+        """Note that an episode has been opened, or has failed to and is closed. After the last one, retry those with a
+        transient failure."""
+        if episode.key not in self._unopened:
+            return
+        self._unopened.remove(episode.key)
+        if self._again(episode):
+            self._retry.append(episode.key)
+        if self._retry and not self._unopened:
+            keys, self._retry = sorted(self._retry), []
+            self._unopened = set(keys)
+            for key in keys:
+                self._open(key, episode.attempt + 1)
+
+    def _close_all(self) -> None:
+        """Close the environments of the episodes that are not over."""
+        for call in self._calls.cancel_waiting():
+            episode, _, priority = call.key
+            if priority == OPEN:
+                del self._episodes[episode.key]
+        self._settle(resume=False)
+        for episode in self._episodes.values():
+            if (closing := episode.close()) is not None:
+                self._start(episode, closing)
+        self._settle(resume=True)
+        self._calls.close()
+
+    # -- calls ----------------------------------------------------------------------------------------------------
+
+    def _start(self, episode: Episode, needs: EnvironmentCall, priority: int = STEP) -> Call:
+        return self._calls.start((episode, needs.then, priority), needs.function, self.budgets.step_seconds, priority)
+
+    def _call(self, episode: Episode, needs: EnvironmentCall, priority: int = STEP) -> None:
+        call = self._start(episode, needs, priority)
+        while not self.workers and call in self._calls:
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait for a call, and resume its episode. Report progress from time to time, so that slow and abandoned calls
+        do not look like a run that hangs."""
+        started = time.monotonic()
+        found = self._calls.finished(SLOW_CALL)
+        waited = time.monotonic() - started
+        self.waited += waited
+        for call in found:
+            self._resume(call)
+        if waited >= min(SLOW_CALL, self.budgets.step_seconds):
+            self._report()
+
+    def _resume(self, call: Call) -> None:
+        episode, then, _ = call.key
+        self._meet(episode, then(call.result, call.error))
+
+    def _settle(self, *, resume: bool) -> None:
+        """Wait for all calls that have begun. If ``resume``, make those that follow from them."""
+        while self._calls.busy:
+            found = self._calls.finished(SLOW_CALL)
+            for call in found if resume else ():
+                episode, then, _ = call.key
+                if isinstance(needs := then(call.result, call.error), EnvironmentCall):
+                    self._start(episode, needs)
+            if not found:
+                self._report()
