@@ -55,6 +55,11 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         weights: how to sample under a strategy that shards the weights: ``gather`` a full copy on every process for
             each rollout phase, ``stream`` the layers through every process at every token, or ``auto``: gather if the
             copy fits.
+        workers: environments (reset, step, close; with their tools and rewards) that are called at the same time, on
+            threads, while the policy samples other rollouts. 0: one after another, between the policy's turns: right
+            for fast environments in Python. Environments must then share nothing that is not safe between threads;
+            `Isolated` ones share nothing. The seeds of all draws are the same, so sampled ids change at most by the
+            rounding of other batch sizes.
         weights_dtype: dtype of the copy; if set, a copy is also made of weights that are not sharded. Null: the dtype
             in which the policy computes.
     """
@@ -70,7 +75,10 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         overlong: OverlongPenalty | None = None,
         weights: WeightsMode = "auto",
         weights_dtype: Literal["float32", "bfloat16"] | None = None,
+        workers: int = 0,
     ):
+        if workers < 0:
+            raise UserError(f"generation.workers={workers}: must be at least 0")
         if sampling.temperature == 0:
             raise UserError(
                 "generation.sampling.temperature=0 makes all rollouts of a group equal; use it in val_sampling"
@@ -92,6 +100,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self.overlong = overlong
         self.weights = weights
         self.weights_dtype = weights_dtype
+        self.workers = workers
         self._weights = SamplingWeights(weights)
         self.listeners: list[Callable[[str, int, int, int], None]] = []  # (stage, finished, rollouts, tokens)
         self.stop: Callable[[], bool] = lambda: False  # whether this process's rollouts must end now
@@ -142,6 +151,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             self.success_threshold,
             partial(self._report, stage),
             self.stop,
+            self.workers,
         )
         module, version = self._module, self._trainer.global_step
         if not self._checked:

@@ -13,7 +13,7 @@ from .chat import Chat
 from .engine import GenerationEngine, SampledTurn, Sampling, TurnRequest
 from .episode import EnvironmentCall, Episode, Needs, Setting
 
-SLOW_CALL = 1.0  # seconds of waiting for environments after which progress is reported
+SLOW_CALL = 1.0  # seconds between two reports of progress while environments are waited for
 STEP, OPEN = 0, 1  # priorities of calls: episodes that have begun come first
 
 
@@ -81,6 +81,7 @@ class AgentLoop:
         self._episodes: dict[int, Episode] = {}
         self._unopened, self._retry = set(range(len(jobs))), list[int]()
         self._requested = self._finished = self._tokens = 0
+        self._reported = time.monotonic()
         self._calls = CallPool(max(self.workers, 1))
         training = model.training
         model.eval()
@@ -129,6 +130,7 @@ class AgentLoop:
         return self._calls.ready > self._requested // 8
 
     def _report(self) -> None:
+        self._reported = time.monotonic()
         self.on_progress(self._finished, len(self._jobs), self._tokens)
 
     # -- episodes -------------------------------------------------------------------------------------------------
@@ -216,11 +218,11 @@ class AgentLoop:
         do not look like a run that hangs."""
         started = time.monotonic()
         found = self._calls.finished(SLOW_CALL)
-        waited = time.monotonic() - started
-        self.waited += waited
+        now = time.monotonic()
+        self.waited += now - started
         for call in found:
             self._resume(call)
-        if waited >= min(SLOW_CALL, self.budgets.step_seconds):
+        if now - self._reported >= SLOW_CALL or any(isinstance(call.error, TimeoutError) for call in found):
             self._report()
 
     def _resume(self, call: Call) -> None:

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 from ..batch import CALL, REASONING
@@ -128,6 +129,7 @@ class Chat:
         self.turn = TurnFormat(self.template, self.thinking)
         self._remembered: dict[str, list[int]] = {}
         self._checked: set[str] = set()  # what has passed `check_tools` and `check_task`
+        self._texts: dict[int, str] = {}  # of single tokens
         given = set(stop_ids)
         self.ignored_stops = {i for i in given if not self.template.control.holds(i)}
         named = {self._token(text) for text in options.stop_tokens or ()}
@@ -297,14 +299,28 @@ class Chat:
     def mask(self, ids: list[int], spans: list[Span]) -> list[bool]:
         """Return whether each token of a turn overlaps one of the spans of its text."""
         mask = [False] * len(ids)
+        if not spans:
+            return mask
+        ends = self._ends(ids)
 
         def tokens_to(position: int) -> int:  # number of tokens whose text reaches a position
+            if ends:
+                return 0 if position <= 0 else bisect_left(ends, position) + 1
             return bisect_left(range(len(ids)), position, key=lambda n: len(self.text(ids[:n])))
 
         for start, end in spans:
             for place in range(max(tokens_to(start + 1) - 1, 0), tokens_to(end)):
                 mask[place] = ids[place] not in self.stop_ids
         return mask
+
+    def _ends(self, ids: list[int]) -> list[int]:
+        """Return where the text of each token of a turn ends; empty if some characters consist of several tokens."""
+        texts = []
+        for i in ids:
+            if i not in self._texts:
+                self._texts[i] = self.text([i])
+            texts.append(self._texts[i])
+        return list(accumulate(map(len, texts))) if "".join(texts) == self.text(ids) else []
 
     def text(self, ids: list[int]) -> str:
         """Return the decoded text of sampled ids, without their stop token."""

@@ -32,9 +32,21 @@ CALL = '<tool_call>[{"name": "look", "arguments": {}}]</tool_call>'
 TASK = Task("t1", [{"role": "user", "content": "Go."}])
 
 
+@pytest.fixture(params=[0, 3], ids=["one after another", "side by side"], autouse=True)
+def workers(request, monkeypatch):
+    """Everything here holds whether environments are called one after another or side by side."""
+    monkeypatch.setitem(globals(), "WORKERS", request.param)
+    return request.param
+
+
+WORKERS = 0
+
+
 def play(environment, *turns: str, jobs: int = 1, progress=lambda *_: None, **budgets) -> list[Rollout]:
     limits = Budgets(**{"tokens": 4000, "context": 8000, "step_seconds": seconds(30), **budgets})
-    loop = AgentLoop(CHAT, Scripted(*(turns or ("hello",))), environment, limits, Sampling(), on_progress=progress)
+    loop = AgentLoop(
+        CHAT, Scripted(*(turns or ("hello",))), environment, limits, Sampling(), on_progress=progress, workers=WORKERS
+    )
     rollouts, counts = loop.run(torch.nn.Linear(1, 1), [(TASK, (0, i)) for i in range(jobs)], policy_version=0)
     assert counts == Counter(r.status for r in rollouts)
     json.dumps([r.messages for r in rollouts] + [r.error for r in rollouts], allow_nan=False)
@@ -134,7 +146,7 @@ class Generator(RolloutGenerator):
     def generate(self, jobs, stage):
         # long enough for a successful call on a busy machine
         budgets = Budgets(tokens=64, context=256, step_seconds=seconds(0.5 if len(jobs) <= 1000 else 1.0))
-        loop = AgentLoop(CHAT, Scripted("hi"), Failing, budgets, Sampling())
+        loop = AgentLoop(CHAT, Scripted("hi"), Failing, budgets, Sampling(), workers=WORKERS)
         self.rollouts, self.counts = loop.run(torch.nn.Linear(1, 1), jobs, policy_version=0)
         return self.rollouts
 
@@ -331,7 +343,9 @@ def test_slow_and_abandoned_calls_report_progress():
     hang = doing(reset=lambda: release.wait() or [])
     play(hang, jobs=3, step_seconds=seconds(0.1), retries=0, progress=lambda *numbers: reports.append(numbers))
     release.set()
-    assert len(reports) >= 3, "without progress reports the watchdog would treat many such calls as a hang"
+    assert len(reports) >= (1 if WORKERS else 3), (
+        "without progress reports the watchdog would treat many such calls as a hang"
+    )
 
 
 @pytest.mark.parametrize(("taken", "reports"), [(2.0, 3), (0.1, 0)])
@@ -345,7 +359,7 @@ def test_slow_calls_report_progress_and_fast_ones_do_not(monkeypatch, taken, rep
         return Step(done=True, reward=1.0)
 
     play(doing(step), jobs=3, progress=lambda *numbers: calls.append(numbers))
-    assert len(calls) == reports + 1
+    assert len(calls) == reports + 1 or (WORKERS and reports and len(calls) > 1)
 
 
 def test_a_rollout_ends_after_its_own_time_limit(monkeypatch):
