@@ -37,6 +37,7 @@ from gear_lightning.rollout import STATUSES, Rollout
 from gear_lightning.runs.identity import UnknownIdentityError, identity_of
 from gear_lightning.teacher import SHOWN, OverlongError, privileged_text
 
+SLOW_ENVIRONMENTS = 5.0  # seconds of waiting for environments from which on a warning is due
 EnvironmentFactory = Callable[[], Environment]
 
 
@@ -105,6 +106,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self.listeners: list[Callable[[str, int, int, int], None]] = []  # (stage, finished, rollouts, tokens)
         self.stop: Callable[[], bool] = lambda: False  # whether this process's rollouts must end now
         self._checked = self._warned_stream = self._warned = self._warned_tool = self._warned_prompt = False
+        self._warned_slow, self._waited = False, 0.0
         self._module: GearModule | None = None
         self._trainer: L.Trainer | None = None
         self._data: RolloutDataModule | None = None
@@ -163,6 +165,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         with self._computing(self._trainer), opened as (model, check):
             started = time.monotonic()
             rollouts, _ = loop.run(model, jobs, policy_version=version, check=check)
+        self._note_waiting(loop.waited, time.monotonic() - started, stage)
         check_sampled(self.engine, rollouts, module.policy.tokenizer_ids)
         self._warn_of_errors(rollouts)
         if stage == "fit" and self.overlong is not None:
@@ -176,6 +179,18 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 "generation.weights=gather is faster if a full copy fits."
             )
         return rollouts
+
+    def _note_waiting(self, waited: float, seconds: float, stage: str) -> None:
+        """Count the seconds in which nothing was sampled because environments were called, and warn once of many."""
+        self._waited += waited if stage == "fit" else 0.0
+        if not self.workers and waited > max(SLOW_ENVIRONMENTS, seconds / 2) and not self._warned_slow:
+            self._warned_slow = True
+            warnings.warn(
+                f"{waited:,.0f} of the {seconds:,.0f} s of these rollouts went by in calls of environments, one after "
+                "another, while nothing was sampled. generation.workers (16, for example) calls that many at the same "
+                "time; time/environment_s shows the seconds; this warning appears once.",
+                stacklevel=2,
+            )
 
     def _computing(self, trainer: L.Trainer) -> Any:
         """Return an autocast context for the precision in which the policy computes."""
@@ -424,6 +439,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         log("train/zero_spread_groups", stats.zero_spread / max(stats.groups, 1), stats.groups)
         pl_module.log("teacher/overlong", float(stats.overlong), batch_size=1, sync_dist=True, reduce_fx="sum")
         total = sum(stats.statuses.values())
+        log("time/environment_s", self._waited)
+        self._waited = 0.0
         log("rollouts/retried", stats.retried / max(total, 1), total)
         log("rollouts/side_errors", stats.side_errors / max(total, 1), total)
         log("rollouts/tool_errors", stats.tool_errors / max(total, 1), total)

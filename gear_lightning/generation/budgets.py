@@ -16,7 +16,8 @@ class Budgets:
         turn_tokens: maximum number of sampled tokens in one turn. Null: only ``tokens`` applies.
         context: maximum length of prompt and response together, tokens.
         step_seconds: wall-clock limit of one call of the environment (reset, step, close). A call that takes longer is
-            abandoned. Environments are called one after another, so a call that hangs delays all rollouts by this time.
+            abandoned. Without ``generation.workers`` environments are called one after another, so a call that hangs
+            delays all rollouts by this time.
         seconds: wall-clock limit of the whole rollout. It is checked between turns, so a rollout may exceed it by one
             turn and one call. Null: no limit. A limit makes the results of a run depend on the machine's speed.
         output_bytes: maximum size of the environment's messages over all turns (opening, tool results), as UTF-8

@@ -27,7 +27,7 @@ KNOWN = {  # metrics that a fit logs; some only with some recipes
         "prompt_too_long",
         "environment_error", "environment_timeout", "environment_flood", "invalid_reward", "closed_thoughts",
     ),
-    "time": ("rollout_s", "update_s"),
+    "time": ("rollout_s", "update_s", "environment_s"),
     "perf": (
         "rollouts", "sampled_tokens", "seconds", "rollout_tokens_per_s", "update_tokens_per_s", "padding_fraction",
     ),
