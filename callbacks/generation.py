@@ -296,6 +296,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 f"generation.budgets.context={self.budgets.context} is more than {longest.why}; set it to "
                 f"{longest.tokens} or less"
             )
+        self.engine.check_context(self.budgets.context)
         rows = shape(policy.get_input_embeddings().weight)[0]
         sources = () if self._data is None else (self._data.train_tasks, self._data.val_tasks)
         check_vocabulary(module.chat_format, rows, type(policy).__name__, sources)
@@ -441,6 +442,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         total = sum(stats.statuses.values())
         log("time/environment_s", self._waited)
         self._waited = 0.0
+        for name, value, weight in self.engine.metrics():
+            log(name, value, weight)
         log("rollouts/retried", stats.retried / max(total, 1), total)
         log("rollouts/side_errors", stats.side_errors / max(total, 1), total)
         log("rollouts/tool_errors", stats.tool_errors / max(total, 1), total)

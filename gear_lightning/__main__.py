@@ -34,6 +34,7 @@ scale
   doctor     memory per GPU, and options that will not work:  gear-lightning doctor --config RECIPE --gpus 8
   parity     compare strategies on a recipe:  gear-lightning parity --config RECIPE --strategies ddp,fsdp,zero3
   noise-floor  measure how rounding changes credit:  gear-lightning noise-floor --config RECIPE
+  serve      start a vLLM server for rollouts:  gear-lightning serve --config RECIPE
   slurm      write or submit a job:  gear-lightning slurm --config RECIPE --nodes 4 --gpus-per-node 8 --time 2-0
 """
 LIGHTNING = ("fit", "validate", "test", "predict")
@@ -46,6 +47,7 @@ COMMANDS = {  # module of `gear_lightning.commands`; its `NAME_command` takes th
     "template": "template",
     "export": "export",
     "parity": "parity",
+    "serve": "serve",
     "slurm": "slurm",
     "study": "study",
     "teacher-check": "teacher_check",

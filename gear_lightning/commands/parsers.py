@@ -95,6 +95,36 @@ def doctor() -> CommandParser:
     return parser
 
 
+def serve() -> CommandParser:
+    """Return the parser of ``serve``."""
+    parser = CommandParser(
+        "serve",
+        usage="gear-lightning serve --config RECIPE [--config MORE ...] [--python PATH] [--port N] [fit's options]",
+        description="Start a vLLM server for a recipe with the engine gear_lightning.generation.VLLMEngine. It begins "
+        "with random weights; the run sends it the policy's before the first rollouts.",
+    )
+    parser.add_argument(
+        "--python",
+        type=Path,
+        metavar="PATH",
+        help="Python of the environment with vLLM (default .venv-vllm/bin/python)",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1); it has no password"
+    )
+    parser.add_argument("--port", type=int, default=8765, help="port to listen at (default 8765)")
+    parser.add_argument(
+        "--kv-gib",
+        type=float,
+        metavar="GIB",
+        help="memory of the key-value cache (default: vLLM's; 2 on a CPU)",
+    )
+    parser.add_argument(
+        "--vllm", default="", metavar="OPTIONS", help="further options of vLLM, e.g. '--tensor-parallel-size 2'"
+    )
+    return parser
+
+
 def export() -> CommandParser:
     """Return the parser of ``export``."""
     parser = CommandParser("export", description="Write a Hugging Face model directory.")

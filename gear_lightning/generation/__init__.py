@@ -3,5 +3,6 @@
 from .cached_engine import CachedEngine
 from .engine import GenerationEngine, Sampling
 from .generate_engine import GenerateEngine
+from .vllm_engine import VLLMEngine
 
-__all__ = ["CachedEngine", "GenerateEngine", "GenerationEngine", "Sampling"]
+__all__ = ["CachedEngine", "GenerateEngine", "GenerationEngine", "Sampling", "VLLMEngine"]

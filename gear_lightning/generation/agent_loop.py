@@ -127,7 +127,7 @@ class AgentLoop:
 
     def _interrupted(self) -> bool:
         """Return whether so many environments have answered that their next turns should join the engine's batch."""
-        return self._calls.ready > self._requested // 8
+        return self._calls.ready > (0 if self.engine.continuous else self._requested // 8)
 
     def _report(self) -> None:
         self._reported = time.monotonic()

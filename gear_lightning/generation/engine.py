@@ -6,7 +6,7 @@ conversation. The randomness of a turn depends only on its request, so the sampl
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,7 +101,13 @@ class GenerationEngine(ABC):
     An engine must call ``before_forward`` before every forward of the model: if weights are gathered layer by layer,
     all ranks must take part in each forward. ``interrupted`` says that requests are waiting to be submitted: `poll`
     should then return what is finished, even if it is nothing, so that they join the batch.
+
+    Attributes:
+        continuous: whether a request costs the running ones nothing when it joins them, so that it need not wait for
+            others.
     """
+
+    continuous = False
 
     before_forward: Callable[[], None] = staticmethod(_nothing)
     interrupted: Callable[[], bool] = staticmethod(_never)
@@ -113,6 +119,13 @@ class GenerationEngine(ABC):
 
     def check(self, model: Any) -> None:  # noqa: B027
         """Raise `UserError` if the engine does not support models of this class and config."""
+
+    def check_context(self, tokens: int) -> None:  # noqa: B027
+        """Raise `UserError` if the engine does not take contexts of this many tokens, response included."""
+
+    def metrics(self) -> Iterable[tuple[str, float, int]]:
+        """Return (name, mean, number of values) of what was measured since the last call."""
+        return ()
 
     @abstractmethod
     def begin(self, model: Any, sampling: Sampling, stop_ids: set[int]) -> None:
