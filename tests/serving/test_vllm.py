@@ -21,7 +21,7 @@ QUICKSTART = [
 ]  # fmt: skip
 SMOLLM2 = [
     "--config", "configs/smollm2_arithmetic.yaml", *VLLM, "--data.val_limit", "4", "--data.tasks_per_iteration", "2",
-    "--data.group_size", "4", "--data.micro_batch_size", "4",
+    "--data.group_size", "4", "--data.micro_batch_size", "4", "--trainer.precision", "32-true",
 ]  # fmt: skip
 
 
