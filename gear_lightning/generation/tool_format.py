@@ -228,7 +228,9 @@ class ToolFormat:
             alone = self.turn.body({**message, "content": ""}, PROBE_TOOLS)
             text = syntax.introduced(marked, self._cut(self.turn.without_thought(alone)))
         if not self._same(text, message):
-            raise UserError(f"the calls of this turn cannot be written so that they are read back: {unmarked(text)[:200]!r}")
+            raise UserError(
+                f"the calls of this turn cannot be written so that they are read back: {unmarked(text)[:200]!r}"
+            )
         return text
 
     def _shows(self, content: str, text: str) -> bool:

@@ -30,6 +30,7 @@ KNOWN = {  # metrics that a fit logs; some only with some recipes
     "time": ("rollout_s", "update_s", "environment_s"),
     "perf": (
         "rollouts", "sampled_tokens", "seconds", "rollout_tokens_per_s", "update_tokens_per_s", "padding_fraction",
+        "prefix_hit_rate",
     ),
     "memory": ("rollout_gib", "update_gib"),
 }  # fmt: skip
