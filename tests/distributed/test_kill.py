@@ -51,7 +51,8 @@ def ledger(run) -> list[tuple[int, int, int, str]]:
     )
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+# one process: test_kill_anywhere.py, too
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_run_equals_an_uninterrupted_one(tmp_path, repository, processes):
     options = [RECORD, "--trainer.devices", str(processes)] + ["--trainer.strategy", "ddp"] * (processes > 1)
     rng, kills = random.Random(processes), (1, 3, 5) if processes == 1 else (2, 5)

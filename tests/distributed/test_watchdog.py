@@ -93,7 +93,12 @@ def ranks(tmp_path, repository, *options: str, second: tuple[str, ...]) -> list[
 @pytest.mark.parametrize(
     ("options", "second", "key"),
     [
-        (("--trainer.strategy", "ddp"), ("--data.micro_batch_size", "4"), "data.micro_batch_size is 4 there and 2"),
+        pytest.param(
+            ("--trainer.strategy", "ddp"),
+            ("--data.micro_batch_size", "4"),
+            "data.micro_batch_size is 4 there and 2",
+            marks=pytest.mark.slow,
+        ),
         (("--trainer.strategy", "ddp"), ("--config", "configs/strategy/fsdp.yaml"), "trainer.strategy"),
         (("--config", "configs/strategy/zero3.yaml"), ("--model.optimizer.lr", "0.5"), "model.optimizer.init_args.lr"),
     ],
