@@ -6,6 +6,7 @@ the stop tokens (https://github.com/huggingface/transformers/issues/29988).
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -40,7 +41,7 @@ def check_object(file: Path) -> None:
     Raises:
         UserError: it is not a JSON object; names the file.
     """
-    if not file.is_file():
+    if not os.path.isfile(file):  # Path.is_file raises an error for some names
         return
     try:
         found = json.loads(file.read_bytes())
