@@ -125,9 +125,12 @@ class Episode:
 
     def _closed(self, _: Any, error: Exception | None) -> EnvironmentCall | None:
         """Return the call that cancels what the environment leaves behind."""
+        self._cancelled(None, error)
+        return EnvironmentCall(self._tasks.cancel, self._cancelled) if self._tasks.left else None
+
+    def _cancelled(self, _: Any, error: Exception | None) -> None:
         if error is not None:
             self.rollout.note(f"close: {error}")
-        return EnvironmentCall(self._tasks.cancel, self._closed) if error is None and self._tasks.left else None
 
     # -- failures -------------------------------------------------------------------------------------------------
 

@@ -21,8 +21,11 @@ from gear_lightning.recipes.cli import GearCLI
 ROOT = Path(gear_lightning.__file__).parent
 
 
+ELSEWHERE = ("__main__", "gear_vllm")  # the latter runs in vLLM's environment
+
+
 def modules() -> list[types.ModuleType]:
-    names = [m.name for m in pkgutil.walk_packages([str(ROOT)], "gear_lightning.") if not m.name.endswith("__main__")]
+    names = [m.name for m in pkgutil.walk_packages([str(ROOT)], "gear_lightning.") if not m.name.endswith(ELSEWHERE)]
     names += [m.name for m in pkgutil.iter_modules(callbacks.__path__, "gear_lightning.callbacks.")]
     return [importlib.import_module(n) for n in names]
 

@@ -52,13 +52,13 @@ class Served:
     def ready(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()[-3000:]
         try:
-            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+            return httpx.get(f"{self.url}/health", timeout=seconds(5)).status_code == 200
         except httpx.HTTPError:
             return False
 
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
+        self.process.wait(seconds(30))
 
     def fit(self, recipe: list[str], *options: str) -> subprocess.Popen:
         """Start a run with this server."""
