@@ -56,13 +56,13 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         weights: how to sample under a strategy that shards the weights: ``gather`` a full copy on every process for
             each rollout phase, ``stream`` the layers through every process at every token, or ``auto``: gather if the
             copy fits.
+        weights_dtype: dtype of the copy; if set, a copy is also made of weights that are not sharded. Null: the dtype
+            in which the policy computes.
         workers: environments (reset, step, close; with their tools and rewards) that are called at the same time, on
             threads, while the policy samples other rollouts. 0: one after another, between the policy's turns: right
             for fast environments in Python. Environments must then share nothing that is not safe between threads;
             `Isolated` ones share nothing. The seeds of all draws are the same, so sampled ids change at most by the
             rounding of other batch sizes.
-        weights_dtype: dtype of the copy; if set, a copy is also made of weights that are not sharded. Null: the dtype
-            in which the policy computes.
     """
 
     def __init__(

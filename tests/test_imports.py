@@ -11,7 +11,7 @@ import gear_lightning
 ROOT = Path(gear_lightning.__file__).parent
 PLUGINS = ROOT.parent / "callbacks"  # imported as gear_lightning.callbacks
 # folders and top-level modules of the two sides; modules in neither may be used by both
-ROLLOUT = {"environments", "generation", "rewards", "rollout", "data"}
+ROLLOUT = {"environments", "generation", "serving", "rewards", "rollout", "data"}
 LEARNING = {"credit", "learning", "gear", "loss", "distillation", "models", "optimizers", "teacher", "module"}
 MEETING = {"batch", "errors"}  # import nothing of the package
 # where the learning side uses the rollout side, and why

@@ -98,9 +98,11 @@ class AgentLoop:
                     self._wait()
         finally:
             del self.engine.interrupted
-            self.engine.end()
             model.train(training)
-            self._close_all()
+            try:
+                self.engine.end()
+            finally:
+                self._close_all()
         rollouts = [self._episodes[key].rollout for key in sorted(self._episodes)]
         return rollouts, Counter(r.status for r in rollouts)
 

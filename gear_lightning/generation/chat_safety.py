@@ -13,6 +13,12 @@ from typing import Any
 MAX_STEPS = 1_000_000  # lines and calls of a template's code in one rendering; real templates take thousands
 MAX_TEXT = 5_000_000  # characters in the result of one rendering
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode reserves for internal use
+_NONE = str.maketrans("", "", OPEN + CLOSE)
+
+
+def unmarked(text: str) -> str:
+    """Return rendered text without the marks of spelled-out control tokens."""
+    return text.translate(_NONE)
 
 
 class TemplateLimit(ValueError):

@@ -8,10 +8,10 @@ from typing import Any
 
 from ..environments.base import Message
 from ..errors import UserError
-from .chat_safety import CLOSE, OPEN
+from .chat_safety import CLOSE, OPEN, unmarked
 from .spelled_marks import hide_marked, reveal
 from .tool_listing import ToolListing
-from .tool_proof import BOTH, RESULTS, proof, result_of
+from .tool_proof import BOTH, RESULTS, Calls, proof, result_of
 from .tool_syntax.base import ToolCallError, Tools, ToolSyntax
 from .tool_syntax.known import FALLBACK, FIRST_CHOICE, NAMED, described, json_calls, known
 from .tool_syntax.learned import ARGUMENTS, FIRST, IDS, PROBE_TOOLS, SECOND, candidates
@@ -19,14 +19,8 @@ from .turn_format import HELLO, MARK, THOUGHT, MisplacedTurnError, TurnFormat
 from .turn_text import TurnText, read_turn
 
 _PLAIN = {OPEN: "zq7open7qz", CLOSE: "zq7close7qz"}  # marks as text that every syntax writes as it is
-_MARKS = str.maketrans("", "", "\ufdd0\ufdd1")
 LOOK = 200  # characters in which the end token of a turn is searched
 RESULT = "<tool_response>\n{}\n</tool_response>"  # a result for templates without a tool role
-
-
-def unmarked(text: str) -> str:
-    """Return rendered text without the marks of spelled-out control tokens."""
-    return text.translate(_MARKS)
 
 
 def _schema(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -53,9 +47,6 @@ def calls_of(*calls: tuple[str, dict[str, Any]], ids: Iterable[str] = IDS) -> Me
         for (name, arguments), identifier in zip(calls, ids, strict=False)
     ]
     return {"role": "assistant", "content": "", "tool_calls": made}
-
-
-Calls = Sequence[tuple[str, dict[str, Any]]]
 
 
 class ToolFormat:

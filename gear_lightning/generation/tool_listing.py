@@ -4,7 +4,7 @@ from html import escape
 
 from ..environments.base import Message
 from ..errors import UserError
-from .chat_safety import CLOSE, OPEN
+from .chat_safety import unmarked
 from .tool_syntax.base import Tools, ToolSyntax, dumps
 from .tool_syntax.known import json_calls
 from .tool_syntax.learned import FIRST, PROBE_TOOLS
@@ -83,8 +83,7 @@ class ToolListing:
     @staticmethod
     def _check_names(text: str, without: str, tools: Tools) -> None:
         """Check that a prompt names each tool, more often than the same prompt without tools does."""
-        marks = str.maketrans("", "", OPEN + CLOSE)
-        text, without = text.translate(marks), without.translate(marks)
+        text, without = unmarked(text), unmarked(without)
         forms = {name: {name, dumps(name)[1:-1], escape(name)} for name in names_of(tools)}
         missing = [name for name, many in forms.items() if all(text.count(n) <= without.count(n) for n in many)]
         if missing:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import UserError
 
 MODEL = "policy"  # the name under which a server offers the policy
+SHORT = 10.0  # seconds for a connection, and for the end of requests when a run stops
 START = "gear-lightning serve --config RECIPE"
 
 
@@ -35,7 +36,7 @@ class Server:
 
         self.url = url.rstrip("/")
         everything = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        timeout = httpx.Timeout(seconds, connect=10.0, pool=None)
+        timeout = httpx.Timeout(seconds, connect=SHORT, pool=None)
         self._client = httpx.Client(base_url=self.url, timeout=timeout, limits=everything)
         self._seconds = seconds
 
@@ -76,7 +77,8 @@ class Server:
 
     def abort(self, requests: list[str]) -> None:
         """End requests, given by their ``request_id``."""
-        self._ask("POST", "/abort_requests", json={"request_ids": [f"cmpl-{name}-0" for name in requests]})
+        names = [f"cmpl-{name}-0" for name in requests]  # vLLM's own names of them
+        self._ask("POST", "/abort_requests", json={"request_ids": names}, timeout=SHORT)
 
     def load(self, path: Path, tensors: int, version: str) -> None:
         """Let the server load new weights, and drop the keys and values of the old ones.
@@ -97,10 +99,6 @@ class Server:
         if found and found.get("success") is False:
             raise ServerError(f"the vLLM server {self.url} keeps the keys and values of older weights")
         self._ask("POST", "/resume")
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
 
 
 def refusal(status: int, text: str) -> str:
@@ -127,7 +125,7 @@ def weights_file(weights: dict[str, Tensor], folder: str) -> Iterator[Path]:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    handle, name = None, ""
+    name = ""
     try:
         handle, name = tempfile.mkstemp(dir=folder, prefix="gear-weights-", suffix=".safetensors")
         os.close(handle)

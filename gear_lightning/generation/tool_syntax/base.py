@@ -3,7 +3,7 @@
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -172,11 +172,12 @@ def checked_value(value: Any) -> Any:
     return value
 
 
-def bracket_end(text: str, start: int) -> int:
-    """Return the index behind the bracketed expression at ``start``: brackets inside of strings do not count.
+def unquoted(text: str, start: int) -> Iterator[tuple[int, str, int]]:
+    """Yield the characters from ``start`` on that are not inside of strings: (index, character, number of brackets that
+    are open behind it).
 
     Raises:
-        ToolCallError: a bracket or a quotation mark is not closed.
+        ToolCallError: the text ends: a bracket or a quotation mark is not closed.
     """
     depth, at, quote = 0, start, ""
     while at < len(text):
@@ -186,14 +187,20 @@ def bracket_end(text: str, start: int) -> int:
             quote = "" if character == quote else quote
         elif character in "'\"":
             quote = character
-        elif character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-            if depth <= 0:
-                return at + 1
+        else:
+            depth += (character in "([{") - (character in ")]}")
+            yield at, character, depth
         at += 1
     raise ToolCallError("a bracket or a quotation mark of the call is not closed")
+
+
+def bracket_end(text: str, start: int) -> int:
+    """Return the index behind the bracketed expression at ``start``.
+
+    Raises:
+        ToolCallError: a bracket or a quotation mark is not closed.
+    """
+    return next(at + 1 for at, character, depth in unquoted(text, start) if character in ")]}" and depth <= 0)
 
 
 @lru_cache(maxsize=256)

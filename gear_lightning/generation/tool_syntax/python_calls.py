@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from .base import NAME, Call, ToolCallError, Tools, bracket_end, checked_value, function_call
+from .base import NAME, Call, ToolCallError, Tools, bracket_end, checked_value, function_call, unquoted
 from .marked import BEFORE_BARE, MarkedCalls, before_bare, behind_bare
 from .schemas import names_of
 
@@ -89,24 +89,9 @@ def _arguments(text: str, at: int) -> tuple[dict[str, Any], int]:
         at = end + (text[end] == ",")
 
 
-def _value_end(text: str, at: int) -> int:
+def _value_end(text: str, start: int) -> int:
     """Return the index of the comma or bracket that ends a value."""
-    depth, quote = 0, ""
-    while at < len(text):
-        character = text[at]
-        if quote:
-            at += character == "\\"
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif not depth and character in ",)":
-            return at
-        elif character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        at += 1
-    raise ToolCallError("a bracket or a quotation mark of the call is not closed")
+    return next(at for at, character, depth in unquoted(text, start) if (character, depth) in ((",", 0), (")", -1)))
 
 
 def _literal(tree: Any) -> Any:
