@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .errors import UserError
@@ -75,19 +75,54 @@ def weighted_likelihood(
     return -weight * advantages * logprobs, (advantages != 0) & (weight != ratio)
 
 
-def sampler_weights(
-    old_logprobs: Float[Tensor, "batch seq"], sampler_logprobs: Float[Tensor, "batch seq"], cap: float
-) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
-    """Return the truncated importance weight of each token, without gradient, and the tokens where it was truncated.
+SamplerLevel = Literal["token", "turn", "sequence"]
 
-    ``min(exp(old_logprob - sampler_logprob), cap)`` corrects for tokens sampled with other probabilities than those
-    that training computes (Ionides 2008, doi 10.1198/106186008X320456; token by token for RL as in verl,
-    docs/algo/rollout_corr_math.md section 3.3.1). The weight is exactly 1 if both log-probs are equal. The log-ratio is
-    clamped to plus and minus 20 nats.
+
+@dataclass(frozen=True)
+class SamplerCorrection:
+    """How losses weigh tokens for their sampler: see `sampler_weights` and the options of `TokenLoss`."""
+
+    cap: float
+    level: SamplerLevel = "token"
+    outside: Literal["truncate", "mask"] = "truncate"
+    floor: float = 0.0
+
+
+def sampler_weights(
+    old_logprobs: Float[Tensor, "batch seq"],
+    sampler_logprobs: Float[Tensor, "batch seq"],
+    mask: Bool[Tensor, "batch seq"],
+    turn_ids: Int[Tensor, "batch seq"] | None,
+    correction: SamplerCorrection,
+) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+    """Return the importance weight of each token, without gradient, and the tokens where it was limited.
+
+    The weight corrects for tokens sampled with other probabilities than those that training starts from: those of an
+    older policy, or of an engine that computes differently. With the ratio w = exp(sum(old_logprob - sampler_logprob))
+    of the token itself, of its turn or of its rollout (``level``), it is ``min(w, cap)`` (``truncate``, Ionides 2008,
+    doi 10.1198/106186008X320456), or w, and 0 outside of [floor, cap] (``mask``, as IcePop and TRL's ``token_mask`` and
+    ``sequence_mask``). It is exactly 1 if both log-probs are equal. Log-ratios are clamped to plus and minus 20 nats.
+
+    Args:
+        old_logprobs: nats; the policy's before the first inner epoch.
+        sampler_logprobs: nats; of the policy that sampled.
+        mask: action tokens; others have no influence.
+        turn_ids: index of each action token's turn; only needed for ``level=turn``.
+        correction: level and limits.
     """
-    log_ratio = (old_logprobs - sampler_logprobs).detach()
+    log_ratio = torch.where(mask, old_logprobs - sampler_logprobs, 0).detach()
+    if correction.level == "sequence":
+        log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(log_ratio)
+    elif correction.level == "turn":
+        assert turn_ids is not None
+        turns = turn_ids.clamp_min(0)  # tokens outside of turns add 0
+        sums = log_ratio.new_zeros(len(turns), int(turns.max()) + 1).scatter_add(-1, turns, log_ratio)
+        log_ratio = sums.gather(-1, turns)
     ratio = torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-    return ratio.clamp_max(cap), ratio > cap
+    if correction.outside == "truncate":
+        return ratio.clamp_max(correction.cap), ratio > correction.cap
+    outside = (ratio > correction.cap) | (ratio < correction.floor)
+    return ratio.masked_fill(outside, 0), outside
 
 
 @dataclass(frozen=True)
@@ -97,8 +132,8 @@ class LossTerms:
     Attributes:
         loss: this micro-batch's share of the step's loss.
         clipped: number of tokens that the clip changed: it removed the gradient, or changed the weight (CISPO).
-        sampler_ratio: sum of the truncated importance weights of the sampler. None: not used.
-        sampler_truncated: number of tokens with a truncated weight. None: not used.
+        sampler_ratio: sum of the importance weights for the sampler. None: not used.
+        sampler_truncated: number of tokens whose weight was limited. None: not used.
     """
 
     loss: Float[Tensor, ""]
@@ -119,6 +154,7 @@ class PolicyLoss(ABC):
         mask: Bool[Tensor, "batch seq"],
         *,
         sampler_logprobs: Float[Tensor, "batch seq"],
+        turn_ids: Int[Tensor, "batch seq"] | None = None,
         step_tokens: Tensor,
         step_rollouts: Tensor,
     ) -> LossTerms:
@@ -130,6 +166,7 @@ class PolicyLoss(ABC):
             advantages: of each token, including credit.
             mask: tokens that count.
             sampler_logprobs: as reported by the generation engine, nats, before any top-p and top-k.
+            turn_ids: index of each action token's turn.
             step_tokens: number of action tokens of the whole optimizer step.
             step_rollouts: number of rollouts of the whole optimizer step.
         """
@@ -143,18 +180,28 @@ class TokenLoss(PolicyLoss):
         aggregation: ``token_mean`` over the action tokens of the whole optimizer step; ``sequence_mean``: mean over
             each rollout's tokens, then over rollouts; ``constant``: sum over tokens / (rollouts x constant_length).
         constant_length: tokens, for ``aggregation=constant`` (Dr.GRPO's maximum response length).
-        sampler_cap: truncated importance sampling: weigh each token by exp(old log-prob - sampler's log-prob), capped
-            at this value (2.0 is usual), for a sampler whose probabilities differ from the trainer's: see
-            ``train/sampler_gap_max``. Both log-probs are taken before top-p and top-k, so it corrects numerical
-            differences, not the truncation by top-p and top-k. Null: off.
+        sampler_cap: importance sampling: weigh each token by exp(old log-prob - sampler's log-prob), at most this value
+            (2.0 is usual), for a sampler whose probabilities differ from the trainer's: an older policy's
+            (``generation.ahead``), or those of an engine that computes differently: see ``train/sampler_gap_max``. Both
+            log-probs are taken before top-p and top-k, so it does not correct the truncation by top-p and top-k. Null:
+            off.
+        sampler_level: what the ratio covers: the ``token``, its ``turn`` or its whole rollout (``sequence``), whose
+            ratios are products over their tokens.
+        sampler_outside: what to do with tokens whose ratio is outside of the limits: ``truncate`` the weight to the
+            cap, or ``mask`` the token: weight 0. It still counts in the denominator.
+        sampler_floor: lower limit, for ``mask``.
 
     Raises:
-        UserError: ``constant_length`` missing, or given to another aggregation; ``sampler_cap`` below 1, or not finite.
+        UserError: ``constant_length`` missing, or given to another aggregation; ``sampler_cap`` below 1, or not finite;
+            ``sampler_floor`` not in [0, 1); or an option about the ratio that does nothing.
     """
 
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     constant_length: int | None = None
     sampler_cap: float | None = None
+    sampler_level: SamplerLevel = "token"
+    sampler_outside: Literal["truncate", "mask"] = "truncate"
+    sampler_floor: float = 0.0
 
     def __post_init__(self):
         if (self.aggregation == "constant") != (self.constant_length is not None):
@@ -164,6 +211,17 @@ class TokenLoss(PolicyLoss):
         if self.sampler_cap is not None and not 1 <= self.sampler_cap < math.inf:
             raise UserError(
                 f"sampler_cap={self.sampler_cap} must be at least 1 and finite (2.0 is usual); null for no correction"
+            )
+        if not 0 <= self.sampler_floor < 1:
+            raise UserError(f"sampler_floor={self.sampler_floor} must be at least 0 and below 1")
+        if self.sampler_cap is None and (self.sampler_level, self.sampler_outside) != ("token", "truncate"):
+            raise UserError(
+                f"sampler_level={self.sampler_level} and sampler_outside={self.sampler_outside} do nothing without "
+                "sampler_cap; give one (2.0 is usual)"
+            )
+        if self.sampler_floor and (self.sampler_cap is None or self.sampler_outside != "mask"):
+            raise UserError(
+                f"sampler_floor={self.sampler_floor} does nothing without sampler_cap and sampler_outside=mask"
             )
 
     @abstractmethod
@@ -176,13 +234,20 @@ class TokenLoss(PolicyLoss):
     ) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
         """Return the loss of each token and the tokens that the clip changed; arbitrary values outside the mask."""
 
+    @property
+    def correction(self) -> SamplerCorrection | None:
+        """How tokens are weighed for their sampler; None: not at all."""
+        if self.sampler_cap is None:
+            return None
+        return SamplerCorrection(self.sampler_cap, self.sampler_level, self.sampler_outside, self.sampler_floor)
+
     def __call__(
-        self, logprobs, old_logprobs, advantages, mask, *, sampler_logprobs, step_tokens, step_rollouts
+        self, logprobs, old_logprobs, advantages, mask, *, sampler_logprobs, turn_ids=None, step_tokens, step_rollouts
     ) -> LossTerms:
         loss, clipped = self.per_token(logprobs, old_logprobs, advantages, mask)
         weight = truncated = None
-        if self.sampler_cap is not None:
-            weight, truncated = sampler_weights(old_logprobs, sampler_logprobs, self.sampler_cap)
+        if self.correction is not None:
+            weight, truncated = sampler_weights(old_logprobs, sampler_logprobs, mask, turn_ids, self.correction)
             loss = weight * loss
             weight, truncated = torch.where(mask, weight, 0).sum(), (truncated & mask).sum().float()
         loss = torch.where(mask, loss, 0)

@@ -259,6 +259,7 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
                 credit.token_advantages,
                 batch.action_mask,
                 sampler_logprobs=batch.sampler_logprobs,
+                turn_ids=batch.turn_ids,
                 step_tokens=batch.step_tokens,
                 step_rollouts=batch.step_rollouts,
             )

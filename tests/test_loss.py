@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from gear_lightning.credit import GEAR, Uniform
 from gear_lightning.errors import UserError
-from gear_lightning.loss import ClippedSurrogate, LossTerms, clipped_surrogate, sampler_weights
+from gear_lightning.loss import ClippedSurrogate, LossTerms, SamplerCorrection, clipped_surrogate, sampler_weights
 
 KINDS = [{}, {"aggregation": "sequence_mean"}, {"aggregation": "constant", "constant_length": 7}]
 
@@ -151,7 +151,8 @@ def test_any_split_into_micro_batches_gives_the_same_loss_and_gradient(seed, opt
 def test_golden_sampler_weights():
     # the trainer's probabilities are 0.5, 1, 1.5 and e^30 times the sampler's; the cap is 1.25
     old, sampler = row(math.log(0.5), 0, math.log(1.5), 30), torch.zeros(1, 4)
-    weights, truncated = sampler_weights(old, sampler, 1.25)
+    everywhere = torch.ones(1, 4, dtype=torch.bool)
+    weights, truncated = sampler_weights(old, sampler, everywhere, None, SamplerCorrection(1.25))
     assert weights[0].tolist() == pytest.approx([0.5, 1, 1.25, 1.25])
     assert truncated[0].tolist() == [False, False, True, True]
     # at ratio 1 the loss of a token is -A: 0.5, 1, 1.25 times -2, and a fourth token that does not count
@@ -236,11 +237,11 @@ def test_an_agreeing_sampler_leaves_the_loss_bitwise_unchanged(seed, options, du
 def test_truncated_weights_are_bounded_grow_with_the_cap_and_ignore_masked_tokens(seed, cap, spread):
     logprobs, old, a, mask = random_step(seed)
     sampler = off_sampler(seed, old, spread)
-    weights, truncated = sampler_weights(old, sampler, cap)
+    weights, truncated = sampler_weights(old, sampler, mask, None, SamplerCorrection(cap))
     assert (weights > 0).all()
     assert (weights <= cap).all()
-    assert torch.equal(truncated, weights < (old - sampler).clamp(-20, 20).exp())
-    assert (sampler_weights(old, sampler, cap + 1)[0] >= weights).all()
+    assert torch.equal(truncated, weights < torch.where(mask, old - sampler, 0).clamp(-20, 20).exp())
+    assert (sampler_weights(old, sampler, mask, None, SamplerCorrection(cap + 1))[0] >= weights).all()
     loss = ClippedSurrogate(sampler_cap=cap)
     junk = torch.where(mask, sampler, -1e30)
     ours, theirs = step(loss, logprobs, old, a, mask, sampler), step(loss, logprobs, old, a, mask, junk)
@@ -259,6 +260,58 @@ def test_any_split_gives_the_same_loss_under_truncated_importance_sampling(size)
         parts = [step(loss, *(x[cut] for x in (logprobs, old, a, mask, sampler)), **n) for cut in cuts]
         assert_close(torch.stack([p.loss for p in parts]).sum(), whole.loss, atol=1e-6, rtol=1e-5)
         assert sum(p.sampler_truncated for p in parts) == whole.sampler_truncated
+
+
+def test_golden_sampler_weights_of_turns_and_rollouts():
+    # ratios 2, 2 | 0.25, 0.5 in two turns; the last token does not count
+    old, sampler = row(math.log(2), math.log(2), math.log(0.25), math.log(0.5), 30), torch.zeros(1, 5)
+    mask, turns = torch.tensor([[True] * 4 + [False]]), torch.tensor([[0, 0, 1, 1, -1]])
+
+    def weights(**options) -> list[float]:
+        found, _ = sampler_weights(old, sampler, mask, turns, SamplerCorrection(**options))
+        return found[0, :4].tolist()
+
+    assert weights(cap=10.0, level="turn") == pytest.approx([4, 4, 0.125, 0.125])
+    assert weights(cap=3.0, level="turn") == pytest.approx([3, 3, 0.125, 0.125])
+    assert weights(cap=10.0, level="sequence") == pytest.approx([0.5] * 4)
+    assert weights(cap=1.5, outside="mask") == pytest.approx([0, 0, 0.25, 0.5])
+    assert weights(cap=3.0, outside="mask", floor=0.3) == pytest.approx([2, 2, 0, 0.5])
+    assert weights(cap=3.0, level="turn", outside="mask", floor=0.1) == pytest.approx([0, 0, 0.125, 0.125])
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 10**6), st.sampled_from(["token", "turn", "sequence"]), st.sampled_from(["truncate", "mask"]),
+    st.floats(1, 5), st.floats(0, 0.99),
+)  # fmt: skip
+def test_sampler_weights_of_every_level_equal_a_slow_loop(seed, level, outside, cap, floor):
+    _, old, _, mask = random_step(seed)
+    sampler = off_sampler(seed, old, 0.3)
+    turns = torch.randint(0, 3, mask.shape, generator=torch.Generator().manual_seed(seed)).sort(-1).values
+    turns = torch.where(mask, turns, -1)
+    correction = SamplerCorrection(cap, level, outside, floor if outside == "mask" else 0.0)
+    weights, limited = sampler_weights(old, sampler, mask, turns, correction)
+    for i, t in mask.nonzero().tolist():
+        same = {"token": [t], "turn": (turns[i] == turns[i, t]).nonzero()[:, 0], "sequence": mask[i].nonzero()[:, 0]}
+        total = math.fsum((old[i, s] - sampler[i, s]).item() for s in same[level])
+        ratio = math.exp(min(max(total, -20.0), 20.0))
+        if min(abs(ratio - cap), abs(ratio - correction.floor)) < 1e-4:
+            continue  # rounding decides
+        out = ratio > cap or ratio < correction.floor
+        expected = (0.0 if outside == "mask" else cap) if out else ratio
+        assert weights[i, t].item() == pytest.approx(expected, rel=1e-4)
+        assert bool(limited[i, t]) == out
+
+
+def test_a_masked_token_counts_only_in_the_denominator():
+    old, sampler = row(math.log(4), 0), torch.zeros(1, 2)
+    logprobs = old.clone().requires_grad_()
+    loss = ClippedSurrogate(sampler_cap=2.0, sampler_outside="mask")
+    terms = step(loss, logprobs, old, row(1, 1), torch.ones(1, 2, dtype=torch.bool), sampler)
+    terms.loss.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad[0].tolist() == pytest.approx([0, -0.5])
+    assert terms.sampler_truncated == 1
 
 
 def test_masked_tokens_have_no_effect():
@@ -337,6 +390,10 @@ def test_a_loss_without_action_tokens_has_a_gradient_of_zero(options):
         ({"sampler_cap": math.inf}, "sampler_cap=inf must be at least 1 and finite"),
         ({"sampler_cap": 0.9}, "sampler_cap=0.9 must be at least 1"),
         ({"sampler_cap": math.nan}, "sampler_cap=nan must be at least 1"),
+        ({"sampler_level": "turn"}, "sampler_level=turn and .* do nothing without sampler_cap"),
+        ({"sampler_outside": "mask"}, "sampler_outside=mask do nothing without sampler_cap"),
+        ({"sampler_cap": 2.0, "sampler_floor": 0.5}, "sampler_floor=0.5 does nothing without .* sampler_outside=mask"),
+        ({"sampler_cap": 2.0, "sampler_outside": "mask", "sampler_floor": 1.0}, "sampler_floor=1.0 must be at least 0"),
         ({"aggregation": "constant"}, "aggregation=constant and constant_length go together"),
         ({"constant_length": 5}, "aggregation=constant and constant_length go together"),
         ({"aggregation": "constant", "constant_length": 0}, "constant_length=0 must be at least 1 token"),
