@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from gear_lightning.batch import RolloutBatch
+from gear_lightning.batch import FILL, RolloutBatch
 from gear_lightning.credit import RoundingNoise
 from gear_lightning.errors import UserError
 from gear_lightning.rollout import Rollout
@@ -176,6 +176,7 @@ BATCH_KEYS = (
     "base_advantages",
     "decisions",
     "parts",
+    "versions",
     "solved",
     "privileged",
     "group_ids",
@@ -193,7 +194,7 @@ def _join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     def pad(name: str, x: Tensor) -> Tensor:
         if x.dim() == 1:
             return x
-        fill = -1 if name in ("turn_ids", "anchor") else 1 if name == "weights" else 0
+        fill = {"anchor": -1, "weights": 1, **FILL}.get(name, 0)
         return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=fill)
 
     return {name: torch.cat([pad(name, part[name]) for part in parts]) for name in parts[0]}

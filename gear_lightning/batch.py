@@ -29,9 +29,11 @@ class RolloutRow:
         turn_advantages: advantage of each assistant turn, if turns have their own; None: all have ``advantage``.
         decisions: per token, 1 in a right decision, -1 in a wrong one, 0 elsewhere; None: not known.
         parts: per token, `REASONING` or `CALL` (a tool call) on sampled tokens, 0 elsewhere; None: not known.
+        versions: per token, the policy version that sampled it, up to the last sampled token; None: all have
+            ``policy_version``.
         solved: number of solved rollouts in the group.
         group_id: number of the group in the run.
-        policy_version: optimizer steps taken before sampling.
+        policy_version: optimizer steps taken before sampling (before its first turn).
         index: position among this rank's rollouts of the iteration.
     """
 
@@ -52,6 +54,7 @@ class RolloutRow:
     decisions: list[int] | None = None
     solved: int = 0
     parts: list[int] | None = None
+    versions: list[int] | None = None
 
     @property
     def length(self) -> int:
@@ -84,9 +87,16 @@ class RolloutRow:
             "base_advantages": base,
             "decisions": torch.zeros_like(tokens) if not self.decisions else _tensor(self.decisions, np.int64),
             "parts": torch.zeros_like(tokens) if not self.parts else _tensor(self.parts, np.int64),
+            "versions": self._versions(mask),
             "teacher_tokens": torch.cat([_tensor(self.teacher_prompt, np.int64), tokens[self.prompt_length :]]),
             "teacher_valid": torch.ones(self.teacher_length, dtype=torch.bool),
         }
+
+    def _versions(self, mask: Tensor) -> Tensor:
+        if not self.versions:
+            return torch.where(mask, self.policy_version, -1)
+        known = _tensor(self.versions, np.int64)
+        return torch.where(mask, torch.nn.functional.pad(known, (0, len(mask) - len(known)), value=-1), -1)
 
 
 def _tensor(values: list, kind: type[np.generic]) -> Tensor:
@@ -105,7 +115,8 @@ class RolloutBatch:
     ``base_advantages`` are the advantages of the action tokens before credit: those of the rollout or of the turn.
     ``decisions`` is 1 on tokens of decisions that the environment judged right, -1 on those judged wrong, 0 elsewhere.
     ``parts`` is `REASONING` or `CALL` (a tool call) on sampled tokens, 0 elsewhere; a turn's stop token belongs to what
-    it ends. ``solved`` counts the solved rollouts of the row's group. The rows take part in ``inner_epochs`` optimizer
+    it ends. ``versions`` is the policy version that sampled a token, -1 elsewhere; ``policy_version`` that of the
+    rollout's first turn. ``solved`` counts the solved rollouts of the row's group. The rows take part in ``inner_epochs`` optimizer
     steps; ``inner_epoch`` is the index of this one, from 0.
     """
 
@@ -121,6 +132,7 @@ class RolloutBatch:
     base_advantages: Float[Tensor, "batch seq"]
     decisions: Int[Tensor, "batch seq"]
     parts: Int[Tensor, "batch seq"]
+    versions: Int[Tensor, "batch seq"]
     solved: Int[Tensor, " batch"]
     group_ids: Int[Tensor, " batch"]
     policy_version: Int[Tensor, " batch"]
@@ -194,6 +206,9 @@ def _pad(parts: list[Tensor], fill: int) -> Tensor:
     return padded
 
 
+FILL = {"turn_ids": -1, "versions": -1}  # values of padding other than 0
+
+
 def collate(
     rows: list[RolloutRow],
     *,
@@ -206,7 +221,7 @@ def collate(
     """Return a micro-batch of rows. Without rows, it has one blank row that contributes 0 to every sum."""
     blank = RolloutRow([0, 0], [False] * 2, [-1] * 2, [False] * 2, [0.0] * 2, 1, [0], 0.0, False, 0.0, -1, 0, -1)
     real, rows = bool(rows), rows or [blank]
-    columns = {name: _pad([r.columns[name] for r in rows], -1 if name == "turn_ids" else 0) for name in rows[0].columns}
+    columns = {name: _pad([r.columns[name] for r in rows], FILL.get(name, 0)) for name in rows[0].columns}
     for name in () if real else ("valid", "teacher_valid"):
         columns[name].zero_()
     return RolloutBatch(

@@ -11,6 +11,7 @@ Status = Literal[
     "truncated",  # a budget (turns, tokens, seconds, the environment's own) ended it, or cut the last turn short
     "invalid_tool_call",  # the policy wrote an invalid tool call
     "empty_response",  # the policy ended the episode with a turn without text: only a stop token, or white space
+    "stopped",  # enough other rollouts were complete (data.oversample)
     "environment_flood",  # reset, step or a tool returned more text than the budget allows
     "prompt_too_long",  # the prompt leaves no space for a response
     "environment_error",  # reset, step or a tool raised
@@ -21,6 +22,8 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 # Statuses that the policy causes: the rollout keeps its reward so far and is used for learning. If such rollouts were
 # excluded, learning could never correct them. All other statuses are failures of the task or environment.
 LEARNABLE: frozenset[str] = frozenset({"done", "truncated", "invalid_tool_call", "empty_response", "environment_flood"})
+
+COLUMNS = ("tokens", "action_mask", "turn_ids", "stop_mask", "sampler_logprobs", "decisions", "parts", "versions")
 
 
 @dataclass
@@ -40,7 +43,8 @@ class Rollout:
     earlier reasoning was dropped (`ChatOptions.earlier_reasoning`). ``turn_rewards`` and ``states`` have one entry per
     turn: its reward, and the state in which it began. ``error`` is the reason of the status; ``side_error`` is the
     first failure that changed neither status nor reward; ``tool_errors`` are exceptions of tools that the policy has
-    read as answers.
+    read as answers. ``versions`` has the policy version that sampled each token, -1 elsewhere, up to the last sampled
+    token; empty: all are ``policy_version``, the version with which the episode began.
     """
 
     task: Task
@@ -52,6 +56,7 @@ class Rollout:
     sampler_logprobs: list[float] = field(default_factory=list)
     decisions: list[int] = field(default_factory=list)
     parts: list[int] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     prompt_length: int = 0
     opening_messages: int = 0
     prompt_messages: int = 0
@@ -87,7 +92,7 @@ class Rollout:
 
     def restart(self, prompt: list[int]) -> None:
         """Replace all tokens by a prompt with the conversation so far."""
-        for column in ("tokens", "action_mask", "turn_ids", "stop_mask", "sampler_logprobs", "decisions", "parts"):
+        for column in COLUMNS:
             setattr(self, column, [])
         self.prompt_messages, self.prompt_length = len(self.messages), len(prompt)
         self.add_context(prompt)
@@ -111,6 +116,8 @@ class Rollout:
     def continue_turn(self, turn: SampledTurn) -> None:
         """Append the next sampled tokens of the last turn."""
         n = len(turn.ids)
+        if turn.version is not None:
+            self.versions += [-1] * (len(self.tokens) - len(self.versions)) + [turn.version] * n
         self.tokens += turn.ids
         self.action_mask += [True] * n
         self.turn_ids += [self.turns - 1] * n

@@ -31,6 +31,8 @@ class AgentLoop:
         stop: called before every call of an environment. If it returns True, unfinished rollouts stay as they are, and
             rollouts that have not begun are omitted.
         workers: calls of environments at the same time, while the engine samples; 0: one after another, between turns.
+        enough: called with the index of its job and the rollout when one has ended. If it returns True, the phase ends,
+            and the others get the status ``stopped``.
 
     Attributes:
         waited: seconds in which nothing was sampled because environments were called.
@@ -47,6 +49,7 @@ class AgentLoop:
         on_progress: Callable[[int, int, int], None] = lambda *_: None,
         stop: Callable[[], bool] = lambda: False,
         workers: int = 0,
+        enough: Callable[[int, Rollout], bool] = lambda *_: False,
     ):
         self.chat = chat
         self.engine = engine
@@ -56,7 +59,9 @@ class AgentLoop:
         self.on_progress = on_progress
         self.stop = stop
         self.workers = workers
+        self.enough = enough
         self.waited = 0.0
+        self._over = False
 
     def run(
         self,
@@ -77,34 +82,67 @@ class AgentLoop:
         Returns:
             The rollouts in the order of the jobs, and counts of their statuses. Failures are recorded, never raised.
         """
+        training = model.training
+        model.eval()
+        try:
+            self.begin(model, check)
+            rollouts = self.play(jobs, policy_version)
+        finally:
+            model.train(training)
+        return rollouts, Counter(r.status for r in rollouts)
+
+    def begin(self, model: Any, check: Callable[[], None] = lambda: None) -> None:
+        """Start a phase: hand the weights to the engine. `play` must follow.
+
+        Args:
+            model: the policy, in eval mode.
+            check: see `run`.
+        """
+        self.engine.begin(model, self.sampling, self.chat.stop_ids)
+        try:
+            check()
+        except BaseException:
+            self.engine.end()
+            raise
+
+    def play(self, jobs: list[tuple[Task, tuple[int, ...]]], policy_version: int) -> list[Rollout]:
+        """Generate one rollout per job, and end the phase; see `run`. With a detached engine, on any thread."""
         self._jobs, self._version = jobs, policy_version
         self._episodes: dict[int, Episode] = {}
         self._unopened, self._retry = set(range(len(jobs))), list[int]()
         self._requested = self._finished = self._tokens = 0
         self._reported = time.monotonic()
         self._calls = CallPool(max(self.workers, 1))
-        training = model.training
-        model.eval()
-        self.engine.begin(model, self.sampling, self.chat.stop_ids)
         try:
             self.engine.interrupted = self._interrupted
-            check()
             for key in range(len(jobs)):
                 self._open(key)
-            while not self.stop() and (self._requested or self._calls.busy):
+            while not self._ends() and (self._requested or self._calls.busy):
                 if self._requested:
                     self._sample()
                 else:
                     self._wait()
         finally:
             del self.engine.interrupted
-            model.train(training)
             try:
                 self.engine.end()
             finally:
                 self._close_all()
-        rollouts = [self._episodes[key].rollout for key in sorted(self._episodes)]
-        return rollouts, Counter(r.status for r in rollouts)
+        if self._over:
+            return [self._outcome(key) for key in range(len(jobs))]
+        return [self._episodes[key].rollout for key in sorted(self._episodes)]
+
+    def _outcome(self, key: int) -> Rollout:
+        """Return a job's rollout after a phase that ended early."""
+        if key in self._episodes and self._episodes[key].over:
+            return self._episodes[key].rollout
+        task = self._jobs[key][0]
+        rollout = self._episodes[key].rollout if key in self._episodes else Rollout(task, list(task.messages))
+        rollout.status = "stopped"
+        return rollout
+
+    def _ends(self) -> bool:
+        return self._over or self.stop()
 
     # -- sampling -------------------------------------------------------------------------------------------------
 
@@ -117,7 +155,7 @@ class AgentLoop:
             raise RuntimeError(f"{type(self.engine).__name__} returned no turn, and {self._requested} are requested")
         self._requested -= len(turns)
         for turn in turns:
-            if self.stop():
+            if self._ends():
                 break
             self._advance(turn)
         self._report()
@@ -138,7 +176,7 @@ class AgentLoop:
     # -- episodes -------------------------------------------------------------------------------------------------
 
     def _open(self, key: int, attempt: int = 0) -> None:
-        if self.stop():
+        if self._ends():
             return
         before = self._episodes.get(key)
         episode = self._episodes[key] = Episode(key, *self._jobs[key], self.setting, self._version, attempt)
@@ -156,7 +194,7 @@ class AgentLoop:
             self._requested += 1
             self._opened(episode)
         elif isinstance(needs, EnvironmentCall):
-            if not self.stop():
+            if not self._ends():
                 self._call(episode, needs)
         elif not episode.over:
             self._end(episode)
@@ -166,7 +204,9 @@ class AgentLoop:
     def _end(self, episode: Episode) -> None:
         """Close the environment of an episode that is over."""
         episode.over = True
-        self._finished += not self._again(episode)
+        if not self._again(episode):
+            self._finished += 1
+            self._over |= self.enough(episode.key, episode.rollout)
         if episode.rollout.turns:
             self.engine.release(episode.key)
         closing = episode.close()

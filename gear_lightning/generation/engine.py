@@ -71,12 +71,14 @@ class SampledTurn:
             softmax(logits). The trainer computes the same quantity, so the two differ only numerically. The effect of
             top-p, top-k or greedy sampling on a token's probability is not included.
         stopped: whether the policy sampled a stop token; False if ``max_tokens`` cut the turn short.
+        version: `GenerationEngine.version` of the weights that sampled it. None: those at the phase's begin.
     """
 
     key: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
+    version: int | None = None
 
 
 @forward_of_model
@@ -105,9 +107,14 @@ class GenerationEngine(ABC):
     Attributes:
         continuous: whether a request costs the running ones nothing when it joins them, so that it need not wait for
             others.
+        detached: whether it samples outside of this process, with weights of its own that `begin` hands over: then
+            rollouts can be sampled on a thread while the policy is updated.
+        version: optimizer steps of the weights that the next `begin` hands over.
     """
 
     continuous = False
+    detached = False
+    version = 0
 
     before_forward: Callable[[], None] = staticmethod(_nothing)
     interrupted: Callable[[], bool] = staticmethod(_never)
@@ -126,6 +133,12 @@ class GenerationEngine(ABC):
     def metrics(self) -> Iterable[tuple[str, float, int]]:
         """Return (name, mean, number of values) of what was measured since the last call."""
         return ()
+
+    def fork(self) -> "GenerationEngine":
+        """Return an engine for a rollout phase of its own, beside that of this one, with the same weights. Only for a
+        detached engine, whose `begin` may then be called while other phases are open: it waits for the turns that are
+        being sampled, and hands the new weights over."""
+        raise NotImplementedError(f"{type(self).__name__} has one rollout phase at a time")
 
     @abstractmethod
     def begin(self, model: Any, sampling: Sampling, stop_ids: set[int]) -> None:

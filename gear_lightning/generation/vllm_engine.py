@@ -1,10 +1,15 @@
 """Samples with vLLM servers, which get the policy's new weights before each rollout phase."""
 
+import contextlib
+import copy
 import hashlib
 import itertools
 import math
 import queue
+import threading
+import uuid
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -26,6 +31,49 @@ ROUNDING = {"float32": 1e-3}
 COARSE = 0.15
 
 
+class Gate:
+    """Lets turns through side by side, and updates of the weights alone.
+
+    Attributes:
+        weights: fingerprint of the weights that the servers have; None while it is unknown.
+        version: optimizer steps of these weights.
+        cached: tokens of prompts that were found in the servers' caches.
+        prompted: tokens of all prompts.
+    """
+
+    def __init__(self) -> None:
+        self.weights: str | None = None
+        self.version = self.cached = self.prompted = 0
+        self._changed = threading.Condition()
+        self._turns, self._closed = 0, False
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait until no update is in progress; in the context, none begins."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._closed)
+            self._turns += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._turns -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def update(self) -> Iterator[None]:
+        """Wait until the turns that have begun have ended; in the context, none begins."""
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: not self._turns)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._closed = False
+                self._changed.notify_all()
+
+
 class VLLMEngine(GenerationEngine):
     """Samples with vLLM servers, which ``gear-lightning serve`` starts.
 
@@ -41,7 +89,7 @@ class VLLMEngine(GenerationEngine):
         requests: most turns that a process has requested at the same time.
     """
 
-    continuous = True
+    continuous = detached = True
 
     def __init__(
         self,
@@ -59,9 +107,13 @@ class VLLMEngine(GenerationEngine):
         self.servers, self.folder, self.seconds, self.requests = servers, folder, seconds, requests
         self._mine: list[Server] = []
         self._options: list[dict[str, Any]] = []
-        self._print: str | None = None  # fingerprint of the weights that the servers have
+        self._gate = Gate()  # shared by the engines of all phases
         self._open: dict[Future, tuple[int, str, Server]] = {}
-        self._cached = self._prompted = 0
+
+    def fork(self) -> "VLLMEngine":
+        fork = copy.copy(self)
+        vars(fork).update(vars(self), _open={})
+        return fork
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("servers", "folder", "seconds", "requests")}
@@ -86,13 +138,17 @@ class VLLMEngine(GenerationEngine):
         self._vocabulary = shape(model.get_output_embeddings().weight)[0]
         now = fingerprint(model)
         run_on_all_ranks(lambda: self._check_servers(sampling))
-        if any(gather(now != self._print)):
-            self._print = None  # also if loading fails
-            run_on_all_ranks(lambda: self._load(model, now))
-            run_on_all_ranks(lambda: self._probe(model, now))
-            self._print = now
+        if any(gather(now != self._gate.weights)):
+            with self._gate.update():
+                self._gate.weights = None  # also if loading fails
+                run_on_all_ranks(lambda: None)  # no rank samples
+                run_on_all_ranks(lambda: self._load(model, now))
+                run_on_all_ranks(lambda: self._probe(model, now))
+                self._gate.weights = now
+        self._gate.version = self.version
         self._done: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(self.requests, thread_name_prefix="vllm")
+        self._phase = uuid.uuid4().hex  # other processes and phases use the same servers
         self._numbers, self._turns = itertools.count(), itertools.cycle(self._mine)
         self._homes: dict[int, Server] = {}
 
@@ -119,10 +175,10 @@ class VLLMEngine(GenerationEngine):
                     f"the vLLM server {server.url} was started with --logprobs-mode {has}, and temperature "
                     f"{sampling.temperature:g} needs {needs}; start it again with this recipe"
                 )
-            if self._print is not None and (found := server.version()) != self._print:
+            if self._gate.weights is not None and (found := server.version()) != self._gate.weights:
                 raise ServerError(
                     f"the vLLM server {server.url} has weights of version {found}, and this run gave it "
-                    f"{self._print}: it was restarted, or another run uses it"
+                    f"{self._gate.weights}: it was restarted, or another run uses it"
                 )
 
     def _load(self, model: Any, version: str) -> None:
@@ -165,7 +221,7 @@ class VLLMEngine(GenerationEngine):
                 )
 
     def fingerprint(self, dtype: torch.dtype | None) -> str | None:
-        return self._print
+        return self._gate.weights
 
     # -- turns ----------------------------------------------------------------------------------------------------
 
@@ -177,25 +233,30 @@ class VLLMEngine(GenerationEngine):
                 f"the vLLM server {server.url} takes {longest} tokens, and a turn needs {len(request.ids)} + "
                 f"{request.max_tokens}; start it again with this recipe"
             )
-        sampling, name = self._sampling, f"{request.key}-{next(self._numbers)}-{self._print}"
-        future = self._threads.submit(
-            server.complete,
-            request_id=name,
-            prompt=request.ids,
-            max_tokens=request.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=seed_of(request.seed),
-            logprobs=0,
-            return_token_ids=True,
-            stop_token_ids=self._stop_ids,
-            ignore_eos=True,
-            add_special_tokens=False,
-            cache_salt=self._print,
-        )
+        name = f"{self._phase}-{next(self._numbers)}"
+        future = self._threads.submit(self._sample, server, name, request)
         self._open[future] = request.key, name, server
         future.add_done_callback(self._done.put)
+
+    def _sample(self, server: Server, name: str, request: TurnRequest) -> tuple[int, dict[str, Any]]:
+        """Return the version of the weights that sample a turn, and the server's answer."""
+        sampling = self._sampling
+        with self._gate.turn():
+            return self._gate.version, server.complete(
+                request_id=name,
+                prompt=request.ids,
+                max_tokens=request.max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=seed_of(request.seed),
+                logprobs=0,
+                return_token_ids=True,
+                stop_token_ids=self._stop_ids,
+                ignore_eos=True,
+                add_special_tokens=False,
+                cache_salt=self._gate.weights,
+            )
 
     def poll(self) -> list[SampledTurn]:
         while self._open and not self.interrupted():
@@ -210,7 +271,7 @@ class VLLMEngine(GenerationEngine):
 
     def _turn(self, future: Future) -> SampledTurn:
         key, _, server = self._open.pop(future)
-        answer = future.result()
+        version, answer = future.result()
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
         reason = choice["finish_reason"]
@@ -222,9 +283,9 @@ class VLLMEngine(GenerationEngine):
             raise ServerError(
                 f"the vLLM server {server.url} sampled id {max(ids)}, and the policy has {self._vocabulary}"
             )
-        self._prompted += usage.get("prompt_tokens", 0)
-        self._cached += (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        return SampledTurn(key, ids, logprobs, reason == "stop")
+        self._gate.prompted += usage.get("prompt_tokens", 0)
+        self._gate.cached += (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        return SampledTurn(key, ids, logprobs, reason == "stop", version)
 
     def release(self, key: int) -> None:
         self._homes.pop(key, None)
@@ -241,17 +302,20 @@ class VLLMEngine(GenerationEngine):
                 except ServerError as error:
                     warnings.warn(str(error), stacklevel=2)
         self._threads.shutdown(wait=False, cancel_futures=True)
-        if not left:
+        if left:
+            return
+        with self._gate.turn():
             for server in self._mine:
-                if (found := server.version()) != self._print:
+                if (found := server.version()) != self._gate.weights:
                     raise ServerError(
                         f"the vLLM server {server.url} got other weights while it sampled ({found}, not "
-                        f"{self._print}): another run uses it"
+                        f"{self._gate.weights}): another run uses it"
                     )
 
     def metrics(self) -> list[tuple[str, float, int]]:
-        rate, weight = self._cached / max(self._prompted, 1), max(self._prompted, 1)
-        self._cached = self._prompted = 0
+        weight = max(self._gate.prompted, 1)
+        rate = self._gate.cached / weight
+        self._gate.cached = self._gate.prompted = 0
         return [("perf/prefix_hit_rate", rate, weight)]
 
 

@@ -339,6 +339,7 @@ def recorded_batches(run: Path, *, micro_batch_size: int, temperature: float, vo
                     index=len(rows),
                     turn_advantages=_of_turns(cut["turn_ids"], cut["base_advantages"]),
                     parts=cut["parts"],
+                    versions=cut["versions"],
                 )
             )
     if not rows:

@@ -38,6 +38,8 @@ TENSOR_KEYS = {
     "decisions": "int64 [B, T] 1 in a right decision, -1 in a wrong decision, 0 elsewhere or if unknown",
     "parts": "int64 [B, T] 1 in reasoning, 2 in a tool call, 0 elsewhere; records of earlier versions, which lack it, "
     "are read with zeros",
+    "versions": "int64 [B, T] optimizer steps taken by the policy that sampled the token, -1 elsewhere; records of "
+    "earlier versions, which lack it, are read with policy_version",
     "anchor": "int64 [B, T] index of the segment's anchor token, -1 outside segments",
     "rewards": "float32 [B]",
     "advantages": "float32 [B] after the group baseline",
@@ -67,7 +69,7 @@ ROLLOUT_KEYS = {
     "turn_rewards": "the environment's reward for each turn; the length penalty is subtracted from the last one",
     "states": "the environment's state before each turn: as it reports it, or its last messages",
     "feedback": "the environment's feedback on the rollout, or null",
-    "policy_version": "optimizer steps taken before sampling",
+    "policy_version": "optimizer steps taken before the rollout was begun",
     "closed_thoughts": "marks that closed reasoning (budgets.thinking_tokens); absent in records of earlier versions",
     "noise": "the rounding error that the credit rule assumed, 99th percentiles in nats: log_ratio, divergence (see "
     "gear_lightning.credit.RoundingNoise). Null if there is no row; absent in records of earlier versions, which "
@@ -214,6 +216,10 @@ def _check_tensors(tensors: dict[str, Tensor], where: Path) -> None:
     if len(size) != 2:
         raise UserError(f"{where}: tokens is not a matrix")
     tensors.setdefault("parts", torch.zeros(size, dtype=torch.int64))
+    if "versions" not in tensors and {"action_mask", "policy_version"} <= tensors.keys():
+        mask, version = tensors["action_mask"], tensors["policy_version"]
+        if mask.shape == size and version.shape == size[:1]:  # else the check below reports it
+            tensors["versions"] = torch.where(mask.bool(), version[:, None], -1)
     for name, text in TENSOR_KEYS.items():
         kind, wanted = getattr(torch, text.split()[0]), size if "[B, T]" in text else size[:1]
         found = tensors.get(name)
