@@ -1,25 +1,19 @@
 """The generation callback: connects engine, environments and agent loop to the policy and the data module."""
 
-import itertools
 import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from gear_lightning import __version__
-from gear_lightning.data import RolloutDataModule, RolloutGenerator
-from gear_lightning.distributed.collective import gather, run_on_all_ranks
-from gear_lightning.distributed.sharding import shape
-from gear_lightning.environments.awaiting import awaited
-from gear_lightning.environments.base import Environment, Task
-from gear_lightning.environments.checks import refuse_generator_methods
+from gear_lightning.callbacks.generation_checks import EnvironmentFactory, GenerationChecks
+from gear_lightning.collection.generator import Enough, Job
+from gear_lightning.data import RolloutDataModule
+from gear_lightning.distributed.collective import run_on_all_ranks
 from gear_lightning.environments.single_turn import SingleTurn
 from gear_lightning.environments.task_check import check_calls, check_teacher_views
 from gear_lightning.errors import UserError
@@ -27,21 +21,18 @@ from gear_lightning.generation.agent_loop import AgentLoop
 from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.cached_engine import CachedEngine
 from gear_lightning.generation.engine import GenerationEngine, Sampling
+from gear_lightning.generation.flight import Flight
 from gear_lightning.generation.sampling_weights import SamplingWeights, WeightsMode
-from gear_lightning.generation.vocabulary import check_sampled, check_vocabulary
-from gear_lightning.learning.positions import longest_row
+from gear_lightning.generation.vocabulary import check_sampled
 from gear_lightning.module import GearModule
-from gear_lightning.probes.sampling_check import TRIES, compare, explain, make_trial, ordinary_ids, sample
 from gear_lightning.rewards import OverlongPenalty
 from gear_lightning.rollout import STATUSES, Rollout
-from gear_lightning.runs.identity import UnknownIdentityError, identity_of
-from gear_lightning.teacher import SHOWN, OverlongError, privileged_text
+from gear_lightning.teacher import OverlongError
 
 SLOW_ENVIRONMENTS = 5.0  # seconds of waiting for environments from which on a warning is due
-EnvironmentFactory = Callable[[], Environment]
 
 
-class GenerationCallback(L.Callback, RolloutGenerator):
+class GenerationCallback(L.Callback, GenerationChecks):
     """Generates rollouts for the data module with the policy's newest weights.
 
     Args:
@@ -63,6 +54,13 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             for fast environments in Python. Environments must then share nothing that is not safe between threads;
             `Isolated` ones share nothing. The seeds of all draws are the same, so sampled ids change at most by the
             rounding of other batch sizes.
+        ahead: number of iterations whose rollouts are begun before they are needed, and sampled while the policy is
+            updated. Needs an engine that samples outside of this process (`VLLMEngine`), and
+            ``model.objective.sampler_cap``, which corrects for the older policy. A token is learned from at most
+            ``ahead`` iterations after the weights that sampled it (``train/staleness``). With 2 or more, conversations
+            are open while the weights change, and continue with the new ones from their next turn on (partial
+            rollouts). 0: rollouts are always those of the newest policy, and a resumed run equals an uninterrupted one;
+            otherwise, rollouts that were begun are sampled again after a resume, with newer weights.
     """
 
     def __init__(
@@ -77,7 +75,15 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         weights: WeightsMode = "auto",
         weights_dtype: Literal["float32", "bfloat16"] | None = None,
         workers: int = 0,
+        ahead: int = 0,
     ):
+        if ahead < 0:
+            raise UserError(f"generation.ahead={ahead}: must be at least 0")
+        if ahead and not engine.detached:
+            raise UserError(
+                f"generation.ahead={ahead}: {type(engine).__name__} samples in the training process, with the policy "
+                "that is updated; use generation.engine gear_lightning.generation.VLLMEngine, or ahead=0"
+            )
         if workers < 0:
             raise UserError(f"generation.workers={workers}: must be at least 0")
         if sampling.temperature == 0:
@@ -102,6 +108,7 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self.weights = weights
         self.weights_dtype = weights_dtype
         self.workers = workers
+        self.ahead = ahead
         self._weights = SamplingWeights(weights)
         self.listeners: list[Callable[[str, int, int, int], None]] = []  # (stage, finished, rollouts, tokens)
         self.stop: Callable[[], bool] = lambda: False  # whether this process's rollouts must end now
@@ -109,6 +116,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         self._warned_slow, self._waited = False, 0.0
         self._module: GearModule | None = None
         self._trainer: L.Trainer | None = None
+        self._flights: list[Flight] = []  # phases that generate rollouts ahead
+        self._handed: int | None = None  # optimizer steps of the weights that a detached engine has
         self._data: RolloutDataModule | None = None
 
     @property
@@ -131,46 +140,28 @@ class GenerationCallback(L.Callback, RolloutGenerator):
             data: the data module that requests them.
 
         Raises:
-            UserError: a task cannot be used (the message names it), no task's privileged prompt fits, or an option
-                needs reasoning or tool calls, and there are none.
+            UserError: a task cannot be used (the message names it), no task's privileged prompt fits, an option
+                needs reasoning or tool calls, and there are none, or older rollouts would not be corrected for.
         """
         self.check_reasoning(module)
+        self.check_correction(module)
+        module.ahead = self.ahead
         self._module, self._data = module, data
         data.generator = self
         data.check_tasks()
         check_teacher_views(module, data.train_tasks)
         check_calls(module.credit, data.train_tasks)
 
-    def generate(self, jobs: list[tuple[Task, tuple[int, ...]]], stage: str) -> list[Rollout]:
-        assert self._module is not None
-        assert self._trainer is not None
-        loop = AgentLoop(
-            self._module.chat_format,
-            self.engine,
-            self.environment,
-            self.budgets,
-            self.sampling if stage == "fit" else self.val_sampling,
-            self.success_threshold,
-            partial(self._report, stage),
-            self.stop,
-            self.workers,
-        )
-        module, version = self._module, self._trainer.global_step
-        if not self._checked:
-            run_on_all_ranks(lambda: self.check_policy(module, module.policy))
-            self.check_sampling(self._trainer, module, module.policy, module.blank)
-            self._checked = True
+    def generate(self, jobs: list[Job], stage: str, enough: Enough | None = None) -> list[Rollout]:
+        module, trainer = self._ready()
+        loop, engine = self._loop(stage, self.engine, self.stop, partial(self._report, stage), enough), self.engine
+        self._hand_over(engine)
         # one context for the whole phase, so that the weights are cast once and not at every token
-        opened = self._opened(self._trainer, module.policy, module.blank, len(jobs))
-        with self._computing(self._trainer), opened as (model, check):
+        opened = self._opened(trainer, module.policy, module.blank, len(jobs))
+        with self._computing(trainer), opened as (model, check):
             started = time.monotonic()
-            rollouts, _ = loop.run(model, jobs, policy_version=version, check=check)
-        self._note_waiting(loop.waited, time.monotonic() - started, stage)
-        check_sampled(self.engine, rollouts, module.policy.tokenizer_ids)
-        self._warn_of_errors(rollouts)
-        if stage == "fit" and self.overlong is not None:
-            for rollout in rollouts:
-                _penalise(rollout, self.overlong)
+            rollouts, _ = loop.run(model, jobs, policy_version=trainer.global_step, check=check)
+        self._complete(rollouts, loop, time.monotonic() - started, stage)
         if self._weights.streamed and not self._warned_stream:
             self._warned_stream = True
             rate = sum(sum(r.action_mask) for r in rollouts) / max(time.monotonic() - started, 1e-9)
@@ -179,6 +170,98 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 "generation.weights=gather is faster if a full copy fits."
             )
         return rollouts
+
+    def begin(self, jobs: list[Job], enough: Enough | None = None) -> Callable[[], list[Rollout]]:
+        if not self.ahead:
+            return super().begin(jobs, enough)
+        module, trainer = self._ready()
+        flight, engine = Flight(self.stop, partial(self._report, "fit")), self.engine.fork()
+        loop = self._loop("fit", engine, flight.stop, flight.report, enough)
+        self._hand_over(engine)
+        policy, version, started = module.policy, trainer.global_step, time.monotonic()
+        training = policy.training
+        opened = self._opened(trainer, policy, module.blank, len(jobs))
+        with self._computing(trainer), opened as (model, check):
+            loop.begin(model.eval(), check)
+        policy.train(training)
+        self._weights.close()  # the engine has weights of its own
+        self._flights.append(flight)
+        flight.start(lambda: loop.play(jobs, version))
+
+        def rollouts() -> list[Rollout]:
+            found = run_on_all_ranks(flight.result)
+            self._flights.remove(flight)
+            self._complete(found, loop, time.monotonic() - started, "fit")
+            return found
+
+        return rollouts
+
+    def _ready(self) -> tuple[GearModule, L.Trainer]:
+        """Return module and trainer. Before the first rollouts, check the policy and the engine."""
+        assert self._module is not None
+        assert self._trainer is not None
+        module, trainer = self._module, self._trainer
+        if not self._checked:
+            run_on_all_ranks(lambda: self.check_policy(module, module.policy))
+            self.check_sampling(trainer, module, module.policy, module.blank)
+            self._checked = True
+        return module, trainer
+
+    def _loop(
+        self,
+        stage: str,
+        engine: GenerationEngine,
+        stop: Callable[[], bool],
+        report: Callable[[int, int, int], None],
+        enough: Enough | None,
+    ) -> AgentLoop:
+        assert self._module is not None
+        overlong = self.overlong if stage == "fit" else None
+
+        def ended(job: int, rollout: Rollout) -> bool:
+            if overlong is not None:
+                _penalise(rollout, overlong)
+            return enough is not None and enough(job, rollout)
+
+        return AgentLoop(
+            self._module.chat_format,
+            engine,
+            self.environment,
+            self.budgets,
+            self.sampling if stage == "fit" else self.val_sampling,
+            self.success_threshold,
+            report,
+            stop,
+            self.workers,
+            ended,
+        )
+
+    def _hand_over(self, engine: GenerationEngine) -> None:
+        """Prepare a phase with the newest weights. Unless open conversations may change their weights, wait for them."""
+        assert self._trainer is not None
+        engine.version = self._trainer.global_step
+        if self._handed != engine.version and self.ahead < 2:
+            for flight in self._flights:
+                flight.wait()
+        self._handed = engine.version
+
+    def _complete(self, rollouts: list[Rollout], loop: AgentLoop, seconds: float, stage: str) -> None:
+        """Check and count the rollouts of a phase."""
+        assert self._module is not None
+        self._note_waiting(loop.waited, seconds, stage)
+        check_sampled(self.engine, rollouts, self._module.policy.tokenizer_ids)
+        self._warn_of_errors(rollouts)
+
+    def _end_flights(self) -> None:
+        flights, self._flights = self._flights, []
+        for flight in flights:
+            flight.cancel()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._end_flights()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end_flights()
 
     def _note_waiting(self, waited: float, seconds: float, stage: str) -> None:
         """Count the seconds in which nothing was sampled because environments were called, and warn once of many."""
@@ -191,31 +274,6 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                 "time; time/environment_s shows the seconds; this warning appears once.",
                 stacklevel=2,
             )
-
-    def _computing(self, trainer: L.Trainer) -> Any:
-        """Return an autocast context for the precision in which the policy computes."""
-        mixed = trainer.precision == "bf16-mixed"
-        return torch.autocast(trainer.strategy.root_device.type, dtype=torch.bfloat16, enabled=mixed)
-
-    def _opened(self, trainer: L.Trainer, policy: Any, blank: Any, rollouts: int) -> Any:
-        """Return the context that holds the weights for sampling this many rollouts, see `SamplingWeights.open`."""
-        strategy = trainer.strategy
-        computes_in, streams = getattr(strategy, "computes_in", None), getattr(strategy, "streams", True)
-        dtype = getattr(torch, self.weights_dtype) if self.weights_dtype else computes_in
-        cache = self._cache_bytes(trainer, policy, rollouts)
-        return self._weights.open(policy, blank, trainer.global_step, cache, self.engine, dtype, streams)
-
-    def _cache_bytes(self, trainer: L.Trainer, policy: Any, rollouts: int) -> int:
-        """Return the bytes of the keys and values of this many full contexts; an upper estimate for models whose layers
-        differ in width."""
-        config = policy.config.get_text_config()
-        try:
-            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-        except Exception:  # recurrent models; transformers raises its own error if layers differ
-            width = config.hidden_size
-        size = 2 if self.weights_dtype == "bfloat16" or "bf16" in str(trainer.precision) else 4
-        return rollouts * self.budgets.context * config.num_hidden_layers * 2 * width * size
 
     def _warn_of_errors(self, rollouts: list[Rollout]) -> None:
         """Warn once of an environment failure that changed no outcome, and once of an exception of a tool that the
@@ -248,103 +306,6 @@ class GenerationCallback(L.Callback, RolloutGenerator):
 
     on_test_end = on_predict_end = on_validation_end
 
-    def _new_environment(self) -> Environment:
-        try:
-            environment: Environment = awaited(self.environment())
-            refuse_generator_methods(environment)
-            return environment
-        except (UserError, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # its constructor may raise anything, SystemExit included
-            raise UserError(f"generation.environment cannot be created: {type(error).__name__}: {error}") from error
-
-    def check_reasoning(self, module: GearModule) -> None:
-        """Check that options which need the policy's reasoning get it.
-
-        Raises:
-            UserError: reasoning is not separated from the answer.
-        """
-        if module.chat_options.thinking != "off":
-            return
-        names = ["generation.budgets.thinking_tokens"] * (self.budgets.thinking_tokens is not None)
-        names += ["model.credit.where=answer"] * (module.credit.where == "answer")
-        if names:
-            raise UserError(
-                f"{' and '.join(names)} {'does' if len(names) == 1 else 'do'} nothing with model.chat.thinking=off, "
-                "which does not separate reasoning from the answer; leave one of them out"
-            )
-
-    def check_model(self, module: GearModule, policy: Any) -> None:
-        """Check an unsharded policy before it generates rollouts.
-
-        Raises:
-            UserError: its maximum length or its vocabulary is too small, or the engine cannot sample from it.
-        """
-        self.check_policy(module, policy)
-        self.check_engine(policy)
-
-    def check_policy(self, module: GearModule, policy: Any) -> None:
-        """Check the maximum length and the vocabulary size of a policy.
-
-        Raises:
-            UserError: its maximum length or its vocabulary is too small, or its rotary frequencies would depend on the
-                length of a row.
-        """
-        longest = longest_row(policy.config, type(policy).__name__)
-        if longest is not None and self.budgets.context > longest.tokens:
-            raise UserError(
-                f"generation.budgets.context={self.budgets.context} is more than {longest.why}; set it to "
-                f"{longest.tokens} or less"
-            )
-        self.engine.check_context(self.budgets.context)
-        rows = shape(policy.get_input_embeddings().weight)[0]
-        sources = () if self._data is None else (self._data.train_tasks, self._data.val_tasks)
-        check_vocabulary(module.chat_format, rows, type(policy).__name__, sources)
-
-    def check_sampling(self, trainer: L.Trainer, module: GearModule, policy: Any, blank: Any) -> None:
-        """Compare the engine's log-probs with the trainer's, see `sampling_check`. All ranks must call it.
-
-        Args:
-            trainer: provides the policy's strategy and precision.
-            module: the recipe's module.
-            policy: the policy, sharded or not.
-            blank: the policy's modules without values, if it is sharded.
-
-        Raises:
-            UserError: the log-probs differ by more than rounding, or the engine cannot sample from the policy.
-        """
-        longest = longest_row(policy.config, type(policy).__name__)
-        teacher = self.budgets.context + module.teacher_options.max_prompt if module.needs_teacher else 0
-        teacher = teacher if longest is None else min(teacher, longest.tokens)
-        ids = ordinary_ids(module.chat_format.tokenizer, policy)
-        sizes = (self.budgets.context, teacher, self.budgets.turns)
-        for attempt in itertools.count():
-            trial = make_trial(ids, policy.config, *sizes, seed=attempt)
-            with self._computing(trainer):
-                with self._opened(trainer, policy, blank, 2) as (model, _):
-                    if not attempt:
-                        self.check_engine(model)
-                    rows = sample(self.engine, model, self.sampling, trial)
-                # without streaming, the sharded policy cannot run a forward here
-                scorer = policy if getattr(trainer.strategy, "streams", True) else model
-                found = compare(scorer, model, rows, trial.filler, self.sampling.scoring_temperature)
-            differences = [difference for difference in gather(found) if difference is not None]
-            if not differences:
-                return
-            if attempt + 1 == TRIES:
-                raise UserError(explain(differences[0], policy, self.engine, trial))
-
-    def check_engine(self, model: Any) -> None:
-        """Check that the engine can sample from a model.
-
-        Raises:
-            UserError: it cannot.
-        """
-        training = model.training
-        self.engine.begin(model.eval(), self.sampling, set())
-        self.engine.end()
-        model.train(training)
-
     def _report(self, stage: str, finished: int, rollouts: int, tokens: int) -> None:
         for listen in self.listeners:
             listen(stage, finished, rollouts, tokens)
@@ -367,59 +328,6 @@ class GenerationCallback(L.Callback, RolloutGenerator):
                     stacklevel=2,
                 )
             return rollout.tokens[: rollout.prompt_length], True
-
-    def check_key(self) -> str | None:
-        module = self._module
-        assert module is not None
-        tokenizer = module.chat_format.tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        parts = [module.chat_format.options, module.teacher_options, module.credit, module.distillation, module.longest]
-        try:
-            if backend is None:
-                return None
-            made_of = identity_of([*parts, self.budgets, self._new_environment(), tokenizer.chat_template])
-        except UnknownIdentityError:
-            return None
-        return repr([__version__, made_of, backend.to_str(), sorted(tokenizer.get_added_vocab())])
-
-    def check_task(self, task: Task) -> None:
-        assert self._module is not None
-        chat = self._module.chat_format
-        task.check_format()
-        environment = self._new_environment()
-        awaited(environment.check(task))
-        if self._module.credit.needs_decisions and not environment.reports_decisions:
-            raise UserError(
-                f"{type(self._module.credit).__name__} needs to know which decisions were right, and "
-                f"{type(environment).__name__} does not report it (reports_decisions); use another model.credit"
-            )
-        options, credit = self._module.teacher_options, self._module.credit
-        of_the_task = options.shows in SHOWN  # every other option comes from rollouts
-        if self._module.needs_teacher and of_the_task and privileged_text(task, options) is None:
-            user, other = (credit, "credit=Uniform") if credit.needs_teacher else (self._module.distillation, None)
-            kind = "answer" if options.shows == "reference" else "reference"
-            there = privileged_text(task, replace(options, shows=kind)) is not None
-            missing = "add one, or use model.teacher.shows=peer"
-            instead = f"use model.teacher.shows={kind}, which it has," if there else missing
-            raise UserError(
-                f"task {task.id} has no {options.shows}, and {type(user).__name__} needs one for its teacher; "
-                f"{instead} or model.{other or 'distillation=null'}"
-            )
-        if task.tools:
-            chat.check_tools()
-        try:
-            chat.check_task(task.messages, task.tools)
-            length = len(chat.prompt(task.messages, task.tools))
-            if task.messages:  # else the environment writes the prompt
-                self._module.privileged_prompt(task, task.messages)
-        except ValueError as error:  # from the template, or half a character; report it now, not in mid-run
-            named = str(error) if f"task {task.id}" in str(error) else f"task {task.id}: {error}"
-            raise UserError(named) from None
-        if length >= self.budgets.context:
-            raise UserError(
-                f"task {task.id}: its prompt has {length} tokens and leaves no space for a response; "
-                f"generation.budgets.context={self.budgets.context}"
-            )
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -452,6 +360,8 @@ class GenerationCallback(L.Callback, RolloutGenerator):
         if data.truncated == "mask":
             log("rollouts/masked", stats.masked / max(total, 1), total)
         for status in STATUSES[1:]:  # all except "done"
+            if status == "stopped" and not data.oversample:
+                continue
             log(f"rollouts/{status}", stats.statuses[status] / max(total, 1), total)
 
 

@@ -116,8 +116,8 @@ class RolloutBatch:
     ``decisions`` is 1 on tokens of decisions that the environment judged right, -1 on those judged wrong, 0 elsewhere.
     ``parts`` is `REASONING` or `CALL` (a tool call) on sampled tokens, 0 elsewhere; a turn's stop token belongs to what
     it ends. ``versions`` is the policy version that sampled a token, -1 elsewhere; ``policy_version`` that of the
-    rollout's first turn. ``solved`` counts the solved rollouts of the row's group. The rows take part in ``inner_epochs`` optimizer
-    steps; ``inner_epoch`` is the index of this one, from 0.
+    rollout's first turn. ``solved`` counts the solved rollouts of the row's group. The rows take part in
+    ``inner_epochs`` optimizer steps; ``inner_epoch`` is the index of this one, from 0.
     """
 
     tokens: Int[Tensor, "batch seq"]

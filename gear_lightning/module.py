@@ -122,6 +122,7 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         self._shipped: dict[str, bytes] = {}  # files of the published model, and its hub id
         self._base_model: str | None = None
         self._frozen: dict[tuple[int, ...], Kept] = {}  # scorings of this iteration, if later inner epochs use them
+        self.ahead = 0  # iterations by which rollouts may be older than the policy; set by their generator
         self.noise = RoundingNoise()  # for the credit rule; the callback NoiseFloor measures it before the first step
         self.expert_load = ExpertLoad()
         self.divergence_p95, self.sampler_gap_p95, self.sampler_gap_max = Quantile(0.95), Quantile(0.95), MaxMetric()
@@ -308,10 +309,10 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         )
 
     def _check_version(self, batch: RolloutBatch) -> None:
-        """Raise if the rollouts were made by an older policy: training would treat them as the newest policy's."""
-        versions = batch.policy_version[batch.index >= 0] + batch.inner_epoch
-        if (versions != self.global_step).any():
-            made = sorted(set((versions - batch.inner_epoch).tolist()))
+        """Raise if rollouts are older than ``generation.ahead`` allows: training would treat them as newer ones."""
+        age = (self.global_step - batch.inner_epoch - batch.versions)[batch.action_mask]
+        if (age < 0).any() or (age > self.ahead * batch.inner_epochs).any():
+            made = sorted(set(batch.versions[batch.action_mask].tolist()))
             raise UserError(
                 f"stale rollouts: sampled by policy version {made}, trained on after {self.global_step} optimizer steps"
             )
@@ -425,6 +426,9 @@ class GearModule(Float32Buffers, Float32Sums, StepGuard, Schedule, ModuleState):
         self.log("train/sampler_gap_p95", self.sampler_gap_p95, on_step=False, on_epoch=True)
         self.sampler_gap_max.update(gap.amax() if tokens else gap.new_zeros(()))
         self.log("train/sampler_gap_max", self.sampler_gap_max, on_step=False, on_epoch=True)
+        if self.ahead:
+            age = torch.where(mask, self.global_step - batch.versions, 0)
+            per_token("train/staleness", age.sum())
         if teacher is not None:
             per_token("teacher/student_gap", torch.where(mask, teacher.logprobs - policy.logprobs.detach(), 0).sum())
         per_token("credit/weight_deviation", (credit.weights - 1).abs().sum())

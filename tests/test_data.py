@@ -5,10 +5,16 @@ from collections import Counter
 import lightning as L
 import pytest
 import torch
-from scripted_data import Finite, iteration
+from deadlines import until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted_data import Finite, Told, iteration
 from tiny_runs import data, generation, module, trainer
 
+from gear_lightning.collection.groups import plan_moves
 from gear_lightning.data import RolloutDataModule
+from gear_lightning.environments.base import Step
+from gear_lightning.environments.lookup_chain import LookupChain
 
 
 def by_reward(task: str, rollout: int) -> float:
@@ -113,3 +119,51 @@ def test_evaluation_does_not_depend_on_batching(tmp_path):
         return found
 
     assert success(3) == pytest.approx(success(10))
+
+
+# -- oversampling, and the exchange of groups between ranks -----------------------------------------------------------
+
+
+def test_oversampling_ends_the_slowest_rollouts_and_counts_them(tmp_path):
+    done = []
+
+    class Held(LookupChain):
+        def reset(self, task, *, seed):
+            self.held = task.id.endswith("-0")
+            return super().reset(task, seed=seed)
+
+        def step(self, message):
+            if self.held:
+                until(lambda: len(done) >= 4, "the other group")
+            done.append(self.held)
+            return Step(done=True, reward=float(len(done) % 2))
+
+    source = data(tasks_per_iteration=1, oversample=1.0)
+    runs = trainer(tmp_path, generation(environment=Held, workers=8), max_epochs=1)
+    runs.fit(module(), datamodule=source)
+    assert [group.group_id for group in source.groups] == [1], "the group that was complete first"
+    assert source.stats.statuses["stopped"] == 4
+    assert source.cursor == 2
+    assert runs.callback_metrics["rollouts/stopped"] == 0.5
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 5))
+def test_after_the_exchange_no_rank_lacks_groups_while_another_has_too_many(counts, share):
+    after = list(counts)
+    for giver, taker in plan_moves(counts, share):
+        assert after[giver] > share > after[taker]
+        after[giver] -= 1
+        after[taker] += 1
+    assert sum(after) == sum(counts)
+    assert min(after) >= share or max(after) <= share
+
+
+def test_resampling_ends_when_all_ranks_together_have_enough(tmp_path):
+    """A single process has no one to ask: it draws until its own share has a signal."""
+    source = RolloutDataModule(Finite(64), tasks_per_iteration=2, group_size=4, zero_spread="resample", oversample=0.5)
+    source.trainer, source.generator = trainer(tmp_path), Told(lambda task, rollout: float(task != "t0" and rollout))
+    source.train_task = lambda position: Finite(64)[position]
+    source._generate()
+    assert [group.task.id for group in source.groups] == ["t1", "t2"]
+    assert source.cursor == 3, "three tasks are drawn for two"

@@ -73,6 +73,16 @@ def raising(error: Exception):
 
 # -- a law of all statuses --------------------------------------------------------------------------------------------
 
+
+def stopped() -> Rollout:
+    """Return the rollout that is not finished when another one is enough."""
+    loop = AgentLoop(CHAT, Scripted("12"), Pays, WIDE, Sampling(), enough=lambda job, rollout: True)
+    (first, second), counts = loop.run(torch.nn.Linear(1, 1), [(TASK, (0, 0)), (TASK, (0, 1))], policy_version=0)
+    assert first.status == "done"
+    assert counts == {"done": 1, "stopped": 1}
+    return second
+
+
 FLOOD = "x" * 2_000_000
 # status -> (cause, how the test produces it)
 WAYS = {
@@ -80,6 +90,7 @@ WAYS = {
     "truncated": ("policy", partial(play, Pays, CALL, budgets=Budgets(turns=2, tokens=4000, context=8000))),
     "invalid_tool_call": ("policy", partial(play, Pays, "<tool_call>oops</tool_call>")),
     "empty_response": ("policy", partial(play, Pays, "")),
+    "stopped": ("iteration", stopped),
     "environment_flood": ("policy", partial(play, doing(lambda: Step([tool_result("look", FLOOD)])), CALL)),
     "prompt_too_long": ("task", partial(play, Pays, "12", budgets=Budgets(context=10))),
     "environment_error": ("environment", partial(play, doing(raising(KeyError("lost"))), "12")),

@@ -15,6 +15,7 @@ from distributed_runs import Opinions, environment, finish, fit_command, members
 from short_runs import train
 
 from gear_lightning.generation import VLLMEngine
+from gear_lightning.loss import ClippedSurrogate
 from gear_lightning.serving.launch import write_model
 
 
@@ -46,6 +47,25 @@ def test_processes_share_a_server_that_gets_the_weights_once(pair, tmp_path, fol
     assert len(updates) == len(set(updates)) == 3, "for the first rollouts, and after each of two optimizer steps"
     salts = {body["cache_salt"] for path, body in made.seen if path == "/v1/completions" and "seed" in body}
     assert len(salts) == 3
+
+
+def learned_ahead(run: Path, url: str) -> dict:
+    objective = {"objective": ClippedSurrogate(sampler_cap=2.0)}
+    engine = VLLMEngine([url], seconds=seconds(60))
+    return train(run, "ddp", engine=engine, weights="gather", ahead=2, max_epochs=3, model=objective)
+
+
+def test_processes_sample_ahead_while_they_are_updated(pair, tmp_path, folder):
+    made = stand_in_server.StandIn(folder)
+    server = stand_in_server.serve(made)
+    try:
+        first, second = pair.run(learned_ahead, tmp_path, f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert first["metrics"] == second["metrics"]
+    assert 1 <= first["metrics"]["train/staleness"] <= 2
+    assert first["metrics"]["train/sampler_ratio"] > 0
 
 
 def test_all_processes_end_with_an_error_line_when_the_server_dies_and_the_run_resumes(tmp_path, folder):

@@ -8,7 +8,6 @@ import pytest
 import stand_in_server as stand_in
 import torch
 from deadlines import seconds
-from stand_in_server import StandIn
 from tiny_runs import data, generation, module, source, trainer
 
 from gear_lightning.errors import UserError
@@ -17,26 +16,7 @@ from gear_lightning.generation.engine import TurnRequest
 from gear_lightning.generation.vllm_engine import logprobs_mode, seed_of
 from gear_lightning.learning.lora import LoRA
 from gear_lightning.serving.client import ServerError
-from gear_lightning.serving.launch import write_model
 from gear_lightning.serving.weights import served_weights
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("served")
-    write_model(source().model(), source().tokenizer(), made)
-    assert not list(made.glob("*.safetensors"))
-    return made
-
-
-@pytest.fixture
-def served(folder):
-    """Return the model behind a server, and an engine that uses it."""
-    made = StandIn(folder)
-    server = stand_in.serve(made)
-    yield made, VLLMEngine([f"http://127.0.0.1:{server.server_port}"], seconds=seconds(20))
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture

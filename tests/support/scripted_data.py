@@ -27,7 +27,7 @@ class Told(RolloutGenerator):
     def __init__(self, outcome):
         self.outcome, self.played = outcome, []
 
-    def generate(self, jobs, stage):
+    def generate(self, jobs, stage, enough=None):
         out = []
         for task, seed in jobs:
             self.played.append(task.id)

@@ -46,8 +46,9 @@ def train(
         zero_spread=options.pop("zero_spread", "keep"),
     )  # fmt: skip
     generation = GenerationCallback(
-        environment, engine or CachedEngine(), weights=weights, budgets=Budgets(turns=3, tokens=40, context=128)
-    )
+        environment, engine or CachedEngine(), weights=weights, budgets=Budgets(turns=3, tokens=40, context=128),
+        ahead=options.pop("ahead", 0),
+    )  # fmt: skip
     strategy = name if not isinstance(name, str) else "auto" if name == "one" else make_strategy(name, **options)
     trainer = L.Trainer(
         accelerator="cpu", devices=int(os.environ.get("WORLD_SIZE", "1")), strategy=strategy, default_root_dir=run,
