@@ -154,10 +154,11 @@ class GenerationCallback(L.Callback, GenerationChecks):
 
     def generate(self, jobs: list[Job], stage: str, enough: Enough | None = None) -> list[Rollout]:
         module, trainer = self._ready()
-        loop, engine = self._loop(stage, self.engine, self.stop, partial(self._report, stage), enough), self.engine
+        engine = self.engine
+        loop = self._loop(stage, engine, self.stop, partial(self._report, stage), enough)
         self._hand_over(engine)
         # one context for the whole phase, so that the weights are cast once and not at every token
-        opened = self._opened(trainer, module.policy, module.blank, len(jobs))
+        opened = self._opened(trainer, module.policy, module.blank, len(jobs), engine)
         with self._computing(trainer), opened as (model, check):
             started = time.monotonic()
             rollouts, _ = loop.run(model, jobs, policy_version=trainer.global_step, check=check)
@@ -180,7 +181,7 @@ class GenerationCallback(L.Callback, GenerationChecks):
         self._hand_over(engine)
         policy, version, started = module.policy, trainer.global_step, time.monotonic()
         training = policy.training
-        opened = self._opened(trainer, policy, module.blank, len(jobs))
+        opened = self._opened(trainer, policy, module.blank, len(jobs), engine)
         with self._computing(trainer), opened as (model, check):
             loop.begin(model.eval(), check)
         policy.train(training)
@@ -237,7 +238,7 @@ class GenerationCallback(L.Callback, GenerationChecks):
         )
 
     def _hand_over(self, engine: GenerationEngine) -> None:
-        """Prepare a phase with the newest weights. Unless open conversations may change their weights, wait for them."""
+        """Prepare a phase with the newest weights: wait for open conversations, unless they may change theirs."""
         assert self._trainer is not None
         engine.version = self._trainer.global_step
         if self._handed != engine.version and self.ahead < 2:

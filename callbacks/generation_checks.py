@@ -47,13 +47,13 @@ class GenerationChecks(RolloutGenerator):
         mixed = trainer.precision == "bf16-mixed"
         return torch.autocast(trainer.strategy.root_device.type, dtype=torch.bfloat16, enabled=mixed)
 
-    def _opened(self, trainer: L.Trainer, policy: Any, blank: Any, rollouts: int) -> Any:
+    def _opened(self, trainer: L.Trainer, policy: Any, blank: Any, rollouts: int, engine: GenerationEngine) -> Any:
         """Return the context that holds the weights for sampling this many rollouts, see `SamplingWeights.open`."""
         strategy = trainer.strategy
         computes_in, streams = getattr(strategy, "computes_in", None), getattr(strategy, "streams", True)
         dtype = getattr(torch, self.weights_dtype) if self.weights_dtype else computes_in
         cache = self._cache_bytes(trainer, policy, rollouts)
-        return self._weights.open(policy, blank, trainer.global_step, cache, self.engine, dtype, streams)
+        return self._weights.open(policy, blank, trainer.global_step, cache, engine, dtype, streams)
 
     def _cache_bytes(self, trainer: L.Trainer, policy: Any, rollouts: int) -> int:
         """Return the bytes of the keys and values of this many full contexts; an upper estimate for models whose layers
@@ -152,7 +152,7 @@ class GenerationChecks(RolloutGenerator):
         for attempt in itertools.count():
             trial = make_trial(ids, policy.config, *sizes, seed=attempt)
             with self._computing(trainer):
-                with self._opened(trainer, policy, blank, 2) as (model, _):
+                with self._opened(trainer, policy, blank, 2, self.engine) as (model, _):
                     if not attempt:
                         self.check_engine(model)
                     rows = sample(self.engine, model, self.sampling, trial)

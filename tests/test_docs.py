@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from checkout import ROOT
 from command_line import SHORT
+from detached_engine import Detached
 
 from gear_lightning.__main__ import COMMANDS, LIGHTNING, main
 
@@ -156,11 +157,11 @@ def test_the_metrics_of_the_reference_are_logged(tmp_path):
 
     options = {"objective": ClippedSurrogate(sampler_cap=2.0), "distillation": SDAR()}
     corrected = module(GEAR(anchor_floor=0.0), **options)
-    callbacks = generation(), NoiseFloor()
+    callbacks = generation(engine=Detached(), ahead=1), NoiseFloor()
     trainer(tmp_path, *callbacks, max_epochs=1, limit_val_batches=None).fit(corrected, datamodule=data())
     masked = tmp_path / "masked"
     thinks = generation(budgets=Budgets(turns=4, tokens=24, turn_tokens=8, thinking_tokens=4, context=96))
-    trainer(masked, thinks, max_epochs=1).fit(module(), datamodule=data(truncated="mask", zero_spread="keep"))
+    trainer(masked, thinks, max_epochs=1).fit(module(), datamodule=data(truncated="mask", oversample=0.5))
     experts = tmp_path / "experts"
     trainer(experts, generation(), max_epochs=1).fit(GearModule(Family(kind="Qwen3-MoE"), Uniform()), datamodule=data())
     logged = set()

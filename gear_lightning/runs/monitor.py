@@ -15,7 +15,7 @@ KNOWN = {  # metrics that a fit logs; some only with some recipes
     "train": (
         "reward", "success", "response_tokens", "turns", "zero_spread_groups", "loss", "distillation", "entropy",
         "grad_norm", "skipped_steps", "clip_fraction", "sampler_gap_p95", "sampler_gap_max", "sampler_ratio",
-        "sampler_truncated_fraction", "call_token_fraction", "reasoning_token_fraction", "expert_load",
+        "staleness", "sampler_truncated_fraction", "call_token_fraction", "reasoning_token_fraction", "expert_load",
     ),
     "teacher": ("student_gap", "overlong"),
     "credit": (
@@ -24,7 +24,7 @@ KNOWN = {  # metrics that a fit logs; some only with some recipes
     ),
     "rollouts": (
         "retried", "masked", "side_errors", "tool_errors", "truncated", "invalid_tool_call", "empty_response",
-        "prompt_too_long",
+        "prompt_too_long", "stopped",
         "environment_error", "environment_timeout", "environment_flood", "invalid_reward", "closed_thoughts",
     ),
     "time": ("rollout_s", "update_s", "environment_s"),

@@ -7,6 +7,7 @@ import pytest
 import stand_in_server as stand_in
 import torch
 from deadlines import until
+from detached_engine import Detached
 from distributed_runs import Chatter, Opinions
 from every_rule import TalkTasks
 from tiny_runs import data, generation, module, trainer
@@ -164,6 +165,12 @@ def test_a_server_that_fails_while_it_samples_ahead_ends_the_run_with_one_error(
     with pytest.raises(UserError, match="gave a turn up"):
         fit(engine, tmp_path, Breaks())
     assert not flying()
+
+
+def test_an_engine_in_this_process_with_weights_of_its_own_samples_ahead(tmp_path):
+    runs = fit(Detached(), tmp_path, max_epochs=3)
+    assert runs.callback_metrics["train/staleness"] == 1
+    assert ages(tmp_path) == [{0}, {1}, {1}]
 
 
 def test_an_evaluation_waits_for_open_conversations_and_uses_the_newest_weights(served, tmp_path):
