@@ -116,7 +116,7 @@ class GenerationCallback(L.Callback, GenerationChecks):
         self._warned_slow, self._waited = False, 0.0
         self._module: GearModule | None = None
         self._trainer: L.Trainer | None = None
-        self._flights: list[Flight] = []  # phases that generate rollouts ahead
+        self._flights: dict[Flight, Callable[[list[Rollout]], None]] = {}  # what completes their rollouts
         self._handed: int | None = None  # optimizer steps of the weights that a detached engine has
         self._data: RolloutDataModule | None = None
 
@@ -175,9 +175,21 @@ class GenerationCallback(L.Callback, GenerationChecks):
     def begin(self, jobs: list[Job], enough: Enough | None = None) -> Callable[[], list[Rollout]]:
         if not self.ahead:
             return super().begin(jobs, enough)
+        flight = self.fly(jobs, "fit", enough)
+        return lambda: self.land(flight)
+
+    def fly(self, jobs: list[Job], stage: str, enough: Enough | None = None, *, keeps_weights: bool = False) -> Flight:
+        """Begin to generate rollouts on a thread, with the newest weights. All ranks must call it; `land` must follow.
+
+        Args:
+            jobs: as in `generate`, also for the next two.
+            stage: as there.
+            enough: as there.
+            keeps_weights: finish all conversations with these weights, even if newer ones could be handed over.
+        """
         module, trainer = self._ready()
-        flight, engine = Flight(self.stop, partial(self._report, "fit")), self.engine.fork()
-        loop = self._loop("fit", engine, flight.stop, flight.report, enough)
+        flight, engine = Flight(self.stop, partial(self._report, stage), keeps_weights), self.engine.fork()
+        loop = self._loop(stage, engine, flight.stop, flight.report, enough)
         self._hand_over(engine)
         policy, version, started = module.policy, trainer.global_step, time.monotonic()
         training = policy.training
@@ -186,16 +198,19 @@ class GenerationCallback(L.Callback, GenerationChecks):
             loop.begin(model.eval(), check)
         policy.train(training)
         self._weights.close()  # the engine has weights of its own
-        self._flights.append(flight)
+        self._flights[flight] = lambda found: self._complete(found, loop, time.monotonic() - started, stage)
         flight.start(lambda: loop.play(jobs, version))
+        return flight
 
-        def rollouts() -> list[Rollout]:
-            found = run_on_all_ranks(flight.result)
-            self._flights.remove(flight)
-            self._complete(found, loop, time.monotonic() - started, "fit")
-            return found
+    def land(self, flight: Flight) -> list[Rollout]:
+        """Wait for rollouts. All ranks must call it.
 
-        return rollouts
+        Raises:
+            UserError: generating them has failed, on any rank.
+        """
+        found = run_on_all_ranks(flight.result)
+        self._flights.pop(flight)(found)
+        return found
 
     def _ready(self) -> tuple[GearModule, L.Trainer]:
         """Return module and trainer. Before the first rollouts, check the policy and the engine."""
@@ -241,8 +256,8 @@ class GenerationCallback(L.Callback, GenerationChecks):
         """Prepare a phase with the newest weights: wait for open conversations, unless they may change theirs."""
         assert self._trainer is not None
         engine.version = self._trainer.global_step
-        if self._handed != engine.version and self.ahead < 2:
-            for flight in self._flights:
+        for flight in self._flights if self._handed != engine.version else ():
+            if self.ahead < 2 or flight.keeps_weights:
                 flight.wait()
         self._handed = engine.version
 
@@ -254,14 +269,14 @@ class GenerationCallback(L.Callback, GenerationChecks):
         self._warn_of_errors(rollouts)
 
     def _end_flights(self) -> None:
-        flights, self._flights = self._flights, []
+        flights, self._flights = self._flights, {}
         for flight in flights:
             flight.cancel()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._end_flights()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._end_flights()
 
     def _note_waiting(self, waited: float, seconds: float, stage: str) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from .advantage import GRPO, GroupAdvantage
 from .batch import RolloutBatch, RolloutRow, Sealed, collate
-from .collection.generator import RolloutGenerator
+from .collection.generator import Job, RolloutGenerator
 from .collection.groups import Signal, Truncated, advantage_inputs, make_row
 from .collection.rounds import ZeroSpread
 from .collection.state import CollectionState
@@ -218,6 +218,13 @@ class RolloutDataModule(CollectionState):
         assert self.val_tasks is not None
         tasks = self.val_limit if self.val_tasks.size is None else min(self.val_limit, self.val_tasks.size)
         return [(t, (self.seed, 1, t, r)) for t in range(tasks) for r in range(self.val_rollouts)]
+
+    def evaluation_jobs(self) -> list[Job]:
+        """Return this process's tasks and seeds of an evaluation. All ranks must call it."""
+        assert self.val_tasks is not None
+        mine = self._eval_jobs()[self._trainer.global_rank :: self._trainer.world_size]
+        tasks = self._fetch(self.val_tasks.__getitem__, [task for task, _ in mine])
+        return [(task, seed) for task, (_, seed) in zip(tasks, mine, strict=True)]
 
     def check_tasks(self) -> None:
         """Check the tasks before training (see ``check_limit``). All ranks must call it.

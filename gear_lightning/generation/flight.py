@@ -14,10 +14,12 @@ class Flight:
     Args:
         stop: whether the run ends; called on the thread.
         report: progress, which is reported only while the rollouts are waited for.
+        keeps_weights: whether all conversations must be finished with the weights they began with.
     """
 
-    def __init__(self, stop: Callable[[], bool], report: Report):
+    def __init__(self, stop: Callable[[], bool], report: Report, keeps_weights: bool = False):
         self._stop, self._report = stop, report
+        self.keeps_weights = keeps_weights
         self._canceled = self._awaited = False
         self._rollouts: list[Rollout] = []
         self._error: BaseException | None = None
