@@ -148,6 +148,7 @@ def test_the_metrics_of_the_reference_are_logged(tmp_path):
     from tiny_runs import data, generation, module, trainer
 
     from gear_lightning.callbacks.noise_floor import NoiseFloor
+    from gear_lightning.callbacks.evaluation_beside import EvaluationBeside
     from gear_lightning.credit import GEAR, Uniform
     from gear_lightning.distillation import SDAR
     from gear_lightning.generation import VLLMEngine
@@ -157,7 +158,7 @@ def test_the_metrics_of_the_reference_are_logged(tmp_path):
 
     options = {"objective": ClippedSurrogate(sampler_cap=2.0), "distillation": SDAR()}
     corrected = module(GEAR(anchor_floor=0.0), **options)
-    callbacks = generation(engine=Detached(), ahead=1), NoiseFloor()
+    callbacks = generation(engine=Detached(), ahead=1), NoiseFloor(), EvaluationBeside()
     trainer(tmp_path, *callbacks, max_epochs=1, limit_val_batches=None).fit(corrected, datamodule=data())
     masked = tmp_path / "masked"
     thinks = generation(budgets=Budgets(turns=4, tokens=24, turn_tokens=8, thinking_tokens=4, context=96))
