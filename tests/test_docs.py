@@ -147,8 +147,8 @@ def test_the_metrics_of_the_reference_are_logged(tmp_path):
     from model_families import Family
     from tiny_runs import data, generation, module, trainer
 
-    from gear_lightning.callbacks.noise_floor import NoiseFloor
     from gear_lightning.callbacks.evaluation_beside import EvaluationBeside
+    from gear_lightning.callbacks.noise_floor import NoiseFloor
     from gear_lightning.credit import GEAR, Uniform
     from gear_lightning.distillation import SDAR
     from gear_lightning.generation import VLLMEngine
