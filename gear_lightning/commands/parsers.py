@@ -120,6 +120,12 @@ def serve() -> CommandParser:
         help="memory of the key-value cache (default: vLLM's; 2 on a CPU)",
     )
     parser.add_argument(
+        "--keep-serving",
+        action="store_true",
+        help="do not end on SIGTERM, SIGUSR1 and SIGUSR2, which Slurm sends to all processes of a job that has to "
+        "save; SIGINT ends the server",
+    )
+    parser.add_argument(
         "--vllm", default="", metavar="OPTIONS", help="further options of vLLM, e.g. '--tensor-parallel-size 2'"
     )
     return parser

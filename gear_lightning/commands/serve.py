@@ -1,6 +1,7 @@
 """``gear-lightning serve``: start the vLLM server that a recipe's rollouts are sampled with."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ def serve_command(argv: list[str]) -> int:
     write_model(recipe.module.source.skeleton(), recipe.module.source.tokenizer(), launch.model)
     print(f"vLLM server for {launch.model.parent}: http://{launch.host}:{launch.port}", flush=True)
     command = launch.command()
+    if given.keep_serving:  # blocked, not ignored: vLLM sets handlers of its own
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     os.execve(command[0], command, launch.environment())
 
 

@@ -13,12 +13,16 @@ import sys
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..recipes.options.parser import CommandParser
 from ..recipes.options.values import composed, text_of
 from ..recipes.slurm_script import SEEDS, Job, check_job
+from ..recipes.slurm_serving import Serving, serving_of
+
+if TYPE_CHECKING:
+    from ..recipes.recipe import Recipe
 
 OURS = {  # options of fit that the job sets -> options of this command to use instead
     "--trainer.num_nodes": "--nodes",
@@ -26,6 +30,7 @@ OURS = {  # options of fit that the job sets -> options of this command to use i
     "--trainer.accelerator": "--gpus-per-node, 0 for CPUs",
     "--watchdog.seconds": "--timeout",
 }
+SERVERS = "--generation.engine.servers"
 LISTS = ("setup", "sbatch", "container-mounts")  # can be repeated
 
 
@@ -47,6 +52,14 @@ def parser() -> CommandParser:
     )
     size.add_argument("--time", help="time limit: 24:00:00, or 2-12 for 2 days and 12 hours, or minutes")
     size.add_argument("--seeds", metavar="LIST", help="one run for each seed, as a job array: 0-9, or 0-9%%4")
+    serve = out.add_argument_group("vLLM servers, for a recipe with gear_lightning.generation.VLLMEngine")
+    serve.add_argument("--serve-nodes", type=int, metavar="N", help="nodes, of --nodes, that sample with vLLM")
+    serve.add_argument(
+        "--gpus-per-server", type=int, metavar="N", help="GPUs of a server, by tensor parallelism (default 1)"
+    )
+    serve.add_argument(
+        "--serve-options", metavar="OPTIONS", help="options of gear-lightning serve, e.g. '--python PATH --kv-gib 40'"
+    )
     place = out.add_argument_group("placement")
     for option in ("partition", "account", "qos", "constraint", "mem"):
         place.add_argument(f"--{option}", help=f"sbatch's --{option}")
@@ -138,11 +151,14 @@ def job_of(options: argparse.Namespace, rest: list[str], command: str) -> Job:
     if options.time is None:
         raise UserError("--time is missing: give the job's time limit, e.g. --time 24:00:00")
     tasks = _tasks(options)
-    trainer, share = _read(rest, options.nodes, tasks)
-    if share % (options.nodes * tasks):
+    training = max(1, options.nodes - (options.serve_nodes or 0))
+    recipe = _read(rest, training, tasks)
+    trainer, share = recipe.trainer, recipe.data.tasks_per_iteration
+    serving = _serving(options, rest, recipe, tasks)
+    if share % (training * tasks):
         raise UserError(
-            f"data.tasks_per_iteration={share} is not divisible by {options.nodes} x {tasks} processes, but all "
-            f"rollouts of a task are on one process; add --data.tasks_per_iteration {options.nodes * tasks}"
+            f"data.tasks_per_iteration={share} is not divisible by {training} x {tasks} processes, but all "
+            f"rollouts of a task are on one process; add --data.tasks_per_iteration {training * tasks}"
         )
     run = Path(trainer["default_root_dir"]).absolute()
     asked = [f"--{name}={getattr(options, name)}" for name in ("partition", "account", "qos", "constraint", "mem")]
@@ -165,6 +181,7 @@ def job_of(options: argparse.Namespace, rest: list[str], command: str) -> Job:
         container=options.container,
         mounts=tuple(options.container_mounts or ()),
         seeds=options.seeds,
+        serving=serving,
         command=command,
     )
     check_job(job)
@@ -200,12 +217,78 @@ def _tasks(options: argparse.Namespace) -> int:
     return tasks
 
 
-def _read(rest: list[str], nodes: int, tasks: int) -> tuple[Any, int]:
-    """Return the recipe's trainer section and its tasks per iteration. GPUs of this machine do not matter."""
+def _read(rest: list[str], nodes: int, tasks: int) -> "Recipe":
+    """Return the recipe. GPUs of this machine do not matter."""
     from ..recipes.recipe import read_recipe
 
-    recipe = read_recipe([*rest, f"--trainer.num_nodes={nodes}", f"--trainer.devices={tasks}"])
-    return recipe.trainer, recipe.data.tasks_per_iteration
+    return read_recipe([*rest, f"--trainer.num_nodes={nodes}", f"--trainer.devices={tasks}"])
+
+
+def _serving(options: argparse.Namespace, rest: list[str], recipe: "Recipe", tasks: int) -> Serving | None:
+    """Return the nodes that serve; None if all train.
+
+    Raises:
+        UserError: the options of the servers contradict each other, or the recipe does not sample with vLLM.
+    """
+    if options.serve_nodes is None:
+        for name in ("gpus_per_server", "serve_options"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} has no effect without --serve-nodes")
+        return None
+    from ..generation.vllm_engine import VLLMEngine, logprobs_mode
+
+    engine = recipe.generation.engine
+    if not isinstance(engine, VLLMEngine):
+        raise UserError(
+            f"--serve-nodes {options.serve_nodes}: the recipe samples with {type(engine).__name__}; add "
+            "--generation.engine gear_lightning.generation.VLLMEngine"
+        )
+    if any(arg.partition("=")[0] == SERVERS for arg in rest):
+        raise UserError(f"--serve-nodes sets {SERVERS}: give only one of them")
+    logprobs_mode(recipe.generation.sampling)
+    return serving_of(
+        options.nodes,
+        options.serve_nodes,
+        options.gpus_per_server,
+        options.gpus_per_node,
+        tasks * options.cpus_per_task,
+        engine.folder == "/dev/shm",
+        _serve_options(options),
+    )
+
+
+def _serve_options(options: argparse.Namespace) -> list[str]:
+    """Return the options of ``gear-lightning serve``, quoted.
+
+    Raises:
+        UserError: one is unknown, or is set by the job, or vLLM is not where it is expected.
+    """
+    from . import parsers, serve
+
+    text = options.serve_options or ""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--serve-options {text}: {error}") from None
+    given, unknown = parsers.serve().parse_known_args(words)
+    if unknown:
+        raise UserError(
+            f"--serve-options: {unknown[0]} is no option of gear-lightning serve; give fit's to this command"
+        )
+    for name in ("host", "port", "keep_serving"):
+        if getattr(given, name) != parsers.serve().get_default(name):
+            raise UserError(f"--serve-options: --{name.replace('_', '-')} is set by the job")
+    if given.python is None and options.container is None and not serve.PYTHON.exists():
+        raise UserError(
+            f"--serve-nodes: {serve.PYTHON} is missing; run make vllm, or give --serve-options '--python PATH', the "
+            "Python of the environment with vLLM"
+        )
+    vllm = given.vllm
+    if (options.gpus_per_server or 1) > 1:
+        vllm = f"--tensor-parallel-size {options.gpus_per_server} {vllm}".strip()
+    found = {"python": given.python, "kv-gib": given.kv_gib, "vllm": vllm or None}
+    named = [f"--{name}={shlex.quote(str(value))}" for name, value in found.items() if value is not None]
+    return ["--keep-serving", *named]
 
 
 def _collective(strategy: Any, timeout: int) -> str | None:

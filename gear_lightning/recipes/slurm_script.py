@@ -6,6 +6,7 @@ from pathlib import Path
 from shlex import quote
 
 from ..errors import UserError
+from .slurm_serving import Serving, continued
 
 SWITCHES_OFF = ("bash", "interactive")  # job names that Lightning treats as a shell, in which it ignores Slurm's ranks
 LINGER = 30  # seconds for the other processes of a job to write reports and end after the first has ended
@@ -20,8 +21,8 @@ class Job:
         run: absolute path of the run directory.
         directory: absolute path of the job's working directory, to which paths in the recipe are relative.
         fit: options of ``fit``.
-        nodes: number of nodes.
-        tasks_per_node: number of processes per node, one per GPU.
+        nodes: number of nodes, those that serve included.
+        tasks_per_node: number of training processes per node, one per GPU.
         gpus_per_node: number of GPUs per node. 0: a job on CPUs.
         cpus_per_task: cores and threads per process.
         time: time limit in Slurm's format.
@@ -35,6 +36,7 @@ class Job:
         container: image for pyxis/enroot; None: no container.
         mounts: directories to mount in the container in addition to both directories.
         seeds: Slurm's array of seeds, for example ``0-9%4``; None: one run.
+        serving: the nodes that serve, the last ones; None: all train.
         command: the command line that wrote the script.
     """
 
@@ -56,6 +58,7 @@ class Job:
     container: str | None = None
     mounts: tuple[str, ...] = ()
     seeds: str | None = None
+    serving: Serving | None = None
     command: str = ""
 
     @property
@@ -104,45 +107,66 @@ class Job:
             f"export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC={2 * self.timeout}",
         ]
 
+    @property
+    def _training(self) -> int:
+        """Number of nodes that train."""
+        return self.nodes - (self.serving.nodes if self.serving else 0)
+
     def _launch(self) -> list[str]:
         job = "%A_%a" if self.seeds else "%j"
         run, seed = quote(str(self.run)), []
         if self.seeds:
             run, seed = f"{run}/seed_$SLURM_ARRAY_TASK_ID", [f"--{option}=$SLURM_ARRAY_TASK_ID" for option in SEEDS]
-        srun = [
-            "--kill-on-bad-exit=0",
-            f"--wait={LINGER}",
-            f"--cpus-per-task={self.cpus_per_task}",
-            "--open-mode=append",
-            f"--output={quote(f'{self.logs}/{job}_%t.log')}",
-        ]
-        if self.container is not None:
-            seen = [self.directory] + [self.run] * (not self.run.is_relative_to(self.directory))
-            mounts = ",".join([*(f"{p}:{p}" for p in seen), *self.mounts])
-            srun += [
-                f"--container-image={quote(self.container)}",
-                f"--container-workdir={quote(str(self.directory))}",
-                f"--container-mounts={quote(mounts)}",
-            ]
-        ours = [
+        python = f"{quote(self.python)} -m gear_lightning"
+        recipe = [
+            *pairs(self.fit),
             f"--trainer.accelerator={'gpu' if self.gpus_per_node else 'cpu'}",
-            f"--trainer.num_nodes={self.nodes}",
+            f"--trainer.num_nodes={self._training}",
             f"--trainer.devices={self.tasks_per_node}",
             f"--trainer.default_root_dir={run}",
+        ]
+        fit = [
+            *recipe,
             f"--watchdog.seconds={self.timeout}",
             *([quote(self.collective)] if self.collective else []),
             *seed,
+            *(self.serving.engine(run) if self.serving else []),
             "--ckpt_path=last",
         ]
-        lines = [
-            "# exec: a signal to the batch script also reaches the processes. If one has ended, the others have",
-            f"# {LINGER} s to write their reports; kill-on-bad-exit would end them at once.",
-            f"exec srun {' '.join(srun[:4])} \\",
-            *(f"  {option} \\" for option in srun[4:]),
-            f"  {quote(self.python)} -m gear_lightning fit \\",
+        kept = ["--kill-on-bad-exit=0", f"--wait={LINGER}", f"--cpus-per-task={self.cpus_per_task}"]
+        more = ["--open-mode=append", f"--output={quote(f'{self.logs}/{job}_%t.log')}", *self._container()]
+        if self.serving is None:
+            return [
+                "# exec: a signal to the batch script also reaches the processes. If one has ended, the others have",
+                f"# {LINGER} s to write their reports; kill-on-bad-exit would end them at once.",
+                *continued(f"exec srun {' '.join([*kept, more[0]])}", *more[1:], f"{python} fit", *fit),
+            ]
+        size = [f"--nodes={self._training}", "--relative=0", f"--ntasks={self._training * self.tasks_per_node}"]
+        size.append(f"--ntasks-per-node={self.tasks_per_node}")
+        serve = [f"{python} serve", *self.serving.options, *recipe]
+        logs = f"{self.logs}/{job}_serve_%t.log"
+        return [
+            *self.serving.addresses(self._training),
+            "",
+            *self.serving.start(self._container(), serve, run, logs, self._training, self.timeout),
+            "",
+            f"# If a process has ended, the others have {LINGER} s to write their reports; kill-on-bad-exit would end",
+            "# them at once.",
+            *continued(f"srun {' '.join(size)}", " ".join(kept), *more, f"{python} fit", *fit, end=" &"),
+            *self.serving.end(),
         ]
-        rest = [*pairs(self.fit), *ours]
-        return [*lines, *(f"  {option} \\" for option in rest[:-1]), f"  {rest[-1]}"]
+
+    def _container(self) -> list[str]:
+        """Return srun's options for the container."""
+        if self.container is None:
+            return []
+        seen = [self.directory] + [self.run] * (not self.run.is_relative_to(self.directory))
+        mounts = ",".join([*(f"{p}:{p}" for p in seen), *self.mounts])
+        return [
+            f"--container-image={quote(self.container)}",
+            f"--container-workdir={quote(str(self.directory))}",
+            f"--container-mounts={quote(mounts)}",
+        ]
 
 
 def pairs(options: tuple[str, ...]) -> list[str]:

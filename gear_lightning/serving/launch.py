@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,14 @@ class Launch:
 
 
 def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write what a server needs to build a model: its configuration and tokenizer, no weights."""
+    """Write what a server needs to build a model: its configuration and tokenizer, no weights.
+
+    Several servers may write and read the same folder: its files are replaced at once.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as made:
+        model.config.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        for file in Path(made).iterdir():
+            os.replace(file, folder / file.name)

@@ -39,7 +39,11 @@ class Sent:
         return self.show()["JobState"]
 
     def ranks(self) -> dict[int, int]:
-        """Return rank -> process id of the running processes."""
+        """Return rank -> process id of the processes that train."""
+        return self.processes("fit")
+
+    def processes(self, word: str) -> dict[int, int]:
+        """Return number of the task -> process id of the tasks whose command contains a word."""
         ids, found = {self.number, self.show()["JobId"]}, {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -49,7 +53,7 @@ class Sent:
                 words = (folder / "cmdline").read_bytes().decode().split("\0")
             except (OSError, UnicodeDecodeError):  # the process has ended, or belongs to another user
                 continue
-            if variables.get("SLURM_JOB_ID") in ids and "SLURM_STEP_ID" in variables and "gear_lightning" in words:
+            if variables.get("SLURM_JOB_ID") in ids and "SLURM_STEP_ID" in variables and word in words:
                 rank, pid = int(variables["SLURM_PROCID"]), int(folder.name)
                 found[rank] = min(pid, found.get(rank, pid))  # its child processes have larger ids
         return found

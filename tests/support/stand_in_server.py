@@ -116,7 +116,7 @@ class StandIn:
         return (logits / temperature).log_softmax(-1)
 
 
-def serve(stand_in: StandIn, port: int = 0) -> ThreadingHTTPServer:
+def serve(stand_in: StandIn, port: int = 0, host: str = "127.0.0.1") -> ThreadingHTTPServer:
     """Return a server that answers on threads until it is shut down."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -151,7 +151,7 @@ def serve(stand_in: StandIn, port: int = 0) -> ThreadingHTTPServer:
         def handle_error(self, *_: Any) -> None:  # a client has gone
             pass
 
-    server = Server(("127.0.0.1", port), Handler)
+    server = Server((host, port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
 
