@@ -130,6 +130,7 @@ class Chat:
         self._remembered: dict[str, list[int]] = {}
         self._checked: set[str] = set()  # what has passed `check_tools` and `check_task`
         self._texts: dict[int, str] = {}  # of single tokens
+        self._decoded: tuple[tuple[int, ...], str] = ((), "")  # the newest: a turn is needed several times
         given = set(stop_ids)
         self.ignored_stops = {i for i in given if not self.template.control.holds(i)}
         named = {self._token(text) for text in options.stop_tokens or ()}
@@ -324,7 +325,11 @@ class Chat:
 
     def text(self, ids: list[int]) -> str:
         """Return the decoded text of sampled ids, without their stop token."""
-        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids], skip_special_tokens=False)
+        key, newest = tuple(ids), self._decoded
+        if newest[0] != key:
+            text = self.tokenizer.decode([i for i in ids if i not in self.stop_ids], skip_special_tokens=False)
+            newest = self._decoded = key, text
+        return newest[1]
 
     def write(self, message: Message) -> list[int]:
         """Return the ids that the policy would sample for ``message``, with the stop token (for demonstrations)."""

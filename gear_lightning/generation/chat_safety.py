@@ -87,6 +87,8 @@ class ControlTokens:
         self._ids |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         written = {**{i: token.content for i, token in added.items()}, **{i: text for text, i in self._ids.items()}}
         self._known = {i for i, text in written.items() if text.strip()}  # some vocabularies add tokens of spaces
+        texts = sorted({text for text in written.values() if text.strip()}, key=len, reverse=True)
+        self._written = re.compile("|".join(map(re.escape, texts)) or "(?!)")
         self._tokenizer = tokenizer
         self.special = sorted(self._ids, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, self.special)) or "(?!)")
@@ -95,6 +97,14 @@ class ControlTokens:
     def holds(self, token: int) -> bool:
         """Return whether an id is a control token or another added token. Added tokens of white space do not count."""
         return token in self._known
+
+    def first(self, text: str) -> str:
+        """Return the first control or added token in rendered text in front of the first mark; empty if there is none.
+
+        It is what the tokenizer finds, which splits text at these tokens before all else.
+        """
+        found = self._written.search(text.partition(OPEN)[0])
+        return found[0] if found else ""
 
     def mark(self, value: Any) -> Any:
         """Return messages or tools in which every spelled-out control token is marked."""

@@ -111,9 +111,10 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], generate: bool, tools: Any) -> str:
         listed = self.control.mark(list(tools)) if tools else [] if self._empty_tools else None
         more = {"xml_tools": listed} if listed and "xml_tools" in self.source else {}  # SmolLM3
+        marked = self.control.mark([self._prepared(m) for m in messages])
         return rendered(
             lambda: self.tokenizer.apply_chat_template(
-                self.control.mark([self._prepared(m) for m in messages]),
+                marked,
                 tools=listed,
                 add_generation_prompt=generate,
                 tokenize=False,

@@ -343,15 +343,13 @@ class ToolFormat:
         after = parts[count]
         behind = after[len(tail) :] if after.startswith(tail) else after
         behind[:LOOK].encode()  # half of a surrogate pair: the tokenizer's own error would not mention it
-        ids = self.template.tokenizer.encode(behind[:LOOK].partition("\ufdd0")[0], add_special_tokens=False)
         if made and not after.startswith(tail):  # the template renders the last turn in another way
             found = [(at, stop) for stop in self._stops if (at := behind.find(stop)) >= 0]
             if not found:
                 raise UserError("the chat template cannot be continued after a turn with tool calls")
             at, end = min(found)
         else:
-            token = next((i for i in ids if self.template.control.holds(i)), None)
-            end = self.turn.end_text if token is None else self.template.tokenizer.decode([token])
+            end = self.template.control.first(behind[:LOOK]) or self.turn.end_text
             at = behind.find(end)
             if at < 0 or behind[:at].strip():
                 raise UserError("the chat template cannot be continued after an assistant turn")
