@@ -14,6 +14,7 @@ import torch
 from ..distributed.strategy_rules import check_replicas
 from ..errors import UserError
 from ..generation.cached_engine import CachedEngine
+from ..generation.vllm_engine import VLLMEngine
 from ..learning.head import head_in_float32
 from ..module import GearModule
 from ..recipes.checks import Machine, look_at_machine, problems
@@ -29,7 +30,9 @@ from ..recipes.memory import (
 from ..recipes.model_shape import ModelShape, model_shape
 from ..recipes.recipe import Recipe, configured_gpus, read_recipe
 from ..recipes.refusals import configured_strategy
+from ..recipes.serving_memory import Served, block_of
 from . import parsers
+from .serve import served_dtype
 
 GIB, MIB = 1 << 30, 1 << 20
 ROWS = {  # component -> row name in the table
@@ -119,7 +122,18 @@ def load_of(recipe: Recipe, gpus: int) -> Load:
         micro_batches=math.ceil(mine / rows) * data.inner_epochs,
         rollouts=together,
         prefill=min(prefill, together * prompt),
+        served=isinstance(engine, VLLMEngine),
     )
+
+
+def served_of(recipe: Recipe, shape: ModelShape, gpus: int, on_gpu: bool) -> Served | None:
+    """Return what the servers of a recipe hold; None if it samples in the training processes."""
+    engine = recipe.generation.engine
+    if not isinstance(engine, VLLMEngine):
+        return None
+    together = gpus * min(load_of(recipe, gpus).rollouts, engine.requests)
+    context = recipe.generation.budgets.context
+    return Served(tuple(engine.servers), shape, served_dtype(recipe), context, together, block_of(on_gpu))
 
 
 def setup_of(recipe: Recipe, trainable: int, options: dict[str, Any], on_gpu: bool) -> Setup:
@@ -313,7 +327,8 @@ def _show(
     memory: float | None, chosen: Strategy | None, found: list[str],
 ) -> None:  # fmt: skip
     place = _place(recipe)
-    auto = recipe.generation.weights == "auto"
+    served = served_of(recipe, shape, gpus, place == "GPU")
+    auto = recipe.generation.weights == "auto" and served is None  # servers get whole weights
     some = "" if shape.trainable == shape.parameters else f", {shape.trainable / 1e6:,.1f}M of them trained"
     teacher = recipe.module.teacher_options.weights if recipe.module.needs_teacher else "none"
     plural = "" if gpus == 1 else "es" if place == "process" else "s"
@@ -343,6 +358,8 @@ def _show(
         + ("" if memory or place == "process" else " To see whether it fits, give --gpu-memory GIB.")
     )
     own = None if chosen is None else columns(shape, gpus, load, setup, chosen, memory if auto else None)[chosen]
+    if served is not None:
+        console.print("\n" + served.describe(f"{gpus} {place}{plural}", place, memory, own and own["total"]))
     if memory is not None and own is not None and own["total"] > memory * GIB:
         found.append(f"the recipe's strategy, {chosen}, needs more than {memory:g} GiB per {place}")
     _print_problems(console, found)

@@ -10,7 +10,7 @@ import torch
 from ..errors import UserError
 from ..generation.vllm_engine import VLLMEngine, logprobs_mode
 from ..recipes.recipe import Recipe, read_recipe
-from ..serving.launch import Launch, write_model
+from ..serving.launch import FOLDER, Launch, write_model
 from . import parsers
 
 PYTHON = Path(".venv-vllm/bin/python")
@@ -36,7 +36,8 @@ def serve_command(argv: list[str]) -> int:
     write_model(recipe.module.source.skeleton(), recipe.module.source.tokenizer(), launch.model)
     print(f"vLLM server for {launch.model.parent}: http://{launch.host}:{launch.port}", flush=True)
     command = launch.command()
-    if given.keep_serving:  # blocked, not ignored: vLLM sets handlers of its own
+    if given.keep_serving:
+        command[1:3] = [str(FOLDER / "start_vllm.py")]  # in the place of -m MODULE
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     os.execve(command[0], command, launch.environment())
 

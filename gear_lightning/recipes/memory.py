@@ -37,6 +37,7 @@ class Load:
         micro_batches: micro-batches of one optimizer step.
         rollouts: rows that are generated together.
         prefill: tokens in one prefill forward.
+        served: whether servers sample, so that this GPU holds no keys and values.
     """
 
     rows: int
@@ -46,6 +47,7 @@ class Load:
     micro_batches: int
     rollouts: int
     prefill: int
+    served: bool = False
 
 
 @dataclass(frozen=True)
@@ -337,8 +339,10 @@ def _rollout(shape: ModelShape, strategy: Strategy, load: Load, setup: Setup, fl
     values = min(wanted, compute) if weight > compute else wanted
     return {
         "generation": copy,
-        "kv_cache": _kv_cache(shape, load, wanted, values),
-        "sampling": max(
+        "kv_cache": 0 if load.served else _kv_cache(shape, load, wanted, values),
+        "sampling": 0
+        if load.served
+        else max(
             min(load.prefill, load.rollouts * load.length) * _passing(shape, wanted, values),
             load.rollouts * shape.vocab * DRAW_BYTES,
         ),
