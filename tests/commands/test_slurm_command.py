@@ -6,12 +6,14 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from quickstart_runs import DEADLINE, command_line, metrics
 
 from gear_lightning.callbacks.startup import check_launch
+from gear_lightning.commands import serve
 from gear_lightning.commands.slurm import slurm_command
 from gear_lightning.errors import UserError
 from gear_lightning.recipes.slurm_script import seconds
@@ -90,6 +92,68 @@ def test_the_script_is_valid_bash(script, tmp_path):
     assert options["output"] == f"{odd}/slurm/%A_%a.out"
 
 
+VLLM = ("--generation.engine", "gear_lightning.generation.VLLMEngine", "--serve-options", "--python /opt/vllm/python")
+
+
+def steps(text: str) -> list[tuple[dict[str, str], list[str]]]:
+    """Return the options and the command of each srun of a job with serving nodes, as the shell expands them."""
+    stub = r"""
+scontrol() { printf '%s\n' n1 n2 n3; }
+getent() { echo "10.0.0.${2#n} STREAM $2"; }
+srun() { printf '%s\0' "$@" >> "$OUT"; printf '\0' >> "$OUT"; }
+squeue() { :; }; scancel() { :; }; timeout() { :; }; find() { :; }
+export -f scontrol getent
+SLURM_JOB_ID=1203
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        subprocess.run(["bash"], input=stub + text, text=True, env={**os.environ, "OUT": str(out)}, check=False)
+        found = []
+        for step in out.read_text().rstrip("\0").split("\0\0"):
+            words = step.split("\0")
+            end = next(i for i, word in enumerate(words) if not word.startswith("--"))
+            found.append((dict(o.removeprefix("--").partition("=")[::2] for o in words[:end]), words[end:]))
+    return sorted(found, key=lambda step: step[0].get("job-name", ""))
+
+
+def test_the_last_nodes_serve_and_the_others_train_with_their_addresses(script):
+    text = script(
+        "--nodes=3", "--serve-nodes=2", "--gpus-per-node=4", "--gpus-per-server=2", "--time=1:00:00", *VLLM,
+        "--cpus-per-task=6",
+    )  # fmt: skip
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    assert asked(text)["nodes"] == "3"
+    (train, fit), (serve, command) = steps(text)
+    assert (train["nodes"], train["relative"], train["ntasks"], train["ntasks-per-node"]) == ("1", "0", "4", "4")
+    assert (serve["nodes"], serve["relative"], serve["ntasks"], serve["ntasks-per-node"]) == ("2", "1", "4", "2")
+    assert serve["cpus-per-task"] == "12"
+    run = str(Path("runs/quickstart").absolute())
+    assert serve["output"] == f"{run}/slurm/%j_serve_%t.log"
+    port = 20000 + 1203 % 600 * 16
+    servers = ",".join(f"http://10.0.0.{node}:{port + i}" for node in (2, 3) for i in (0, 1))
+    assert f"--generation.engine.servers=[{servers}]" in fit
+    assert f"--generation.engine.folder={run}/served_model" in fit
+    assert "--trainer.num_nodes=1" in fit
+    assert command[:2] == ["bash", "-c"]
+    task = ["bash", "-c", command[2].replace('exec "$@"', 'echo "$CUDA_VISIBLE_DEVICES" "$@"'), *command[3:]]
+    place = {"SLURM_NODEID": "1", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0,1,2,3", "GEAR_PORT": str(port)}
+    environment = {**os.environ, **place, "GEAR_HOSTS": "10.0.0.2 10.0.0.3 "}
+    words = shlex.split(subprocess.check_output(task, env=environment, text=True))
+    assert words[0] == "2,3"
+    assert words[-4:] == ["--host", "10.0.0.3", "--port", str(port + 1)]
+    assert words[1:5] == [sys.executable, "-m", "gear_lightning", "serve"]
+    assert {"--keep-serving", "--python=/opt/vllm/python", f"--trainer.default_root_dir={run}"} <= set(words)
+    assert command[command.index("--python=/opt/vllm/python") + 1] == "--vllm=--tensor-parallel-size 2"
+
+
+def test_a_folder_of_the_recipe_is_kept_and_seeds_have_servers_of_their_own(script):
+    text = script(*SIZE, "--serve-nodes=1", *VLLM, "--generation.engine.folder=/shared/weights", "--seeds=0-3")
+    assert "served_model" not in text
+    assert text.count("--trainer.default_root_dir=") == 2
+    assert text.count("/seed_$SLURM_ARRAY_TASK_ID") == 2
+    assert "slurm/%A_%a_serve_%t.log" in text
+
+
 def test_timeouts_of_collectives_are_longer_than_that_of_the_watchdog(script):
     text = script(*SIZE, "--config", "configs/strategy/ddp.yaml", "--timeout", "600")  # not waited for
     _, command = launched(text)
@@ -153,12 +217,23 @@ WRONG = {
     ("--trainer.devices", "3"): "--trainer.devices is set by the job: give --gpus-per-node",
     ("--ckpt_path", "a.ckpt"): "copy it and its .json to RUN/checkpoints",
     ("--data.tasks_per_iteration", "12"): "data.tasks_per_iteration=12 is not divisible by 2 x 4 processes",
+    ("--serve-nodes", "1"): "--serve-nodes 1: the recipe samples with CachedEngine; add --generation.engine",
+    ("--serve-nodes", "2", *VLLM): "--serve-nodes 2: of --nodes 2, at least one node must train",
+    ("--serve-nodes", "0", *VLLM): "--serve-nodes 0: must be at least 1",
+    ("--serve-nodes", "1", *VLLM, "--gpus-per-server", "3"): "--gpus-per-server 3: must divide --gpus-per-node 4",
+    ("--serve-nodes", "1", *VLLM[:2]): ".venv-vllm/bin/python is missing; run make vllm, or give --serve-options",
+    ("--serve-nodes", "1", *VLLM, "--generation.engine.servers", "[http://a:1]"): "give only one of them",
+    ("--serve-nodes", "1", *VLLM[:2], "--serve-options", "--port 9"): "--serve-options: --port is set by the job",
+    ("--serve-nodes", "1", *VLLM[:2], "--serve-options", "--prt 9"): "--prt is no option of gear-lightning serve",
+    ("--gpus-per-server", "2"): "--gpus-per-server has no effect without --serve-nodes",
+    ("--serve-nodes", "1", *VLLM, "--data.tasks_per_iteration", "6"): "is not divisible by 1 x 4 processes",
     ("--cluster", "none.yaml"): "--cluster none.yaml: cannot be read (No such file",
 }
 
 
 @pytest.mark.parametrize("options", WRONG, ids=" ".join)
-def test_jobs_that_would_fail_are_refused_before_submission(options):
+def test_jobs_that_would_fail_are_refused_before_submission(options, monkeypatch):
+    monkeypatch.setattr(serve, "PYTHON", Path("no") / serve.PYTHON)
     with pytest.raises(UserError) as told:
         slurm_command(["--config", RECIPE, *SIZE, *options, "--dry-run"])
     assert WRONG[options] in str(told.value)
