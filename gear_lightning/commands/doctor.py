@@ -359,7 +359,9 @@ def _show(
     )
     own = None if chosen is None else columns(shape, gpus, load, setup, chosen, memory if auto else None)[chosen]
     if served is not None:
-        console.print("\n" + served.describe(f"{gpus} {place}{plural}", place, memory, own and own["total"]))
+        console.print(
+            "\n" + served.describe(f"{gpus} {place}{plural}", place, memory, None if own is None else own["total"])
+        )
     if memory is not None and own is not None and own["total"] > memory * GIB:
         found.append(f"the recipe's strategy, {chosen}, needs more than {memory:g} GiB per {place}")
     _print_problems(console, found)
