@@ -4,6 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 VENV := .venv
 VLLM := .venv-vllm
+COLOCATED := .venv-colocated
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check
@@ -12,7 +13,7 @@ RUN_ENV := OMP_WAIT_POLICY=PASSIVE
 # Two files of tests at a time; `make test BESIDE=` for one.
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install quickstart smollm2 vllm test test-slow test-gpu test-slurm test-vllm check docs dist format lock clean
+.PHONY: install quickstart smollm2 vllm vllm-colocated test test-slow test-gpu test-slurm test-vllm check docs dist format lock clean
 install: $(STAMP)
 
 $(STAMP): requirements/packages.lock requirements/torch.lock pyproject.toml
@@ -46,6 +47,14 @@ $(VLLM)/.installed: requirements/vllm.lock requirements/torch.lock
 	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check -r requirements/torch.lock
 	@touch $@
 
+# vLLM and this package in one process, on CPUs. The environment has no packages of its own: it reads those of vLLM's, and
+# then those of this project's, whose transformers is newer than what vLLM declares.
+vllm-colocated: install vllm
+	$(BIN)/python -m venv --without-pip --clear $(COLOCATED)
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; own=$$($(BIN)/python -c "$$site"); \
+	  { $(VLLM)/bin/python -c "$$site"; echo "$$own"; cat "$$own"/__editable__.gear_lightning*.pth; } \
+	  > "$$($(COLOCATED)/bin/python -c "$$site")/both.pth"
+
 test: install
 	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not vllm" $(BESIDE)
 
@@ -60,7 +69,7 @@ test-slurm: install
 	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
 
 # With real vLLM servers that it starts.
-test-vllm: install vllm smollm2
+test-vllm: install vllm vllm-colocated smollm2
 	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "vllm and not slow" tests/serving
 
 check: install

@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -20,13 +21,14 @@ from gear_lightning.errors import UserError
 from gear_lightning.generation.agent_loop import AgentLoop
 from gear_lightning.generation.budgets import Budgets
 from gear_lightning.generation.cached_engine import CachedEngine
-from gear_lightning.generation.engine import GenerationEngine, Sampling
+from gear_lightning.generation.engine import GenerationEngine, RunFacts, Sampling
 from gear_lightning.generation.flight import Flight
 from gear_lightning.generation.sampling_weights import SamplingWeights, WeightsMode
 from gear_lightning.generation.vocabulary import check_sampled
 from gear_lightning.module import GearModule
 from gear_lightning.rewards import OverlongPenalty
 from gear_lightning.rollout import STATUSES, Rollout
+from gear_lightning.serving.launch import served_dtype, write_model
 from gear_lightning.teacher import OverlongError
 
 SLOW_ENVIRONMENTS = 5.0  # seconds of waiting for environments from which on a warning is due
@@ -129,8 +131,19 @@ class GenerationCallback(L.Callback, GenerationChecks):
         if not isinstance(data, RolloutDataModule) or not isinstance(pl_module, GearModule):
             raise UserError("GenerationCallback works with a GearModule and a RolloutDataModule")
         self._trainer = trainer
+        self.prepare_engine(pl_module, trainer)
         if self._module is not pl_module or data.generator is not self:
             self.attach(pl_module, data)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.engine.close()
+
+    def prepare_engine(self, module: GearModule, trainer: L.Trainer) -> None:
+        """Give the engine the facts of the run."""
+        source, folder = module.source, Path(trainer.default_root_dir)
+        dtype = served_dtype(trainer.precision, self.weights_dtype)
+        write = lambda to: write_model(source.skeleton(), source.tokenizer(), to)  # noqa: E731
+        self.engine.prepare(RunFacts(folder, self.budgets.context, self.sampling, dtype, write))
 
     def attach(self, module: GearModule, data: RolloutDataModule) -> None:
         """Connect a data module to this generator and check its tasks.

@@ -118,6 +118,23 @@ def test_a_piece_of_a_tutorial_trains(name, desk, capsys, monkeypatch):
     assert status == 0, err
 
 
+def test_the_engine_of_the_page_on_engines_trains(desk, capsys, monkeypatch):
+    _, recipe = write_files(DOCS / "how_to" / "engine.md", desk)
+    run = [*SHORT, *SMALL, "--data.val_tasks=null", "--trainer.default_root_dir", "run"]
+    status, err = called(["fit", "--config", "configs/quickstart.yaml", "--config", recipe, *run], capsys, monkeypatch)
+    assert status == 0, err
+    assert "my_engine.OneByOne" in (desk / "run" / "config.yaml").read_text()
+
+
+def test_the_page_on_engines_has_every_method():
+    from gear_lightning.generation import GenerationEngine
+
+    table = set(re.findall(r"^\| `(\w+)` \|", (DOCS / "how_to" / "engine.md").read_text(), re.MULTILINE))
+    assert table == {name for name, value in vars(GenerationEngine).items() if callable(value) and name[0] != "_"} - {
+        "before_forward", "interrupted"
+    }  # fmt: skip
+
+
 def test_the_program_of_the_page_on_python_trains(desk):
     (name,) = write_files(DOCS / "how_to" / "python.md", desk)
     done = subprocess.run([sys.executable, name], cwd=desk, capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ import torch
 from ..errors import UserError
 from ..generation.vllm_engine import VLLMEngine, logprobs_mode
 from ..recipes.recipe import Recipe, read_recipe
-from ..serving.launch import FOLDER, Launch, write_model
+from ..serving.launch import FOLDER, Launch, served_dtype, write_model
 from . import parsers
 
 PYTHON = Path(".venv-vllm/bin/python")
@@ -32,6 +32,8 @@ def serve_command(argv: list[str]) -> int:
             f"the recipe samples with {type(recipe.generation.engine).__name__}; add "
             "--generation.engine gear_lightning.generation.VLLMEngine, here and in fit"
         )
+    if recipe.generation.engine.start is not None:
+        raise UserError("the run starts its servers itself (generation.engine.start); leave start out to use serve")
     launch = launch_of(recipe, given, python)
     write_model(recipe.module.source.skeleton(), recipe.module.source.tokenizer(), launch.model)
     print(f"vLLM server for {launch.model.parent}: http://{launch.host}:{launch.port}", flush=True)
@@ -65,24 +67,19 @@ def launch_of(recipe: Recipe, given: Any, python: Path) -> Launch:
     Raises:
         UserError: it cannot give the log-probs that learning needs.
     """
+    engine = recipe.generation.engine
+    assert isinstance(engine, VLLMEngine)
     cpu = recipe.trainer["accelerator"] == "cpu" or not torch.cuda.is_available()
     return Launch(
         python=python,
         model=Path(recipe.trainer["default_root_dir"] or ".").absolute() / "served_model",
-        dtype=served_dtype(recipe),
+        dtype=served_dtype(recipe.trainer["precision"], recipe.generation.weights_dtype),
         context=recipe.generation.budgets.context,
         logprobs_mode=logprobs_mode(recipe.generation.sampling) or "raw_logprobs",
+        transfer=engine.transfer,
         host=given.host,
         port=given.port,
         cpu=cpu,
         kv_gib=given.kv_gib,
         options=given.vllm,
     )
-
-
-def served_dtype(recipe: Recipe) -> str:
-    """Return the dtype in which the policy samples."""
-    precision = str(recipe.trainer["precision"] or "32-true")
-    kinds = {"bf16": "bfloat16", "16": "float16"}
-    computes = next((dtype for start, dtype in kinds.items() if precision.startswith(start)), "float32")
-    return recipe.generation.weights_dtype or computes

@@ -3,6 +3,7 @@
 from .cached_engine import CachedEngine
 from .engine import GenerationEngine, Sampling
 from .generate_engine import GenerateEngine
+from .vllm_colocated import ColocatedVLLM
 from .vllm_engine import VLLMEngine
 
-__all__ = ["CachedEngine", "GenerateEngine", "GenerationEngine", "Sampling", "VLLMEngine"]
+__all__ = ["CachedEngine", "ColocatedVLLM", "GenerateEngine", "GenerationEngine", "Sampling", "VLLMEngine"]

@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,6 +89,25 @@ def next_logits(model: Any, last: Tensor, ids: Tensor, **cache: Any) -> Tensor:
     return output_logits(model, hidden[torch.arange(len(last), device=ids.device), last])
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What an engine may need to know of a run besides its model.
+
+    Attributes:
+        folder: the run directory.
+        context: longest context, tokens.
+        sampling: how tokens are sampled in training.
+        dtype: name of the dtype in which the policy samples.
+        write_model: writes the policy's configuration and tokenizer, without weights, to a directory.
+    """
+
+    folder: Path
+    context: int
+    sampling: Sampling
+    dtype: str
+    write_model: Callable[[Path], None]
+
+
 def _nothing() -> None:
     """Default of `GenerationEngine.before_forward`: do nothing."""
 
@@ -123,6 +143,12 @@ class GenerationEngine(ABC):
         """Return `sharding.fingerprint` of the weights that the engine samples with, rounded to ``dtype``; None if the
         engine cannot compute it. All ranks call it."""
         return None
+
+    def prepare(self, facts: RunFacts) -> None:  # noqa: B027
+        """Take the facts of the run. All ranks call it before the first `begin`; once for each stage."""
+
+    def close(self) -> None:  # noqa: B027
+        """Free what has outlived rollout phases. All ranks call it at the end of a run; a later `begin` may follow."""
 
     def check(self, model: Any) -> None:  # noqa: B027
         """Raise `UserError` if the engine does not support models of this class and config."""

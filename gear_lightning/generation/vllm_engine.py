@@ -1,90 +1,52 @@
 """Samples with vLLM servers, which get the policy's new weights before each rollout phase."""
 
-import contextlib
 import copy
-import hashlib
 import itertools
 import math
 import queue
-import threading
 import uuid
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from ..distributed.collective import gather, place, run_on_all_ranks
+from ..distributed.collective import gather, run_on_all_ranks
 from ..distributed.sharding import fingerprint, is_sharded, shape
 from ..errors import UserError
-from ..serving.client import Server, ServerError, weights_file
+from ..serving.client import START, Server, ServerError
+from ..serving.launch import Launch
+from ..serving.own import OwnServers
+from ..serving.pool import Pool, connect_servers, start_servers
+from ..serving.transfer import Transfer, deliver
 from ..serving.weights import served_weights
-from .engine import GenerationEngine, SampledTurn, Sampling, TurnRequest
+from .engine import GenerationEngine, RunFacts, SampledTurn, Sampling, TurnRequest
+from .vllm_checks import Probe, logprobs_mode, seed_of
+from .vllm_gate import Gate
 
 SLICE = 0.01  # seconds between two looks at `GenerationEngine.interrupted`
-PROBE = 64  # tokens whose log-probs are compared after each update
-# Largest mean difference of log-probs, in nats, that rounding explains. Measured on a CPU: 5e-6 in float32, 0.06 in
-# bfloat16; stale weights, or keys and values of older weights, differ by 0.1 and more in float32.
-ROUNDING = {"float32": 1e-3}
-COARSE = 0.15
-
-
-class Gate:
-    """Lets turns through side by side, and updates of the weights alone.
-
-    Attributes:
-        weights: fingerprint of the weights that the servers have; None while it is unknown.
-        version: optimizer steps of these weights.
-        cached: tokens of prompts that were found in the servers' caches.
-        prompted: tokens of all prompts.
-    """
-
-    def __init__(self) -> None:
-        self.weights: str | None = None
-        self.version = self.cached = self.prompted = 0
-        self._changed = threading.Condition()
-        self._turns, self._closed = 0, False
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait until no update is in progress; in the context, none begins."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._closed)
-            self._turns += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._turns -= 1
-                self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def update(self) -> Iterator[None]:
-        """Wait until the turns that have begun have ended; in the context, none begins."""
-        with self._changed:
-            self._closed = True
-            self._changed.wait_for(lambda: not self._turns)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._closed = False
-                self._changed.notify_all()
+ADDRESS = "http://127.0.0.1:8765"
+SHARED = "/dev/shm"
+OPTIONS = "servers", "start", "transfer", "folder", "seconds", "requests"  # of the constructor
 
 
 class VLLMEngine(GenerationEngine):
-    """Samples with vLLM servers, which ``gear-lightning serve`` starts.
+    """Samples with vLLM servers, which ``gear-lightning serve`` or the run itself starts.
 
     Token ids go to the server and come back with their log-probs. Before each rollout phase the server gets the
-    policy's weights (adapters merged) through a file, if they have changed. It then has to give the log-probs of the
+    policy's weights (adapters merged), if they have changed. It then has to give the log-probs of the
     policy's own forward for fixed ids: checksums do not notice a layer that computes with a stale copy. A turn is drawn
     from the seed of its request.
 
     Args:
-        servers: addresses of the servers; processes and servers are assigned to each other in turn.
-        folder: directory in which weights are handed over. On several machines: one that all of them share.
+        servers: addresses of the servers; processes and servers are assigned to each other in turn. Null:
+            ``http://127.0.0.1:8765``, or the servers of ``start``.
+        start: servers that the run starts itself on each of its machines, and that end with it. Null: none.
+        transfer: how new weights get to the servers. ``file``: through a file in ``folder``. ``broadcast``: from memory
+            to memory, with NCCL if policy and server are on different GPUs, else with Gloo. The servers must then
+            reach the ports of the machine that trains.
+        folder: directory for the files, which the servers' machines share. Null: ``/dev/shm``. Not for ``broadcast``.
         seconds: wall-clock limit of an answer (a turn, or an update of the weights).
         requests: most turns that a process has requested at the same time.
     """
@@ -93,19 +55,31 @@ class VLLMEngine(GenerationEngine):
 
     def __init__(
         self,
-        servers: list[str] = ["http://127.0.0.1:8765"],  # noqa: B006 - never changed
-        folder: str = "/dev/shm",
+        servers: list[str] | None = None,
+        start: OwnServers | None = None,
+        transfer: Transfer = "file",
+        folder: str | None = None,
         seconds: float = 600.0,
         requests: int = 256,
     ):
-        if not servers:
+        if servers is not None and not servers:
             raise UserError("generation.engine.servers: give at least one address")
+        if servers is not None and start is not None:
+            raise UserError("generation.engine.servers and .start exclude each other: leave one of the two out")
         if not 0 < seconds < math.inf:
             raise UserError(f"generation.engine.seconds={seconds}: must be above 0 and finite")
         if requests < 1:
             raise UserError(f"generation.engine.requests={requests}: must be at least 1")
-        self.servers, self.folder, self.seconds, self.requests = servers, folder, seconds, requests
-        self._mine: list[Server] = []
+        if transfer == "broadcast" and folder is not None:
+            raise UserError("generation.engine.folder does nothing with transfer=broadcast, which writes no file")
+        self.servers, self.start, self.folder = servers or [ADDRESS], start, folder
+        self.transfer: Transfer = transfer
+        self.seconds, self.requests = seconds, requests
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pool: Pool | None = None
+        self._facts: RunFacts | None = None
         self._options: list[dict[str, Any]] = []
         self._gate = Gate()  # shared by the engines of all phases
         self._open: dict[Future, tuple[int, str, Server]] = {}
@@ -116,7 +90,11 @@ class VLLMEngine(GenerationEngine):
         return fork
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("servers", "folder", "seconds", "requests")}
+        return {name: getattr(self, name) for name in OPTIONS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._reset()
 
     # -- weights --------------------------------------------------------------------------------------------------
 
@@ -124,8 +102,17 @@ class VLLMEngine(GenerationEngine):
         if is_sharded(model):
             raise UserError("VLLMEngine needs whole weights: set generation.weights=gather")
 
+    def prepare(self, facts: RunFacts) -> None:
+        self._facts = facts
+
+    def close(self) -> None:
+        """End the servers that this process has started."""
+        if self.start is not None and self._pool is not None:
+            self._pool.close()
+            self._pool, self._options, self._gate.weights = None, [], None
+
     def check_context(self, tokens: int) -> None:
-        for server in self._connected():
+        for server in () if self.start is not None else self._connected():  # own ones are started for this run
             if (longest := server.info()["max_model_len"]) < tokens:
                 raise ServerError(
                     f"the vLLM server {server.url} takes {longest} tokens, and generation.budgets.context={tokens}; "
@@ -136,6 +123,7 @@ class VLLMEngine(GenerationEngine):
         self.check(model)
         self._sampling, self._stop_ids = sampling, sorted(stop_ids)
         self._vocabulary = shape(model.get_output_embeddings().weight)[0]
+        self._start_servers(model)
         now = fingerprint(model)
         run_on_all_ranks(lambda: self._check_servers(sampling))
         if any(gather(now != self._gate.weights)):
@@ -152,22 +140,40 @@ class VLLMEngine(GenerationEngine):
         self._numbers, self._turns = itertools.count(), itertools.cycle(self._mine)
         self._homes: dict[int, Server] = {}
 
+    @property
+    def _mine(self) -> list[Server]:
+        return [] if self._pool is None else self._pool.servers
+
     def _connected(self) -> list[Server]:
         """Return this process's servers."""
-        if not self._mine:
-            rank, world = place()
-            count = len(self.servers)
-            urls = self.servers[rank::world] if count >= world else [self.servers[rank % count]]
-            self._mine = [Server(url, self.seconds) for url in urls]
+        if self._pool is None:
+            self._pool = connect_servers(self.servers, self.seconds)
         return self._mine
+
+    def _start_servers(self, model: Any) -> None:
+        """Start the run's own servers, if they are not running. All ranks must call it."""
+        if self.start is None or self._pool is not None:
+            return
+        facts, options, device = self._facts, self.start, model.get_output_embeddings().weight.device
+        if facts is None:
+            raise UserError("generation.engine.start needs a GenerationCallback, which knows the run")
+
+        def launch(folder: Path) -> Launch:
+            facts.write_model(folder)
+            mode = logprobs_mode(facts.sampling) or "raw_logprobs"
+            given = (options.python.absolute(), folder.absolute(), facts.dtype, facts.context, mode, self.transfer)
+            return Launch(*given, cpu=not options.gpus, kv_gib=options.kv_gib)
+
+        self._pool = start_servers(options, launch, facts.folder, device, self.seconds)
 
     def _check_servers(self, sampling: Sampling) -> None:
         if not self._options:
             self._options = [server.options() for server in self._connected()]
         for server, options in zip(self._mine, self._options, strict=True):
-            if (options.get("weight_transfer_config") or {}).get("backend") != "file":
+            if (has := (options.get("weight_transfer_config") or {}).get("backend")) != self.transfer:
                 raise ServerError(
-                    f"the vLLM server {server.url} takes no weights from a file; start it with gear-lightning serve"
+                    f"the vLLM server {server.url} was started for weights by {has or 'nothing'}, and "
+                    f"generation.engine.transfer={self.transfer}; start it again with this recipe ({START})"
                 )
             has, needs = options["model_config"]["logprobs_mode"], logprobs_mode(sampling)
             if needs is not None and has != needs:
@@ -183,42 +189,25 @@ class VLLMEngine(GenerationEngine):
 
     def _load(self, model: Any, version: str) -> None:
         """Give the weights to the servers for which this process is responsible: one process for each."""
-        rank, world = place()
-        mine = self._mine if len(self.servers) >= world or rank < len(self.servers) else []
-        if not mine:
+        if self._pool is None or not self._pool.sends:
             return
-        weights = served_weights(model)
-        with weights_file(weights, self.folder) as path:
-            for server in mine:
-                server.load(path, len(weights), version)
+        deliver(self._mine, served_weights(model), version, self.transfer, self.folder or SHARED, self.seconds)
 
-    @torch.no_grad()
     def _probe(self, model: Any, version: str) -> None:
         """Compare log-probs of fixed ids with those of the policy's own forward."""
         longest = min(options["model_config"]["max_model_len"] for options in self._options)
-        draws = np.random.Generator(np.random.Philox(0)).integers(0, self._vocabulary, min(PROBE, longest - 1))
-        ids = draws.tolist()
-        device = model.get_output_embeddings().weight.device
-        logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, :-1].float()
-        ours = logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:], device=device)[:, None])[:, 0].cpu()
+        probe = Probe(model, self._vocabulary, longest)
         for server, options in zip(self._mine, self._options, strict=True):
             if (found := server.version()) != version:
                 raise ServerError(
                     f"the vLLM server {server.url} has weights of version {found} after {version} were sent"
                 )
             answer = server.complete(
-                prompt=ids, max_tokens=1, temperature=1.0, prompt_logprobs=0, cache_salt=f"probe {version}"
+                prompt=probe.ids, max_tokens=1, temperature=1.0, prompt_logprobs=0, cache_salt=f"probe {version}"
             )
             found = answer["choices"][0]["prompt_logprobs"][1:]
-            theirs = [entry[str(token)]["logprob"] for entry, token in zip(found, ids[1:], strict=True)]
-            gap = (torch.tensor(theirs) - ours).abs().mean().item()
-            dtype = str(options["model_config"]["dtype"]).removeprefix("torch.")
-            if not gap <= ROUNDING.get(dtype, COARSE):
-                raise ServerError(
-                    f"the vLLM server {server.url} does not compute what the policy computes: after an update of its "
-                    f"weights, log-probs differ by {gap:.2g} nats on average. This vLLM may not support the model "
-                    f"({type(model).__name__}, {dtype}); use another engine"
-                )
+            theirs = [entry[str(token)]["logprob"] for entry, token in zip(found, probe.ids[1:], strict=True)]
+            probe.check(theirs, str(options["model_config"]["dtype"]), f"the vLLM server {server.url}")
 
     def fingerprint(self, dtype: torch.dtype | None) -> str | None:
         return self._gate.weights
@@ -317,27 +306,3 @@ class VLLMEngine(GenerationEngine):
         rate = self._gate.cached / weight
         self._gate.cached = self._gate.prompted = 0
         return [("perf/prefix_hit_rate", rate, weight)]
-
-
-def logprobs_mode(sampling: Sampling) -> str | None:
-    """Return vLLM's mode in which the log-probs are those of softmax(logits / temperature); None if any is right:
-    greedy turns are not learned from.
-
-    Raises:
-        UserError: there is none.
-    """
-    if sampling.temperature == 0:
-        return None
-    if sampling.temperature == 1:
-        return "raw_logprobs"
-    if sampling.top_p < 1 or sampling.top_k:
-        raise UserError(
-            f"vLLM does not give the log-probs that learning needs for temperature={sampling.temperature:g} together "
-            f"with top_p={sampling.top_p:g}, top_k={sampling.top_k}: use temperature 1, or neither top_p nor top_k"
-        )
-    return "processed_logprobs"
-
-
-def seed_of(seed: tuple[int, ...]) -> int:
-    """Return a request's seed as a number of 63 bits."""
-    return int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:8], "big") >> 1

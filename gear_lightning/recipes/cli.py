@@ -236,6 +236,7 @@ class GearCLI(LightningCLI):
             self._set_aside_earlier_run()
         options: WarmStart | None = self._get(self.config_init, "warm_start")
         if options is not None:
+            generation.prepare_engine(self.model, self.trainer)
             trainer = self._quiet_trainer(max_steps=options.steps, max_epochs=-1, gradient_clip_val=1.0)
             self.model.initial_weights = run_warm_start(
                 options,

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,16 @@ class Server:
     Args:
         url: its address, such as ``http://127.0.0.1:8765``.
         seconds: how long an answer may take.
+        advice: what to do if it does not answer.
 
     Raises:
         ServerError: by all methods, if the server does not answer, or refuses.
     """
 
-    def __init__(self, url: str, seconds: float):
+    def __init__(self, url: str, seconds: float, advice: str = f"start it with `{START}`, and resume"):
         import httpx
 
-        self.url = url.rstrip("/")
+        self.url, self.advice = url.rstrip("/"), advice
         everything = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         timeout = httpx.Timeout(seconds, connect=SHORT, pool=None)
         self._client = httpx.Client(base_url=self.url, timeout=timeout, limits=everything)
@@ -47,17 +48,24 @@ class Server:
             answer = self._client.request(method, path, **options)
         except httpx.TimeoutException:
             raise ServerError(
-                f"the vLLM server {self.url} has not answered {path} within {self._seconds:g} s; look at its log, "
-                f"start it again ({START}), and resume"
+                f"the vLLM server {self.url} has not answered {path} within {self._seconds:g} s; end it, {self.advice}"
             ) from None
         except (httpx.HTTPError, OSError) as error:
             raise ServerError(
-                f"the vLLM server {self.url} cannot be reached ({error or type(error).__name__}); start it with "
-                f"`{START}`, and resume"
+                f"the vLLM server {self.url} cannot be reached ({error or type(error).__name__}); {self.advice}"
             ) from None
         if answer.status_code != 200:
             raise ServerError(f"the vLLM server {self.url} refuses {path}: {refusal(answer.status_code, answer.text)}")
         return answer.json() if answer.content else None
+
+    def answers(self) -> bool:
+        """Return whether the server answers."""
+        import httpx
+
+        try:
+            return self._client.get("/health", timeout=SHORT).status_code == 200
+        except (httpx.HTTPError, OSError):
+            return False
 
     def info(self) -> dict[str, Any]:
         """Return the description of the served model."""
@@ -80,12 +88,15 @@ class Server:
         names = [f"cmpl-{name}-0" for name in requests]  # vLLM's own names of them
         self._ask("POST", "/abort_requests", json={"request_ids": names}, timeout=SHORT)
 
-    def load(self, path: Path, tensors: int, version: str) -> None:
-        """Let the server load new weights, and drop the keys and values of the old ones.
+    def update(self, info: dict[str, Any]) -> None:
+        """Let the server take new weights from where ``info`` says; within `load`."""
+        self._ask("POST", "/update_weights", json={"update_info": info})
+
+    def load(self, update: Callable[[], None], version: str) -> None:
+        """Give the server new weights, and let it drop the keys and values of the old ones.
 
         Args:
-            path: a safetensors file that the server can read.
-            tensors: number of tensors in it.
+            update: calls `Server.update`.
             version: their version.
 
         Raises:
@@ -93,7 +104,7 @@ class Server:
         """
         self._ask("POST", "/pause", params={"mode": "abort", "clear_cache": "true"})
         self._ask("POST", "/start_weight_update", json={})
-        self._ask("POST", "/update_weights", json={"update_info": {"path": str(path), "tensors": tensors}})
+        update()
         self._ask("POST", "/finish_weight_update", json={"weight_version": version})
         found = self._ask("POST", "/reset_prefix_cache")
         if found and found.get("success") is False:

@@ -1,5 +1,6 @@
 """The command line and the environment of a vLLM server for a recipe."""
 
+import json
 import os
 import shlex
 import tempfile
@@ -8,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .client import MODEL
+from .transfer import Transfer
 
-FOLDER = Path(__file__).parent  # holds gear_vllm.py
+FOLDER = Path(__file__).parent  # holds gear_vllm.py, gear_broadcast.py
 CPU_KV_GIB = 2.0
 BLOCK = 32  # tokens that share a place in the cache; vLLM's default of 128 on CPUs caches no short prompt
 
@@ -24,6 +26,7 @@ class Launch:
         dtype: dtype of the weights.
         context: longest context, tokens.
         logprobs_mode: see `gear_lightning.generation.vllm_engine.logprobs_mode`.
+        transfer: how it gets new weights.
         host: address to listen at.
         port: port to listen at.
         cpu: whether it runs on CPUs.
@@ -36,6 +39,7 @@ class Launch:
     dtype: str
     context: int
     logprobs_mode: str
+    transfer: Transfer
     host: str = "127.0.0.1"
     port: int = 8765
     cpu: bool = False
@@ -56,7 +60,7 @@ class Launch:
             "load-format": "dummy",  # the run sends the weights
             "generation-config": "vllm",  # no sampling options of the model's own
             "worker-extension-cls": "gear_vllm.GearWorker",
-            "weight-transfer-config": '{"backend": "file"}',
+            "weight-transfer-config": json.dumps({"backend": self.transfer}),
             **({"block-size": BLOCK} if self.cpu else {}),
             **({} if kv is None else {"kv-cache-memory-bytes": int(kv * 2**30)}),
         }
@@ -72,6 +76,18 @@ class Launch:
         cpu = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if self.cpu else {}
         own = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": path}
         return {**cpu, **os.environ, **own}
+
+
+def served_dtype(precision: Any, weights_dtype: str | None) -> str:
+    """Return the name of the dtype in which a policy samples.
+
+    Args:
+        precision: ``trainer.precision``.
+        weights_dtype: ``generation.weights_dtype``.
+    """
+    kinds = {"bf16": "bfloat16", "16": "float16"}
+    computes = next((dtype for start, dtype in kinds.items() if str(precision or "").startswith(start)), "float32")
+    return weights_dtype or computes
 
 
 def write_model(model: Any, tokenizer: Any, folder: Path) -> None:

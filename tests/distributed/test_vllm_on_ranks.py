@@ -1,6 +1,7 @@
 """Several processes share a server: it gets the weights once, under every strategy, and its death ends all of them."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import stand_in_python
 import stand_in_server
 from checkout import ROOT, SUPPORT
 from deadlines import seconds, until
@@ -17,6 +19,8 @@ from short_runs import train
 from gear_lightning.generation import VLLMEngine
 from gear_lightning.loss import ClippedSurrogate
 from gear_lightning.serving.launch import write_model
+from gear_lightning.serving.own import OwnServers
+from gear_lightning.serving.transfer import Transfer
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +30,19 @@ def folder(tmp_path_factory):
     return made
 
 
-def sampled(run: Path, name: str, url: str) -> dict:
-    return train(run, name, engine=VLLMEngine([url], seconds=seconds(60)), weights="gather")
+def sampled(run: Path, name: str, url: str, transfer: Transfer) -> dict:
+    return train(run, name, engine=VLLMEngine([url], transfer=transfer, seconds=seconds(60)), weights="gather")
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
-def test_processes_share_a_server_that_gets_the_weights_once(pair, tmp_path, folder, name):
-    made = stand_in_server.StandIn(folder)
+@pytest.mark.parametrize(
+    ("name", "transfer"),
+    [("ddp", "file"), ("fsdp", "file"), ("zero3", "file"), ("ddp", "broadcast"), ("fsdp", "broadcast")],
+)
+def test_processes_share_a_server_that_gets_the_weights_once(pair, tmp_path, folder, name, transfer):
+    made = stand_in_server.StandIn(folder, transfer=transfer)
     server = stand_in_server.serve(made)
     try:
-        first, second = pair.run(sampled, tmp_path, name, f"http://127.0.0.1:{server.server_port}")
+        first, second = pair.run(sampled, tmp_path, name, f"http://127.0.0.1:{server.server_port}", transfer)
     finally:
         server.shutdown()
         server.server_close()
@@ -43,8 +50,9 @@ def test_processes_share_a_server_that_gets_the_weights_once(pair, tmp_path, fol
     assert first["metrics"]["train/sampler_gap_max"] < 1e-3
     assert first["tokens"] > 0
     assert second["tokens"] > 0
-    updates = [body["update_info"]["path"] for path, body in made.seen if path == "/update_weights"]
-    assert len(updates) == len(set(updates)) == 3, "for the first rollouts, and after each of two optimizer steps"
+    updates = [body["update_info"] for path, body in made.seen if path == "/update_weights"]
+    assert len(updates) == 3, "for the first rollouts, and after each of two optimizer steps"
+    assert len({info.get("path", info.get("port")) for info in updates}) == 3
     salts = {body["cache_salt"] for path, body in made.seen if path == "/v1/completions" and "seed" in body}
     assert len(salts) == 3
 
@@ -66,6 +74,21 @@ def test_processes_sample_ahead_while_they_are_updated(pair, tmp_path, folder):
     assert first["metrics"] == second["metrics"]
     assert 1 <= first["metrics"]["train/staleness"] <= 2
     assert first["metrics"]["train/sampler_ratio"] > 0
+
+
+def started(run: Path, python: Path) -> dict:
+    own = OwnServers(python=python, seconds=seconds(120))
+    return train(run, "ddp", engine=VLLMEngine(start=own, transfer="broadcast", seconds=seconds(60)))
+
+
+def test_processes_of_a_machine_share_a_server_that_one_of_them_starts(pair, tmp_path):
+    first, second = pair.run(started, tmp_path, stand_in_python.executable(tmp_path))
+    assert first["metrics"] == second["metrics"]
+    assert first["metrics"]["train/sampler_gap_max"] < 1e-3
+    (log,) = tmp_path.rglob("vllm/*/*.log")
+    pids = re.findall(r"pids: (\d+) (\d+)", log.read_text())
+    assert len(pids) == 1, "one server"
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids[0]), "it ends with the run")
 
 
 def test_all_processes_end_with_an_error_line_when_the_server_dies_and_the_run_resumes(tmp_path, folder):

@@ -121,6 +121,93 @@ def test_smollm2_trains_and_its_shared_head_is_renewed(serve):
     assert all(float(row["train/sampler_gap_max"]) <= 1e-3 for row in rows)
 
 
+BROADCAST = ["--generation.engine.transfer", "broadcast"]
+
+
+def test_weights_are_broadcast_to_a_server(serve):
+    recipe = [*SMOLLM2, *BROADCAST]
+    server = serve(recipe)
+    before = set(Path("/dev/shm").glob("gear-weights-*"))
+    status, text = outcome(server.fit(recipe))
+    assert status == 0, text
+    rows = server.rows()
+    assert len(rows) == 3
+    assert all(float(row["train/sampler_gap_max"]) <= 1e-3 for row in rows)
+    assert set(Path("/dev/shm").glob("gear-weights-*")) <= before
+    status, text = outcome(server.fit(SMOLLM2))  # with files
+    assert status == 2, text
+    assert "was started for weights by broadcast" in text
+
+
+def test_a_server_survives_a_run_that_was_killed_and_serves_it_again(serve):
+    recipe = [*QUICKSTART, *BROADCAST]
+    server = serve(recipe)
+    process = server.fit(recipe)
+    until(lambda: server.rows() or process.poll() is not None, "the first iteration", limit=300)
+    process.kill()
+    process.wait(seconds(30))
+    status, text = outcome(server.fit(recipe, "--ckpt_path", "last"))
+    assert status == 0, text
+    assert len(server.rows()) == 3, "each iteration once"
+
+
+OWN = [
+    *QUICKSTART, *BROADCAST, "--generation.engine.start.python", str(ROOT / ".venv-vllm/bin/python"),
+    "--generation.engine.start.kv_gib", "0.5",
+]  # fmt: skip
+
+
+def servers(folder: Path) -> list[int]:
+    """Return the process groups of the servers that runs in a folder have started, as long as they have processes."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = stat.read_text().rsplit(")", 1)[1].split()[:3]
+            command = Path(f"/proc/{group}/cmdline").read_text()
+        except OSError:
+            continue
+        if state != "Z" and f"{folder}/vllm/" in command and "guard.py" not in command:
+            found.add(int(group))
+    return sorted(found)
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_run_starts_its_own_server_which_does_not_survive_it(tmp_path):
+    command = [
+        sys.executable, "-m", "gear_lightning", "fit", *OWN, "--trainer.default_root_dir", str(tmp_path),
+        "--trainer.max_epochs", "3",
+    ]  # fmt: skip
+    metrics = tmp_path / "metrics.csv"
+
+    def start(*options: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*command, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def rows() -> list[dict[str, str]]:
+        found = list(csv.DictReader(metrics.open())) if metrics.exists() else []
+        return [row for row in found if row.get("train/sampler_gap_max")]
+
+    process = start()
+    until(lambda: rows() or process.poll() is not None, "the first iteration", limit=300)
+    (group,) = servers(tmp_path)
+    process.kill()
+    process.wait(seconds(30))
+    until(lambda: not group_lives(group), "the server and its workers end", limit=60)
+    status, text = outcome(start("--ckpt_path", "last"))
+    assert status == 0, text
+    assert len(rows()) == 3, "each iteration once"
+    assert all(float(row["train/sampler_gap_max"]) <= 1e-3 for row in rows())
+    assert servers(tmp_path) == []
+
+
 def test_a_head_that_keeps_its_old_weights_is_noticed(serve, tmp_path):
     """vLLM's own reload on CPUs does not renew the packed copy of a shared head, and no checksum shows it."""
     (tmp_path / "forgetful.py").write_text(

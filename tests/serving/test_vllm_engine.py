@@ -218,8 +218,8 @@ def test_seeds_are_numbers_of_63_bits():
 def test_options_out_of_range_are_refused():
     with pytest.raises(UserError, match="at least one address"):
         VLLMEngine([])
-    with pytest.raises(UserError, match=r"seconds=0: must be above 0"):
-        VLLMEngine(["http://127.0.0.1:9"], "/dev/shm", 0)
+    with pytest.raises(UserError, match=r"seconds=-[\d.]+: must be above 0"):
+        VLLMEngine(["http://127.0.0.1:9"], seconds=-seconds(1))
     with pytest.raises(UserError, match=r"requests=0: must be at least 1"):
         VLLMEngine(requests=0)
 

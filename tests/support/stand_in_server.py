@@ -18,9 +18,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gear_lightning.serving import gear_broadcast
+
 STALE_HEAD, STALE_CACHE, OTHER_VERSION, NAN, HANG, DIE, REFUSE, CUT, FAILED_UPDATE = (
     "stale head", "stale cache", "other version", "nan", "hang", "die", "refuse", "cut", "failed update"
 )  # fmt: skip
+HALF_UPDATE, HANGING_UPDATE, DEADLY_UPDATE = "half update", "hanging update", "deadly update"  # of a broadcast
 
 
 class StandIn:
@@ -30,27 +33,30 @@ class StandIn:
         folder: directory with the model's configuration.
         context: longest context, tokens.
         mode: vLLM's ``logprobs_mode``.
+        transfer: how weights come, see `gear_lightning.serving.transfer`.
 
     Attributes:
         fault: what goes wrong; empty: nothing.
         seen: paths and bodies of all requests.
     """
 
-    def __init__(self, folder: Path, context: int = 128, mode: str = "raw_logprobs"):
+    def __init__(self, folder: Path, context: int = 128, mode: str = "raw_logprobs", transfer: str = "file"):
         torch.manual_seed(1)
         self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
-        self.context, self.mode = context, mode
+        self.context, self.mode, self.transfer = context, mode, transfer
         self.version, self.fault, self.updating = "default", "", False
         self.seen: list[tuple[str, Any]] = []
         self.lock = threading.Lock()
         self.running: set[str] = set()
 
     def get(self, path: str) -> Any:
+        if path == "/health":
+            return {}
         if path == "/v1/models":
             return {"data": [{"id": "policy", "max_model_len": self.context}]}
         if path == "/server_info":
             model = {"logprobs_mode": self.mode, "max_model_len": self.context, "dtype": "torch.float32"}
-            return {"vllm_config": {"model_config": model, "weight_transfer_config": {"backend": "file"}}}
+            return {"vllm_config": {"model_config": model, "weight_transfer_config": {"backend": self.transfer}}}
         if path == "/weight_info":
             return {"weight_version": "another" if self.fault == OTHER_VERSION else self.version}
         raise LookupError(path)
@@ -71,11 +77,23 @@ class StandIn:
             self.version = body["weight_version"]
         return {"success": True} if path == "/reset_prefix_cache" else {}
 
-    def update(self, path: str, tensors: int) -> None:
+    def update(self, **info: Any) -> None:
         if self.fault == FAILED_UPDATE:
             raise ValueError("layers do not match")
-        weights = load_file(path)
-        assert len(weights) == tensors
+        if self.transfer == "broadcast":
+            with gear_broadcast.receiving(**info, worker=0, workers=1, device=torch.device("cpu")) as tensors:
+                weights = {}
+                for name, tensor in tensors:
+                    weights[name] = tensor
+                    if self.fault == HALF_UPDATE:
+                        raise ValueError(f"{name} does not fit")
+                    if self.fault == HANGING_UPDATE:
+                        time.sleep(1000)
+                    if self.fault == DEADLY_UPDATE:
+                        os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            weights = load_file(info["path"])
+            assert len(weights) == info["tensors"]
         if self.fault == STALE_HEAD:
             weights = {n: w for n, w in weights.items() if "lm_head" not in n and "embed" not in n}
         unknown = set(weights) - set(self.model.state_dict())
@@ -156,9 +174,9 @@ def serve(stand_in: StandIn, port: int = 0, host: str = "127.0.0.1") -> Threadin
     return server
 
 
-if __name__ == "__main__":  # FOLDER PORT [FAULT]
+if __name__ == "__main__":  # FOLDER PORT [FAULT [TRANSFER]]
     torch.set_num_threads(1)
-    made = StandIn(Path(sys.argv[1]))
+    made = StandIn(Path(sys.argv[1]), transfer=(sys.argv[4:] or ["file"])[0])
     made.fault = (sys.argv[3:] or [""])[0]
     serve(made, int(sys.argv[2]))
     print("ready", flush=True)
