@@ -31,8 +31,8 @@ from ..recipes.model_shape import ModelShape, model_shape
 from ..recipes.recipe import Recipe, configured_gpus, read_recipe
 from ..recipes.refusals import configured_strategy
 from ..recipes.serving_memory import Served, block_of
+from ..serving.launch import served_dtype
 from . import parsers
-from .serve import served_dtype
 
 GIB, MIB = 1 << 30, 1 << 20
 ROWS = {  # component -> row name in the table
@@ -133,7 +133,12 @@ def served_of(recipe: Recipe, shape: ModelShape, gpus: int, on_gpu: bool) -> Ser
         return None
     together = gpus * min(load_of(recipe, gpus).rollouts, engine.requests)
     context = recipe.generation.budgets.context
-    return Served(tuple(engine.servers), shape, served_dtype(recipe), context, together, block_of(on_gpu))
+    dtype = served_dtype(recipe.trainer["precision"], recipe.generation.weights_dtype)
+    sizes = shape, dtype, context, together, block_of(on_gpu)
+    if engine.start is None:
+        return Served(tuple(engine.servers), *sizes)
+    count = max(1, len(engine.start.gpus) // engine.start.gpus_per_server)
+    return Served(("the run's machine",) * count, *sizes, option="generation.engine.start.kv_gib")
 
 
 def setup_of(recipe: Recipe, trainable: int, options: dict[str, Any], on_gpu: bool) -> Setup:

@@ -235,7 +235,7 @@ def _serving(options: argparse.Namespace, rest: list[str], recipe: "Recipe", tas
             if getattr(options, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} has no effect without --serve-nodes")
         return None
-    from ..generation.vllm_engine import VLLMEngine, logprobs_mode
+    from ..generation.vllm_engine import SHARED, VLLMEngine, logprobs_mode
 
     engine = recipe.generation.engine
     if not isinstance(engine, VLLMEngine):
@@ -245,6 +245,8 @@ def _serving(options: argparse.Namespace, rest: list[str], recipe: "Recipe", tas
         )
     if any(arg.partition("=")[0] == SERVERS for arg in rest):
         raise UserError(f"--serve-nodes sets {SERVERS}: give only one of them")
+    if engine.start is not None:
+        raise UserError("--serve-nodes starts the servers; remove generation.engine.start from the recipe")
     logprobs_mode(recipe.generation.sampling)
     return serving_of(
         options.nodes,
@@ -252,7 +254,7 @@ def _serving(options: argparse.Namespace, rest: list[str], recipe: "Recipe", tas
         options.gpus_per_server,
         options.gpus_per_node,
         tasks * options.cpus_per_task,
-        engine.folder == "/dev/shm",
+        engine.transfer == "file" and engine.folder in (None, SHARED),
         _serve_options(options),
     )
 

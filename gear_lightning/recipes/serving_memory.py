@@ -34,6 +34,7 @@ class Served:
         context: longest conversation, tokens.
         together: conversations that all processes have open at the same time.
         block: tokens of a block of the cache.
+        option: where the size of a server's cache is set.
     """
 
     servers: tuple[str, ...]
@@ -42,6 +43,7 @@ class Served:
     context: int
     together: int
     block: int
+    option: str = "gear-lightning serve --kv-gib"
 
     @property
     def element(self) -> int:
@@ -91,9 +93,9 @@ class Served:
         where = ", ".join(f"{number} on {host}" for host, number in hosts.items())
         context, whole = f"a conversation of {self.context:,} tokens", self.weights + self.cache
         weights, token = f"{_size(self.weights)} of {self.dtype} weights", f"{self.token / 1024:g} KiB"
-        wanted = f"--kv-gib {math.ceil(10 * self.cache / GIB) / 10:.1f}"
+        wanted = f"{self.option} {math.ceil(10 * self.cache / GIB) / 10:.1f}"
         first = f"{weights}; {token} of keys and values per token, {_size(self.conversation)} for {context}"
-        second = f"{self.each:,} conversations at once need {_size(self.cache)}: gear-lightning serve {wanted}"
+        second = f"{self.each:,} conversations at once need {_size(self.cache)}: {wanted}"
         lines = [
             f"sampling   {count} vLLM server{'s' * (count > 1)} ({where}), besides the {training} that train",
             f"a server   {first}",
