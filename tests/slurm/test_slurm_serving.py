@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import pytest
 import stand_in_vllm
@@ -28,13 +27,13 @@ def serving(folder, *options: str, code: str = "") -> Sent:
 def jobs(cluster, tmp_path_factory):
     """All jobs, submitted at once."""
     folder, few = tmp_path_factory.mktemp("serving"), "--trainer.max_epochs=6"
-    sent = {name: serving(folder / name, few) for name in ("signalled", "whole")}
-    sent |= {name: serving(folder / name, ENDLESS) for name in ("cancelled", "killed")}
+    sent = {name: serving(folder / name, few) for name in ("signaled", "whole")}
+    sent |= {name: serving(folder / name, ENDLESS) for name in ("canceled", "killed")}
     return sent | {"failed": serving(folder / "failed", code="echo no vLLM here >&2; exit 3")}
 
 
 def test_a_job_that_is_asked_to_save_is_served_until_it_has_saved_and_resumes(jobs, row):
-    job, whole = jobs["signalled"], jobs["whole"]
+    job, whole = jobs["signaled"], jobs["whole"]
     job.has_rows(2)
     first = job.processes("--port")
     job.signal("USR1")  # reaches the server too
@@ -53,8 +52,8 @@ def test_a_job_that_is_asked_to_save_is_served_until_it_has_saved_and_resumes(jo
     assert names == {f"{job.number}_0.log", f"{job.number}_serve_0.log"}
 
 
-def test_a_cancelled_job_saves_before_its_server_ends(jobs):
-    job = jobs["cancelled"]
+def test_a_canceled_job_saves_before_its_server_ends(jobs):
+    job = jobs["canceled"]
     job.has_rows(2)
     servers = job.processes("--port")
     run("scancel", job.number)
@@ -72,16 +71,14 @@ def test_a_server_that_dies_ends_the_job_with_its_error(jobs, row):
     (server,) = job.processes("--port").values()
     ranks = job.ranks()
     os.kill(server, signal.SIGKILL)
-    begun = time.monotonic()
     assert job.end() == "FAILED"
-    took = time.monotonic() - begun
     assert job.show()["ExitCode"] == "2:0"
     assert job.restarts == 0
     assert not any(map(alive, ranks.values()))
     said = job.output()
     assert "gear-lightning: error: the vLLM server http://127.0.1.2:" in said
     assert "Traceback" not in said
-    row("a serving node: server killed", "job FAILED, one line", took)
+    row("a serving node: server killed", "job FAILED, one line")
 
 
 def test_a_server_that_does_not_start_ends_the_job(jobs):

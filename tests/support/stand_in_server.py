@@ -165,6 +165,7 @@ def serve(stand_in: StandIn, port: int = 0, host: str = "127.0.0.1") -> Threadin
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
+        request_queue_size = 256  # all turns of a phase may connect at once
 
         def handle_error(self, *_: Any) -> None:  # a client has gone
             pass
