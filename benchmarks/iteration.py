@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -81,7 +82,7 @@ class Shaped(PolicySource):
 
         sizes = {
             "num_key_value_heads": 2 if self.shape == "tiny" else 8,
-            "head_dim": 16 if self.shape == "tiny" else 128,
+            "head_dim": 32 if self.shape == "tiny" else 128,  # vLLM computes with 32 and more
         }
         vocabulary = 1024 if self.shape == "tiny" else 151936
         tokenizer = self.tokenizer()
@@ -106,11 +107,17 @@ class Shaped(PolicySource):
             return self._make()
 
 
-def one_case(case: str, accelerator: str) -> dict[str, Any]:
-    """Train, and return the last iteration's metrics and doctor's estimate of the peaks in GiB."""
+def one_case(case: str, accelerator: str, further: Sequence[str] = ()) -> dict[str, Any]:
+    """Train, and return the last iteration's metrics and doctor's estimate of the peaks in GiB.
+
+    Args:
+        case: a key of CASES.
+        accelerator: ``gpu`` or ``cpu``.
+        further: further options of ``gear-lightning fit``.
+    """
     from gear_lightning.commands.doctor import estimate_of, read_recipe
 
-    options = [*BASE, *CASES[case], f"--trainer.accelerator={accelerator}"]
+    options = [*BASE, *CASES[case], f"--trainer.accelerator={accelerator}", *further]
     here = str(Path(__file__).parent)
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": here}
     with tempfile.TemporaryDirectory() as run:

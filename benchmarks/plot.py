@@ -59,6 +59,42 @@ def draw_memory() -> None:
     figure.savefig(DOCS / "memory.png", dpi=130)
 
 
+def draw_rollout() -> None:
+    """Draw the tokens per second of rollouts, by side, and steps per second with rollouts ahead."""
+    result = json.loads((HERE / "results" / "rollout.json").read_text())
+    versions, rollout, ahead = result["versions"], result["rollout"], result["ahead"]
+    names = {
+        "trl": (f"TRL {versions['trl']}, transformers", "#8a8d94"),
+        "cached": ("CachedEngine", "#1f66b3"),
+        "vllm": (f"VLLMEngine, vLLM {versions.get('vllm', '')}", "#d97706"),
+    }
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.2), layout="constrained", width_ratios=(3, 2))
+    shown = [side for side in names if side in rollout["tokens_per_s"]]
+    for place, side in enumerate(shown):
+        speed = rollout["tokens_per_s"][side]["median"]
+        left.barh(place, speed, color=names[side][1])
+        ratio = rollout["ratios"].get(f"{side} / trl")
+        left.text(
+            speed, place, f"  {speed:.0f}" + (f"   {ratio['median']:.2f} x" if ratio else ""), va="center", fontsize=9
+        )
+    left.set_yticks(range(len(shown)), [names[side][0] for side in shown])
+    left.set_xlim(0, 1.3 * max(rollout["tokens_per_s"][side]["median"] for side in shown))
+    left.set_xlabel("sampled tokens per second (SmolLM2-135M, float32, 4 turns with a tool)", fontsize=9)
+    for place, (value, speed) in enumerate(ahead["steps_per_s"].items()):
+        right.barh(place, speed, color="#d97706", alpha=1.0 if place else 0.5)
+        ratio = next((r for name, r in ahead["ratios"].items() if name.startswith(f"{value} /")), None)
+        right.text(
+            speed, place, f"  {speed:.2g}" + (f"   {ratio['median']:.2f} x" if ratio else ""), va="center", fontsize=9
+        )
+    right.set_yticks(range(len(ahead["steps_per_s"])), [f"ahead: {value}" for value in ahead["steps_per_s"]])
+    right.set_xlim(0, 1.4 * max(ahead["steps_per_s"].values()))
+    right.set_xlabel("optimizer steps per second, two cores", fontsize=9)
+    for axes in (left, right):
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(DOCS / "rollout.png", dpi=130)
+
+
 def draw_curves() -> None:
     """Draw the success over iterations of the runs in docs/runs."""
     files = sorted((DOCS / "runs").glob("*.csv"))
@@ -80,4 +116,5 @@ def draw_curves() -> None:
 if __name__ == "__main__":
     draw_step()
     draw_memory()
+    draw_rollout()
     draw_curves()
