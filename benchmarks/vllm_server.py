@@ -39,7 +39,7 @@ def serving(
         *(["taskset", "-c", cores] if cores else []), sys.executable, "-m", "gear_lightning", "serve", *recipe,
         "--trainer.default_root_dir", str(folder), "--port", str(port), "--python", str(python),
     ]  # fmt: skip
-    url, file = f"http://127.0.0.1:{port}", folder / "vllm.log"
+    url, file = f"http://127.0.0.1:{port}", folder / "server.log"
     with file.open("ab") as log:
         server = subprocess.Popen(
             command, env={**os.environ, **environment}, stdout=log, stderr=log, start_new_session=True

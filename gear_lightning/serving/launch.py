@@ -64,7 +64,9 @@ class Launch:
             **({"block-size": BLOCK} if self.cpu else {}),
             **({} if kv is None else {"kv-cache-memory-bytes": int(kv * 2**30)}),
         }
-        flags = ["--enable-prompt-tokens-details", *(["--enforce-eager"] if self.cpu else [])]
+        # on CPUs, vLLM 0.32 ends with an error if a prompt with a seed is computed in parts
+        on_cpu = ["--enforce-eager", "--no-enable-chunked-prefill"] if self.cpu else []
+        flags = ["--enable-prompt-tokens-details", *on_cpu]
         named = [part for name, value in given.items() for part in (f"--{name}", str(value))]
         # not `vllm serve`, which does not start in the package for CPUs
         start = [str(self.python), "-m", "vllm.entrypoints.openai.api_server"]

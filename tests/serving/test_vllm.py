@@ -112,6 +112,13 @@ def test_a_run_survives_the_death_of_its_server_and_resumes(serve):
     assert all(float(row["train/sampler_gap_max"]) <= 1e-3 for row in rows)
 
 
+def test_prompts_that_exceed_a_batch_of_the_server_wait(serve):
+    server = serve(QUICKSTART, "--vllm", "--max-num-batched-tokens 128")  # of about 20 tokens, 32 at once
+    status, text = outcome(server.fit(QUICKSTART))
+    assert status == 0, text
+    assert len(server.rows()) == 3
+
+
 def test_smollm2_trains_and_its_shared_head_is_renewed(serve):
     server = serve(SMOLLM2)
     status, text = outcome(server.fit(SMOLLM2))
