@@ -30,19 +30,43 @@ class _Forward:
 
     Attributes:
         rows: rows that take part [rows]; None for all of them.
-        places: flat indices (row, column) to which keys and values are written [rows x queries].
+        rows_written: rows to which keys and values are written [rows].
+        columns: columns to which they are written [rows, queries].
         view: number of columns that attention sees.
         new: whether the rows are new conversations, which have no state yet. Read only by recurrent layers.
     """
 
     rows: Tensor | None = None
-    places: Tensor
+    rows_written: Tensor
+    columns: Tensor
     view: int
     new: bool
 
+    def __init__(self) -> None:
+        self._places: dict[tuple[int, int], Tensor] = {}
+
+    def start(self, rows: Tensor | None, columns: Tensor, view: int, new: bool) -> None:
+        """Prepare for a forward: see `RowCache.start`."""
+        self.rows, self.columns, self.view, self.new = rows, columns, view, new
+        self.rows_written = torch.arange(len(columns), device=columns.device) if rows is None else rows
+        self._places.clear()
+
+    def places(self, heads: int, width: int) -> Tensor:
+        """Return the flat indices (row, head, column) to which keys and values are written [rows x heads x queries].
+
+        Args:
+            heads: number of heads.
+            width: number of columns of the store.
+        """
+        if (heads, width) not in self._places:
+            head = torch.arange(heads, device=self.columns.device)[:, None]
+            first = (self.rows_written[:, None, None] * heads + head) * width
+            self._places[heads, width] = (first + self.columns[:, None]).flatten()
+        return self._places[heads, width]
+
 
 class _Layer:
-    """Tensors of one layer whose first dimension is the row; those of ``wide`` names have columns in the second."""
+    """Tensors of one layer whose first dimension is the row; the ``wide`` ones are [rows, heads, columns, ...]."""
 
     wide: tuple[str, ...] = ()
 
@@ -54,14 +78,15 @@ class _Layer:
     def resize(self, height: int, width: int) -> None:
         self.height, self.width = height, width
         for name, old in self.kept.items():
-            size = [height, width, *old.shape[2:]] if name in self.wide else [height, *old.shape[1:]]
+            wide = name in self.wide
+            size = [height, old.shape[1], width, *old.shape[3:]] if wide else [height, *old.shape[1:]]
             new = old.new_zeros(size)
-            new[tuple(slice(n) for n in old.shape[: 2 if name in self.wide else 1])] = old
+            new[tuple(slice(n) for n in old.shape[: 3 if wide else 1])] = old
             self.kept[name] = new
 
     def copy_rows(self, source: Tensor, target: Tensor, width: int) -> None:
         for name, store in self.kept.items():
-            part = store[:, :width] if name in self.wide else store
+            part = store[:, :, :width] if name in self.wide else store
             part[target] = part[source]
 
     def keep(self, rows: Tensor) -> None:
@@ -77,9 +102,8 @@ class _Layer:
 
 
 class _Attention(_Layer, DynamicLayer):
-    """Keys and values, stored as [rows, columns, heads, dim]: the heads of a token are adjacent, so writing one token
-    of each row is one contiguous copy, and attention over few columns reads few cache lines. Columns beyond a row's
-    length hold stale values that the mask hides."""
+    """Keys and values, stored as [rows, heads, columns, dim]: attention reads the columns of one head after another.
+    Columns beyond a row's length hold stale values that the mask hides."""
 
     wide = ("keys", "values")
 
@@ -88,14 +112,14 @@ class _Attention(_Layer, DynamicLayer):
         _Layer.__init__(self, forward)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        out = []
+        out, forward = [], self.forward
         for name, new in zip(self.wide, (key_states, value_states), strict=True):
             if name not in self.kept:
-                self.kept[name] = new.new_zeros((self.height, self.width, new.shape[1], new.shape[3]))
-            store, forward = self.kept[name], self.forward
-            store.flatten(0, 1).index_copy_(0, forward.places, new.transpose(1, 2).flatten(0, 1))
-            seen = store[:, : forward.view] if forward.rows is None else store[forward.rows, : forward.view]
-            out.append(seen.transpose(1, 2))
+                self.kept[name] = new.new_zeros((self.height, new.shape[1], self.width, new.shape[3]))
+            store = self.kept[name]
+            store.flatten(0, 2).index_copy_(0, forward.places(new.shape[1], self.width), new.flatten(0, 2))
+            seen = store[:, :, : forward.view]
+            out.append(seen if forward.rows is None else seen[forward.rows])
         return out[0], out[1]
 
 
@@ -219,9 +243,7 @@ class RowCache(Cache):
             view: number of columns that attention sees.
             new: whether these are new conversations; needed only if the cache is ``recurrent``.
         """
-        first = torch.arange(len(columns), device=columns.device) if rows is None else rows
-        self._now.rows, self._now.view, self._now.new = rows, view, new
-        self._now.places = (first[:, None] * self.width + columns).flatten()
+        self._now.start(rows, columns, view, new)
         for layer in self._own():
             layer.start()
 
