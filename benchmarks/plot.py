@@ -62,7 +62,8 @@ def draw_memory() -> None:
 def draw_rollout() -> None:
     """Draw the tokens per second of rollouts, by side, and steps per second with rollouts ahead."""
     result = json.loads((HERE / "results" / "rollout.json").read_text())
-    versions, rollout, ahead = result["versions"], result["rollout"], result["ahead"]
+    rollout, ahead = result["rollout"], result["ahead"]
+    versions = rollout["versions"]
     names = {
         "trl": (f"TRL {versions['trl']}, transformers", "#8a8d94"),
         "cached": ("CachedEngine", "#1f66b3"),

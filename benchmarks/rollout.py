@@ -1,7 +1,7 @@
 """Rollouts side by side: this project's engines and TRL, and a training step with rollouts ahead of it.
 
     python benchmarks/rollout.py --vllm .venv-vllm/bin/python   # everything; writes benchmarks/results/rollout.json
-    python benchmarks/rollout.py --sides cached,trl --ahead ''  # without vLLM
+    python benchmarks/rollout.py --sides cached,trl --ahead ''  # without vLLM; other parts of the file stay as they are
 
 32 conversations (8 prompts x 4) of SmolLM2-135M-Instruct, 4 turns of 64 sampled tokens with a tool, float32. All sides
 (`rollout_sides.py`) load the model once and wait; in each round they play one after another, so that changes of the
@@ -157,29 +157,33 @@ def main() -> None:
     if unknown := set(names) - set(SIDES):
         parser.error(f"--sides: {', '.join(sorted(unknown))} is not one of {', '.join(SIDES)}")
     setting = Setting(threads=options.threads, turns=options.turns, tokens=options.tokens)
-    result: dict[str, Any] = {
+    made: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()},
         "versions": {p: version(p) for p in ("torch", "lightning", "transformers", "trl")},
     }
-    result["environments"] = "environments.json"  # a workload in which environments wait
     if options.vllm.exists():
-        result["versions"]["vllm"] = vllm_version(options.vllm)
+        made["versions"]["vllm"] = vllm_version(options.vllm)
+    # a part that is not measured now stays as it was
+    result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    result["environments"] = "environments.json"  # a workload in which environments wait
     if names:
         rounds = play_rounds(names, setting, options.rounds, options.vllm)
         result["rollout"] = {
             "what": "SmolLM2-135M-Instruct, float32, sampled tokens per second of wall clock",
+            **made,
             "setting": asdict(setting),
             **summary(rounds),
             "trl_vllm": TRL_VLLM,
             "rounds": rounds,
         }
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result["rollout"]["ratios"], indent=1), flush=True)
     if options.ahead:
         values = [int(value) for value in options.ahead.split(",")]
-        result["ahead"] = measure_ahead(values, options.iterations, options.rounds, options.vllm)
+        result["ahead"] = {**made, **measure_ahead(values, options.iterations, options.rounds, options.vllm)}
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result["ahead"]["ratios"], indent=1))
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
