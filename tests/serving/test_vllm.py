@@ -13,6 +13,8 @@ import pytest
 from checkout import ROOT
 from deadlines import seconds, until
 
+from gear_lightning.runs.records import ledger
+
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(seconds(1500))]
 VLLM = ["--generation.engine", "gear_lightning.generation.VLLMEngine"]
 QUICKSTART = [
@@ -112,6 +114,7 @@ def test_a_run_survives_the_death_of_its_server_and_resumes(serve):
     assert all(float(row["train/sampler_gap_max"]) <= 1e-3 for row in rows)
 
 
+@pytest.mark.slow
 def test_prompts_that_exceed_a_batch_of_the_server_wait(serve):
     server = serve(QUICKSTART, "--vllm", "--max-num-batched-tokens 128")  # of about 20 tokens, 32 at once
     status, text = outcome(server.fit(QUICKSTART))
@@ -119,6 +122,7 @@ def test_prompts_that_exceed_a_batch_of_the_server_wait(serve):
     assert len(server.rows()) == 3
 
 
+@pytest.mark.slow  # broadcasts are tested with the same model
 def test_smollm2_trains_and_its_shared_head_is_renewed(serve):
     server = serve(SMOLLM2)
     status, text = outcome(server.fit(SMOLLM2))
@@ -146,8 +150,8 @@ def test_weights_are_broadcast_to_a_server(serve):
     assert "was started for weights by broadcast" in text
 
 
-def test_a_server_survives_a_run_that_was_killed_and_serves_it_again(serve):
-    recipe = [*QUICKSTART, *BROADCAST]
+def test_a_server_survives_a_run_that_was_killed_and_samples_ahead_for_it_again(serve):
+    recipe = [*QUICKSTART, *BROADCAST, "--generation.ahead", "1", "--model.objective.sampler_cap", "2.0"]
     server = serve(recipe)
     process = server.fit(recipe)
     until(lambda: server.rows() or process.poll() is not None, "the first iteration", limit=300)
@@ -155,7 +159,10 @@ def test_a_server_survives_a_run_that_was_killed_and_serves_it_again(serve):
     process.wait(seconds(30))
     status, text = outcome(server.fit(recipe, "--ckpt_path", "last"))
     assert status == 0, text
-    assert len(server.rows()) == 3, "each iteration once"
+    rows = server.rows()
+    assert len(rows) == 3, "each iteration once"
+    assert float(rows[-1]["train/staleness"]) == 1
+    assert [(i, group) for i, group, _ in ledger(server.folder)] == [(g // 4, g) for g in range(12)]
 
 
 OWN = [

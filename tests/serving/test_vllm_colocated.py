@@ -47,6 +47,7 @@ def test_a_shared_head_is_renewed(tmp_path):
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 @pytest.mark.timeout(seconds(1500))
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_each_process_has_its_own(tmp_path, strategy):
