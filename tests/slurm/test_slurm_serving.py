@@ -20,7 +20,7 @@ def serving(folder, *options: str, code: str = "") -> Sent:
     folder.mkdir()
     python = stand_in_vllm.write(folder, code)
     engine = ("--generation.engine", "gear_lightning.generation.VLLMEngine")
-    return send(folder / "run", "--serve-nodes=1", f"--serve-options=--python {python}", *engine, *options)
+    return send(folder / "run", "--serve-nodes=1", f"--serve-options=--python {python}", *engine, *options, minutes=60)
 
 
 @pytest.fixture(scope="module")
