@@ -13,7 +13,7 @@ RUN_ENV := OMP_WAIT_POLICY=PASSIVE
 # Two files of tests at a time; `make test BESIDE=` for one.
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install quickstart smollm2 vllm vllm-colocated test test-slow test-gpu test-slurm test-vllm check docs dist format lock clean
+.PHONY: install quickstart smollm2 vllm vllm-colocated test test-slow test-gpu test-slurm test-vllm test-vllm-slow check docs dist format lock clean
 install: $(STAMP)
 
 $(STAMP): requirements/packages.lock requirements/torch.lock pyproject.toml
@@ -59,7 +59,7 @@ test: install
 	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not vllm" $(BESIDE)
 
 test-slow: install
-	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "slow and not vllm"
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
@@ -71,6 +71,9 @@ test-slurm: install
 # With real vLLM servers that it starts.
 test-vllm: install vllm vllm-colocated smollm2
 	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "vllm and not slow" tests/serving
+
+test-vllm-slow: install vllm vllm-colocated smollm2
+	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "vllm and slow" tests/serving
 
 check: install
 	$(BIN)/ruff check .
