@@ -189,6 +189,7 @@ def refusals(
     rules.append(lambda: generation.check_reasoning(module))
     if fitting:
         rules.append(lambda: check_parts(module, data, generation))
+        rules.append(lambda: generation.check_correction(module))
         rules.append(lambda: check_limits(trainer.get, data, processes))
         rules.append(lambda: check_callbacks(callback_classes(trainer)))
         rules.append(lambda: module.check_optimizer(precision))
