@@ -52,6 +52,7 @@ def test_a_job_that_is_asked_to_save_is_served_until_it_has_saved_and_resumes(jo
     assert names == {f"{job.number}_0.log", f"{job.number}_serve_0.log"}
 
 
+@pytest.mark.slow
 def test_a_canceled_job_saves_before_its_server_ends(jobs):
     job = jobs["canceled"]
     job.has_rows(2)
@@ -81,6 +82,7 @@ def test_a_server_that_dies_ends_the_job_with_its_error(jobs, row):
     row("a serving node: server killed", "job FAILED, one line")
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_start_ends_the_job(jobs):
     job = jobs["failed"]
     assert job.end() == "FAILED"
