@@ -20,6 +20,7 @@ def gpu_script(*options: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_measurements_for_a_gpu_run_in_small(tmp_path):
     out = tmp_path / "gpu.json"
     done = gpu_script("--tiny", "--seconds", str(seconds(500)), "--out", str(out))

@@ -11,4 +11,5 @@ from multiprocessing import resource_tracker
 if __name__ == "__main__":
     resource_tracker.ensure_running()  # first: when Python starts it, it unblocks SIGTERM
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background commands ignore it
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)

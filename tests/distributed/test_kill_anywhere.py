@@ -66,6 +66,7 @@ def test_one_process_killed_at_twenty_four_places(tmp_path):
     check(tmp_path, 1, 24, 1)
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_killed_at_twelve_places(tmp_path):
     check(tmp_path, 2, 12, 2, "--trainer.strategy", "ddp")
 

@@ -39,7 +39,7 @@ def watching(limit: float) -> list[str]:
     return ["--watchdog.seconds", f"{seconds(limit):g}"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow), "zero3"])
 def test_a_process_that_blocks_the_interpreter_ends_the_job(tmp_path, repository, strategy):
     options = ["--config", f"configs/strategy/{strategy}.yaml", *TWO, *watching(12)]
     options += ["--generation.environment", "failing_ranks.Endless", "--first_evaluation.enabled", "false"]

@@ -193,6 +193,7 @@ def group_lives(group: int) -> bool:
     return True
 
 
+@pytest.mark.slow  # in every run of the tests with a stand-in for vLLM
 def test_a_run_starts_its_own_server_which_does_not_survive_it(tmp_path):
     command = [
         sys.executable, "-m", "gear_lightning", "fit", *OWN, "--trainer.default_root_dir", str(tmp_path),

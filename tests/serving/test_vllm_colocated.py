@@ -41,6 +41,7 @@ def fit(folder, recipe, *options):
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 @pytest.mark.timeout(seconds(1500))
 def test_a_shared_head_is_renewed(tmp_path):
     fit(tmp_path, SMOLLM2)
