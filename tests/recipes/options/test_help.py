@@ -39,7 +39,7 @@ def test_help_is_one_screen(command, command_name, asked):
         ("model", ["--model.credit (CreditAssigner, default GEAR)", "--model.teacher.rate (float, default 0.05)"]),
         ("data", ["--data.group_size (int, default 8)", "number of rollouts of each task."]),
         ("trainer", ["--trainer.max_epochs (int | null, default 100)", "Stop training once this number of epochs"]),
-        ("generation", ["--generation.budgets.turns (int, default 8)", "Classes: CachedEngine, ColocatedVLLM, GenerateEngine"]),
+        ("generation", ["--generation.budgets.turns (int, default 8)", "Classes: CachedEngine, ColocatedVLLM"]),
         ("model.policy", ["Pretrained", "FromScratch", "hidden_size (int, default 128)"]),
         ("trainer.strategy", ["default auto", "FSDP2", "ZeRO", "DDPStrategy"]),
         ("model.teacher", ["--model.teacher.shows (reference | answer | peer", "default reference)"]),
