@@ -69,7 +69,7 @@ test-slurm: install
 	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
 
 # With real vLLM servers that it starts.
-test-vllm: install vllm vllm-colocated smollm2
+test-vllm: install vllm smollm2
 	OMP_NUM_THREADS=1 $(RUN_ENV) $(BIN)/python -m pytest -m "vllm and not slow" tests/serving
 
 test-vllm-slow: install vllm vllm-colocated smollm2

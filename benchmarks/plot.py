@@ -62,6 +62,9 @@ def draw_memory() -> None:
 def draw_rollout() -> None:
     """Draw the tokens per second of rollouts, by side, and steps per second with rollouts ahead."""
     result = json.loads((HERE / "results" / "rollout.json").read_text())
+    if missing := {"rollout", "ahead"} - result.keys():
+        print(f"rollout.png is left out: results/rollout.json lacks {', '.join(missing)}")
+        return
     rollout, ahead = result["rollout"], result["ahead"]
     versions = rollout["versions"]
     names = {

@@ -34,7 +34,7 @@ from vllm_server import serving, vllm_version
 
 RESULTS = Path(__file__).parent / "results" / "rollout.json"
 ROOT = Path(__file__).parent.parent
-RATIOS = [("cached", "trl"), ("vllm", "trl"), ("vllm", "cached"), ("cached", "trl_continuous")]
+RATIOS = [("cached", "trl"), ("vllm", "trl"), ("vllm", "cached")]
 TRL_VLLM = (
     "not run: TRL gives weights to `vllm serve` over NCCL only, and GRPOTrainer ends at its start on a CPU "
     "(NotImplementedError in VLLMClient.init_communicator)"

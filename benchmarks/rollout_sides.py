@@ -156,10 +156,10 @@ class TRL:
 
     Args:
         setting: the largest size.
-        continuous: sample with transformers' continuous batching instead of ``generate``.
+        url: not used.
     """
 
-    def __init__(self, setting: Setting, continuous: bool):
+    def __init__(self, setting: Setting, url: str):
         import tempfile
 
         import trl.trainer.grpo_trainer as module
@@ -173,8 +173,8 @@ class TRL:
             output_dir=self.folder.name, per_device_train_batch_size=setting.prompts * setting.group,
             num_generations=setting.group, max_completion_length=setting.context, temperature=1.0, use_cpu=True,
             bf16=False, generation_kwargs={"max_new_tokens": setting.tokens, "eos_token_id": None}, beta=0.0,
-            use_transformers_continuous_batching=continuous, gradient_checkpointing=False, report_to=[],
-            save_strategy="no", dataloader_pin_memory=False, disable_tqdm=True,
+            gradient_checkpointing=False, report_to=[], save_strategy="no", dataloader_pin_memory=False,
+            disable_tqdm=True,
         )  # fmt: skip
         self.trainer = module.GRPOTrainer(
             model=model,
@@ -212,8 +212,7 @@ class TRL:
 SIDES = {
     "cached": lambda setting, url: Ours(setting, ""),
     "vllm": Ours,
-    "trl": lambda setting, url: TRL(setting, False),
-    "trl_continuous": lambda setting, url: TRL(setting, True),
+    "trl": TRL,
 }
 
 

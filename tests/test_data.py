@@ -159,8 +159,7 @@ def test_after_the_exchange_no_rank_lacks_groups_while_another_has_too_many(coun
     assert min(after) >= share or max(after) <= share
 
 
-def test_resampling_ends_when_all_ranks_together_have_enough(tmp_path):
-    """A single process has no one to ask: it draws until its own share has a signal."""
+def test_resampling_takes_groups_with_a_signal_from_the_further_tasks_of_oversampling(tmp_path):
     source = RolloutDataModule(Finite(64), tasks_per_iteration=2, group_size=4, zero_spread="resample", oversample=0.5)
     source.trainer, source.generator = trainer(tmp_path), Told(lambda task, rollout: float(task != "t0" and rollout))
     source.train_task = lambda position: Finite(64)[position]

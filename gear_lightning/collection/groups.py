@@ -1,5 +1,6 @@
 """Groups of rollouts: whether they have a learning signal, their rows, and their exchange between ranks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +9,7 @@ import torch
 from ..advantage import GroupAdvantage
 from ..batch import RolloutRow
 from ..distributed.collective import gather, place
+from ..environments.base import Task
 from ..rollout import Rollout, RolloutGroup
 
 Truncated = Literal["learn", "mask"]
@@ -93,7 +95,7 @@ def plan_moves(counts: list[int], share: int) -> list[tuple[int, int]]:
     return list(zip(givers, takers, strict=False))
 
 
-def spread(groups: list[RolloutGroup], share: int, task_of) -> list[RolloutGroup]:
+def spread(groups: list[RolloutGroup], share: int, task_of: Callable[[int], Task]) -> list[RolloutGroup]:
     """Return this rank's groups after ranks with more than ``share`` have given some to ranks with fewer. All ranks
     must call it.
 

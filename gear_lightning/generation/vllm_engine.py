@@ -132,8 +132,9 @@ class VLLMEngine(GenerationEngine):
                 run_on_all_ranks(lambda: None)  # no rank samples
                 run_on_all_ranks(lambda: self._load(model, now))
                 run_on_all_ranks(lambda: self._probe(model, now))
-                self._gate.weights = now
-        self._gate.version = self.version
+                self._gate.weights, self._gate.version = now, self.version  # before waiting turns begin
+        else:
+            self._gate.version = self.version
         self._done: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(self.requests, thread_name_prefix="vllm")
         self._phase = uuid.uuid4().hex  # other processes and phases use the same servers

@@ -51,7 +51,7 @@ TENSOR_KEYS = {
 ROLLOUT_KEYS = {
     "format": "version of this layout",
     "iteration": "RL iteration, from 0",
-    "rank": "process that generated the rollout",
+    "rank": "process that learned from the rollout",
     "row": "row in the safetensors file, or null",
     "task_id": "the task's id",
     "group_id": "number of the group in the run",

@@ -10,6 +10,7 @@ import stand_in_server as stand_in
 import torch
 from checkout import ROOT, SUPPORT
 from deadlines import seconds
+from failed_updates import check_failed_update
 from stand_in_server import StandIn
 from tiny_runs import data, generation, module, source, trainer
 
@@ -84,14 +85,7 @@ def test_training_samples_with_the_newest_weights(served, tmp_path, lora):
     ],
 )
 def test_an_update_that_fails_is_reported_with_the_servers_reason(served, policy, fault, message):
-    made, engine = served
-    made.fault = fault
-    with pytest.raises(ServerError, match=message):
-        engine.begin(policy, Sampling(), {5})
-    assert engine.fingerprint(None) is None
-    made.fault = ""
-    engine.begin(policy, Sampling(), {5})
-    assert engine.fingerprint(None) == made.version
+    check_failed_update(*served, policy, fault, message)
 
 
 def test_a_server_that_hangs_in_an_update_is_reported(served, policy):

@@ -8,6 +8,7 @@ import pytest
 import stand_in_server as stand_in
 import torch
 from deadlines import seconds
+from failed_updates import check_failed_update
 from tiny_runs import data, generation, module, source, trainer
 
 from gear_lightning.errors import UserError
@@ -89,14 +90,7 @@ def test_weights_are_sent_when_they_have_changed_and_requests_carry_their_versio
     ],
 )
 def test_an_update_that_fails_is_reported_and_never_counts_as_done(served, policy, fault, message):
-    made, engine = served
-    made.fault = fault
-    with pytest.raises(ServerError, match=message):
-        engine.begin(policy, Sampling(), {5})
-    assert engine.fingerprint(None) is None
-    made.fault = ""
-    engine.begin(policy, Sampling(), {5})
-    assert engine.fingerprint(None) == made.version
+    check_failed_update(*served, policy, fault, message)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +189,21 @@ def test_sampling_must_fit_to_the_log_probs_that_the_server_gives(served, policy
     assert logprobs_mode(Sampling(temperature=0.0)) is None
     with pytest.raises(UserError, match=r"temperature=0\.7 together with top_p=0\.9"):
         logprobs_mode(Sampling(temperature=0.7, top_p=0.9))
+
+
+def test_turns_have_the_version_of_the_weights_that_sampled_them(served, policy):
+    _, engine = served
+    first, second = engine.fork(), engine.fork()
+    first.version = 3
+    first.begin(policy, Sampling(), {5})
+    assert {turn.version for turn in turns(first, JOBS).values()} == {3}
+    with torch.no_grad():
+        policy.get_output_embeddings().weight.mul_(1.1)
+    second.version = 4
+    second.begin(policy, Sampling(), {5})  # the phase of the first one stays open
+    for phase in (first, second):
+        assert {turn.version for turn in turns(phase, JOBS).values()} == {4}
+        phase.end()
 
 
 def test_an_interrupted_phase_aborts_its_requests(served, policy):
